@@ -1,0 +1,60 @@
+# `make help` lists the targets. Everything runs in a virtual environment outside the checkout.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+export PYTHONDONTWRITEBYTECODE := 1
+export PYTHONPATH := $(CURDIR)
+
+BIN = $(shell scripts/setup.sh --where)/bin
+PYTEST = $(BIN)/python -m pytest -p no:cacheprovider
+# Network namespaces need root; the rest does not.
+ifeq ($(shell id -u),0)
+ROOT =
+ROOTLY = @true
+else
+ROOT = sudo env PATH="$$PATH" PYTHONPATH="$$PYTHONPATH" PYTHONDONTWRITEBYTECODE=1 CI="$${CI:-}"
+ROOTLY = @echo 'make: not root, and this part makes network namespaces: using sudo' >&2
+endif
+
+.PHONY: help demo test test-unit test-lab test-kernel bench lint setup setup-dev clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: setup ## five hosts in network namespaces: ping matrix, live faults, repair times (root)
+	$(ROOTLY)
+	$(ROOT) $(BIN)/python -m ovsmesh lab demo
+
+test: setup-dev lint test-unit test-lab test-kernel ## everything: lint, types, contracts, and all tests (root for the lab)
+
+test-unit: setup-dev ## tests that need neither root nor Open vSwitch in namespaces
+	$(PYTEST) -n 2 -m 'not lab and not kernel'
+
+test-lab: setup-dev ## tests on real Open vSwitch in network namespaces (root)
+	$(ROOTLY)
+	$(ROOT) $(PYTEST) -m lab
+
+test-kernel: setup-dev ## tests on the kernel datapath, inside User-mode Linux (no root needed)
+	$(PYTEST) -m kernel tests/kernel
+
+bench: setup ## the figures that README shows, as a table and as JSON (root)
+	$(ROOTLY)
+	$(ROOT) $(BIN)/python scripts/bench.py
+
+lint: setup-dev ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup:
+	@scripts/setup.sh
+
+setup-dev:
+	@scripts/setup.sh --dev
+
+clean: ## removes caches and build results of this checkout
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,191 @@
+"""The command line: one thin command each, and nothing decided here.
+
+Each command imports what it needs when it runs, so that the agent carries no table drawing and
+`status` no lab. Every option can be set as OVSMESH_<COMMAND>_<OPTION>.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ovsmesh import __version__
+from ovsmesh.model import OvsmeshError
+
+if TYPE_CHECKING:
+    from ovsmesh.agent import Turn
+
+DEFAULT_OVSDB = "unix:/var/run/openvswitch/db.sock"
+DEFAULT_STATE = "/var/lib/ovsmesh"
+DEFAULT_LISTEN = "127.0.0.1:9474"
+
+
+class _Lazy(click.Group):
+    """Loads the lab's commands when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), "lab"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "lab":
+            from ovsmesh.labcli import lab
+
+            return lab
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Lazy, context_settings={"auto_envvar_prefix": "OVSMESH", "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ovsmesh")
+def cli() -> None:
+    """One flat network for the pods and containers of many hosts, on Open vSwitch."""
+
+
+def _common(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--mesh", metavar="FILE", help="The mesh file (a Mesh object in YAML)."),
+        click.option("--node", metavar="NAME", help="This node's name in the mesh.  [default: the hostname]"),
+        click.option("--ovsdb", metavar="unix:PATH", help=f"The OVS database.  [default: {DEFAULT_OVSDB}]"),
+        click.option("--state-dir", metavar="DIR", default=DEFAULT_STATE, show_default=True, help="The agent's state."),
+    ):
+        command = option(command)
+    return command
+
+
+def _options(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str) -> dict[str, Any]:
+    """What was not said is as the agent that last ran here has it, so `ovsmesh status` needs no option."""
+    from ovsmesh.state import StateDir
+
+    agent = StateDir(state_dir).agent()
+    chosen = {"mesh": mesh, "node": node, "ovsdb": ovsdb}
+    found = {key: value or str(agent.get(key) or "") for key, value in chosen.items()}
+    found["node"] = found["node"] or socket.gethostname()
+    found["ovsdb"] = found["ovsdb"] or DEFAULT_OVSDB
+    return found | {"state_dir": state_dir, "listen": str(agent.get("listen") or DEFAULT_LISTEN)}
+
+
+def _root() -> None:
+    if os.geteuid() != 0:
+        raise OvsmeshError("this reads and changes the host's network; run it as root (sudo)")
+
+
+@cli.command()
+@_common
+@click.option(
+    "--listen", metavar="ADDR:PORT", default=DEFAULT_LISTEN, show_default=True, help="/metrics, /healthz, /readyz."
+)
+@click.option("--once", is_flag=True, help="Apply until nothing is left to do, then exit: 0 converged, 1 not.")
+@click.option(
+    "--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]), show_default=True
+)
+def agent(
+    mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str, listen: str, once: bool, log_level: str
+) -> None:
+    """Keep this node's part of the mesh true, until SIGTERM; what is in place then stays."""
+    from ovsmesh import agent as room
+
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if not mesh:
+        raise OvsmeshError("no mesh: give --mesh FILE")
+    _root()
+    options = room.Options(
+        mesh, node or socket.gethostname(), ovsdb or DEFAULT_OVSDB, state_dir, "" if once else listen
+    )
+    if not once:
+        room.serve(options, _stop_fd())
+        return
+    turn = room.once(options)
+    _tell(turn)
+    if not (turn.converged and turn.whole):
+        sys.exit(1)
+
+
+def _stop_fd() -> int:
+    """A file descriptor that becomes readable at SIGTERM or SIGINT."""
+    read, write = os.pipe()
+    for fd in (read, write):
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(write)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return read
+
+
+def _tell(turn: Turn) -> None:
+    """The last word of `agent --once`: what is left, and why."""
+    for line in turn.plan.lines():
+        click.echo(line, err=True)
+    for problem in turn.problems:
+        click.echo(str(problem), err=True)
+    click.echo("converged" if turn.converged and turn.whole else "not converged", err=True)
+
+
+@cli.command()
+@_common
+def plan(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str) -> None:
+    """Print what the agent would change now; exit 0: nothing, 2: changes, 1: an error or something in the way."""
+    from ovsmesh import commands
+
+    _root()
+    look = commands.look(**_options(mesh, node, ovsdb, state_dir))
+    for line in look.plan.lines():
+        click.echo(line)
+    for problem in look.problems:
+        click.echo(f"! {problem}", err=True)
+    if look.failed:
+        sys.exit(1)
+    if not look.plan.steps:
+        click.echo("nothing to change")
+    sys.exit(2 if look.plan.steps or look.plan.held else 0)
+
+
+@cli.command()
+@_common
+@click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
+def status(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str, output: str) -> None:
+    """Show this node and each peer: what is there, what is missing and why; exit 1 when degraded."""
+    from ovsmesh import commands
+
+    _root()
+    text, healthy = commands.status(output=output, **_options(mesh, node, ovsdb, state_dir))
+    click.echo(text)
+    sys.exit(0 if healthy else 1)
+
+
+@cli.command()
+@_common
+@click.option("--dry-run", is_flag=True, help="Print what would be removed and restored.")
+def cleanup(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str, dry_run: bool) -> None:
+    """Remove all of ours and nothing else, put back what was there, and prove it."""
+    from ovsmesh import commands
+
+    _root()
+    lines, clean = commands.cleanup(dry_run=dry_run, **_options(mesh, node, ovsdb, state_dir))
+    for line in lines:
+        click.echo(line)
+    sys.exit(0 if clean else 1)
+
+
+@cli.command()
+@click.argument("digest")
+@click.option("--state-dir", metavar="DIR", default=DEFAULT_STATE, show_default=True)
+def confirm(digest: str, state_dir: str) -> None:
+    """Let the agent carry out the mass removal that it holds back; DIGEST is in its message and in `status`."""
+    from ovsmesh.state import StateDir
+
+    StateDir(state_dir).request_confirm(digest)
+
+
+def main() -> None:
+    """The console script: an error that a user can mend is one line on standard error, exit 1."""
+    try:
+        cli(standalone_mode=True)
+    except OvsmeshError as error:
+        click.echo(f"ovsmesh: {error}", err=True)
+        sys.exit(1)

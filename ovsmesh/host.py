@@ -1,0 +1,246 @@
+"""This host: the rooms that act (ovsdb, openflow, netlink, firewall) as one thing to observe and change.
+
+The only place, with agent, that joins them. It decides nothing: what to change comes as a Plan,
+and the order of its steps is kept as far as one transaction or one bundle for many steps allows.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ovsmesh.firewall import Firewall
+from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Facts, Foreign, Mesh, Node, Observed, OvsmeshError, Problem
+from ovsmesh.netlink import Netlink, write_sysctl
+from ovsmesh.openflow import FlowTable
+from ovsmesh.ovsdb import Ovs, run_dir
+from ovsmesh.plan import Plan, Step
+
+_KERNEL_TABLES = ("addresses", "neighbours", "fdb", "routes")
+_GENL_FAMILY = b"ovs_datapath"
+"""Name of the kernel datapath's generic netlink family (linux/openvswitch.h)."""
+OTHERS_GRACE = 5.0
+"""Seconds that flow-restore-wait is left for whoever restores the flows of other bridges."""
+
+
+class Host:
+    """Everything of ovsmesh on this host. Not thread-safe; one a process."""
+
+    def __init__(self, ovsdb: str) -> None:
+        self.ovs = Ovs(ovsdb)
+        self.net = Netlink()
+        self.flows = FlowTable(run_dir(ovsdb))
+        self.firewall = Firewall()
+        self.switch_up = False
+        self._waiting_since: float | None = None
+
+    def close(self) -> None:
+        for room in (self.flows, self.ovs, self.net, self.firewall):
+            room.close()
+
+    def fds(self) -> list[int]:
+        return [*self.net.fds(), *self.flows.fds(), *self.firewall.fds()]
+
+    def wait(self, fds: Iterable[int], timeout: float) -> None:
+        """Sleeps until a bell rings, one of `fds` is readable, or `timeout` seconds are over."""
+        self.ovs.wait([*self.fds(), *fds], timeout)
+
+    def drain(self) -> bool:
+        """Takes in what the bells brought; True if something of ours may have changed."""
+        # each must run, so no short circuit
+        rang = [self.ovs.run(), self.net.drain(), self.flows.drain(), self.firewall.drain()]
+        return any(rang)
+
+    def dirty(self) -> None:
+        """Makes the next observation read the system whole instead of trusting notifications."""
+        self.net.dirty()
+        self.flows.dirty()
+        self.firewall.resync()
+
+    def facts(self, mesh: Mesh, me: Node) -> Facts:
+        """What the desired dataplane depends on here."""
+        self.net.watch(mesh.cluster_cidrs)
+        underlay = self.net.underlay(str(me.address))
+        return Facts(
+            underlay_mtu=underlay[1] if underlay else None,
+            datapath_type=self._datapath_type(underlay[0] if underlay else ""),
+            ipv6=Path("/proc/sys/net/ipv6").exists(),
+            ra_links=self.net.ra_links(),
+            forward_drop=self.firewall.forward_drop(),
+        )
+
+    def _datapath_type(self, link: str) -> str:
+        """The one that carries the tunnel address; else the kernel's where the kernel has one."""
+        carrier = self.ovs.bridge_of(link) if link and self.ovs.synced else None
+        if carrier == "netdev":
+            return "netdev"
+        return "system" if kernel_datapath() else "netdev"
+
+    def possible(self, want: Dataplane) -> Dataplane:
+        """What of the desired dataplane this host can have; the next observation names the rest."""
+        return self.firewall.possible(want)
+
+    def observe(self, want: Dataplane) -> Observed:
+        """Reads back all that is ours, and what stands in its way; `want` says which sysctls matter."""
+        self.ovs.run()
+        kernel, foreign = self.net.observe(want.sysctls)
+        problems: list[Problem] = []
+        unknown: set[str] = set()
+        rules, peers, filter_problems = self.firewall.observe(want.rules)
+        problems += filter_problems
+        bridges: dict[str, Any] = {}
+        ports: dict[str, Any] = {}
+        restore: dict[str, bool] = {}
+        flows: dict[str, str] = {}
+        if self.ovs.synced:
+            bridges, ports, restore, ovs_foreign, ovs_problems = self.ovs.observe()
+            foreign += ovs_foreign
+            problems += ovs_problems
+            found = self.flows.observe(self.ovs.ofports) if bridges else ({}, ())
+            self.switch_up = found is not None
+            if self._leave_waiting(bool(restore)):
+                unknown.add("restore_wait")
+            if found is None:
+                unknown.add("flows")
+                text = f"ovs-vswitchd does not answer on {OBR}, so its flows can't be kept; is it running?"
+                problems.append(Problem("SwitchDown", text))
+            else:
+                flows = found[0]
+                foreign += found[1]
+        else:
+            self.switch_up = False
+            unknown |= {"bridges", "ports", "flows", "restore_wait"}
+            text = f"ovsdb-server does not answer at {self.ovs.remote}, so ports can't be kept; is it running?"
+            problems.append(Problem("DatabaseDown", text))
+        have = Dataplane(
+            bridges=bridges,
+            links=kernel["links"],
+            sysctls=kernel["sysctls"],
+            addresses=kernel["addresses"],
+            rules=rules,
+            filter_peers=dict(peers),
+            ports=ports,
+            flows=flows,
+            neighbours=kernel["neighbours"],
+            fdb=kernel["fdb"],
+            routes=kernel["routes"],
+            restore_wait=restore,
+        )
+        return Observed(have, tuple(_relevant(foreign, want)), tuple(problems), frozenset(unknown))
+
+    def switch_answers(self) -> bool:
+        return self.flows.answers()
+
+    def _leave_waiting(self, waiting: bool) -> bool:
+        """Whether flow-restore-wait is to stay for now: the switch is not up yet, or others' flows are not back.
+
+        Never for longer than the grace: a switch that waits for ever forwards nothing new.
+        """
+        if not waiting:
+            self._waiting_since = None
+            return False
+        now = time.monotonic()
+        self._waiting_since = self._waiting_since or now
+        return (not self.switch_up or self.ovs.other_bridges()) and now - self._waiting_since < OTHERS_GRACE
+
+    def apply(self, todo: Plan, want: Dataplane) -> list[Problem]:
+        """Carries a plan out, and returns what could not be done; one part's failure stops no other."""
+        groups: dict[tuple[str, str], list[Step]] = {(op, kind): [] for op in "+-" for kind in KINDS}
+        for step in todo.steps:
+            groups["-" if step.op == "-" else "+", step.kind].append(step)
+        problems: list[Problem] = []
+
+        def attempt(what: str, call: Callable[[], None]) -> bool:
+            try:
+                call()
+            except OvsmeshError as error:
+                problems.append(Problem("ApplyFailed", f"{what}: {error}"))
+                return False
+            return True
+
+        def links(name: str) -> None:
+            for step in groups["+", "links"]:
+                if step.key == name:
+                    attempt(f"link {name}", lambda step=step: self.net.set_link(step.key, step.want, step.have))  # type: ignore[misc]
+
+        links(KBR)
+        late = self._set_ports(groups, attempt)
+        if groups["+", "flows"]:
+            adds = {s.key: s.want for s in groups["+", "flows"]}
+            attempt("flows", lambda: self._set_flows(adds, []))
+        links(OBR)
+        for step in groups["+", "sysctls"]:
+            attempt(f"sysctl {step.key}", lambda step=step: write_sysctl(step.key, step.want))  # type: ignore[misc]
+        if any(groups[op, kind] for op in "+-" for kind in ("rules", "filter_peers")):
+            held = {s.key: s.have for s in todo.held if s.kind == "filter_peers"}
+            self.firewall.apply(want.rules, {**held, **want.filter_peers})
+        problems += self._kernel(groups)
+        if groups["-", "flows"]:
+            gone = [s.key for s in groups["-", "flows"]]
+            attempt("flows", lambda: self._set_flows({}, gone))
+        bridge_gone = bool(groups["-", "bridges"])
+        if late or bridge_gone or groups["-", "restore_wait"]:
+            clear = bool(groups["-", "restore_wait"])
+            attempt("ports", lambda: self.ovs.apply(None, {}, late, bridge_gone, clear))
+        for step in groups["-", "links"]:
+            attempt(f"link {step.key}", lambda step=step: self.net.del_link(step.key))  # type: ignore[misc]
+        return problems
+
+    def _set_ports(self, groups: dict[tuple[str, str], list[Step]], attempt: Callable[..., bool]) -> list[str]:
+        """Bridge and ports in one transaction; returns the ports to delete later, when nothing uses them.
+
+        A port whose place (remote and key) a new one takes goes in the same transaction: two of
+        one configuration can't be, and in two transactions packets are lost (490 measured).
+        """
+        bridge = next((s.want for s in groups["+", "bridges"]), None)
+        ports = {s.key: s.want for s in groups["+", "ports"]}
+        places = {(p.remote, p.key) for p in ports.values()}
+        gone = groups["-", "ports"]
+        now = [s.key for s in gone if (s.have.remote, s.have.key) in places]
+        if bridge is not None or ports:
+            attempt("ports", lambda: self.ovs.apply(bridge, ports, now))
+        return [s.key for s in gone if s.key not in set(now)]
+
+    def _set_flows(self, add: dict[str, str], delete: list[str]) -> None:
+        self.flows.apply(add, delete, self.ovs.ofports)
+
+    def _kernel(self, groups: dict[tuple[str, str], list[Step]]) -> list[Problem]:
+        steps = [s for kind in _KERNEL_TABLES for s in groups["+", kind]]
+        steps += [s for kind in reversed(_KERNEL_TABLES) for s in groups["-", kind]]
+        if not steps:
+            return []
+        labelled = []
+        for step in steps:
+            value = step.have if step.op == "-" else step.want
+            labelled.append((step, self.net.message(step.op, step.kind, step.key, value)))
+        try:
+            refused = self.net.batch(labelled)
+        except OSError as error:
+            return [Problem("ApplyFailed", f"kernel tables: {error.strerror or error}")]
+        self.net.drain()
+        return [Problem("ApplyFailed", f"{step}: {text}") for step, text in refused.items()]
+
+
+def _relevant(foreign: list[Foreign], want: Dataplane) -> list[Foreign]:
+    """Leaves out obr0's link while its bridge is foreign too: one thing, named once."""
+    bridges = {f.key for f in foreign if f.kind == "bridges"}
+    return [f for f in foreign if not (f.kind == "links" and f.key in bridges)]
+
+
+def kernel_datapath() -> bool:
+    """Whether this kernel has Open vSwitch's datapath; asking loads the module where there is one."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 16) as asker:
+        asker.settimeout(5.0)
+        asker.bind((0, 0))
+        name = _GENL_FAMILY + b"\0"
+        attribute = struct.pack("=HH", 4 + len(name), 2) + name + b"\0" * (-len(name) % 4)
+        body = struct.pack("=BBH", 3, 1, 0) + attribute
+        asker.send(struct.pack("=IHHII", 16 + len(body), 16, 1, 1, 0) + body)
+        reply = asker.recv(8192)
+    kind = struct.unpack_from("=H", reply, 4)[0]
+    return kind != 2 or -struct.unpack_from("=i", reply, 16)[0] not in (errno.ENOENT, errno.EOPNOTSUPP)

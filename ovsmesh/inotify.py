@@ -1,0 +1,157 @@
+"""Knows inotify: a bell that rings when what a path leads to may have changed.
+
+Own calls into libc, forty lines of them: inotify_simple forks ldconfig at start and carries no types, and the
+one in pyroute2 needs an event loop. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+import time
+
+_MODIFY, _ATTRIB, _CLOSE_WRITE = 0x2, 0x4, 0x8
+_MOVED_FROM, _MOVED_TO, _CREATE, _DELETE, _DELETE_SELF, _MOVE_SELF = 0x40, 0x80, 0x100, 0x200, 0x400, 0x800
+_UNMOUNT, _OVERFLOW, _IGNORED = 0x2000, 0x4000, 0x8000
+_ONLYDIR, _MASK_ADD = 0x01000000, 0x20000000
+_ON_DIRECTORY = _CREATE | _DELETE | _MOVED_FROM | _MOVED_TO | _DELETE_SELF | _MOVE_SELF | _ONLYDIR
+_ON_FILE = _MODIFY | _ATTRIB | _CLOSE_WRITE | _DELETE_SELF | _MOVE_SELF
+_GONE = _DELETE_SELF | _MOVE_SELF | _IGNORED | _UNMOUNT
+_EVENT = struct.Struct("iIII")
+_MAX_LINKS = 40
+"""Symbolic links followed in one path, as the kernel does (path_resolution(7))."""
+
+
+class FileBell:
+    """Rings when the file that `path` leads to is written, replaced, removed, made, or a link to it is changed.
+
+    Where inotify can't be had (no instances left), it never rings: `why_silent` says so, and reading again now
+    and then has to do.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(path)
+        self.why_silent = ""
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._handle = -1
+        self._names: dict[int, set[bytes]] = {}
+        """Watch of a directory → the entries in it that matter."""
+        self._files: set[int] = set()
+        self._writing = 0.0
+        self._handle = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._handle < 0:
+            self.why_silent = f"no inotify: {os.strerror(ctypes.get_errno())}"
+        self._aim()
+
+    def fds(self) -> list[int]:
+        """What to wait on for reading; the same for as long as the bell lives."""
+        return [] if self._handle < 0 else [self._handle]
+
+    def close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def writing(self) -> float:
+        """Seconds since a writer began who has not closed the file yet; 0 when there is none."""
+        return time.monotonic() - self._writing if self._writing else 0.0
+
+    def drain(self) -> bool:
+        """Takes in what happened; True when the content may be another. Never blocks."""
+        rang, moved = self._take()
+        if moved:
+            self._aim()
+            # What the aiming itself caused, so that it doesn't wake the caller again.
+            rang = self._take()[0] or rang
+        return rang
+
+    def _take(self) -> tuple[bool, bool]:
+        """Reads all events: has it rung, and must the watches be set anew?"""
+        rang = moved = False
+        while self._handle >= 0:
+            try:
+                data = os.read(self._handle, 65536)
+            except BlockingIOError:
+                break
+            at = 0
+            while at < len(data):
+                watch, mask, _, size = _EVENT.unpack_from(data, at)
+                name = data[at + _EVENT.size : at + _EVENT.size + size].rstrip(b"\0")
+                at += _EVENT.size + size
+                gone = bool(mask & _GONE)
+                if watch in self._files:
+                    if mask & _MODIFY:
+                        self._writing = self._writing or time.monotonic()
+                    if mask & _CLOSE_WRITE:
+                        self._writing = 0.0
+                    rang = rang or bool(mask & ~_MODIFY)
+                    moved = moved or gone
+                elif mask & _OVERFLOW or (watch in self._names and (gone or name in self._names[watch])):
+                    rang = moved = True
+        return rang, moved
+
+    def _aim(self) -> None:
+        """Starts afresh on what the path leads to now: simpler to get right than moving single watches."""
+        if self._handle < 0:
+            return
+        for watch in [*self._names, *self._files]:
+            self._libc.inotify_rm_watch(self._handle, watch)
+        self._names.clear()
+        self._files.clear()
+        self._writing = 0.0
+        # Twice, as the path may change between looking at it and watching it; what comes later rings.
+        for _ in range(2):
+            links, last = _trail(self.path)
+            for directory, name in links:
+                watch = self._watch(directory, _ON_DIRECTORY)
+                if watch >= 0:
+                    self._names.setdefault(watch, set()).add(os.fsencode(name))
+            if last:
+                watch = self._watch(last, _ON_FILE)
+                if watch >= 0:
+                    self._files.add(watch)
+
+    def _watch(self, path: str, mask: int) -> int:
+        watch: int = self._libc.inotify_add_watch(self._handle, os.fsencode(path), ctypes.c_uint32(mask | _MASK_ADD))
+        if watch < 0 and ctypes.get_errno() == errno.ENOSPC:
+            self.why_silent = "no inotify watches left: raise fs.inotify.max_user_watches"
+        return watch
+
+
+def _trail(path: str) -> tuple[list[tuple[str, str]], str]:
+    """The directory entries that decide what `path` leads to, and the file it leads to ("" when none).
+
+    Of the plain directories on the way only the last counts, as well as the first that is missing: watching
+    each one above would wake the reader for every file in /tmp.
+    """
+    todo = [part for part in path.split("/") if part]
+    here, links = "/", 0
+    entries: list[tuple[str, str]] = []
+    while todo:
+        name = todo.pop(0)
+        if name in ("", "."):
+            continue
+        if name == "..":
+            here = os.path.dirname(here)
+            continue
+        full = os.path.join(here, name)
+        try:
+            target = os.readlink(full)
+        except OSError:
+            # Not a link, or not there: either it is the last, or the rest hangs on it.
+            if not os.path.lexists(full):
+                return [*entries, (here, name)], ""
+            if not todo:
+                return [*entries, (here, name)], full
+            here = full
+            continue
+        entries.append((here, name))
+        links += 1
+        if links > _MAX_LINKS:
+            break
+        if target.startswith("/"):
+            here = "/"
+        todo = target.split("/") + todo
+    return entries, ""

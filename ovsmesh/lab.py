@@ -1,0 +1,398 @@
+"""A mesh of hosts on one machine: network namespaces, a real Open vSwitch and a real agent each, real packets.
+
+Knows the whole: the underlay that joins the hosts, the mesh file, the state directory by which
+another process finds the lab again, and how to end it all and prove it. One lab, three uses: the
+demo, the tests' fixture, the benches' stage. Never imports ovs, pyroute2, kubernetes, rich.
+
+    NAME-hub    bridge `hub` 192.0.2.1, 2001:db8::1        the underlay, and the outside world
+    NAME-hN     eth0 192.0.2.(10+N)    pods 10.97.N.0/24, fd00:97:N::/64
+    NAME-hNpM   eth0 10.97.N.(1+M), fd00:97:N::(1+M), plugged into kbr0 of host N
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ovsmesh import labnet, labstate
+from ovsmesh.labhost import Host, Pod, Wiring
+from ovsmesh.labnet import LabError, Process
+from ovsmesh.labping import Pair, Prober, Track, ping
+from ovsmesh.labstate import (
+    BASE,
+    MOST_HOSTS,
+    Proof,
+    Settings,
+    Step,
+    kernel_datapath,
+    names,
+    own,
+    preflight,
+    quiet,
+    write,
+)
+from ovsmesh.model import KBR
+
+_WORKERS = 6
+_numbers = itertools.count(1)
+T = TypeVar("T")
+
+
+class Lab:
+    """A lab of `hosts` (2 to 20; 1 is allowed for tests) with `pods` each.
+
+    `up()` makes it, `Lab.open(name)` finds it again from another process, `down()` leaves nothing.
+    As a context manager it is up inside and down after. `step` is called with each step's name
+    and gives a context manager around it, to show progress.
+    """
+
+    def __init__(
+        self,
+        hosts: int = 3,
+        pods: int = 1,
+        *,
+        name: str = "",
+        dual_stack: bool = False,
+        underlay6: bool = False,
+        encapsulation: str = "gre",
+        key: int | None = None,
+        underlay_mtu: int = 1500,
+        datapath: str = "",
+        agents: bool = True,
+        base: Path = BASE,
+        ephemeral: bool = False,
+        step: Step = quiet,
+    ) -> None:
+        self._base, self._agents, self.step = base, agents, step
+        me = labnet.identity(os.getpid()) if ephemeral else None
+        numbers = tuple(range(1, hosts + 1))
+        datapath = datapath or ("system" if kernel_datapath() else "netdev")
+        name = name or f"t{os.getpid()}-{next(_numbers)}"
+        self.settings = Settings(
+            name, numbers, pods, dual_stack, underlay6, encapsulation, key, underlay_mtu, datapath, me
+        )
+        labstate.check(self.settings, base)
+
+    @classmethod
+    def open(cls, name: str, base: Path = BASE, step: Step = quiet, remains: bool = False) -> Lab:
+        """The lab of that name, as its state directory tells; with `remains`, also what is left of one, to end it.
+
+        Raises LabError when there is none.
+        """
+        lab = cls.__new__(cls)
+        lab._base, lab._agents, lab.step = base, True, step
+        if remains and not (base / name / "lab.json").exists() and (own(name) or (base / name).exists()):
+            lab.settings = Settings(name, ())
+        else:
+            lab.settings = labstate.load(base, name)
+        return lab
+
+    def __enter__(self) -> Lab:
+        try:
+            self.up()
+        except BaseException:
+            self.down()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.down()
+
+    # --- what is there
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    @property
+    def state(self) -> Path:
+        return self._base / self.settings.name
+
+    @property
+    def mesh_file(self) -> Path:
+        return self.state / "mesh.yaml"
+
+    @property
+    def hub(self) -> str:
+        """The underlay's namespace; its bridge has 192.0.2.1 and stands for the world outside."""
+        return f"{self.name}-hub"
+
+    def host(self, index: int) -> Host:
+        if index not in self.settings.hosts:
+            raise LabError(f"host {index} of lab {self.name}: there are {', '.join(map(str, self.settings.hosts))}")
+        return self._host(index)
+
+    def _host(self, index: int) -> Host:
+        s = self.settings
+        wiring = Wiring(s.name, self.state, s.datapath, s.dual_stack, s.underlay6, s.underlay_mtu)
+        return Host(wiring, index, s.pods)
+
+    @property
+    def hosts(self) -> list[Host]:
+        return [self._host(index) for index in self.settings.hosts]
+
+    def pod(self, host: int, pod: int) -> Pod:
+        return self.host(host).pod(pod)
+
+    @property
+    def pods(self) -> list[Pod]:
+        return [pod for host in self.hosts for pod in host.pods]
+
+    # --- up
+
+    def up(self) -> Lab:
+        """Makes the lab; with agents, returns when every one is ready and every pod plugged in."""
+        preflight(self.settings.datapath)
+        with self._locked(create=True):
+            if (self.state / "lab.json").exists():
+                raise LabError(
+                    f"lab {self.name}: exists already; `ovsmesh lab down --name {self.name}`, or use another name"
+                )
+            self._save()
+            hosts = self.hosts
+            with self.step(f"{len(hosts)} hosts and the underlay that joins them"):
+                self._make_namespaces(hosts)
+            with self.step(f"{len(hosts)} × ovsdb-server and ovs-vswitchd ({self._datapath_text})"):
+                self._each(self._start_host, hosts)
+                self._warm_up()
+            self.write_mesh()
+            if self._agents:
+                with self.step(f"{len(hosts)} agents build {len(hosts) * (len(hosts) - 1)} tunnel ends"):
+                    self._each(Host.start_agent, hosts)
+                    self.converged(60)
+                with self.step(f"{len(hosts) * self.settings.pods} pods plugged into {KBR}"):
+                    self._each(Host.plug, hosts)
+        return self
+
+    @property
+    def _datapath_text(self) -> str:
+        return "kernel datapath" if self.settings.datapath == "system" else "userspace datapath"
+
+    def _each(self, do: Callable[[Host], T], hosts: Iterable[Host]) -> list[T]:
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            return list(pool.map(do, hosts))
+
+    def _make_namespaces(self, hosts: Sequence[Host]) -> None:
+        if not labnet.namespaces() >= {self.hub}:
+            labnet.ip_batch([f"netns add {self.hub}"])
+            mtu = self.settings.underlay_mtu
+            labnet.sysctl(self.hub, {"net/ipv6/conf/default/accept_dad": "0"})
+            lines = ["link set lo up", f"link add hub mtu {mtu} type bridge mcast_snooping 0", "link set hub up"]
+            labnet.ip_batch(
+                [*lines, "addr add 192.0.2.1/24 dev hub", "addr add 2001:db8::1/64 dev hub nodad"], self.hub
+            )
+            labnet.tx_checksum_off(self.hub, "hub")
+        labnet.ip_batch(f"netns add {ns}" for host in hosts for ns in (host.ns, *(pod.ns for pod in host.pods)))
+        for ns in (ns for host in hosts for ns in (host.ns, *(pod.ns for pod in host.pods))):
+            # each multicast group that a link speaks to takes an entry of the machine-wide neighbour table
+            labnet.sysctl(ns, {"net/ipv6/conf/default/router_solicitations": "0"})
+        labnet.ip_batch((line for host in hosts for line in self._cable(host)), self.hub)
+        for host in hosts:
+            labnet.ip_batch(["link set lo up", "link set eth0 up"], host.ns)
+
+    def _cable(self, host: Host) -> list[str]:
+        mtu, mac = self.settings.underlay_mtu, f"02:00:c0:00:02:{10 + host.index:02x}"
+        return [
+            f"link add u{host.index} mtu {mtu} type veth peer name eth0 address {mac} mtu {mtu} netns {host.ns}",
+            f"link set u{host.index} addrgenmode none",
+            f"link set u{host.index} master hub up",
+        ]
+
+    def _start_host(self, host: Host) -> None:
+        host.start_ovsdb()
+        host.ovs_vsctl("--no-wait", "init")
+        host.start_vswitchd(restore_wait=False)
+        host.create_underlay()
+
+    def _warm_up(self) -> None:
+        """Lets every host's switch learn every other's underlay MAC, as hosts that talked before have.
+
+        The userspace datapath drops the first packet of a tunnel whose remote it can't yet resolve.
+        """
+        for timeout in (0.3, 1.0, 3.0):
+            tracks = ping(self._underlay_pairs(), count=1, timeout=timeout)
+            if not any(t.lost for t in tracks):
+                return
+        silent = ", ".join(f"{t.pair.source}→{t.pair.target}" for t in tracks if t.lost)
+        raise LabError(f"underlay of lab {self.name}: no answer {silent}; see the logs in {self.state}")
+
+    def _underlay_pairs(self) -> list[Pair]:
+        hosts = self.hosts
+        return [Pair(a.ns, str(b.address), a.name, b.name) for a in hosts for b in hosts if a != b]
+
+    def _save(self) -> None:
+        labstate.save(self._base, self.settings)
+
+    def _locked(self, create: bool = False) -> AbstractContextManager[None]:
+        return labstate.locked(self._base, self.name, create)
+
+    # --- the mesh
+
+    def write_mesh(self, nodes: Sequence[Mapping[str, Any]] | None = None, **spec: Any) -> None:
+        """Writes the mesh file by an atomic rename: these nodes, or those of all hosts; `spec` overrides or adds."""
+        s = self.settings
+        cidrs = ["10.97.0.0/16", *(["fd00:97::/32"] if s.dual_stack else [])]
+        chosen = [host.node for host in self.hosts] if nodes is None else [dict(node) for node in nodes]
+        content: dict[str, Any] = {"clusterCIDRs": cidrs, "encapsulation": s.encapsulation}
+        content |= {} if s.key is None else {"key": s.key}
+        content |= {**spec, "nodes": chosen}
+        self.write_mesh_text(
+            _yaml(
+                {"apiVersion": "ovsmesh.io/v1alpha1", "kind": "Mesh", "metadata": {"name": "default"}, "spec": content}
+            )
+        )
+
+    def write_mesh_text(self, text: str) -> None:
+        """Any text as the mesh file, good or bad, by an atomic rename."""
+        write(self.mesh_file, text)
+
+    def converged(self, timeout: float = 30.0, hosts: Sequence[Host] | None = None) -> float:
+        """Waits until /readyz of every host's agent says 200; returns the seconds waited.
+
+        Raises LabError after `timeout` seconds, with what the first agents that aren't ready say.
+        """
+        start = time.monotonic()
+        waiting = list(self.hosts if hosts is None else hosts)
+
+        def ready() -> bool:
+            waiting[:] = [host for host in waiting if not host.ready()]
+            return not waiting
+
+        try:
+            labnet.wait_for("all agents to be ready", ready, timeout, every=0.05)
+        except LabError as error:
+            raise LabError("\n".join([str(error), *(self._unready(host) for host in waiting[:3])])) from error
+        return time.monotonic() - start
+
+    def _unready(self, host: Host) -> str:
+        status, body = host.http("/readyz")
+        alive = "runs" if host.agent_alive() else "HAS ENDED"
+        return (
+            f"{host.name}: agent {alive}, /readyz {status or 'no answer'}: {body.strip()[:500]}; log {host.agent_log}"
+        )
+
+    def add_host(self, agent: bool = True) -> Host:
+        """A further host, with its pods; with `agent`, in the mesh file, and plugged in once its own agent is ready."""
+        with self._locked():
+            host = self.prepare_host()
+            if agent:
+                self.write_mesh()
+                host.start_agent()
+                self.converged(30, [host])
+                host.plug()
+        return host
+
+    def prepare_host(self) -> Host:
+        """A further host with Open vSwitch and no agent yet, not in the mesh file; pods not plugged in."""
+        index = next(n for n in range(1, MOST_HOSTS + 2) if n not in self.settings.hosts)
+        if index > MOST_HOSTS:
+            raise LabError(f"lab {self.name} has {MOST_HOSTS} hosts already, the most there can be")
+        self.settings = replace(self.settings, hosts=(*self.settings.hosts, index))
+        self._save()
+        host = self._host(index)
+        self._make_namespaces([host])
+        self._start_host(host)
+        self._warm_up()
+        return host
+
+    def remove_host(self, index: int) -> None:
+        """Takes a host out of the mesh file, then ends it."""
+        host = self.host(index)
+        with self._locked():
+            self.settings = replace(self.settings, hosts=tuple(n for n in self.settings.hosts if n != index))
+            self._save()
+            self.write_mesh()
+            self._end(name for name in labnet.namespaces() if re.fullmatch(rf"{host.ns}(p\d+)?", name))
+            shutil.rmtree(host.state, ignore_errors=True)
+
+    # --- packets
+
+    def pairs(self, between_hosts_only: bool = False) -> list[Pair]:
+        """Every pod to every other, in each address family that they have."""
+        places = [(host.index, pod) for host in self.hosts for pod in host.pods]
+        return [
+            Pair(a.ns, str(address), a.name, b.name)
+            for host_a, a in places
+            for host_b, b in places
+            if a != b and not (between_hosts_only and host_a == host_b)
+            for address in b.addresses
+        ]
+
+    def ping_matrix(
+        self, count: int = 3, size: int = 0, df: bool = False, pace: float = 0.0005, timeout: float = 1.0
+    ) -> list[Track]:
+        """Pings from every pod to every other, `count` times: what came back, and in what time."""
+        return ping(self.pairs(), count, pace, size, df, timeout)
+
+    def stream(self, pairs: Sequence[Pair] | None = None, interval: float = 0.005) -> Prober:
+        """A continuous stream in the background while its context lasts; one packet a pair each `interval` seconds."""
+        return Prober(self.pairs(between_hosts_only=True) if pairs is None else pairs, interval)
+
+    def pair(self, source: Pod, target: Pod, version: int = 4) -> Pair:
+        address = next(a for a in target.addresses if a.version == version)
+        return Pair(source.ns, str(address), source.name, target.name)
+
+    def logs(self, lines: int = 40) -> str:
+        return "\n".join(host.logs(lines) for host in self.hosts)
+
+    # --- down
+
+    def down(self) -> Proof:
+        """Ends every process of the lab, removes its namespaces and files, and looks again.
+
+        Works on a half-made lab, and after its maker was killed. What lives in a namespace of the
+        lab is the lab's; beyond that only the recorded processes that are still the same.
+        """
+        with self._locked():
+            recorded = [p for host in self._recorded_hosts() for p in _recorded(host)]
+            processes = labnet.end(recorded)
+            more, removed = self._end(own(self.name))
+            shutil.rmtree(self.state, ignore_errors=True)
+        left = [f"namespace {name}" for name in own(self.name)]
+        left += [f"process {process.pid}" for process in processes if labnet.identity(process.pid) == process]
+        left += [f"directory {self.state}"] if self.state.exists() else []
+        if self._base == BASE and BASE.exists() and not any(BASE.iterdir()):
+            BASE.rmdir()
+        return Proof(self.name, len(processes) + more, removed, tuple(left))
+
+    def _recorded_hosts(self) -> list[Host]:
+        found = (re.fullmatch(r"h(\d+)", path.name) for path in self.state.glob("h*"))
+        return [self._host(int(match[1])) for match in found if match]
+
+    def _end(self, names: Iterable[str]) -> tuple[int, int]:
+        chosen, ended = sorted(names), 0
+        # again while something is found: a process may have started another meanwhile
+        while found := labnet.inhabitants(chosen):
+            ended += len(labnet.end(found))
+        if chosen:
+            labnet.ip_batch(f"netns del {name}" for name in chosen)
+        return ended, len(chosen)
+
+
+def end_orphans(base: Path = BASE) -> list[Proof]:
+    """Ends the ephemeral labs whose maker has ended without doing it."""
+    labs = [Lab.open(name, base) for name in names(base)]
+    return [lab.down() for lab in labs if (own := lab.settings.owner) and labnet.identity(own.pid) != own]
+
+
+def _recorded(host: Host) -> list[Process]:
+    found = (host.agent(), host.daemon("ovs-vswitchd"), host.daemon("ovsdb-server"))
+    return [process for process in found if process]
+
+
+def _yaml(content: object) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(content, sort_keys=False))

@@ -1,0 +1,268 @@
+"""From a Mesh, a node's name and its host's facts to the Dataplane that the node should have.
+
+Pure: the same input gives the same output on every node, so two nodes agree on both ends of a
+tunnel without talking. Imports model and filters; never ovs, pyroute2, kubernetes, time, socket.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import IPv4Network
+from typing import Any
+
+from ovsmesh import filters
+from ovsmesh.model import (
+    FALLBACK_METRIC,
+    KBR,
+    OBR,
+    ROUTE_METRIC,
+    Bridge,
+    Dataplane,
+    Facts,
+    IPAddress,
+    IPNetwork,
+    Link,
+    Mesh,
+    Node,
+    OvsmeshError,
+    Port,
+    Problem,
+    Route,
+)
+
+_PREFIX = {"gre": "gre-", "vxlan": "vx-", "geneve": "gnv-"}
+_OVERHEAD = {"gre": 38, "vxlan": 50, "geneve": 50}
+"""Bytes of outer IPv4, encapsulation and inner Ethernet headers (RFC 2784, 7348, 8926)."""
+_GRE_KEY = 4
+_IPV6_MORE = 20
+_DEFAULT_UNDERLAY_MTU = 1500
+_MIN_IPV6_MTU = 1280
+"""RFC 8200 section 5: a link below it can't carry IPv6."""
+_NAME_MAX = 15
+"""IFNAMSIZ - 1."""
+
+
+def gateway(cidr: IPNetwork) -> IPAddress:
+    """The first usable address of a pod CIDR: the node's own address on kbr0."""
+    return cidr.network_address + 1
+
+
+def mac(node: Node) -> str:
+    """The MAC of a node's kbr0, which every other node computes alone, so no ARP crosses a tunnel.
+
+    0a:58 and the bytes of the first IPv4 gateway, the CNI bridge plugin's habit; for a node
+    without IPv4, 0e:58 and four bytes of a hash of its first gateway.
+    """
+    for cidr in node.pod_cidrs:
+        if isinstance(cidr, IPv4Network):
+            return "0a:58:" + gateway(cidr).packed.hex(":")
+    return "0e:58:" + hashlib.sha256(gateway(node.pod_cidrs[0]).packed).digest()[:4].hex(":")
+
+
+def port_name(node_name: str, encapsulation: str) -> str:
+    """The tunnel port's name: the node's own where it fits an interface name, else a hash of it.
+
+    The two forms can't meet: the second has an underscore, the first never.
+    """
+    prefix = _PREFIX[encapsulation]
+    room = _NAME_MAX - len(prefix)
+    if len(node_name) <= room and re.fullmatch(r"[a-z0-9.-]+", node_name):
+        return prefix + node_name
+    digest = base64.b32encode(hashlib.sha256(node_name.encode()).digest()).decode().lower()
+    return f"{prefix}{re.sub('[^a-z0-9]', '', node_name.lower())[:2]}_{digest}"[:_NAME_MAX]
+
+
+def overhead(mesh: Mesh, address: IPAddress) -> int:
+    """Bytes that encapsulation takes from the underlay's MTU, for a tunnel address of this family."""
+    keyed = _GRE_KEY if mesh.key is not None and mesh.encapsulation == "gre" else 0
+    return _OVERHEAD[mesh.encapsulation] + keyed + (_IPV6_MORE if address.version == 6 else 0)
+
+
+def pod_mtu(mesh: Mesh, self_node: Node, facts: Facts) -> int:
+    """MTU in bytes of pods, kbr0, obr0 and routes: what fits the underlay, or less where the mesh says so."""
+    fits = (facts.underlay_mtu or _DEFAULT_UNDERLAY_MTU) - overhead(mesh, self_node.address)
+    return fits if mesh.mtu is None else min(mesh.mtu, fits)
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What one peer's parts depend on besides the peer: equal wiring and peer, equal parts."""
+
+    encapsulation: str
+    key: str
+    local: str
+    mac: str
+    mtu: int
+
+
+def wiring(mesh: Mesh, self_node: Node, facts: Facts) -> Wiring:
+    key = "" if mesh.key is None else str(mesh.key)
+    return Wiring(
+        mesh.encapsulation,
+        key,
+        str(self_node.address),
+        mac(self_node),
+        pod_mtu(mesh, self_node, facts),
+    )
+
+
+@lru_cache(maxsize=8192)
+def _parts(w: Wiring, name: str, uid: str, address: IPAddress, pod_cidrs: tuple[IPNetwork, ...]) -> Dataplane:
+    node = Node(name, address, pod_cidrs)
+    port = port_name(name, w.encapsulation)
+    peer_mac = mac(node)
+    flows = {f"100 dl_dst={peer_mac},in_port=LOCAL": f"output:{port}"}
+    for source in (*pod_cidrs, address):
+        family = "ip,nw_src" if source.version == 4 else "ipv6,ipv6_src"
+        flows[f"100 dl_dst={w.mac},in_port={port},{family}={source}"] = "LOCAL"
+    set_address, set_name = filters.peer_set(node)
+    return Dataplane(
+        filter_peers={set_address: set_name},
+        ports={port: Port(w.encapsulation, str(address), w.local, w.key, name, uid)},
+        flows=flows,
+        neighbours={str(gateway(c)): peer_mac for c in pod_cidrs},
+        fdb={peer_mac: OBR},
+        routes={(str(c), ROUTE_METRIC): Route("unicast", str(gateway(c)), KBR, w.mtu) for c in pod_cidrs},
+    )
+
+
+def peer_parts(w: Wiring, peer: Node) -> Dataplane:
+    """The parts of the dataplane that are there because of one peer, and nothing else grows with the mesh."""
+    return _parts(w, peer.name, peer.uid, peer.address, peer.pod_cidrs)
+
+
+def peers(mesh: Mesh, self_name: str) -> tuple[tuple[Node, ...], tuple[Problem, ...]]:
+    """The nodes that self joins with, and why the others can't be: family, or a name or MAC already taken."""
+    me = _self(mesh, self_name)
+    taken: dict[str, str] = {mac(me): me.name}
+    good: list[Node] = []
+    problems: list[Problem] = []
+    for node in mesh.nodes:
+        if node.name == self_name:
+            continue
+        if node.address.version != me.address.version:
+            text = (
+                f"is of another address family than {self_name}'s {me.address}; a tunnel needs both ends of one family"
+            )
+            problems.append(
+                Problem(
+                    "AddressFamilyMismatch",
+                    text,
+                    node.name,
+                    "address",
+                    str(node.address),
+                )
+            )
+            continue
+        claims = (mac(node), port_name(node.name, mesh.encapsulation))
+        holder = next((taken[c] for c in claims if c in taken), None)
+        if holder is not None:
+            text = (
+                f"its derived MAC {claims[0]} or port name {claims[1]} is the one of {holder}; rename or renumber one"
+            )
+            problems.append(Problem("DerivedNameConflict", text, node.name))
+            continue
+        taken.update(dict.fromkeys(claims, node.name))
+        good.append(node)
+    return tuple(good), tuple(problems)
+
+
+def _self(mesh: Mesh, self_name: str) -> Node:
+    me = mesh.node(self_name)
+    if me is None:
+        known = ", ".join(n.name for n in mesh.nodes[:10]) or "none"
+        raise OvsmeshError(f"node {self_name} is not in the mesh (nodes there: {known}); set --node or add it")
+    return me
+
+
+def _sysctls(me: Node, facts: Facts) -> dict[str, str]:
+    v6 = any(c.version == 6 for c in me.pod_cidrs)
+    # ip_forward first: the kernel resets other settings when it flips
+    values = {"net/ipv4/ip_forward": "1"}
+    if v6:
+        # a router ignores advertisements unless told otherwise, and would lose its own default route
+        values |= {f"net/ipv6/conf/{link}/accept_ra": "2" for link in facts.ra_links}
+        values["net/ipv6/conf/all/forwarding"] = "1"
+    values |= {
+        # a redirected pod talks L2 straight through OVS, where nothing can send it "fragmentation needed"
+        "net/ipv4/conf/all/send_redirects": "0",
+        f"net/ipv4/conf/{KBR}/send_redirects": "0",
+        # loose: a peer's host process may bind its tunnel address, whose route is not through kbr0
+        f"net/ipv4/conf/{KBR}/rp_filter": "2",
+        f"net/ipv4/conf/{KBR}/accept_redirects": "0",
+    }
+    if facts.ipv6:
+        if v6:
+            values[f"net/ipv6/conf/{KBR}/disable_ipv6"] = "0"
+        # else a pod could send the host a router
+        values |= {
+            f"net/ipv6/conf/{KBR}/accept_ra": "0",
+            f"net/ipv6/conf/{KBR}/accept_redirects": "0",
+        }
+    return values
+
+
+def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
+    found = []
+    if facts.underlay_mtu is None:
+        text = f"is on no link of this host, so no tunnel can start here; assign it or correct the mesh (MTU taken as {mtu})"
+        found.append(Problem("TunnelAddressMissing", text, me.name, "address", str(me.address)))
+    if mesh.mtu is not None and mesh.mtu > mtu:
+        text = f"does not fit the underlay's {facts.underlay_mtu} less {overhead(mesh, me.address)} of encapsulation; {mtu} is used"
+        found.append(Problem("MTUTooHigh", text, field="mtu", value=str(mesh.mtu), fatal=False))
+    v6 = [c for c in me.pod_cidrs if c.version == 6]
+    if v6 and not facts.ipv6:
+        found.append(
+            Problem(
+                "IPv6Missing",
+                "this kernel has no IPv6",
+                me.name,
+                "podCIDRs",
+                str(v6[0]),
+            )
+        )
+    elif v6 and mtu < _MIN_IPV6_MTU:
+        text = f"is below the {_MIN_IPV6_MTU} bytes that IPv6 needs; raise the underlay's MTU by {_MIN_IPV6_MTU - mtu}"
+        found.append(Problem("MTUTooLow", text, me.name, "mtu", str(mtu)))
+    return found
+
+
+def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tuple[Problem, ...]]:
+    """The desired dataplane of `self_name`, and what in the mesh or on the host is not as it should be.
+
+    Raises OvsmeshError when self is not in the mesh.
+    """
+    me = _self(mesh, self_name)
+    joined, refused = peers(mesh, self_name)
+    w = wiring(mesh, me, facts)
+    grows: dict[str, dict[Any, Any]] = {
+        "filter_peers": {},
+        "ports": {},
+        "flows": {"0 ": "drop"},
+        "neighbours": {},
+        "fdb": {},
+        # a missing peer must not leak to the default gateway
+        "routes": {
+            (str(c), FALLBACK_METRIC): Route("unreachable") for c in mesh.cluster_cidrs if facts.ipv6 or c.version == 4
+        },
+    }
+    for peer in joined:
+        parts = peer_parts(w, peer)
+        for kind, into in grows.items():
+            into.update(getattr(parts, kind))
+    want = Dataplane(
+        bridges={OBR: Bridge(facts.datapath_type, mtu_request=w.mtu)},
+        links={
+            KBR: Link("bridge", w.mtu, mac=w.mac),
+            OBR: Link("", w.mtu, master=KBR, quiet=True),
+        },
+        sysctls=_sysctls(me, facts),
+        addresses={f"{gateway(c)}/{c.prefixlen}": KBR for c in me.pod_cidrs if facts.ipv6 or c.version == 4},
+        rules=filters.rules(mesh, me, facts),
+        **grows,
+    )
+    return want, (*_problems(mesh, me, facts, w.mtu), *refused)

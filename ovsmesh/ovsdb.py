@@ -1,0 +1,477 @@
+"""The OVS side of the dataplane: bridge, tunnel ports and their ownership, through python-ovs.
+
+Knows the Open_vSwitch schema as far as we use it. Keeps a replica that notifications keep
+current, and a mirror of our ports as model.Port, refreshed row by row: a change costs what
+changed. Never imports pyroute2 or kubernetes.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ovs.db.idl
+import ovs.poller
+import ovs.vlog
+
+from ovsmesh import ovsjson
+from ovsmesh.model import MARK, OBR, Bridge, Foreign, OvsmeshError, Port, Problem
+
+DEFAULT_REMOTE = "unix:/var/run/openvswitch/db.sock"
+COMMIT_DEADLINE = 5.0
+"""Seconds for ovsdb-server to answer a transaction: 0.4 s is usual for a thousand ports."""
+SWITCH_DEADLINE = 10.0
+"""Seconds for ovs-vswitchd to take a transaction over: 0.4 s for a thousand ports, 3 s for five thousand."""
+_PROBE_MS = 5000
+_BATCH = 1000
+"""Ports in one transaction; 5,000 at once were no faster (docs/design.md)."""
+
+_STRINGS = {"key": "string", "value": "string", "min": 0, "max": "unlimited"}
+_OPTIONAL = {"key": "string", "min": 0, "max": 1}
+_OPTIONAL_INT = {"key": "integer", "min": 0, "max": 1}
+
+
+def _refs(table: str) -> dict[str, Any]:
+    return {"key": {"type": "uuid", "refTable": table}, "min": 0, "max": "unlimited"}
+
+
+_SCHEMA: dict[str, dict[str, Any]] = {
+    "Open_vSwitch": {
+        "bridges": _refs("Bridge"),
+        "next_cfg": "integer",
+        "cur_cfg": "integer",
+        "other_config": _STRINGS,
+        "ovs_version": _OPTIONAL,
+    },
+    "Bridge": {
+        "name": "string",
+        "ports": _refs("Port"),
+        "datapath_type": "string",
+        "fail_mode": _OPTIONAL,
+        "external_ids": _STRINGS,
+    },
+    "Port": {
+        "name": "string",
+        "interfaces": _refs("Interface"),
+        "protected": "boolean",
+        "external_ids": _STRINGS,
+    },
+    "Interface": {
+        "name": "string",
+        "type": "string",
+        "options": _STRINGS,
+        "ofport": _OPTIONAL_INT,
+        "error": _OPTIONAL,
+        "mtu_request": _OPTIONAL_INT,
+    },
+}
+"""The columns that we read, typed as vswitch.ovsschema has them since OVS 2.6, so that no schema file is needed."""
+
+_NODE, _UID = MARK, f"{MARK}-uid"
+
+
+def run_dir(remote: str) -> Path:
+    """Where ovs-vswitchd keeps its management sockets: beside the database's.
+
+    Raises OvsmeshError for a remote that is not a UNIX socket: the agent works on its own host only.
+    """
+    kind, _, path = remote.partition(":")
+    if kind != "unix" or not path.startswith("/"):
+        raise OvsmeshError(f"--ovsdb {remote}: wanted unix:/PATH of this host's ovsdb-server socket")
+    return Path(path).parent
+
+
+class _Idl(ovs.db.idl.Idl):  # type: ignore[misc]
+    """python-ovs's replica, telling which rows changed."""
+
+    def __init__(self, remote: str, schema: Any) -> None:
+        self.touched: dict[str, set[Any]] = {table: set() for table in _SCHEMA}
+        super().__init__(remote, schema, probe_interval=_PROBE_MS)
+
+    def notify(self, event: str, row: Any, updates: Any = None) -> None:
+        self.touched[row._table.name].add(row.uuid)
+
+
+class Ovs:
+    """One connection to this host's OVS database; not thread-safe."""
+
+    def __init__(self, remote: str = DEFAULT_REMOTE) -> None:
+        run_dir(remote)
+        ovsjson.install()
+        ovs.vlog.Vlog.init()
+        # its loggers are the standard library's, by these names: what it says of reconnecting, we say as a problem
+        for facility in ("console", "syslog", "file"):
+            logging.getLogger(facility).propagate = False
+            ovs.vlog.Vlog.set_level("any", facility, "off")
+        self.remote = remote
+        schema = ovs.db.idl.SchemaHelper(schema_json=_schema_json())
+        for table, columns in _SCHEMA.items():
+            schema.register_columns(table, list(columns))
+        self._idl = _Idl(remote, schema)
+        self._seqno = self._idl.change_seqno
+        self._ports: dict[str, Port] = {}
+        self._uuids: dict[str, Any] = {}
+        self._port_names: dict[Any, str] = {}
+        self._members: frozenset[Any] = frozenset()
+        self.ofports: dict[str, int] = {}
+        """Our ports and obr0's OpenFlow numbers, as far as ovs-vswitchd has given them."""
+        self._errors: dict[str, str] = {}
+        self._switch_silent_since: int | None = None
+
+    def close(self) -> None:
+        self._idl.close()
+
+    def run(self) -> bool:
+        """Takes in what the server sent; True if something that we read may have changed."""
+        self._idl.run()
+        changed = bool(self._seqno != self._idl.change_seqno)
+        self._seqno = self._idl.change_seqno
+        return changed
+
+    def wait(self, fds: Sequence[int], timeout: float) -> None:
+        """Sleeps until the database, one of `fds` or the timeout (seconds) wants attention."""
+        poller = ovs.poller.Poller()
+        self._idl.wait(poller)
+        for fd in fds:
+            poller.fd_wait(fd, select.POLLIN)
+        poller.timer_wait(max(0, int(timeout * 1000)))
+        poller.block()
+
+    def connect(self, deadline: float = 3.0) -> bool:
+        """Waits up to `deadline` seconds for a whole replica; whether there is one."""
+        end = time.monotonic() + deadline
+        while not self.synced and time.monotonic() < end:
+            self.run()
+            if not self.synced:
+                self.wait((), end - time.monotonic())
+        return self.synced
+
+    @property
+    def synced(self) -> bool:
+        """Whether the replica is whole and its server answers."""
+        return bool(self._idl.has_ever_connected() and self._idl._session.is_connected() and self._root is not None)
+
+    @property
+    def _root(self) -> Any:
+        return next(iter(self._idl.tables["Open_vSwitch"].rows.values()), None)
+
+    @property
+    def version(self) -> str:
+        root = self._root
+        return root.ovs_version[0] if root and root.ovs_version else ""
+
+    def bridge_of(self, link: str) -> str | None:
+        """The datapath_type of the OVS bridge called `link`, or None if there is no such bridge."""
+        row = self._bridge(link)
+        return None if row is None else str(row.datapath_type or "system")
+
+    def _bridge(self, name: str) -> Any:
+        return next(
+            (row for row in self._idl.tables["Bridge"].rows.values() if row.name == name),
+            None,
+        )
+
+    def other_bridges(self) -> bool:
+        return any(row.name != OBR for row in self._idl.tables["Bridge"].rows.values())
+
+    def observe(
+        self,
+    ) -> tuple[
+        dict[str, Bridge],
+        dict[str, Port],
+        dict[str, bool],
+        list[Foreign],
+        list[Problem],
+    ]:
+        """What the replica holds of ours; only when `synced`.
+
+        Returns bridges, ports, restore_wait (as in Dataplane), foreign things and problems.
+        """
+        self._refresh()
+        root = self._root
+        waiting = root.other_config.get("flow-restore-wait") == "true"
+        restore = {"flow-restore-wait": True} if waiting else {}
+        row = self._bridge(OBR)
+        if row is None:
+            found = self._stray(OBR)
+            return {}, {}, restore, found, []
+        if row.external_ids.get(MARK) is None:
+            text = f"OVS bridge {OBR} is there and not ours (no external_ids:{MARK}); rename or delete it"
+            return {}, {}, restore, [Foreign("bridges", OBR, text)], []
+        local = self._interface(OBR)
+        mtu = local.mtu_request[0] if local is not None and local.mtu_request else 0
+        fail_mode = row.fail_mode[0] if row.fail_mode else "standalone"
+        bridge = Bridge(row.datapath_type or "system", fail_mode, mtu)
+        foreign = []
+        for uuid in self._members:
+            name = self._port_names.get(uuid)
+            if name is not None and name not in self._ports and name != OBR:
+                text = (
+                    f"port {name} in {OBR} is not ours (no external_ids:{MARK}); left as it is, its frames are dropped"
+                )
+                foreign.append(Foreign("ports", name, text, blocks=True))
+        problems = [
+            Problem(
+                "PortError",
+                f"ovs-vswitchd says: {text}",
+                self._ports[name].node,
+                "port",
+                name,
+            )
+            for name, text in self._errors.items()
+            if name in self._ports
+        ]
+        return {OBR: bridge}, dict(self._ports), restore, foreign, problems
+
+    def _stray(self, name: str) -> list[Foreign]:
+        """A port of that name in another bridge stands in the way of making ours."""
+        for row in self._idl.tables["Port"].rows.values():
+            if row.name == name:
+                return [
+                    Foreign(
+                        "bridges",
+                        name,
+                        f"an OVS port called {name} is in another bridge; rename or delete it",
+                    )
+                ]
+        return []
+
+    def _interface(self, name: str) -> Any:
+        port = self._uuids.get(name)
+        row = self._idl.tables["Port"].rows.get(port)
+        return row.interfaces[0] if row is not None and row.interfaces else None
+
+    def _refresh(self) -> None:
+        """Brings the mirror up to date with the rows that were touched since the last time."""
+        touched = self._idl.touched
+        if not any(touched.values()):
+            return
+        ports = self._idl.tables["Port"].rows
+        if touched["Bridge"]:
+            bridge = self._bridge(OBR)
+            self._members = frozenset() if bridge is None else frozenset(row.uuid for row in bridge.ports)
+        stale = set(touched["Port"])
+        if touched["Interface"]:
+            by_interface = {u: row.uuid for row in ports.values() for u in _uuids(row)} if touched["Interface"] else {}
+            stale |= {by_interface[u] for u in touched["Interface"] if u in by_interface}
+        if touched["Bridge"]:
+            # a port's row can come before or after its membership
+            stale |= self._members ^ {self._uuids[n] for n in self._ports if n in self._uuids}
+        for uuid in stale:
+            self._refresh_port(uuid, ports.get(uuid))
+        for rows in touched.values():
+            rows.clear()
+
+    def _refresh_port(self, uuid: Any, row: Any) -> None:
+        old = self._port_names.get(uuid)
+        if old is not None and self._uuids.get(old) == uuid:
+            for mirror in (self._ports, self._uuids, self.ofports, self._errors):
+                mirror.pop(old, None)
+        self._port_names.pop(uuid, None)
+        if row is None or not row.interfaces:
+            return
+        name, interface = row.name, row.interfaces[0]
+        self._port_names[uuid] = name
+        self._uuids[name] = uuid
+        if interface.ofport and interface.ofport[0] > 0:
+            self.ofports[name] = interface.ofport[0]
+        if interface.error:
+            self._errors[name] = interface.error[0]
+        ids = row.external_ids
+        if uuid not in self._members or ids.get(_NODE) is None or name == OBR:
+            return
+        options = dict(interface.options)
+        remote, local, key = (
+            options.pop("remote_ip", ""),
+            options.pop("local_ip", ""),
+            options.pop("key", ""),
+        )
+        kind = interface.type
+        if options or len(row.interfaces) != 1:
+            # an option that we never set is drift: one csum=true loses every packet
+            kind += f" with {sorted(options.items())}"
+        self._ports[name] = Port(kind, remote, local, key, ids[_NODE], ids.get(_UID, ""), bool(row.protected))
+
+    def apply(
+        self,
+        bridge: Bridge | None,
+        set_ports: Mapping[str, Port],
+        del_ports: Sequence[str] = (),
+        del_bridge: bool = False,
+        clear_restore_wait: bool = False,
+    ) -> None:
+        """Makes the bridge (None: leaves it), sets and deletes ports, and waits until ovs-vswitchd has them.
+
+        One transaction for each thousand ports. Raises OvsmeshError when the server or the switch
+        does not take it in time, or refuses.
+        """
+        names = list(set_ports)
+        first = True
+        for start in range(0, max(len(names), 1), _BATCH):
+            some = {name: set_ports[name] for name in names[start : start + _BATCH]}
+            self._transact(
+                bridge if first else None,
+                some,
+                del_ports if first else (),
+                del_bridge,
+                clear_restore_wait,
+            )
+            first = False
+
+    def _transact(
+        self,
+        bridge: Bridge | None,
+        set_ports: Mapping[str, Port],
+        del_ports: Sequence[str],
+        del_bridge: bool,
+        clear_restore_wait: bool,
+    ) -> None:
+        if not self.synced:
+            raise OvsmeshError(f"no connection to ovsdb-server at {self.remote}; is it running?")
+        txn = ovs.db.idl.Transaction(self._idl)
+        txn.add_comment(MARK)
+        root = self._root
+        row = self._bridge(OBR)
+        if bridge is not None:
+            row = self._set_bridge(txn, root, row, bridge)
+        for name in del_ports:
+            port = self._idl.tables["Port"].rows.get(self._uuids.get(name))
+            if port is not None and row is not None:
+                row.delvalue("ports", port)
+        for name, want in set_ports.items():
+            self._set_port(txn, row, name, want)
+        if del_bridge and row is not None:
+            root.delvalue("bridges", row)
+        if clear_restore_wait:
+            root.delkey("other_config", "flow-restore-wait")
+        root.increment("next_cfg")
+        self._commit(txn, set_ports)
+
+    def _set_bridge(self, txn: Any, root: Any, row: Any, want: Bridge) -> Any:
+        if row is None:
+            row = txn.insert(self._idl.tables["Bridge"])
+            row.name = OBR
+            row.external_ids = {MARK: "1"}
+            port, interface = (
+                txn.insert(self._idl.tables["Port"]),
+                txn.insert(self._idl.tables["Interface"]),
+            )
+            port.name = interface.name = OBR
+            interface.type = "internal"
+            port.interfaces = [interface]
+            row.ports = [port]
+            root.addvalue("bridges", row)
+        else:
+            interface = self._interface(OBR)
+        row.datapath_type = want.datapath_type
+        row.fail_mode = [want.fail_mode]
+        if interface is not None:
+            interface.mtu_request = [want.mtu_request]
+        return row
+
+    def _set_port(self, txn: Any, bridge: Any, name: str, want: Port) -> None:
+        row = self._idl.tables["Port"].rows.get(self._uuids.get(name))
+        if row is None:
+            row, interface = (
+                txn.insert(self._idl.tables["Port"]),
+                txn.insert(self._idl.tables["Interface"]),
+            )
+            row.name = interface.name = name
+            row.interfaces = [interface]
+            bridge.addvalue("ports", row)
+        else:
+            interface = row.interfaces[0]
+        # split horizon, set with the port itself: between two transactions a broadcast would loop
+        row.protected = want.protected
+        row.external_ids = {_NODE: want.node, _UID: want.uid} if want.uid else {_NODE: want.node}
+        interface.type = want.type
+        options = {"remote_ip": want.remote, "local_ip": want.local}
+        interface.options = options | {"key": want.key} if want.key else options
+
+    def _commit(self, txn: Any, set_ports: Mapping[str, Port]) -> None:
+        end = time.monotonic() + COMMIT_DEADLINE
+        try:
+            status = txn.commit()
+            while status == txn.INCOMPLETE:
+                if time.monotonic() > end:
+                    raise OvsmeshError(
+                        f"ovsdb-server at {self.remote} did not answer a transaction in {COMMIT_DEADLINE} s"
+                    )
+                poller = ovs.poller.Poller()
+                self._idl.wait(poller)
+                txn.wait(poller)
+                poller.timer_wait(max(1, int((end - time.monotonic()) * 1000)))
+                poller.block()
+                self._idl.run()
+                status = txn.commit()
+            if status not in (txn.SUCCESS, txn.UNCHANGED):
+                detail = txn.get_error() or txn.status_to_string(status)
+                raise OvsmeshError(f"ovsdb-server at {self.remote} refused a transaction: {detail}")
+            target = txn.get_increment_new_value() if status == txn.SUCCESS else None
+        finally:
+            txn.abort()
+        if target is not None:
+            self._await_switch(target, set_ports)
+
+    def _await_switch(self, target: int, ports: Mapping[str, Port]) -> None:
+        """Until ovs-vswitchd has taken over configuration `target` and numbered `ports`.
+
+        When it did not answer the last time and has not been heard of since, it is asked once and
+        not waited for: a dead switch must not stall the kernel side.
+        """
+        root = self._root
+        silent = (
+            self._switch_silent_since is not None and root is not None and root.cur_cfg == self._switch_silent_since
+        )
+        end = time.monotonic() + (0.2 if silent else SWITCH_DEADLINE)
+        while time.monotonic() < end:
+            self._idl.run()
+            root = self._root
+            if root is not None and root.cur_cfg >= target:
+                self._refresh()
+                if all(name in self.ofports or name in self._errors for name in ports):
+                    self._switch_silent_since = None
+                    return
+            self.wait((), min(1.0, end - time.monotonic()))
+        self._switch_silent_since = root.cur_cfg if root is not None else -1
+        raise OvsmeshError("ovs-vswitchd does not take its configuration over; is it running? See its log")
+
+    @property
+    def switch_silent(self) -> bool:
+        return self._switch_silent_since is not None
+
+    def statistics(self) -> dict[str, dict[str, int]]:
+        """Counters of our ports (rx_packets, tx_packets, rx_errors, …), read once: the replica leaves them out."""
+        return _statistics(self.remote)
+
+
+def _uuids(row: Any) -> list[Any]:
+    """The interfaces' UUIDs of a Port row, without building Python rows."""
+    return [atom.value for atom in row._data["interfaces"].values]
+
+
+def _schema_json() -> dict[str, Any]:
+    tables = {t: {"columns": {c: {"type": k} for c, k in columns.items()}} for t, columns in _SCHEMA.items()}
+    return {"name": "Open_vSwitch", "version": "7.0.0", "tables": tables}
+
+
+def _statistics(remote: str) -> dict[str, dict[str, int]]:
+    integers = {"key": "string", "value": "integer", "min": 0, "max": "unlimited"}
+    table = {"Interface": {"columns": {"name": {"type": "string"}, "statistics": {"type": integers}}}}
+    schema = ovs.db.idl.SchemaHelper(schema_json={"name": "Open_vSwitch", "version": "7.0.0", "tables": table})
+    schema.register_columns("Interface", ["name", "statistics"])
+    idl = ovs.db.idl.Idl(remote, schema)
+    end = time.monotonic() + COMMIT_DEADLINE
+    while not idl.has_ever_connected() and time.monotonic() < end:
+        idl.run()
+        poller = ovs.poller.Poller()
+        idl.wait(poller)
+        poller.timer_wait(200)
+        poller.block()
+    found = {row.name: dict(row.statistics) for row in idl.tables["Interface"].rows.values()}
+    idl.close()
+    return found

@@ -1,0 +1,273 @@
+"""The ordered difference between the desired and the observed dataplane, and the brake on mass removal.
+
+Pure: imports model only. An empty plan is convergence. `str(step)` is what CLI, log and golden
+tests show alike.
+
+    in want  in have   equal    foreign there   outcome
+    yes      no        -        no              + step
+    yes      yes       no       no              ~ step
+    yes      any       -        yes             blocked, named
+    no       yes       -        -               - step, or held by the brake
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Foreign, Observed, Route
+
+BRAKE_PEERS = 2
+BRAKE_SHARE = 3
+"""A snapshot that removes more than 2 peers and more than a third of them at once is held."""
+
+_PEER_KINDS = frozenset({"filter_peers", "ports", "flows", "neighbours", "fdb", "routes"})
+_NAMES = {
+    "sysctls": "sysctl",
+    "bridges": "bridge",
+    "links": "link",
+    "addresses": "address",
+    "rules": "rule",
+    "filter_peers": "filter-peer",
+    "ports": "port",
+    "flows": "flow",
+    "neighbours": "neighbour",
+    "fdb": "fdb",
+    "routes": "route",
+    "restore_wait": "ovs",
+}
+
+
+class Step(NamedTuple):
+    """One change: op is "+", "~" or "-"; `want` is None for a removal, `have` for an addition."""
+
+    op: str
+    kind: str
+    key: Any
+    want: Any
+    have: Any
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.op} {_NAMES[self.kind]} {_subject(self)}{self.why and ' ' + self.why}"
+
+
+class Blocked(NamedTuple):
+    """A wanted part whose place something foreign holds."""
+
+    step: Step
+    foreign: Foreign
+
+    def __str__(self) -> str:
+        return f"! {_NAMES[self.step.kind]} {_key_text(self.step.kind, self.step.key)} blocked: {self.foreign.detail}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`steps` in the order in which they are to be done; `held` are removals that the brake keeps back."""
+
+    steps: tuple[Step, ...] = ()
+    blocked: tuple[Blocked, ...] = ()
+    held: tuple[Step, ...] = ()
+    held_peers: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.steps)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self) -> Iterator[str]:
+        yield from map(str, self.steps)
+        yield from map(str, self.blocked)
+        yield from (f"= held {str(step)[2:]}" for step in self.held)
+
+
+def _key_text(kind: str, key: Any) -> str:
+    if kind == "routes":
+        return str(key[0])
+    if kind == "rules":
+        return " ".join(key)
+    if kind == "flows":
+        priority, _, match = key.partition(" ")
+        return f"priority={priority},{match}" if match else f"priority={priority}"
+    return str(key)
+
+
+def _words(kind: str, value: Any) -> list[tuple[str, str]]:
+    """What a value holds, as (word, text) in the order in which a reader expects it."""
+    if kind == "ports":
+        words = [
+            ("remote", value.remote),
+            ("local", value.local),
+            ("key", value.key),
+            ("type", value.type),
+        ]
+        words += [
+            ("node", value.node),
+            ("uid", value.uid),
+            ("protected", "" if value.protected else "no"),
+        ]
+    elif kind == "links":
+        words = [
+            ("mtu", str(value.mtu)),
+            ("mac", value.mac),
+            ("master", value.master),
+            ("kind", value.kind),
+        ]
+        words += [
+            ("state", "" if value.up else "down"),
+            ("flooding", "" if value.quiet or not value.master else "on"),
+        ]
+    elif kind == "bridges":
+        words = [
+            ("datapath", value.datapath_type),
+            ("fail-mode", value.fail_mode),
+            ("mtu", str(value.mtu_request)),
+        ]
+    elif kind == "routes":
+        words = [
+            ("type", "" if value.type == "unicast" else value.type),
+            ("via", value.via),
+            ("dev", value.dev),
+        ]
+        words += [("mtu", str(value.mtu or ""))]
+    else:
+        words = [
+            (
+                {
+                    "addresses": "dev",
+                    "neighbours": "lladdr",
+                    "fdb": "dev",
+                    "filter_peers": "in",
+                }.get(kind, ""),
+                value,
+            )
+        ]
+    return [(word, str(text)) for word, text in words]
+
+
+def _subject(step: Step) -> str:
+    text = _key_text(step.kind, step.key)
+    if step.kind == "sysctls":
+        return f"{text} {step.have if step.have is not None else '(absent)'} → {step.want}"
+    if step.kind == "restore_wait":
+        return text
+    if step.op == "-":
+        return text
+    if step.kind == "rules":
+        return f"{text}: {step.want.text}"
+    if step.kind == "flows":
+        return f"{text} → {step.want}"
+    want = _words(step.kind, step.want)
+    if step.op == "+":
+        shown = want[:1] if step.kind == "ports" else want
+        return " ".join([text, *(f"{word} {value}" for word, value in shown if value)])
+    have = dict(_words(step.kind, step.have))
+    changes = [f"{word} {have[word] or 'none'} → {value or 'none'}" for word, value in want if have[word] != value]
+    return " ".join([text, ", ".join(changes)])
+
+
+def _owners(have: Dataplane) -> dict[str, str]:
+    """Peer MAC → node name, as the system itself tells it: flow to a port, port to a node."""
+    owners = {}
+    for match, actions in have.flows.items():
+        if match.endswith("in_port=LOCAL") and actions.startswith("output:"):
+            port = have.ports.get(actions[7:])
+            if port:
+                owners[match.partition("dl_dst=")[2][:17]] = port.node
+    return owners
+
+
+def _owner(step: Step, have: Dataplane, owners: dict[str, str]) -> str:
+    if step.kind == "ports":
+        return str(step.have.node)
+    if step.kind == "fdb":
+        return owners.get(step.key, "")
+    if step.kind == "neighbours":
+        return owners.get(step.have, "")
+    if step.kind == "routes":
+        return owners.get(have.neighbours.get(step.have.via, ""), "")
+    if step.kind == "filter_peers":
+        return next((p.node for p in have.ports.values() if p.remote == step.key), "")
+    if step.kind == "flows":
+        field = next(
+            (f for f in step.key.partition(" ")[2].split(",") if f.startswith("in_port=")),
+            "",
+        )
+        port = have.ports.get(step.have[7:] if field == "in_port=LOCAL" else field[8:])
+        return port.node if port else ""
+    return ""
+
+
+def _removals(want: Dataplane, have: Dataplane, steps: list[Step]) -> list[Step]:
+    """The same removals with their reason, where the system still tells whose a part was."""
+    if not steps:
+        return []
+    owners = _owners(have)
+    wanted = {p.node for p in want.ports.values()}
+    told = []
+    for step in steps:
+        if step.kind == "restore_wait":
+            told.append(step._replace(why="cleared: its flows are back"))
+        elif step.kind not in _PEER_KINDS or (isinstance(step.have, Route) and step.have.type != "unicast"):
+            told.append(step)
+        else:
+            name = _owner(step, have, owners)
+            why = "peer left" if name not in wanted else "replaced at peer"
+            told.append(step._replace(why=f"{why} ({name})" if name else "not in the mesh"))
+    return told
+
+
+def _blocks(step: Step, foreign: dict[tuple[str, Any], Foreign]) -> Foreign | None:
+    hit = foreign.get((step.kind, step.key))
+    if hit is None and step.kind == "routes":
+        # a foreign route to the same destination wins or loses by its metric: either way one of the two is wrong
+        hit = foreign.get(("routes", step.key[0])) if step.want.type == "unicast" else None
+    return hit
+
+
+def _differences(want: Dataplane, have: Dataplane, kinds: Iterable[str]) -> tuple[list[Step], list[Step]]:
+    added: list[Step] = []
+    removed: list[list[Step]] = []
+    for kind in kinds:
+        wanted, found = getattr(want, kind), getattr(have, kind)
+        if wanted == found:
+            continue
+        for key, value in wanted.items():
+            old = found.get(key)
+            if old is None:
+                added.append(Step("~" if kind == "sysctls" else "+", kind, key, value, None))
+            elif old != value:
+                added.append(Step("~", kind, key, value, old))
+        if kind != "sysctls":
+            removed.append([Step("-", kind, key, None, old) for key, old in found.items() if key not in wanted])
+        if kind == "rules" and list(wanted) != list(found) and not added[-1:] and not removed[-1]:
+            key = next(iter(wanted))
+            added.append(Step("~", kind, key, wanted[key], wanted[key], "order"))
+    return added, [step for steps in reversed(removed) for step in steps]
+
+
+def plan(want: Dataplane, observed: Observed, confirmed: bool = False) -> Plan:
+    """What is to be done so that `observed` becomes `want`; `confirmed` lifts the brake."""
+    have = observed.dataplane
+    kinds = [kind for kind in KINDS if kind not in observed.unknown]
+    added, removed = _differences(want, have, kinds)
+    foreign = {(f.kind, f.key): f for f in observed.foreign if f.blocks}
+    blocked = []
+    if foreign:
+        hits = [(step, _blocks(step, foreign)) for step in added]
+        blocked = [Blocked(step, hit) for step, hit in hits if hit]
+        added = [step for step, hit in hits if not hit]
+        if ("links", KBR) in foreign or ("bridges", OBR) in foreign:
+            # everything hangs on these two; half a dataplane around someone else's bridge would touch theirs
+            return Plan(blocked=tuple(blocked))
+    removed = _removals(want, have, removed)
+    have_nodes = {p.node for p in have.ports.values()}
+    gone = sorted(have_nodes - {p.node for p in want.ports.values()})
+    if len(gone) > BRAKE_PEERS and len(gone) * BRAKE_SHARE > len(have_nodes) and not confirmed:
+        held = tuple(step for step in removed if step.kind in _PEER_KINDS)
+        kept = tuple(step for step in removed if step.kind not in _PEER_KINDS)
+        return Plan((*added, *kept), tuple(blocked), held, tuple(gone))
+    return Plan((*added, *removed), tuple(blocked))

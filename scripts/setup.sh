@@ -1,0 +1,162 @@
+#!/usr/bin/env bash
+# Makes this machine ready for `make demo` (plain) or for the tests (--dev): Debian and Ubuntu packages,
+# and a virtual environment in a cache folder outside the checkout. Installs only what is missing and
+# says what and why. A second run does nothing. `--where` only prints the virtual environment's path.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+flavour=plain where=
+for option; do
+  case $option in
+    --dev) flavour=dev ;;
+    --where) where=1 ;;
+    *) echo "usage: scripts/setup.sh [--dev] [--where]" >&2; exit 2 ;;
+  esac
+done
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "error: $*"; exit 1; }
+
+# name on PATH | package | flavour | why
+needs='ovs-vswitchd|openvswitch-switch|plain|the switch that holds the tunnels
+ip|iproute2|plain|network namespaces for the hosts of the lab
+nft|nftables|plain|filter and masquerade rules
+iptables|iptables|plain|accept rules where a host filters with iptables
+ethtool|ethtool|plain|turns off checksum offload where the userspace switch needs it
+ping|iputils-ping|plain|the ping matrix
+tcpdump|tcpdump|plain|shows what crosses a tunnel
+modprobe|kmod|dev|loads kernel modules in the kernel tests
+linux.uml|user-mode-linux|dev|a kernel with the openvswitch datapath, for the kernel tests'
+
+# The first Python >= 3.11 that really starts (a version manager puts shims on PATH that do not).
+find_python() {
+  local name found
+  for name in python3 python3.11 python3.12 python3.13 python3.14 /usr/bin/python3 /usr/bin/python3.11; do
+    found=$(command -v "$name" 2>/dev/null) || continue
+    if "$found" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$found"
+      return
+    fi
+  done
+  return 1
+}
+
+# One virtual environment for each Python, each setup.cfg and each checkout.
+venv_path() {
+  local key
+  key=$({ "$1" -VV; cat setup.cfg; pwd -P; } | sha256sum | cut -c1-12)
+  echo "${OVSMESH_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ovsmesh}/venv-$key"
+}
+
+if [ -n "$where" ]; then
+  python=$(find_python) || die "no Python 3.11 or newer on PATH; run scripts/setup.sh"
+  venv_path "$python"
+  exit
+fi
+
+[ "$(uname -s)" = Linux ] || die "ovsmesh needs Linux, this is $(uname -s)"
+
+sudo=
+as_root() { # says once that it is going to use sudo
+  if [ "$(id -u)" != 0 ] && [ -z "$sudo" ]; then
+    command -v sudo >/dev/null || die "packages are missing and this is not root: run it as root, or install sudo"
+    if [ ! -t 0 ]; then
+      sudo -n true 2>/dev/null || die "packages are missing and sudo wants a password that nobody can type here: run it as root"
+    fi
+    say "not root: using sudo to install packages"
+    sudo=sudo
+  fi
+  $sudo "$@"
+}
+
+updated=
+apt() {
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 \
+    -o Acquire::Retries=3 -o Acquire::http::Timeout=30 -o Acquire::https::Timeout=30 "$@" </dev/null
+}
+apt_update() {
+  [ -z "$updated" ] || return 0
+  command -v apt-get >/dev/null || die "apt-get not found: install by hand what is named above (Debian 12, Ubuntu 22.04 or newer are known to work)"
+  say "reading the package lists (apt-get update)"
+  apt update >&2 || say "warning: apt-get update failed; trying with the lists that are there"
+  updated=1
+}
+apt_has() { # whether apt can install this package
+  LC_ALL=C apt-cache policy "$1" 2>/dev/null | grep -q '^  Candidate: [^(]'
+}
+# Without systemd a package must not start its service by an init script: the lab runs switches of its
+# own, and a system-wide one would be left behind. Where systemd runs, apt does what it always does.
+policy=/usr/sbin/policy-rc.d
+apt_install() {
+  local log rc=0 policy_ours=
+  log=$(mktemp)
+  if [ ! -d /run/systemd/system ] && [ ! -e $policy ]; then
+    printf '#!/bin/sh\nexit 101\n' | as_root tee $policy >/dev/null
+    as_root chmod 755 $policy
+    policy_ours=1
+  fi
+  apt install --no-install-recommends "$@" >"$log" 2>&1 || rc=$?
+  [ -z "$policy_ours" ] || as_root rm -f $policy
+  [ $rc = 0 ] || { tail -n 20 "$log" >&2; }
+  rm -f "$log"
+  return $rc
+}
+
+packages=() names=()
+while IFS='|' read -r name package for why; do
+  [ "$for" = plain ] || [ "$flavour" = dev ] || continue
+  command -v "$name" >/dev/null && continue
+  if [ "$package" = user-mode-linux ]; then
+    case $(uname -m) in x86_64 | i?86) ;; *) say "no $package for $(uname -m): the kernel tests will be skipped"; continue ;; esac
+    apt_update
+    apt_has "$package" || { say "no $package in this release's packages: the kernel tests will be skipped"; continue; }
+  fi
+  say "installing $package: $why"
+  packages+=("$package") names+=("$name")
+done <<<"$needs"
+if [ ${#packages[@]} -gt 0 ]; then
+  apt_update
+  if ! apt_install "${packages[@]}"; then
+    for name in "${names[@]}"; do
+      command -v "$name" >/dev/null || die "apt-get could not install what brings $name (see above)"
+    done
+    say "a package's start script failed; its programs are there, which is all that is needed"
+  fi
+fi
+
+if ! python=$(find_python); then
+  say "no Python 3.11 or newer on PATH"
+  apt_update
+  for version in 3.11 3.12 3.13; do
+    apt_has python$version && apt_has python$version-venv || continue
+    say "installing python$version: ovsmesh needs Python 3.11 or newer"
+    apt_install python$version python$version-venv || die "apt-get could not install python$version (see above)"
+    break
+  done
+  python=$(find_python) || die "Python 3.11 or newer is needed, this machine has $(python3 -V 2>/dev/null || echo none) and its packages hold no newer one; put a python3.11 on PATH and try again"
+fi
+
+venv=$(venv_path "$python")
+if [ -e "$venv/ready-$flavour" ] || [ -e "$venv/ready-dev" ]; then
+  exit
+fi
+if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
+  package=python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv
+  say "installing $package: a virtual environment for ovsmesh's Python libraries"
+  apt_update
+  apt_install "$package" || die "apt-get could not install $package (see above); $python can't make virtual environments without it"
+fi
+[ -x "$venv/bin/pip" ] || {
+  say "making a virtual environment in $venv, so that nothing of this machine's Python changes"
+  rm -rf "$venv"
+  "$python" -m venv "$venv"
+}
+target=.
+[ $flavour = plain ] || target=.[dev]
+say "installing the Python libraries that setup.cfg names ($target)"
+"$venv/bin/pip" install --quiet --disable-pip-version-check --no-input --retries 5 --timeout 30 -e "$target" >&2 ||
+  die "pip could not install them (see above); check that this machine reaches its package index"
+"$venv/bin/python" -c 'import click, ovs, pyroute2, yaml' || die "the virtual environment in $venv is broken; remove it and try again"
+touch "$venv/ready-$flavour"
+say "ready"

@@ -1,0 +1,342 @@
+"""What the mesh must hold on the kernel's own datapath. Runs inside the guest, in this order, on one lab.
+
+pytest on the host does not collect this file: test_kernel.py boots the guest that runs it. The
+guest has one CPU, a process starts ten times slower than outside, and its kernel has no nftables
+for IP; so repair times here are upper bounds, and nothing filters but Open vSwitch.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from ovsmesh import labnet
+from ovsmesh.lab import Lab
+from ovsmesh.labhost import Host, Pod
+from ovsmesh.labnet import LabError
+from ovsmesh.labping import Prober, ping
+
+pytestmark = pytest.mark.timeout(120)
+
+UNDERLAY_MTU = 1500
+POD_MTU = UNDERLAY_MTU - 38
+"""Outer IPv4 header 20, GRE 4, inner Ethernet 14."""
+REPAIR = 5.0
+"""Seconds within which drift must be gone, in a guest that is ten times slower than its host."""
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    lab = Lab(hosts=3, pods=2, name="kernel", underlay_mtu=UNDERLAY_MTU)
+    try:
+        lab.up()
+    except LabError:
+        print(lab.logs())
+        raise
+    yield lab
+
+
+@pytest.fixture(autouse=True)
+def logs_of_failures(request: pytest.FixtureRequest, lab: Lab) -> Iterator[None]:
+    before = request.session.testsfailed
+    yield
+    if request.session.testsfailed > before:
+        print(lab.logs(25))
+
+
+def ip(host: Host, *args: str) -> str:
+    return host.run(["ip", *args]).stdout
+
+
+def all_reach_all(lab: Lab) -> None:
+    tracks = lab.ping_matrix(count=2, timeout=3.0)
+    lost = [f"{t.pair.source}→{t.pair.target}" for t in tracks if t.lost]
+    assert not lost, f"no answer: {', '.join(lost)}"
+
+
+def received_echoes(pod: Pod) -> int:
+    """Echo requests that the pod's kernel took in, from whomever."""
+    lines = labnet.within(pod.ns, lambda: Path("/proc/thread-self/net/snmp").read_text()).splitlines()
+    names, values = (line.split() for line in lines if line.startswith("Icmp:"))
+    return int(dict(zip(names, values, strict=True))["InEchos"])
+
+
+# --- the mesh as it is built
+
+
+def test_tunnels_are_the_kernels_own(lab: Lab) -> None:
+    for host in lab.hosts:
+        assert "system@ovs-system" in host.ovs_appctl("dpif/show")
+        assert host.ovs_vsctl("get", "bridge", "obr0", "datapath_type").strip() == "system"
+    links = ip(lab.host(1), "-d", "link", "show", "type", "gretap")
+    assert "gre_sys" in links, f"the kernel has no tunnel device of the datapath: {links!r}"
+
+
+def test_every_pod_reaches_every_other_once_and_nothing_is_flooded(lab: Lab) -> None:
+    with lab.host(1).capture() as wire:
+        tracks = lab.ping_matrix(count=5, timeout=3.0)
+    assert len(tracks) == 30
+    assert sum(t.lost for t in tracks) == 0
+    assert sum(t.duplicates for t in tracks) == 0
+    assert wire.missed == 0
+    # four pods elsewhere, two here, both ways, five echoes and their answers
+    assert wire.encapsulated == 4 * 2 * 2 * 5 * 2
+    assert wire.broadcast + wire.multicast == 0
+
+
+def test_full_size_packets_pass_unfragmented(lab: Lab) -> None:
+    assert f"mtu {POD_MTU} " in ip(lab.host(1), "link", "show", "kbr0")
+    for track in ping(lab.pairs(between_hosts_only=True), count=1, size=POD_MTU, df=True, timeout=3.0):
+        assert not track.lost, f"{POD_MTU} bytes {track.pair.source}→{track.pair.target}: lost"
+
+
+def test_one_byte_more_is_refused_with_the_right_mtu(lab: Lab) -> None:
+    host, pod = lab.host(1), lab.pod(1, 1)
+    target = str(lab.pod(2, 1).addresses[0])
+    # a pod that was plugged in with the underlay's MTU, as one that was there before the mesh
+    pod.run(["ip", "link", "set", "eth0", "mtu", str(UNDERLAY_MTU)])
+    ip(host, "link", "set", "vp1", "mtu", str(UNDERLAY_MTU))
+    try:
+        assert f"mtu {POD_MTU} " in ip(host, "link", "show", "kbr0"), "kbr0 followed its port"
+        sent = pod.run(["ping", "-n", "-c1", "-W3", "-Mdo", f"-s{POD_MTU - 28 + 1}", target], check=False)
+        assert f"mtu = {POD_MTU}" in sent.stdout + sent.stderr
+        fits = pod.run(["ping", "-n", "-c1", "-W3", "-Mdo", f"-s{POD_MTU - 28}", target], check=False)
+        assert fits.returncode == 0, fits.stdout
+    finally:
+        host.plug()
+
+
+# --- what peers may send
+
+
+def test_spoofed_source_is_refused(lab: Lab) -> None:
+    liar, robbed, victim = lab.pod(1, 1), lab.pod(2, 1), lab.pod(3, 1)
+    address = str(victim.addresses[0])
+    before = received_echoes(victim)
+    assert not ping([lab.pair(liar, victim)], count=3)[0].lost
+    assert received_echoes(victim) == before + 3, "an honest packet must be counted, or this test shows nothing"
+    liar.run(["ip", "addr", "add", f"{robbed.addresses[0]}/32", "dev", "lo"])
+    try:
+        liar.run(["ping", "-n", "-c3", "-i0.2", "-W1", "-I", str(robbed.addresses[0]), address], check=False)
+    finally:
+        liar.run(["ip", "addr", "del", f"{robbed.addresses[0]}/32", "dev", "lo"])
+    assert received_echoes(victim) == before + 3
+
+
+def gre_echo(lab: Lab, source: Pod, target: Host) -> bytes:
+    """An echo request to the target's first pod, as a peer sends it: GRE, Ethernet, IPv4, ICMP."""
+    mac = json.loads(ip(target, "-j", "link", "show", "kbr0"))[0]["address"]
+    icmp = struct.pack("!BBHHH", 8, 0, 0, 7, 7)
+    icmp = icmp[:2] + struct.pack("!H", checksum(icmp)) + icmp[4:]
+    ends = source.addresses[0].packed + target.pod(1).addresses[0].packed
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(icmp), 1, 0, 64, socket.IPPROTO_ICMP, 0) + ends
+    header = header[:10] + struct.pack("!H", checksum(header)) + header[12:]
+    ethernet = bytes.fromhex(mac.replace(":", "")) + bytes.fromhex("020000000001") + b"\x08\x00"
+    return struct.pack("!HH", 0, 0x6558) + ethernet + header + icmp
+
+
+def checksum(data: bytes) -> int:
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total = (total & 0xFFFF) + (total >> 16)
+    return ~(total + (total >> 16)) & 0xFFFF
+
+
+def send_gre(ns: str, packet: bytes, target: Host) -> None:
+    with labnet.within(ns, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_GRE)) as sock:
+        for _ in range(3):
+            sock.sendto(packet, (str(target.address), 0))
+
+
+def test_gre_from_no_peer_is_refused(lab: Lab) -> None:
+    target, victim = lab.host(1), lab.pod(1, 1)
+    packet = gre_echo(lab, lab.pod(2, 1), target)
+    before = received_echoes(victim)
+    send_gre(lab.host(2).ns, packet, target)
+    labnet.wait_for("a peer's own GRE packets to arrive", lambda: received_echoes(victim) == before + 3, 3.0)
+    # the same packets from an address of the underlay that is no peer, and from the wrong peer
+    send_gre(lab.hub, packet, target)
+    send_gre(lab.host(3).ns, packet, target)
+    assert not ping([lab.pair(lab.pod(2, 1), victim)], count=1)[0].lost, "sent later, so the others have arrived"
+    assert received_echoes(victim) == before + 4
+
+
+# --- drift
+
+
+class Drift(NamedTuple):
+    """How to break something on host 1, and whether it is whole; `plug` when the pods' veths lose their bridge."""
+
+    break_it: Callable[[Host], object]
+    whole: Callable[[Host], bool]
+    plug: bool = False
+
+
+def flows(host: Host) -> int:
+    return host.ovs_ofctl("dump-flows", "obr0").count("cookie=0x6f76736d")
+
+
+def routes(host: Host) -> int:
+    return ip(host, "route", "show", "proto", "111").count("via 10.97.")
+
+
+def fdb(host: Host) -> bool:
+    return "0a:58:0a:61:02:01" in host.run(["bridge", "fdb", "show", "br", "kbr0", "dev", "obr0"]).stdout
+
+
+def neighbour(host: Host) -> bool:
+    return "0a:58:0a:61:02:01" in ip(host, "neigh", "show", "10.97.2.1", "nud", "permanent")
+
+
+def on_kbr0(host: Host) -> bool:
+    return "10.97.1.1/24" in ip(host, "addr", "show", "kbr0")
+
+
+DRIFTS = {
+    "port": Drift(
+        lambda host: host.ovs_vsctl("--no-wait", "del-port", "obr0", "gre-h2"),
+        lambda host: "gre-h2" in host.ovs_vsctl("list-ports", "obr0"),
+    ),
+    "route": Drift(lambda host: ip(host, "route", "del", "10.97.2.0/24"), lambda host: routes(host) == 2),
+    "flows": Drift(lambda host: host.ovs_ofctl("del-flows", "obr0"), lambda host: flows(host) == 7),
+    "neighbour": Drift(lambda host: ip(host, "neigh", "del", "10.97.2.1", "dev", "kbr0"), neighbour),
+    "fdb": Drift(lambda host: host.run(["bridge", "fdb", "del", "0a:58:0a:61:02:01", "dev", "obr0", "master"]), fdb),
+    "address": Drift(lambda host: ip(host, "addr", "del", "10.97.1.1/24", "dev", "kbr0"), on_kbr0),
+    "kbr0-down": Drift(
+        lambda host: ip(host, "link", "set", "kbr0", "down"),
+        lambda host: "UP" in ip(host, "link", "show", "kbr0") and routes(host) == 2,
+    ),
+    "kbr0-deleted": Drift(
+        lambda host: ip(host, "link", "del", "kbr0"),
+        lambda host: bool(ip(host, "link", "show", "type", "bridge")) and on_kbr0(host) and routes(host) == 2,
+        plug=True,
+    ),
+    "obr0-mtu": Drift(
+        lambda host: ip(host, "link", "set", "obr0", "mtu", "1400"),
+        lambda host: f"mtu {POD_MTU} " in ip(host, "link", "show", "obr0"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DRIFTS)
+def test_drift_is_repaired(lab: Lab, kind: str) -> None:
+    host, drift = lab.host(1), DRIFTS[kind]
+    assert drift.whole(host), "not whole before it was broken"
+    start = time.monotonic()
+    drift.break_it(host)
+    broken = time.monotonic()
+    labnet.wait_for(
+        f"{kind} to be repaired", lambda: drift.whole(host), REPAIR, every=0.1, hint=str(host.http("/readyz"))
+    )
+    whole = time.monotonic()
+    if drift.plug:
+        host.plug()
+    all_reach_all(lab)
+    print(f"{kind}: whole {whole - broken:.2f} s after it was broken (breaking took {broken - start:.2f} s)")
+
+
+# --- restarts
+
+
+def stream(lab: Lab) -> Prober:
+    """About 200 packets a second between two pods, both ways."""
+    a, b = lab.pod(1, 1), lab.pod(2, 1)
+    return lab.stream([lab.pair(a, b), lab.pair(b, a)], interval=0.01)
+
+
+def test_killed_agent_loses_no_packet(lab: Lab) -> None:
+    host = lab.host(1)
+    with stream(lab) as probes:
+        assert probes.wait(time.time(), 5.0)
+        host.stop_agent(signal.SIGKILL)
+        assert probes.wait(time.time(), 5.0, run=50)
+        host.start_agent()
+        lab.converged(30, [host])
+        assert probes.wait(time.time(), 5.0, run=50)
+    sent = sum(len(t.sent) for t in probes.tracks)
+    assert sum(t.lost for t in probes.tracks) == 0
+    assert sum(t.duplicates for t in probes.tracks) == 0
+    print(f"{sent} packets sent, none lost")
+
+
+def test_restarted_switch_forwards_again(lab: Lab) -> None:
+    host = lab.host(1)
+    with stream(lab) as probes:
+        host.kill_vswitchd()
+        host.start_vswitchd()
+        up = time.time()
+        assert probes.wait(up, 10.0), "nothing is forwarded after ovs-vswitchd is back"
+        lab.converged(20, [host])
+    lost = sum(t.lost for t in probes.tracks)
+    last = max((o.end - up for t in probes.tracks for o in t.outages()), default=0.0)
+    print(f"{lost} of {sum(len(t.sent) for t in probes.tracks)} packets lost; forwarding {last:.2f} s after its start")
+    assert "flow-restore-wait" not in host.ovs_vsctl("get", "Open_vSwitch", ".", "other_config")
+    assert flows(host) == 7
+    all_reach_all(lab)
+
+
+def test_restarted_database_loses_no_packet(lab: Lab) -> None:
+    host = lab.host(1)
+    with stream(lab) as probes:
+        host.restart_ovsdb()
+        lab.converged(20, [host])
+        assert probes.wait(time.time(), 5.0)
+    assert sum(t.lost for t in probes.tracks) == 0
+    # the agent must be listening again, not just alive
+    host.ovs_vsctl("del-port", "obr0", "gre-h2")
+    labnet.wait_for("the port to be back", lambda: "gre-h2" in host.ovs_vsctl("list-ports", "obr0"), REPAIR, every=0.1)
+    all_reach_all(lab)
+
+
+# --- the mesh changes
+
+
+def test_peer_leaves_and_comes_back(lab: Lab) -> None:
+    host = lab.host(1)
+    lab.write_mesh([lab.host(1).node, lab.host(2).node])
+    labnet.wait_for("h3's route to go", lambda: routes(host) == 1, REPAIR, every=0.1)
+    labnet.wait_for("h3's port to go", lambda: "gre-h3" not in host.ovs_vsctl("list-ports", "obr0"), REPAIR, every=0.1)
+    sent = lab.pod(1, 1).run(["ping", "-n", "-c1", "-W1", str(lab.pod(3, 1).addresses[0])], check=False)
+    assert "Unreachable" in sent.stdout, "a peer that left must be unreachable, not sent to the default gateway"
+    lab.write_mesh()
+    labnet.wait_for("h3's route to be back", lambda: routes(host) == 2, REPAIR, every=0.1)
+    lab.converged(20)
+    all_reach_all(lab)
+
+
+def test_what_this_kernel_lacks_is_named_and_no_obstacle(lab: Lab) -> None:
+    status = lab.host(1).ovsmesh("status", "-o", "json", timeout=60)
+    assert status.returncode == 0, status.stdout + status.stderr
+    assert "nft" in status.stdout, status.stdout
+    plan = lab.host(1).ovsmesh("plan", timeout=60)
+    assert plan.returncode == 0, plan.stdout + plan.stderr
+
+
+# --- the end
+
+
+def test_cleanup_leaves_nothing(lab: Lab) -> None:
+    for host in lab.hosts:
+        host.stop_agent()
+    all_reach_all(lab)
+    host = lab.host(1)
+    done = host.ovsmesh("cleanup", timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    assert host.ovs_vsctl("list-br").strip() == ""
+    links = {link["ifname"] for link in json.loads(ip(host, "-j", "link"))}
+    assert not links & {"kbr0", "obr0"}
+    assert "proto 111" not in ip(host, "route", "show", "table", "all")
+    assert "10.97." not in ip(host, "neigh", "show", "nud", "all")
+    assert "ovsmesh" not in host.run(["iptables-save"]).stdout
+    assert str(ip_address(host.address)) in ip(host, "addr", "show", "eth0"), "the host's own address stays"
+    proof = lab.down()
+    assert proof.ok, str(proof)
