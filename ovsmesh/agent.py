@@ -22,7 +22,7 @@ from ovsmesh import __version__, mesh
 from ovsmesh.host import Host
 from ovsmesh.model import Dataplane, Facts, Mesh, Observed, OvsmeshError, Problem
 from ovsmesh.netlink import sysctl_differences
-from ovsmesh.plan import Plan, Step, plan
+from ovsmesh.plan import Plan, plan
 from ovsmesh.sources import FileSource, Source
 from ovsmesh.state import StateDir
 

@@ -256,13 +256,14 @@ class Firewall:
 
     # What this system can do
 
-    def possible(self, want: Dataplane) -> Dataplane:
+    def possible(self, want: Dataplane, try_out: bool = True) -> Dataplane:
         """`want` without the filter rules that this system can't have, each of them named in the problems.
 
-        Call it before observing. It tries out (`nft -c`) only what is neither in place nor known.
+        Call it before observing. What is neither in place nor known is tried out (`nft -c`, 0.02 s
+        a table); without `try_out` that is left to apply(), so call it again after that.
         """
         self._refresh()
-        for family in NFT:
+        for family in NFT if try_out else ():
             wanted = rules_of(family, want.rules)
             if wanted and family not in self._sound and "nft" not in self._lacking:
                 if not self._in_place(family, wanted):
@@ -342,12 +343,25 @@ class Firewall:
     def _apply_nft(self, family: str, wanted: Mapping[RuleKey, Rule], peers: Mapping[str, str]) -> None:
         table = self._tables[family]
         if not self._shaped(family, wanted):
-            self._write(family, ["nft", "-f", "-"], table_script(family, wanted, peers))
+            if not self._write(family, ["nft", "-f", "-"], table_script(family, wanted, peers)):
+                self._write_less(family, wanted, peers)
             return
         after = {name: {a for a, where in peers.items() if where == name} for name in table.sets}
         script = element_changes(family, table.sets, after)
         if script and self._write(family, ["nft", "-f", "-"], script, own=True):
             table.sets = after
+
+    def _write_less(self, family: str, wanted: Mapping[RuleKey, Rule], peers: Mapping[str, str]) -> None:
+        """After a refused write: find out what the kernel lacks, and write the rest."""
+        if family in self._sound:
+            return
+        self._try_out(family, wanted)
+        self._sound.add(family)
+        left = within(wanted, self._lacking)
+        if left != wanted:
+            del self._refused[family]
+        if left and left != wanted:
+            self._write(family, ["nft", "-f", "-"], table_script(family, left, peers))
 
     def _apply_iptables(self, tool: str, wanted: Mapping[RuleKey, Rule]) -> None:
         table = self._tables[tool]

@@ -168,17 +168,19 @@ class Host:
                 if step.key == name:
                     attempt(f"link {name}", lambda step=step: self.net.set_link(step.key, step.want, step.have))  # type: ignore[misc]
 
+        def filter_rules() -> None:
+            if any(groups[op, kind] for op in "+-" for kind in ("rules", "filter_peers")):
+                held = {s.key: s.have for s in todo.held if s.kind == "filter_peers"}
+                self.firewall.apply(want.rules, {**held, **want.filter_peers})
+
         links(KBR)
-        late = self._set_ports(groups, attempt)
+        late = self._set_ports(groups, attempt, filter_rules)
         if groups["+", "flows"]:
             adds = {s.key: s.want for s in groups["+", "flows"]}
             attempt("flows", lambda: self._set_flows(adds, []))
         links(OBR)
         for step in groups["+", "sysctls"]:
             attempt(f"sysctl {step.key}", lambda step=step: write_sysctl(step.key, step.want))  # type: ignore[misc]
-        if any(groups[op, kind] for op in "+-" for kind in ("rules", "filter_peers")):
-            held = {s.key: s.have for s in todo.held if s.kind == "filter_peers"}
-            self.firewall.apply(want.rules, {**held, **want.filter_peers})
         problems += self._kernel(groups)
         if groups["-", "flows"]:
             gone = [s.key for s in groups["-", "flows"]]
@@ -191,8 +193,15 @@ class Host:
             attempt(f"link {step.key}", lambda step=step: self.net.del_link(step.key))  # type: ignore[misc]
         return problems
 
-    def _set_ports(self, groups: dict[tuple[str, str], list[Step]], attempt: Callable[..., bool]) -> list[str]:
+    def _set_ports(
+        self,
+        groups: dict[tuple[str, str], list[Step]],
+        attempt: Callable[..., bool],
+        meanwhile: Callable[[], None],
+    ) -> list[str]:
         """Bridge and ports in one transaction; returns the ports to delete later, when nothing uses them.
+
+        `meanwhile` is done in any case, while the switch is busy if it is.
 
         A port whose place (remote and key) a new one takes goes in the same transaction: two of
         one configuration can't be, and in two transactions packets are lost (490 measured).
@@ -203,7 +212,9 @@ class Host:
         gone = groups["-", "ports"]
         now = [s.key for s in gone if (s.have.remote, s.have.key) in places]
         if bridge is not None or ports:
-            attempt("ports", lambda: self.ovs.apply(bridge, ports, now))
+            attempt("ports", lambda: self.ovs.apply(bridge, ports, now, meanwhile=meanwhile))
+        else:
+            meanwhile()
         return [s.key for s in gone if s.key not in set(now)]
 
     def _set_flows(self, add: dict[str, str], delete: list[str]) -> None:

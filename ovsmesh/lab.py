@@ -52,8 +52,8 @@ class Lab:
     """A lab of `hosts` (2 to 20; 1 is allowed for tests) with `pods` each.
 
     `up()` makes it, `Lab.open(name)` finds it again from another process, `down()` leaves nothing.
-    As a context manager it is up inside and down after. `step` is called with each step's name
-    and gives a context manager around it, to show progress.
+    As a context manager it is up inside and down after. `step` is called with each step's name and
+    gives a context manager around it, to show progress. `made`: it is this object's to end.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Lab:
         self.settings = Settings(
             name, numbers, pods, dual_stack, underlay6, encapsulation, key, underlay_mtu, datapath, me
         )
+        self.made = False
         labstate.check(self.settings, base)
 
     @classmethod
@@ -90,7 +91,7 @@ class Lab:
         Raises LabError when there is none.
         """
         lab = cls.__new__(cls)
-        lab._base, lab._agents, lab.step = base, True, step
+        lab._base, lab._agents, lab.step, lab.made = base, True, step, True
         if remains and not (base / name / "lab.json").exists() and (own(name) or (base / name).exists()):
             lab.settings = Settings(name, ())
         else:
@@ -101,7 +102,8 @@ class Lab:
         try:
             self.up()
         except BaseException:
-            self.down()
+            if self.made:
+                self.down()
             raise
         return self
 
@@ -160,6 +162,7 @@ class Lab:
                 raise LabError(
                     f"lab {self.name}: exists already; `ovsmesh lab down --name {self.name}`, or use another name"
                 )
+            self.made = True
             self._save()
             hosts = self.hosts
             with self.step(f"{len(hosts)} hosts and the underlay that joins them"):
@@ -240,19 +243,20 @@ class Lab:
 
     # --- the mesh
 
-    def write_mesh(self, nodes: Sequence[Mapping[str, Any]] | None = None, **spec: Any) -> None:
-        """Writes the mesh file by an atomic rename: these nodes, or those of all hosts; `spec` overrides or adds."""
+    def mesh_text(self, nodes: Sequence[Mapping[str, Any]] | None = None, **spec: Any) -> str:
+        """A mesh file with these nodes, or those of all hosts; `spec` overrides or adds."""
         s = self.settings
         cidrs = ["10.97.0.0/16", *(["fd00:97::/32"] if s.dual_stack else [])]
-        chosen = [host.node for host in self.hosts] if nodes is None else [dict(node) for node in nodes]
         content: dict[str, Any] = {"clusterCIDRs": cidrs, "encapsulation": s.encapsulation}
         content |= {} if s.key is None else {"key": s.key}
-        content |= {**spec, "nodes": chosen}
-        self.write_mesh_text(
-            _yaml(
-                {"apiVersion": "ovsmesh.io/v1alpha1", "kind": "Mesh", "metadata": {"name": "default"}, "spec": content}
-            )
+        content |= {**spec, "nodes": [host.node for host in self.hosts] if nodes is None else [dict(n) for n in nodes]}
+        return _yaml(
+            {"apiVersion": "ovsmesh.io/v1alpha1", "kind": "Mesh", "metadata": {"name": "default"}, "spec": content}
         )
+
+    def write_mesh(self, nodes: Sequence[Mapping[str, Any]] | None = None, **spec: Any) -> None:
+        """Writes mesh_text() as the mesh file of all hosts, by an atomic rename."""
+        self.write_mesh_text(self.mesh_text(nodes, **spec))
 
     def write_mesh_text(self, text: str) -> None:
         """Any text as the mesh file, good or bad, by an atomic rename."""

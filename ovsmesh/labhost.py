@@ -119,7 +119,8 @@ class Host:
         package = str(Path(ovsmesh.__file__).resolve().parents[1])
         path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
         state = str(self.state)
-        return {"OVS_RUNDIR": state, "OVS_LOGDIR": state, "OVS_DBDIR": state, "PYTHONPATH": path}
+        ours = {f"OVSMESH_{c}_STATE_DIR": f"{state}/agent" for c in ("PLAN", "STATUS", "CLEANUP")}
+        return {"OVS_RUNDIR": state, "OVS_LOGDIR": state, "OVS_DBDIR": state, "PYTHONPATH": path, **ours}
 
     def run(
         self, argv: list[str], timeout: float = 20.0, check: bool = True, text: str | None = None

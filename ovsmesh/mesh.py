@@ -10,7 +10,6 @@ import base64
 import hashlib
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from ipaddress import IPv4Network
 from typing import Any
 
@@ -110,65 +109,62 @@ def wiring(mesh: Mesh, self_node: Node, facts: Facts) -> Wiring:
     )
 
 
-@lru_cache(maxsize=8192)
-def _parts(w: Wiring, name: str, uid: str, address: IPAddress, pod_cidrs: tuple[IPNetwork, ...]) -> Dataplane:
-    node = Node(name, address, pod_cidrs)
-    port = port_name(name, w.encapsulation)
-    peer_mac = mac(node)
-    flows = {f"100 dl_dst={peer_mac},in_port=LOCAL": f"output:{port}"}
-    for source in (*pod_cidrs, address):
-        family = "ip,nw_src" if source.version == 4 else "ipv6,ipv6_src"
-        flows[f"100 dl_dst={w.mac},in_port={port},{family}={source}"] = "LOCAL"
-    set_address, set_name = filters.peer_set(node)
-    return Dataplane(
-        filter_peers={set_address: set_name},
-        ports={port: Port(w.encapsulation, str(address), w.local, w.key, name, uid)},
-        flows=flows,
-        neighbours={str(gateway(c)): peer_mac for c in pod_cidrs},
-        fdb={peer_mac: OBR},
-        routes={(str(c), ROUTE_METRIC): Route("unicast", str(gateway(c)), KBR, w.mtu) for c in pod_cidrs},
-    )
+_known: dict[str, tuple[Node, Wiring, Dataplane]] = {}
+"""Node name → its parts as computed last: with a thousand peers, one is new and 999 are looked up."""
+_KNOWN_MOST = 20000
 
 
 def peer_parts(w: Wiring, peer: Node) -> Dataplane:
     """The parts of the dataplane that are there because of one peer, and nothing else grows with the mesh."""
-    return _parts(w, peer.name, peer.uid, peer.address, peer.pod_cidrs)
+    known = _known.get(peer.name)
+    if known is not None and (known[0] is peer or known[0] == peer) and known[1] == w:
+        return known[2]
+    port, peer_mac = port_name(peer.name, w.encapsulation), mac(peer)
+    flows = {f"100 dl_dst={peer_mac},in_port=LOCAL": f"output:{port}"}
+    for source in (*peer.pod_cidrs, peer.address):
+        family = "ip,nw_src" if source.version == 4 else "ipv6,ipv6_src"
+        flows[f"100 dl_dst={w.mac},in_port={port},{family}={source}"] = "LOCAL"
+    set_address, set_name = filters.peer_set(peer)
+    parts = Dataplane(
+        filter_peers={set_address: set_name},
+        ports={port: Port(w.encapsulation, str(peer.address), w.local, w.key, peer.name, peer.uid)},
+        flows=flows,
+        neighbours={str(gateway(c)): peer_mac for c in peer.pod_cidrs},
+        fdb={peer_mac: OBR},
+        routes={(str(c), ROUTE_METRIC): Route("unicast", str(gateway(c)), KBR, w.mtu) for c in peer.pod_cidrs},
+    )
+    if len(_known) > _KNOWN_MOST:
+        _known.clear()
+    _known[peer.name] = (peer, w, parts)
+    return parts
 
 
-def peers(mesh: Mesh, self_name: str) -> tuple[tuple[Node, ...], tuple[Problem, ...]]:
-    """The nodes that self joins with, and why the others can't be: family, or a name or MAC already taken."""
-    me = _self(mesh, self_name)
-    taken: dict[str, str] = {mac(me): me.name}
-    good: list[Node] = []
+def peers(mesh: Mesh, me: Node, w: Wiring) -> tuple[dict[str, Dataplane], tuple[Problem, ...]]:
+    """The parts of each node that self joins with, by name, and why others can't be joined with.
+
+    That is: another address family, or a derived MAC or port name that is taken.
+    """
+    taken: dict[str, str] = {w.mac: me.name}
+    joined: dict[str, Dataplane] = {}
     problems: list[Problem] = []
     for node in mesh.nodes:
-        if node.name == self_name:
+        if node.name == me.name:
             continue
         if node.address.version != me.address.version:
-            text = (
-                f"is of another address family than {self_name}'s {me.address}; a tunnel needs both ends of one family"
-            )
-            problems.append(
-                Problem(
-                    "AddressFamilyMismatch",
-                    text,
-                    node.name,
-                    "address",
-                    str(node.address),
-                )
-            )
+            text = f"is of another address family than {me.name}'s {me.address}; a tunnel has both ends in one"
+            problems.append(Problem("AddressFamilyMismatch", text, node.name, "address", str(node.address)))
             continue
-        claims = (mac(node), port_name(node.name, mesh.encapsulation))
+        parts = peer_parts(w, node)
+        claims = (*parts.fdb, *parts.ports)
         holder = next((taken[c] for c in claims if c in taken), None)
         if holder is not None:
-            text = (
-                f"its derived MAC {claims[0]} or port name {claims[1]} is the one of {holder}; rename or renumber one"
-            )
+            text = f"its derived MAC or port name ({' or '.join(claims)}) is {holder}'s too; rename or renumber one"
             problems.append(Problem("DerivedNameConflict", text, node.name))
             continue
-        taken.update(dict.fromkeys(claims, node.name))
-        good.append(node)
-    return tuple(good), tuple(problems)
+        for claim in claims:
+            taken[claim] = node.name
+        joined[node.name] = parts
+    return joined, tuple(problems)
 
 
 def _self(mesh: Mesh, self_name: str) -> Node:
@@ -209,10 +205,12 @@ def _sysctls(me: Node, facts: Facts) -> dict[str, str]:
 def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
     found = []
     if facts.underlay_mtu is None:
-        text = f"is on no link of this host, so no tunnel can start here; assign it or correct the mesh (MTU taken as {mtu})"
+        text = "is on no link of this host, so no tunnel can start here; assign it or correct the mesh"
         found.append(Problem("TunnelAddressMissing", text, me.name, "address", str(me.address)))
     if mesh.mtu is not None and mesh.mtu > mtu:
-        text = f"does not fit the underlay's {facts.underlay_mtu} less {overhead(mesh, me.address)} of encapsulation; {mtu} is used"
+        text = (
+            f"does not fit the underlay's {facts.underlay_mtu} less {overhead(mesh, me.address)} bytes; {mtu} is used"
+        )
         found.append(Problem("MTUTooHigh", text, field="mtu", value=str(mesh.mtu), fatal=False))
     v6 = [c for c in me.pod_cidrs if c.version == 6]
     if v6 and not facts.ipv6:
@@ -237,8 +235,8 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
     Raises OvsmeshError when self is not in the mesh.
     """
     me = _self(mesh, self_name)
-    joined, refused = peers(mesh, self_name)
     w = wiring(mesh, me, facts)
+    joined, refused = peers(mesh, me, w)
     grows: dict[str, dict[Any, Any]] = {
         "filter_peers": {},
         "ports": {},
@@ -250,9 +248,8 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
             (str(c), FALLBACK_METRIC): Route("unreachable") for c in mesh.cluster_cidrs if facts.ipv6 or c.version == 4
         },
     }
-    for peer in joined:
-        parts = peer_parts(w, peer)
-        for kind, into in grows.items():
+    for kind, into in grows.items():
+        for parts in joined.values():
             into.update(getattr(parts, kind))
     want = Dataplane(
         bridges={OBR: Bridge(facts.datapath_type, mtu_request=w.mtu)},

@@ -61,7 +61,7 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"node {self.node}: " if self.node else ""
-        what = f"{self.field} {self.value}: " if self.field else ""
+        what = f"{' '.join(filter(None, (self.field, self.value)))}: " if self.field else ""
         return f"{where}{what}{self.message}"
 
 

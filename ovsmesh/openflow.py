@@ -18,6 +18,7 @@ import subprocess
 import termios
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from ovsmesh.model import COOKIE, OBR, Foreign, OvsmeshError
 
@@ -37,6 +38,16 @@ def _sorted(match: str) -> str:
     return ",".join(sorted(match.split(","))) if match else ""
 
 
+class _Named(NamedTuple):
+    """A flow with its port's name, and what that was made from. A flow of ours names one port."""
+
+    raw_actions: str
+    port: int
+    name: str
+    key: str
+    actions: str
+
+
 class FlowTable:
     """obr0's OpenFlow table through its management socket in `run_dir`; not thread-safe."""
 
@@ -46,7 +57,8 @@ class FlowTable:
         self._raw: dict[str, str] | None = None
         """"PRIORITY MATCH" with numbers, our cookie only → actions with numbers; None: read it again."""
         self._foreign: tuple[Foreign, ...] = ()
-        self._named: tuple[dict[str, str] | None, dict[int, str], dict[str, str]] | None = None
+        self._named: dict[str, _Named] = {}
+        self._result: tuple[dict[str, str] | None, dict[int, str], dict[str, str]] = (None, {}, {})
         self._monitor: subprocess.Popen[bytes] | None = None
         self._tty = -1
         self._line = b""
@@ -54,10 +66,15 @@ class FlowTable:
     def close(self) -> None:
         self._raw = None
         if self._monitor is not None:
+            # the terminal first: a monitor that waits for us to read hears no signal
+            os.close(self._tty)
             # not SIGKILL, after which it leaves its control socket in the run directory
             self._monitor.terminate()
-            self._monitor.wait(TIMEOUT)
-            os.close(self._tty)
+            try:
+                self._monitor.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self._monitor.kill()
+                self._monitor.wait()
             self._monitor, self._tty, self._line = None, -1, b""
 
     def watch(self) -> bool:
@@ -146,10 +163,7 @@ class FlowTable:
         # the only flow of ours with an empty match is the default, at priority 0
         held = self._raw.get(f"100 {key}" if key else "0 ")
         ours = table == "0" and int(cookie, 16) == COOKIE
-        if event == "DELETED":
-            echo = held is None
-        else:
-            echo = ours and held == (actions or "drop")
+        echo = held is None if event == "DELETED" else ours and held == (actions or "drop")
         if not echo:
             self._raw = None
 
@@ -160,15 +174,26 @@ class FlowTable:
         """
         if not self.watch():
             return None
-        if self._raw is None:
-            if not self._read() or not self._dump():
-                return None
-            self._named = None
+        if self._raw is None and (not self._read() or not self._dump()):
+            return None
         names = {number: name for name, number in ofports.items() if name != OBR}
-        if self._named is None or self._named[0] is not self._raw or self._named[1] != names:
-            assert self._raw is not None
-            self._named = (self._raw, names, _with_names(self._raw, names))
-        return self._named[2], self._foreign
+        assert self._raw is not None
+        if self._result[0] is not self._raw or self._result[1] != names:
+            self._result = (self._raw, names, self._with_names(self._raw, names))
+        return self._result[2], self._foreign
+
+    def _with_names(self, raw: Mapping[str, str], names: Mapping[int, str]) -> dict[str, str]:
+        """The flows with names for numbers; a flow whose port has the same name as before is not looked at again."""
+        known, self._named = self._named, {}
+        for key, actions in raw.items():
+            old = known.get(key)
+            if old is None or old.raw_actions != actions or names.get(old.port, "") != old.name:
+                found = _PORT.search(key) or _PORT.search(actions)
+                port = int(found[1]) if found else 0
+                name = names.get(port, "")
+                old = _Named(actions, port, name, _put(name, key), _put(name, actions))
+            self._named[key] = old
+        return {named.key: named.actions for named in self._named.values()}
 
     def _dump(self) -> bool:
         try:
@@ -235,6 +260,7 @@ def _spec(key: str) -> str:
     return f"priority={priority},{match}" if match else f"priority={priority}"
 
 
+_PORT = re.compile(r"\b(?:in_port=|output:)(\d+)")
 _IN_PORT = re.compile(r"\bin_port=([^,]+)")
 
 
@@ -253,12 +279,6 @@ def _numbers(text: str, ofports: Mapping[str, int]) -> str:
     return _IN_PORT.sub(lambda found: f"in_port={number(found[1])}", text)
 
 
-def _with_names(raw: Mapping[str, str], names: Mapping[int, str]) -> dict[str, str]:
-    def name(text: str) -> str:
-        return names.get(int(text), text) if text.isdigit() else text
-
-    named = {}
-    for key, actions in raw.items():
-        key = _IN_PORT.sub(lambda found: f"in_port={name(found[1])}", key)
-        named[key] = f"output:{name(actions[7:])}" if actions.startswith("output:") else actions
-    return named
+def _put(name: str, text: str) -> str:
+    """`text` with its port number replaced by `name`, if there is one."""
+    return _PORT.sub(lambda found: found[0][: found.start(1) - found.start()] + name, text) if name else text

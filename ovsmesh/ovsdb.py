@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,8 @@ class Ovs:
         self._ports: dict[str, Port] = {}
         self._uuids: dict[str, Any] = {}
         self._port_names: dict[Any, str] = {}
+        self._holders: dict[Any, Any] = {}
+        """Interface → the port that it is in."""
         self._members: frozenset[Any] = frozenset()
         self.ofports: dict[str, int] = {}
         """Our ports and obr0's OpenFlow numbers, as far as ovs-vswitchd has given them."""
@@ -253,14 +255,13 @@ class Ovs:
         ports = self._idl.tables["Port"].rows
         if touched["Bridge"]:
             bridge = self._bridge(OBR)
-            self._members = frozenset() if bridge is None else frozenset(row.uuid for row in bridge.ports)
-        stale = set(touched["Port"])
-        if touched["Interface"]:
-            by_interface = {u: row.uuid for row in ports.values() for u in _uuids(row)} if touched["Interface"] else {}
-            stale |= {by_interface[u] for u in touched["Interface"] if u in by_interface}
-        if touched["Bridge"]:
+            members = frozenset() if bridge is None else frozenset(_references(bridge, "ports"))
             # a port's row can come before or after its membership
-            stale |= self._members ^ {self._uuids[n] for n in self._ports if n in self._uuids}
+            stale = touched["Port"] | (members ^ self._members)
+            self._members = members
+        else:
+            stale = set(touched["Port"])
+        stale |= {self._holders[u] for u in touched["Interface"] if u in self._holders}
         for uuid in stale:
             self._refresh_port(uuid, ports.get(uuid))
         for rows in touched.values():
@@ -272,17 +273,23 @@ class Ovs:
             for mirror in (self._ports, self._uuids, self.ofports, self._errors):
                 mirror.pop(old, None)
         self._port_names.pop(uuid, None)
-        if row is None or not row.interfaces:
+        held = [] if row is None else _references(row, "interfaces")
+        interface = self._idl.tables["Interface"].rows.get(held[0]) if held else None
+        if interface is None:
             return
-        name, interface = row.name, row.interfaces[0]
+        self._holders[held[0]] = uuid
+        name = row.name
         self._port_names[uuid] = name
         self._uuids[name] = uuid
+        if uuid not in self._members:
+            # numbers are a bridge's own: another's would pass for ours
+            return
         if interface.ofport and interface.ofport[0] > 0:
             self.ofports[name] = interface.ofport[0]
         if interface.error:
             self._errors[name] = interface.error[0]
         ids = row.external_ids
-        if uuid not in self._members or ids.get(_NODE) is None or name == OBR:
+        if ids.get(_NODE) is None or name == OBR:
             return
         options = dict(interface.options)
         remote, local, key = (
@@ -291,7 +298,7 @@ class Ovs:
             options.pop("key", ""),
         )
         kind = interface.type
-        if options or len(row.interfaces) != 1:
+        if options or len(held) != 1:
             # an option that we never set is drift: one csum=true loses every packet
             kind += f" with {sorted(options.items())}"
         self._ports[name] = Port(kind, remote, local, key, ids[_NODE], ids.get(_UID, ""), bool(row.protected))
@@ -303,33 +310,30 @@ class Ovs:
         del_ports: Sequence[str] = (),
         del_bridge: bool = False,
         clear_restore_wait: bool = False,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """Makes the bridge (None: leaves it), sets and deletes ports, and waits until ovs-vswitchd has them.
 
-        One transaction for each thousand ports. Raises OvsmeshError when the server or the switch
-        does not take it in time, or refuses.
+        One transaction for each thousand ports; `meanwhile` is called once, when the first is on its
+        way. Raises OvsmeshError when the server or the switch does not take it in time, or refuses.
         """
         names = list(set_ports)
-        first = True
-        for start in range(0, max(len(names), 1), _BATCH):
-            some = {name: set_ports[name] for name in names[start : start + _BATCH]}
-            self._transact(
-                bridge if first else None,
-                some,
-                del_ports if first else (),
-                del_bridge,
-                clear_restore_wait,
+        batches = [names[start : start + _BATCH] for start in range(0, len(names), _BATCH)] or [[]]
+        for number, batch in enumerate(batches):
+            some = {name: set_ports[name] for name in batch}
+            txn = self._transaction(
+                None if number else bridge, some, () if number else del_ports, del_bridge, clear_restore_wait
             )
-            first = False
+            self._commit(txn, some, meanwhile if not number else lambda: None)
 
-    def _transact(
+    def _transaction(
         self,
         bridge: Bridge | None,
         set_ports: Mapping[str, Port],
         del_ports: Sequence[str],
         del_bridge: bool,
         clear_restore_wait: bool,
-    ) -> None:
+    ) -> Any:
         if not self.synced:
             raise OvsmeshError(f"no connection to ovsdb-server at {self.remote}; is it running?")
         txn = ovs.db.idl.Transaction(self._idl)
@@ -349,7 +353,7 @@ class Ovs:
         if clear_restore_wait:
             root.delkey("other_config", "flow-restore-wait")
         root.increment("next_cfg")
-        self._commit(txn, set_ports)
+        return txn
 
     def _set_bridge(self, txn: Any, root: Any, row: Any, want: Bridge) -> Any:
         if row is None:
@@ -392,10 +396,11 @@ class Ovs:
         options = {"remote_ip": want.remote, "local_ip": want.local}
         interface.options = options | {"key": want.key} if want.key else options
 
-    def _commit(self, txn: Any, set_ports: Mapping[str, Port]) -> None:
-        end = time.monotonic() + COMMIT_DEADLINE
+    def _commit(self, txn: Any, set_ports: Mapping[str, Port], meanwhile: Callable[[], None]) -> None:
         try:
             status = txn.commit()
+            meanwhile()
+            end = time.monotonic() + COMMIT_DEADLINE
             while status == txn.INCOMPLETE:
                 if time.monotonic() > end:
                     raise OvsmeshError(
@@ -449,9 +454,9 @@ class Ovs:
         return _statistics(self.remote)
 
 
-def _uuids(row: Any) -> list[Any]:
-    """The interfaces' UUIDs of a Port row, without building Python rows."""
-    return [atom.value for atom in row._data["interfaces"].values]
+def _references(row: Any, column: str) -> list[Any]:
+    """The UUIDs in a column; python-ovs's own access would build and sort a thousand rows for it."""
+    return [atom.value for atom in row._data[column].values]
 
 
 def _schema_json() -> dict[str, Any]:

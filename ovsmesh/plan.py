@@ -39,6 +39,10 @@ _NAMES = {
 }
 
 
+_ABSENT = {"state": "up", "flooding": "off", "protected": "yes"}
+"""What it means that a word has no value: the usual is not said."""
+
+
 class Step(NamedTuple):
     """One change: op is "+", "~" or "-"; `want` is None for a removal, `have` for an addition."""
 
@@ -165,7 +169,11 @@ def _subject(step: Step) -> str:
         shown = want[:1] if step.kind == "ports" else want
         return " ".join([text, *(f"{word} {value}" for word, value in shown if value)])
     have = dict(_words(step.kind, step.have))
-    changes = [f"{word} {have[word] or 'none'} → {value or 'none'}" for word, value in want if have[word] != value]
+    changes = [
+        f"{word} {have[word] or _ABSENT.get(word, 'none')} → {value or _ABSENT.get(word, 'none')}"
+        for word, value in want
+        if have[word] != value
+    ]
     return " ".join([text, ", ".join(changes)])
 
 

@@ -8,7 +8,7 @@ Imports model and yaml only.
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -22,7 +22,7 @@ MAX_ITEMS = 1_000_000
 """Parser events; 5,000 nodes need 50,000. A million take about a second."""
 
 _SHOWN = 80
-_CLEAN = re.compile(r"[-A-Za-z0-9_./:+=,@\[\]]+")
+_CLEAN = re.compile(r"[-A-Za-z0-9_./:+=,@~\[\]]+")
 # YAML 1.1 as kubectl reads it, less sexagesimal integers: 2001:10:20:30:40:50:0:1 is an address.
 _ODD = re.compile(
     r"(?P<null>~|null|Null|NULL|)"
@@ -115,29 +115,31 @@ def _clean(text: str) -> str:
 
 def _build(next_event: Any, where: str, text: str) -> Tree:
     root: list[Tree] = []
-    here: list[Tree] | Map = root
-    stack: list[list[Tree] | Map] = []
-    key: str | None = None
+    # Untyped, as a cast costs as much as the rest of a step.
+    here: Any = root
+    stack: list[Any] = []
+    key: Any = None
+    value: Any
     documents = 0
     last_plain: Any = None
-    memo: dict[str, Tree] = {}
     for _ in range(MAX_ITEMS):
         event = next_event()
         kind = type(event)
         if kind is yaml.ScalarEvent:
             if event.tag is not None or event.anchor is not None:
                 raise _unwanted(event, where)
-            value: Tree = event.value
+            value = event.value
             if type(here) is Map and key is None:
-                key = cast(str, value)
+                key = value
                 if key in here:
                     raise _at(event, where, f"the key {show(key)} stands twice in one mapping: remove one of them")
                 continue
             last_plain = None
             if event.implicit[0]:
                 last_plain = event
-                text_of = cast(str, value)
-                value = memo.get(text_of) or memo.setdefault(text_of, _plain(text_of))
+                # Most are addresses, and the check for those is the cheaper one.
+                if value.count(".") < 2:
+                    value = _plain(value)
         elif kind is yaml.MappingEndEvent or kind is yaml.SequenceEndEvent:
             here = stack.pop()
             continue
@@ -166,13 +168,13 @@ def _build(next_event: Any, where: str, text: str) -> Tree:
             break
         else:
             continue
-        if isinstance(here, Map):
-            here[cast(str, key)] = value
+        if type(here) is Map:
+            here[key] = value
             key = None
         else:
             here.append(value)
         if kind is not yaml.ScalarEvent:
-            here = cast("list[Tree] | Map", value)
+            here = value
     else:
         raise MeshError(f"{where}: more than {MAX_ITEMS} YAML items, which no mesh needs")
     if not root:

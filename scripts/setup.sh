@@ -42,10 +42,10 @@ find_python() {
   return 1
 }
 
-# One virtual environment for each Python, each setup.cfg and each checkout.
+# One virtual environment for each Python, each set of dependencies and each checkout.
 venv_path() {
   local key
-  key=$({ "$1" -VV; cat setup.cfg; pwd -P; } | sha256sum | cut -c1-12)
+  key=$({ "$1" -VV; sed '/^\[tool:/,$d' setup.cfg; pwd -P; } | sha256sum | cut -c1-12)
   echo "${OVSMESH_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ovsmesh}/venv-$key"
 }
 

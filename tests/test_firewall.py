@@ -48,8 +48,10 @@ def nft(script):
     return subprocess.run(["nft", "-f", "-"], input=script, text=True, check=True, capture_output=True, timeout=10)
 
 
-def desired(mesh=MESH, facts=Facts(), peers=(PEER,)):
-    return Dataplane(rules=filters.rules(mesh, ME, facts), filter_peers=dict(filters.peer_set(peer) for peer in peers))
+def desired(mesh=MESH, facts=None, peers=(PEER,)):
+    return Dataplane(
+        rules=filters.rules(mesh, ME, facts or Facts()), filter_peers=dict(filters.peer_set(peer) for peer in peers)
+    )
 
 
 def converge(firewall, want):
@@ -163,7 +165,7 @@ class TestKept:
         assert tables and 1 <= len(calls) <= 2, calls
         assert all(script.startswith("add element") and script.count("\n") == 1 for script in calls)
         calls.clear()
-        converge(firewall, desired(peers=many[1:] + [PEER]))
+        converge(firewall, desired(peers=[*many[1:], PEER]))
         assert all(script.startswith("delete element") for script in calls) and len(calls) <= 2
         assert not firewall.drain()
         # generous: a loaded machine; about 0.01 when it is idle
@@ -256,6 +258,15 @@ class TestLacking:
         firewall.resync()
         assert not converge(firewall, desired())
 
+    @pytest.mark.parametrize("pattern", ["'type nat'", "'table bridge'", "ibrname", "'hook forward'"])
+    def test_something_missing_found_by_writing(self, firewall, tmp_path, monkeypatch, pattern):
+        self.tool(tmp_path, monkeypatch, self.refuse(pattern))
+        want = firewall.possible(desired(), try_out=False)
+        assert want == desired()
+        firewall.apply(want.rules, want.filter_peers)
+        assert not converge(firewall, desired())
+        assert not [p for p in firewall.observe({}).problems if p.fatal]
+
     def test_a_write_that_fails_is_named_and_not_repeated(self, firewall, tmp_path, monkeypatch):
         count = tmp_path / "count"
         self.tool(tmp_path, monkeypatch, f"[[ $input ]] && [[ $1 != -c ]] && {{ echo x >> {count}; exit 1; }}")
@@ -337,8 +348,8 @@ def udp(payload, port=9):
 
 
 def ipv6(source, target, payload):
-    return struct.pack("!IHBB16s16s", 6 << 28, len(payload), 59, 64,
-                       socket.inet_pton(socket.AF_INET6, source), socket.inet_pton(socket.AF_INET6, target)) + payload  # fmt: skip
+    pair = socket.inet_pton(socket.AF_INET6, source) + socket.inet_pton(socket.AF_INET6, target)
+    return struct.pack("!IHBB", 6 << 28, len(payload), 59, 64) + pair + payload
 
 
 def arp(sender, target, payload):

@@ -21,7 +21,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when != "teardown":
         return
     worst = next((phase for phase in phases if not phase.passed), report)
-    said = [report.capstdout] if worst.passed else [f"{phase.when}: {phase.longreprtext}" for phase in phases]
+    said = [f"{phase.when}: {phase.longreprtext}" for phase in phases if not phase.passed]
+    said.append(report.capstdout)
     tell(
         name=report.nodeid.rpartition("::")[2],
         outcome=worst.outcome,

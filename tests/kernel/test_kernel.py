@@ -77,8 +77,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
 @pytest.mark.parametrize("name", names())
 def test_in_guest(told: Told, name: str) -> None:
     report = told.about(name)
-    print(f"{report['seconds']} s in the guest\n{report['text']}")
     if report["outcome"] == "skipped":
         pytest.skip(report["text"])
     if report["outcome"] != "passed":
         pytest.fail(report["text"], pytrace=False)
+    print(f"{report['seconds']} s in the guest\n{report['text']}")
