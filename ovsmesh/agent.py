@@ -7,6 +7,7 @@ has every effect. Level-triggered: a bell only makes the loop run sooner.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import logging
@@ -14,11 +15,12 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from ovsmesh import __version__, mesh
+from ovsmesh import __version__, mesh, status
+from ovsmesh.health import Counters, Health
 from ovsmesh.host import Host
 from ovsmesh.model import Dataplane, Facts, Mesh, Observed, OvsmeshError, Problem
 from ovsmesh.netlink import sysctl_differences
@@ -39,6 +41,8 @@ BRAKE_HOLD = 300.0
 _ROUNDS = 3
 _BACKOFF = (0.2, 30.0)
 _LOG_LINES = 20
+_OWN_REASONS = ("ApplyFailed", "NotConverged", "TurnFailed", "MassRemovalHeld")
+"""Problems that only the agent can know; `status` finds the others itself."""
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Runtime:
     turns: int = 0
     failures: int = 0
     last_success: float = 0.0
+    ovs_version: str = ""
     last_change: dict[str, tuple[float, str]] = field(default_factory=dict)
     """Peer → when a part of it was changed last (seconds since the epoch), and how."""
 
@@ -58,7 +63,11 @@ class Runtime:
 class Publisher(Protocol):
     """Where a turn's outcome goes: metrics, status file."""
 
-    def publish(self, turn: Turn, runtime: Runtime) -> None: ...
+    def publish(self, turn: Turn, runtime: Runtime) -> None:
+        """A turn has ended."""
+
+    def flush(self) -> None:
+        """The loop has nothing else to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +81,7 @@ class Turn:
     plan: Plan
     problems: tuple[Problem, ...]
     converged: bool
-    """Nothing left to do, nothing in the way: every peer that the mesh rightly names is joined.
+    """Nothing is left to do and nothing in the way: every peer that the mesh rightly names is joined.
 
     A mesh that could not be read, or peers that were refused, are problems all the same.
     """
@@ -80,6 +89,8 @@ class Turn:
     """Whether the source says this now; else it is the last known good."""
     duration: float = 0.0
     """Seconds."""
+    since: float = 0.0
+    """When the mesh was read, in seconds since the epoch; 0 for never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +172,18 @@ class Agent:
         converged = not (todo.steps or todo.blocked or todo.held or fatal)
         problems = (*problems, *refused, *have.problems, *failed, *_braked(todo), *ignored)
         seconds = time.monotonic() - started
-        return Turn(snapshot.mesh, self._facts, want, have, todo, problems, converged, snapshot.confirmed, seconds)
+        return Turn(
+            snapshot.mesh,
+            self._facts,
+            want,
+            have,
+            todo,
+            problems,
+            converged,
+            snapshot.confirmed,
+            seconds,
+            snapshot.since,
+        )
 
     def _desired(self, wanted: Mesh) -> tuple[Dataplane, tuple[Problem, ...]]:
         me = wanted.node(self._node)
@@ -215,9 +237,10 @@ class Agent:
     def _after(self, turn: Turn) -> None:
         runtime = self.runtime
         runtime.turns += 1
+        runtime.ovs_version = self._host.ovs.version or runtime.ovs_version
         self._was_converged = turn.converged
         # a blocked or refused part waits for its bell, a failed one for its turn
-        failed = any(p.reason in ("ApplyFailed", "NotConverged", "TurnFailed") for p in turn.problems)
+        failed = any(p.reason in _OWN_REASONS[:3] for p in turn.problems)
         if failed:
             runtime.failures += 1
             self._retry_at = time.monotonic() + self._wait_failed * random.uniform(0.5, 1.0)
@@ -255,6 +278,8 @@ class Agent:
                 look = now + SYSCTL_POLL
                 rang |= self.last.want is not None and sysctl_differences(self.last.want.sysctls)
                 rang |= self._confirm_asked()
+                if not rang:
+                    publish.flush()
             if now >= resync:
                 resync = now + RESYNC * random.uniform(0.8, 1.0)
                 self._host.dirty()
@@ -325,6 +350,9 @@ class _Quiet:
     def publish(self, turn: Turn, runtime: Runtime) -> None:
         return
 
+    def flush(self) -> None:
+        return
+
 
 def _agent(options: Options, state: StateDir) -> tuple[Agent, Host]:
     host = Host(options.ovsdb)
@@ -348,11 +376,13 @@ def _locked(options: Options) -> Iterator[StateDir]:
 def serve(options: Options, stop_fd: int) -> None:
     """Runs the agent until `stop_fd` is readable. Raises OvsmeshError when it can't start."""
     with _locked(options) as state:
+        board = Board(options, state)
         agent, host = _agent(options, state)
         try:
-            agent.run(stop_fd, Board(options, state))
+            agent.run(stop_fd, board)
         finally:
             host.close()
+            board.close()
 
 
 def once(options: Options) -> Turn:
@@ -366,10 +396,85 @@ def once(options: Options) -> Turn:
 
 
 class Board:
-    """Where a serving agent's turns are seen: the status file, and HTTP."""
+    """Where a serving agent's turns are seen: over HTTP, and in the state directory for `ovsmesh status`.
+
+    The report of a thousand peers takes longer to make than a turn, so it is made when the loop has
+    nothing better to do, unless it changes whether all is well.
+    """
 
     def __init__(self, options: Options, state: StateDir) -> None:
+        self._options = options
         self._state = state
+        self._health = Health(options.listen)
+        self._turn: Turn | None = None
+        self._runtime = Runtime()
+        self._shown: Turn | None = None
+        self._kept: dict[str, Any] = {}
+
+    def close(self) -> None:
+        self._health.close()
 
     def publish(self, turn: Turn, runtime: Runtime) -> None:
-        return
+        self._turn, self._runtime = turn, runtime
+        if self._shown is None or self._shown.converged != turn.converged:
+            self.flush()
+
+    def flush(self) -> None:
+        self._health.beat()
+        turn, runtime = self._turn, self._runtime
+        if turn is None or turn is self._shown:
+            return
+        self._shown = turn
+        about = status.Runtime(
+            now=time.time(),
+            agent_since=runtime.started,
+            agent_version=__version__,
+            ovs_version=runtime.ovs_version,
+            mesh_from=self._options.mesh,
+            mesh_since=turn.since or None,
+            mesh_current=turn.whole,
+            last_change=dict(runtime.last_change),
+        )
+        counters = Counters(
+            runtime.turns,
+            runtime.failures,
+            runtime.last_success,
+            turn.duration,
+            dict(runtime.drift),
+            dict(runtime.operations),
+        )
+        self._health.publish(report(turn, self._options.node, {}, about), counters)
+        kept = {
+            "since": runtime.started,
+            "version": __version__,
+            "lastChange": runtime.last_change,
+            "drift": runtime.drift,
+            "problems": [str(p) for p in turn.problems if p.reason in _OWN_REASONS],
+        }
+        if kept != self._kept:
+            self._kept = copy.deepcopy(kept)
+            try:
+                self._state.write_status(kept)
+            except OSError as error:
+                log.warning("status file in %s: %s", self._options.state_dir, error.strerror)
+
+
+def report(turn: Turn, node: str, traffic: Mapping[str, status.Traffic], about: status.Runtime) -> status.Report:
+    """A turn, or a look at the system, as the report that every reader is shown."""
+    me = turn.mesh.node(node) if turn.mesh else None
+    parts: Mapping[str, Dataplane] = {}
+    if turn.mesh and me and turn.facts:
+        parts, _ = mesh.peers(turn.mesh, me, mesh.wiring(turn.mesh, me, turn.facts))
+    return status.report(
+        turn.mesh,
+        node,
+        turn.facts,
+        turn.want,
+        turn.have,
+        turn.plan,
+        turn.problems,
+        turn.converged,
+        parts,
+        traffic,
+        about,
+    )

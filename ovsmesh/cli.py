@@ -133,14 +133,14 @@ def plan(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str) 
     from ovsmesh import commands
 
     _root()
-    look = commands.look(**_options(mesh, node, ovsdb, state_dir))
+    look, failed = commands.look(**_options(mesh, node, ovsdb, state_dir))
     for line in look.plan.lines():
         click.echo(line)
     for problem in look.problems:
         click.echo(f"! {problem}", err=True)
-    if look.failed:
+    if failed:
         sys.exit(1)
-    if not look.plan.steps:
+    if not look.plan.steps and not look.plan.held:
         click.echo("nothing to change")
     sys.exit(2 if look.plan.steps or look.plan.held else 0)
 
@@ -149,13 +149,11 @@ def plan(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str) 
 @_common
 @click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
 def status(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str, output: str) -> None:
-    """Show this node and each peer: what is there, what is missing and why; exit 1 when degraded."""
+    """Show this node and each peer: what is there, what is missing and why."""
     from ovsmesh import commands
 
     _root()
-    text, healthy = commands.status(output=output, **_options(mesh, node, ovsdb, state_dir))
-    click.echo(text)
-    sys.exit(0 if healthy else 1)
+    click.echo(commands.status(output=output, **_options(mesh, node, ovsdb, state_dir)))
 
 
 @cli.command()

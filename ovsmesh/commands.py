@@ -6,29 +6,25 @@ Joins the same rooms as agent, and changes nothing but in `cleanup`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
+
+import yaml
 
 from ovsmesh import mesh as meshes
+from ovsmesh.agent import Turn, report
 from ovsmesh.host import Host
-from ovsmesh.model import Dataplane, Facts, Mesh, Observed, OvsmeshError, Problem
+from ovsmesh.model import KBR, KINDS, OBR, Dataplane, OvsmeshError, Problem
 from ovsmesh.plan import Plan, plan
-from ovsmesh.sources import FileSource
+from ovsmesh.sources import FileSource, Snapshot
 from ovsmesh.state import StateDir
+from ovsmesh.status import Runtime, Traffic
+from ovsmesh.statustext import render_text
 
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """This node as it is and as it should be."""
-
-    mesh: Mesh
-    facts: Facts
-    want: Dataplane
-    have: Observed
-    plan: Plan
-    problems: tuple[Problem, ...]
-    failed: bool
-    """Whether something stands in the way of what the plan would do."""
+_PROOF = tuple(kind for kind in KINDS if kind not in ("sysctls", "restore_wait"))
 
 
 @contextlib.contextmanager
@@ -41,39 +37,98 @@ def _host(ovsdb: str) -> Iterator[Host]:
         host.close()
 
 
-def _mesh(mesh: str, node: str, state_dir: str) -> tuple[Mesh, tuple[Problem, ...]]:
+def _snapshot(mesh: str, node: str, state_dir: str) -> Snapshot:
     if not mesh:
         raise OvsmeshError(f"no mesh: no agent has left its options in {state_dir}; give --mesh FILE")
     source = FileSource(mesh, state_dir, node)
     try:
-        snapshot = source.snapshot()
+        return source.snapshot()
     finally:
         source.close()
+
+
+def _look(host: Host, snapshot: Snapshot, node: str) -> Turn:
+    """What an agent's turn would find now, with nothing done about it."""
+    wanted, problems = snapshot.mesh, snapshot.problems
+    me = wanted.node(node) if wanted else None
+    if wanted is None or me is None:
+        return Turn(None, None, None, None, Plan(), problems, False)
+    facts = host.facts(wanted, me)
+    want, refused = meshes.dataplane(wanted, node, facts)
+    want = host.possible(want)
+    have = host.observe(want)
+    todo = plan(want, have)
+    here = [p for p in (*problems, *refused) if p.node == node]
+    fatal = any(p.fatal for p in (*here, *have.problems))
+    converged = not (todo.steps or todo.blocked or todo.held or fatal)
+    around = () if todo.blocked else tuple(Problem("Foreign", f.detail, fatal=False) for f in have.foreign)
+    problems = (*problems, *refused, *have.problems, *around)
+    return Turn(wanted, facts, want, have, todo, problems, converged, snapshot.confirmed, since=snapshot.since)
+
+
+def look(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "") -> tuple[Turn, bool]:
+    """What the agent would change now, and whether something stands in the way of it or of knowing it.
+
+    Raises OvsmeshError without a usable mesh.
+    """
+    snapshot = _snapshot(mesh, node, state_dir)
     if snapshot.mesh is None:
         raise OvsmeshError("; ".join(map(str, snapshot.problems)))
-    return snapshot.mesh, snapshot.problems
-
-
-def look(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "") -> Look:
-    """Compares what the mesh wants of this node with what is there. Raises OvsmeshError without a usable mesh."""
-    wanted, problems = _mesh(mesh, node, state_dir)
-    me = wanted.node(node)
     with _host(ovsdb) as host:
-        facts = host.facts(wanted, me) if me else Facts()
-        want, refused = meshes.dataplane(wanted, node, facts)
-        want = host.possible(want)
-        have = host.observe(want)
-        todo = plan(want, have)
-    foreign = () if todo.blocked else tuple(Problem("Foreign", f.detail, fatal=False) for f in have.foreign)
-    here = [p for p in (*problems, *refused) if p.node == node]
-    failed = bool(todo.blocked) or any(p.fatal for p in (*here, *have.problems))
-    return Look(wanted, facts, want, have, todo, (*problems, *refused, *have.problems, *foreign), failed)
+        found = _look(host, snapshot, node)
+    unclear = found.have is None or bool(found.have.unknown)
+    return found, bool(found.plan.blocked) or unclear or not snapshot.confirmed
 
 
-def status(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, output: str) -> tuple[str, bool]:
-    """The report as text, and whether all is well."""
-    found = look(mesh, node, ovsdb, state_dir)
-    return "\n".join(map(str, found.problems)) or "ok", not found.failed and not found.plan
+def status(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, output: str) -> str:
+    """The report of this node as text, JSON or YAML."""
+    state = StateDir(state_dir)
+    snapshot = _snapshot(mesh, node, state_dir)
+    with _host(ovsdb) as host:
+        found = _look(host, snapshot, node)
+        counted = host.ovs.statistics() if host.ovs.synced else {}
+        version = host.ovs.version
+    told: dict[str, Any] = {}
+    with contextlib.suppress(OvsmeshError):
+        told = state.status() or {}
+    running = state.held()
+    changes = told.get("lastChange")
+    known = {str(p) for p in found.problems}
+    own = told.get("problems") if running else None
+    more = [Problem("Agent", text) for text in own or () if isinstance(text, str) and text not in known]
+    found = dataclasses.replace(found, problems=(*found.problems, *more))
+    about = Runtime(
+        now=time.time(),
+        agent_since=_number(told.get("since")) if running else None,
+        agent_version=str(told.get("version") or "") if running else "",
+        ovs_version=version,
+        mesh_from=mesh,
+        mesh_since=snapshot.since or None,
+        mesh_current=snapshot.confirmed,
+        last_change=_changes(changes) if isinstance(changes, dict) else {},
+    )
+    made = report(found, node, {name: _traffic(numbers) for name, numbers in counted.items()}, about)
+    if output == "json":
+        return json.dumps(made.to_dict(), indent=2, ensure_ascii=False)
+    if output == "yaml":
+        return yaml.safe_dump(made.to_dict(), sort_keys=False, allow_unicode=True).rstrip()
+    return render_text(made).rstrip()
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def _changes(found: dict[str, Any]) -> dict[str, tuple[float, str]]:
+    """What a status file says of last changes; what is not of that shape is left out."""
+    pairs = {name: pair for name, pair in found.items() if isinstance(pair, list) and len(pair) == 2}
+    return {name: (_number(pair[0]), str(pair[1])) for name, pair in pairs.items()}
+
+
+def _traffic(numbers: dict[str, int]) -> Traffic:
+    errors = sum(numbers.get(name, 0) for name in ("rx_errors", "tx_errors", "rx_dropped", "tx_dropped"))
+    counts = (numbers.get(name, 0) for name in ("rx_packets", "tx_packets", "rx_bytes", "tx_bytes"))
+    return Traffic(*counts, errors=errors)
 
 
 def cleanup(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, dry_run: bool) -> tuple[list[str], bool]:
@@ -82,6 +137,9 @@ def cleanup(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, dry_r
     Raises OvsmeshError while an agent runs with this state directory: it would put all back.
     """
     state = StateDir(state_dir)
+    if dry_run:
+        with _host(ovsdb) as host:
+            return _cleanup(host, state, dry_run)
     state.lock()
     try:
         with _host(ovsdb) as host:
@@ -92,16 +150,30 @@ def cleanup(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, dry_r
 
 def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], bool]:
     before, problems = state.before()
-    want = Dataplane(sysctls={k: v for k, v in before.items() if "/kbr0/" not in k})
+    # a setting of kbr0's own goes with it
+    want = Dataplane(sysctls={key: value for key, value in before.items() if f"/{KBR}/" not in key})
     have = host.observe(want)
     todo = plan(want, have, confirmed=True)
-    lines = [*todo.lines()]
+    steps = [str(step._replace(why="")) for step in todo.steps]
     if dry_run:
-        return [*lines, f"{len(todo.steps)} parts would be removed or restored"], True
+        return [*steps, f"{len(steps)} parts would be removed or restored"], True
+    pods = [name for name in host.net.mirror.ports_of(KBR) if name != OBR] if KBR in have.dataplane.links else []
     failed = host.apply(todo, want) if todo.steps else []
     host.dirty()
     have = host.observe(want)
     left = plan(want, have, confirmed=True)
-    lines += [f"! {p}" for p in (*problems, *failed, *have.problems)]
+    lines = [*steps, *(f"! {problem}" for problem in (*problems, *failed, *have.problems))]
     lines += [f"left alone: {f.detail}" for f in have.foreign]
-    return lines, not left.steps and not have.unknown
+    if pods:
+        lines.append(f"left without a bridge, as {KBR} is gone: {', '.join(pods)}")
+    counts = [f"{len(getattr(have.dataplane, kind))} {kind.replace('_', ' ')}" for kind in _PROOF]
+    lines.append(f"proof, read back from the system: {', '.join(counts)}")
+    clean = not left.steps and not failed and not have.unknown
+    if clean:
+        lines += [f"left in the state directory: {name}" for name in state.remove()]
+        restored = sum(step.kind == "sysctls" for step in todo.steps)
+        lines.append(f"nothing of ovsmesh is left; {restored} sysctls are as they were")
+    else:
+        lines += [f"still there: {step}" for step in left.steps]
+        lines += [f"can't be seen: {kind}" for kind in sorted(have.unknown)]
+    return lines, clean

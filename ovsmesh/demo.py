@@ -167,11 +167,10 @@ class _Show:
             at = time.time()
             lab.write_mesh(old)
             if not stream.wait_refused(at, _DEADLINE):
-                for t in stream.tracks: print(t.pair.source, len(t.sent), len(t.received), len(t.refused), max(t.refused.values(),default=0)-at, max(t.received.values())-at, t.errors)
-                print(self.lab.host(2).run(["ip","route"]).stdout, self.lab.host(2).run(["nstat","-az"]).stdout)
                 raise LabError(f"pods still reach {host.name} {_DEADLINE:g} s after it left the mesh")
-        self._line("a host leaves", [max(_first(t, t.refused, at) for t in stream.tracks)], None, None)
-        self._note(f"from the rename until all {len(pods)} pods are told “unreachable”: nothing leaks elsewhere")
+        last = max(track.sent[number] for track in stream.tracks for number in track.received)
+        self._line("a host leaves", [last - at], None, None)
+        self._note(f"from the rename to the last packet through; then all {len(pods)} pods are told “unreachable”")
         lab.remove_host(host.index)
 
     # --- lines

@@ -169,7 +169,7 @@ class Lab:
                 self._make_namespaces(hosts)
             with self.step(f"{len(hosts)} × ovsdb-server and ovs-vswitchd ({self._datapath_text})"):
                 self._each(self._start_host, hosts)
-                self._warm_up()
+                self._reach_underlay()
             self.write_mesh()
             if self._agents:
                 with self.step(f"{len(hosts)} agents build {len(hosts) * (len(hosts) - 1)} tunnel ends"):
@@ -177,6 +177,7 @@ class Lab:
                     self.converged(60)
                 with self.step(f"{len(hosts) * self.settings.pods} pods plugged into {KBR}"):
                     self._each(Host.plug, hosts)
+                    self.warm_up()
         return self
 
     @property
@@ -200,7 +201,8 @@ class Lab:
         labnet.ip_batch(f"netns add {ns}" for host in hosts for ns in (host.ns, *(pod.ns for pod in host.pods)))
         for ns in (ns for host in hosts for ns in (host.ns, *(pod.ns for pod in host.pods))):
             # each multicast group that a link speaks to takes an entry of the machine-wide neighbour table
-            labnet.sysctl(ns, {"net/ipv6/conf/default/router_solicitations": "0"})
+            # and a stream of refused packets starves the kernel of ICMP tokens, which two of its checks take from one bucket
+            labnet.sysctl(ns, {"net/ipv6/conf/default/router_solicitations": "0", "net/ipv4/icmp_ratelimit": "0"})
         labnet.ip_batch((line for host in hosts for line in self._cable(host)), self.hub)
         for host in hosts:
             labnet.ip_batch(["link set lo up", "link set eth0 up"], host.ns)
@@ -219,21 +221,31 @@ class Lab:
         host.start_vswitchd(restore_wait=False)
         host.create_underlay()
 
-    def _warm_up(self) -> None:
-        """Lets every host's switch learn every other's underlay MAC, as hosts that talked before have.
+    def _reach_underlay(self) -> None:
+        """Every host pings every other over the underlay."""
+        self._all_answer(
+            "underlay", [Pair(a.ns, str(b.address), a.name, b.name) for a in self.hosts for b in self.hosts]
+        )
 
-        The userspace datapath drops the first packet of a tunnel whose remote it can't yet resolve.
+    def warm_up(self) -> None:
+        """Every host pings every other's gateway, as hosts that talked before have.
+
+        The userspace datapath drops the first packets of a tunnel whose remote's MAC it has not yet
+        learned, and learns only once there are tunnels. Raises LabError when one does not answer.
         """
-        for timeout in (0.3, 1.0, 3.0):
-            tracks = ping(self._underlay_pairs(), count=1, timeout=timeout)
-            if not any(t.lost for t in tracks):
-                return
-        silent = ", ".join(f"{t.pair.source}→{t.pair.target}" for t in tracks if t.lost)
-        raise LabError(f"underlay of lab {self.name}: no answer {silent}; see the logs in {self.state}")
+        gateways = [(host, cidr.network_address + 1) for host in self.hosts for cidr in host.pod_cidrs]
+        pairs = [Pair(a.ns, str(address), a.name, b.name) for a in self.hosts for b, address in gateways]
+        self._all_answer("mesh", pairs)
 
-    def _underlay_pairs(self) -> list[Pair]:
-        hosts = self.hosts
-        return [Pair(a.ns, str(b.address), a.name, b.name) for a in hosts for b in hosts if a != b]
+    def _all_answer(self, what: str, pairs: Sequence[Pair]) -> None:
+        left = [pair for pair in pairs if pair.source != pair.target]
+        for timeout in (0.2, 0.5, 1.0, 3.0):
+            tracks = ping(left, count=1, timeout=timeout)
+            left = [track.pair for track in tracks if track.lost]
+            if not left:
+                return
+        silent = ", ".join(f"{pair.source} → {pair.target} {pair.address}" for pair in left[:10])
+        raise LabError(f"{what} of lab {self.name}: no answer {silent}; see the logs in {self.state}")
 
     def _save(self) -> None:
         labstate.save(self._base, self.settings)
@@ -294,8 +306,9 @@ class Lab:
             if agent:
                 self.write_mesh()
                 host.start_agent()
-                self.converged(30, [host])
+                self.converged(30)
                 host.plug()
+                self.warm_up()
         return host
 
     def prepare_host(self) -> Host:
@@ -308,7 +321,7 @@ class Lab:
         host = self._host(index)
         self._make_namespaces([host])
         self._start_host(host)
-        self._warm_up()
+        self._reach_underlay()
         return host
 
     def remove_host(self, index: int) -> None:

@@ -30,8 +30,6 @@ class Mirror:
     def __init__(self) -> None:
         self.changed = True
         """Something that we read may be another."""
-        self.doubt = True
-        """The kernel may have changed more than it told: read all again."""
         self.reread: set[int] = set()
         """Links of which only a bridge's part was told."""
         self.lost_ports: set[int] = set()
@@ -39,6 +37,8 @@ class Mirror:
         self._ranges: list[tuple[int, int, int]] = []
         self._orphans: dict[int, float] = {}
         self.clear()
+        self.doubt = True
+        """The kernel may have changed more than it told: read all again."""
 
     def clear(self) -> None:
         """Forgets all, before a whole reading."""

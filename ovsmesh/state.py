@@ -137,6 +137,20 @@ class StateDir:
             pass  # The lock holds all the same; only the next agent's message will lack the pid.
         self._lock = handle
 
+    def held(self) -> bool:
+        """Whether an agent runs with this state directory."""
+        try:
+            handle = os.open(self.path / "agent.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
     def unlock(self) -> None:
         """Lets another agent have the directory. The file stays: removing it would let two agents hold "the" lock."""
         if self._lock is not None:

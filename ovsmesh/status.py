@@ -171,6 +171,8 @@ def age(seconds: float) -> str:
 
 def _part_lines(kind: str, wanted: Mapping[Any, Any], have: Observed, foreign: Mapping[Any, Foreign]) -> Iterator[str]:
     found = getattr(have.dataplane, kind)
+    if wanted.items() <= found.items():
+        return
     for key, value in wanted.items():
         old = found.get(key)
         if old == value:
@@ -331,9 +333,8 @@ def report(
 ) -> Report:
     """The report of one turn, or of one look.
 
-    `parts` maps each joined peer's name to mesh.peer_parts of it, less what firewall finds
-    impossible; a node of the mesh that is not in it counts as refused, for the reason that
-    `problems` gives. `traffic` is keyed by port.
+    `parts` is what mesh.peers says: each joined peer's parts by its name; a node of the mesh that
+    is not in it counts as refused, for the reason that `problems` gives. `traffic` is keyed by port.
     """
     have = have or Observed(Dataplane())
     peers: tuple[Peer, ...] = ()

@@ -61,7 +61,9 @@ def module_lab(lab_machine: None) -> Iterator[Callable[..., Lab]]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
         report.sections += [(f"logs of lab {made.name}", made.logs()) for made in _live if made.state.exists()]

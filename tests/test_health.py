@@ -65,7 +65,7 @@ def test_metrics(health):
     assert found["ovsmesh_reconcile_duration_seconds_sum",] == pytest.approx(20.03)
     assert found["ovsmesh_last_success_timestamp_seconds",] == 1.8e9
     assert found["ovsmesh_mesh_refused_nodes",] == 0
-    assert [key for key in found if key[0] == "ovsmesh_build_info"][0][1] == ("ovs_version", "3.1.0")
+    assert next(key for key in found if key[0] == "ovsmesh_build_info")[1] == ("ovs_version", "3.1.0")
     assert "process_resident_memory_bytes" in text and "python_gc" not in text
 
 
@@ -126,9 +126,9 @@ def test_status_json(health):
     assert json.loads(get(health, "/status.json?x=1")[1])["self"]["name"] == "web9"
 
 
-@pytest.mark.parametrize("path", ["/nope", "//", "/../etc/passwd", "/metrics/", "/%2e%2e", "/" + "a" * 5000, "/\u00e9"])
+@pytest.mark.parametrize("path", ["/nope", "/../etc/passwd", "/metrics/", "/%2e%2e", "/" + "a" * 5000])
 def test_strange_paths(health, path):
-    status, text, _ = get(health, path.encode().decode("latin-1"))
+    status, text, _ = get(health, path)
     assert status == 404 and "passwd" not in text
 
 
@@ -145,6 +145,7 @@ def test_get_only(health, method):
         b"GET / HTTP/9.9\r\n\r\n",
         b"GET " + b"a" * 70000 + b" HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+        b"GET /\xc3\xa9\xff HTTP/1.1\r\n\r\n",
         b"BREW / HTTP/1.1\r\n\r\n",
         b"\r\n",
         b"GET / HTTP/1.1\r\nContent-Length: -5\r\nTransfer-Encoding: chunked\r\n\r\n",

@@ -42,7 +42,7 @@ def made(mesh=MESH, observed=None, runtime=RUNTIME, problems=()):
     have = observed or Observed(want)
     todo = plan(want, have)
     wiring = meshes.wiring(mesh, mesh.nodes[0], FACTS)
-    parts = {peer.name: meshes.peer_parts(wiring, peer) for peer in meshes.peers(mesh, "web1")[0]}
+    parts = meshes.peers(mesh, mesh.nodes[0], wiring)[0]
     every = (*problems, *refused, *have.problems)
     converged = not (todo.steps or todo.blocked or todo.held or any(p.fatal for p in have.problems))
     traffic = {"gre-web2": Traffic(12, 34, 1200, 3400, 0)}
@@ -147,7 +147,7 @@ def test_filter_peers_that_can_not_be_had_are_not_missing():
     want, _ = wanted()
     want = replace(want, rules={}, filter_peers={})
     wiring = meshes.wiring(MESH, NODES[0], FACTS)
-    parts = {peer.name: meshes.peer_parts(wiring, peer) for peer in NODES[1:]}
+    parts = meshes.peers(MESH, NODES[0], wiring)[0]
     found = report(MESH, "web1", FACTS, want, Observed(want), Plan(), (), True, parts, {}, RUNTIME)
     assert found.count("ok") == 2
 
