@@ -266,7 +266,8 @@ class Agent:
         resync, look = now + RESYNC * random.uniform(0.8, 1.0), now + SYSCTL_POLL
         while True:
             timeout = min(resync, look, self._retry_at, self._held_until()) - time.monotonic()
-            if self.last.mesh is not None and not self._host.switch_up:
+            waiting = self._waiting()
+            if waiting or (self.last.mesh is not None and not self._host.switch_up):
                 timeout = min(timeout, SWITCH_POLL)
             self._host.wait([stop_fd, *self._source.fds()], max(0.0, timeout))
             if _readable(stop_fd):
@@ -284,7 +285,7 @@ class Agent:
                 resync = now + RESYNC * random.uniform(0.8, 1.0)
                 self._host.dirty()
                 rang = True
-            rang |= now >= self._retry_at or now >= self._held_until()
+            rang |= waiting or now >= self._retry_at or now >= self._held_until()
             rang |= self.last.mesh is not None and not self._host.switch_up and self._host.switch_answers()
             if rang:
                 self._turn_and_publish(publish)
@@ -295,6 +296,11 @@ class Agent:
         if turn.converged:
             for problem in self._source.commit():
                 log.warning("%s", problem)
+
+    def _waiting(self) -> bool:
+        """Whether flow-restore-wait is left standing for a moment, whose end rings no bell."""
+        have = self.last.have
+        return have is not None and "restore_wait" in have.unknown and "flows" not in have.unknown
 
     def _held_until(self) -> float:
         return float("inf") if self._held_since is None else self._held_since + BRAKE_HOLD

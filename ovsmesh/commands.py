@@ -127,8 +127,10 @@ def _changes(found: dict[str, Any]) -> dict[str, tuple[float, str]]:
 
 def _traffic(numbers: dict[str, int]) -> Traffic:
     errors = sum(numbers.get(name, 0) for name in ("rx_errors", "tx_errors", "rx_dropped", "tx_dropped"))
-    counts = (numbers.get(name, 0) for name in ("rx_packets", "tx_packets", "rx_bytes", "tx_bytes"))
-    return Traffic(*counts, errors=errors)
+    rx_packets, tx_packets, rx_bytes, tx_bytes = (
+        numbers.get(f"{way}_{what}", 0) for what in ("packets", "bytes") for way in ("rx", "tx")
+    )
+    return Traffic(rx_packets, tx_packets, rx_bytes, tx_bytes, errors)
 
 
 def cleanup(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, dry_run: bool) -> tuple[list[str], bool]:

@@ -58,8 +58,8 @@ class _Show:
         out.rule("[bold]every pod pings every pod, round trips in ms", align="left")
         bad = self._matrix(first=True)
         out.rule(f"[bold]faults, each under a packet every {_INTERVAL * 1000:g} ms both ways", align="left")
-        out.print(f"[bold]{'':<38}{'pods cut off':>21}{'packets':>10}{'back in':>11}[/]")
-        out.print(f"[bold]{'':<38}{'median':>10}{'worst':>11}{'lost':>10}{'place':>11}[/]")
+        out.print(f"[bold]{'':<52}{'cut off for':>17}{'lost':>9}[/]")
+        out.print(f"[bold]{'':<52}{'median':>8}{'worst':>9}{'packets':>9}[/]")
         self._tries("a GRE port deleted", self._delete_port)
         self._tries("a route deleted", self._delete_route)
         self._tries("the flow table emptied", self._empty_flows)
@@ -85,18 +85,15 @@ class _Show:
 
     def _tries(self, what: str, fault: Callable[[Host, Host], Callable[[], object]]) -> None:
         """The fault once on each host, on what leads to the next one."""
-        cuts, backs, lost = [], [], 0
+        cuts, lost = [], 0
         hosts = self.lab.hosts
         for host, peer in zip(hosts, [*hosts[1:], hosts[0]], strict=True):
-            outages, back = self._one(host, peer, fault)
+            outages = self._one(host, peer, fault)
             cuts.append(max((outage.seconds for outage in outages), default=0.0))
             lost += sum(outage.lost for outage in outages)
-            backs.append(back)
-        self._line(f"{what}, on {len(hosts)} hosts", cuts, lost, statistics.median(backs))
+        self._line(f"{what}, on {len(hosts)} hosts", cuts, lost)
 
-    def _one(
-        self, host: Host, peer: Host, fault: Callable[[Host, Host], Callable[[], object]]
-    ) -> tuple[list[Outage], float]:
+    def _one(self, host: Host, peer: Host, fault: Callable[[Host, Host], Callable[[], object]]) -> list[Outage]:
         pairs = self._both_ways(host, peer)
         with self.lab.stream(pairs, _INTERVAL) as stream:
             _flows(stream, time.time())
@@ -104,9 +101,8 @@ class _Show:
             at = time.time()
             back = fault(host, peer)
             wait_for(f"{host.name} to be mended", back, _DEADLINE, every=0.001, hint=f"see {host.agent_log}")
-            mended = time.time()
-            _flows(stream, mended)
-        return [outage for track in stream.tracks for outage in track.outages(at)], mended - at
+            _flows(stream, time.time())
+        return [outage for track in stream.tracks for outage in track.outages(at)]
 
     def _both_ways(self, host: Host, peer: Host) -> list[Pair]:
         a, b = host.pods[0], peer.pods[0]
@@ -143,7 +139,7 @@ class _Show:
         outages = [outage for track in stream.tracks for outage in track.outages(started - _DEAD)]
         ends = [max(0.0, outage.end - started) for outage in outages]
         lost = sum(outage.lost for outage in outages)
-        self._line(f"ovs-vswitchd killed, started {_DEAD:g} s later", [max(ends, default=0.0)], lost, None)
+        self._line(f"ovs-vswitchd killed, started {_DEAD:g} s later", [max(ends, default=0.0)], lost)
         self._note(f"from its start, which itself takes {_ms(running - started)} until it has read its database")
 
     def _join_and_leave(self) -> None:
@@ -162,25 +158,24 @@ class _Show:
             at = time.time()
             lab.write_mesh()
             _flows(stream, at)
-            self._line("a sixth host joins", [max(_first(t, t.received, at) for t in stream.tracks)], None, None)
+            self._line("a sixth host joins", [max(_first(t, t.received, at) for t in stream.tracks)])
             self._note(f"from the mesh file's rename until all {len(pods)} pods reach the new host's")
             at = time.time()
             lab.write_mesh(old)
             if not stream.wait_refused(at, _DEADLINE):
                 raise LabError(f"pods still reach {host.name} {_DEADLINE:g} s after it left the mesh")
         last = max(track.sent[number] for track in stream.tracks for number in track.received)
-        self._line("a host leaves", [last - at], None, None)
+        self._line("a host leaves", [last - at])
         self._note(f"from the rename to the last packet through; then all {len(pods)} pods are told “unreachable”")
         lab.remove_host(host.index)
 
     # --- lines
 
-    def _line(self, what: str, cuts: Sequence[float], lost: int | None, back: float | None) -> None:
+    def _line(self, what: str, cuts: Sequence[float], lost: int | None = None) -> None:
         median, worst = statistics.median(cuts), max(cuts)
         mark = "[green]✓[/]" if worst < 1 else "[yellow]•[/]"
-        times = f"{_ms(median):>10}{_ms(worst):>11}" if len(cuts) > 1 else f"{_ms(worst):>21}"
-        placed = "" if back is None else _ms(back)
-        self.out.print(f"{mark} {what:<36}{times}{'' if lost is None else lost:>10}{placed:>11}", soft_wrap=True)
+        times = f"{_ms(median):>8}{_ms(worst):>9}" if len(cuts) > 1 else f"{_ms(worst):>8}{'':>9}"
+        self.out.print(f"{mark} {what:<50}{times}{'' if lost is None else lost:>9}", soft_wrap=True)
 
     def _note(self, text: str) -> None:
         self.out.print(f"  [dim]{text}[/]", soft_wrap=True)

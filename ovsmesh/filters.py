@@ -112,6 +112,10 @@ def _spoof(version: int, own: list[IPNetwork], cluster: list[IPNetwork], me: Nod
             found[f"spoof-range-{name}"] = f"{enters} {field} {_set(cluster)}{other} drop"
         if own:
             found[f"spoof-gateway-{name}"] = f"{enters} {field} {_set(gateways)} drop"
+        for n, gateway in enumerate(gateways if version == 6 else ()):
+            # the target of a neighbour advertisement: what ARP's sender is to IPv4
+            target = f"icmpv6 type nd-neighbor-advert @th,64,128 {int(gateway.network_address):#x}"
+            found["spoof-gateway-nd" + (f"-{n + 1}" if n else "")] = f"{enters} {target} drop"
         if version == me.address.version:
             found[f"spoof-tunnel-{name}"] = f"{enters} {field} {me.address} drop"
             found[f"spoof-peer-{name}"] = f"{enters} {field} @peers{version} drop"

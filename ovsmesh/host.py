@@ -146,7 +146,7 @@ class Host:
             return False
         now = time.monotonic()
         self._waiting_since = self._waiting_since or now
-        return (not self.switch_up or self.ovs.other_bridges()) and now - self._waiting_since < OTHERS_GRACE
+        return (not self.switch_up or self.ovs.others_restore()) and now - self._waiting_since < OTHERS_GRACE
 
     def apply(self, todo: Plan, want: Dataplane) -> list[Problem]:
         """Carries a plan out, and returns what could not be done; one part's failure stops no other."""

@@ -200,8 +200,8 @@ class Lab:
             labnet.tx_checksum_off(self.hub, "hub")
         labnet.ip_batch(f"netns add {ns}" for host in hosts for ns in (host.ns, *(pod.ns for pod in host.pods)))
         for ns in (ns for host in hosts for ns in (host.ns, *(pod.ns for pod in host.pods))):
-            # each multicast group that a link speaks to takes an entry of the machine-wide neighbour table
-            # and a stream of refused packets starves the kernel of ICMP tokens, which two of its checks take from one bucket
+            # each multicast group that a link speaks to takes an entry of the machine-wide neighbour table;
+            # two of the kernel's checks take ICMP tokens from one bucket, so a refused stream gets no error at all
             labnet.sysctl(ns, {"net/ipv6/conf/default/router_solicitations": "0", "net/ipv4/icmp_ratelimit": "0"})
         labnet.ip_batch((line for host in hosts for line in self._cable(host)), self.hub)
         for host in hosts:
@@ -257,14 +257,8 @@ class Lab:
 
     def mesh_text(self, nodes: Sequence[Mapping[str, Any]] | None = None, **spec: Any) -> str:
         """A mesh file with these nodes, or those of all hosts; `spec` overrides or adds."""
-        s = self.settings
-        cidrs = ["10.97.0.0/16", *(["fd00:97::/32"] if s.dual_stack else [])]
-        content: dict[str, Any] = {"clusterCIDRs": cidrs, "encapsulation": s.encapsulation}
-        content |= {} if s.key is None else {"key": s.key}
-        content |= {**spec, "nodes": [host.node for host in self.hosts] if nodes is None else [dict(n) for n in nodes]}
-        return _yaml(
-            {"apiVersion": "ovsmesh.io/v1alpha1", "kind": "Mesh", "metadata": {"name": "default"}, "spec": content}
-        )
+        chosen = [host.node for host in self.hosts] if nodes is None else nodes
+        return labstate.mesh_text(self.settings, chosen, spec)
 
     def write_mesh(self, nodes: Sequence[Mapping[str, Any]] | None = None, **spec: Any) -> None:
         """Writes mesh_text() as the mesh file of all hosts, by an atomic rename."""
@@ -407,9 +401,3 @@ def end_orphans(base: Path = BASE) -> list[Proof]:
 def _recorded(host: Host) -> list[Process]:
     found = (host.agent(), host.daemon("ovs-vswitchd"), host.daemon("ovsdb-server"))
     return [process for process in found if process]
-
-
-def _yaml(content: object) -> str:
-    import yaml
-
-    return str(yaml.safe_dump(content, sort_keys=False))

@@ -327,7 +327,7 @@ def _sums(tracks: Sequence[Track]) -> Text:
     text.append(f"; {sent} packets, {lost} lost, {twice} twice", "")
     if times := sorted(rtt for t in tracks for rtt in t.rtts):
         text.append(
-            f"; round trip {statistics.median(times):.2f} ms median, {times[-1 - len(times) // 100]:.2f} ms p99"
+            f"\nround trip {statistics.median(times):.2f} ms median, {times[-1 - len(times) // 100]:.2f} ms p99"
         )
     for track in bad[:5]:
         reason = f" ({', '.join(track.errors)})" if track.errors else ""

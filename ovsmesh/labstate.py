@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,6 +118,18 @@ def load(base: Path, name: str) -> Settings:
 
 def save(base: Path, settings: Settings) -> None:
     write(base / settings.name / "lab.json", json.dumps(asdict(settings), indent=1))
+
+
+def mesh_text(settings: Settings, nodes: Sequence[Mapping[str, Any]], spec: Mapping[str, Any]) -> str:
+    """A mesh file; `spec` overrides or adds."""
+    import yaml
+
+    cidrs = ["10.97.0.0/16", *(["fd00:97::/32"] if settings.dual_stack else [])]
+    content: dict[str, Any] = {"clusterCIDRs": cidrs, "encapsulation": settings.encapsulation}
+    content |= {} if settings.key is None else {"key": settings.key}
+    content |= {**spec, "nodes": [dict(node) for node in nodes]}
+    head = {"apiVersion": "ovsmesh.io/v1alpha1", "kind": "Mesh", "metadata": {"name": "default"}}
+    return str(yaml.safe_dump({**head, "spec": content}, sort_keys=False))
 
 
 def names(base: Path = BASE) -> list[str]:

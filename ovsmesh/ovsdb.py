@@ -177,8 +177,10 @@ class Ovs:
             None,
         )
 
-    def other_bridges(self) -> bool:
-        return any(row.name != OBR for row in self._idl.tables["Bridge"].rows.values())
+    def others_restore(self) -> bool:
+        """Whether a bridge of someone else forwards nothing without its flows, which whoever restarted the switch restores."""
+        rows = self._idl.tables["Bridge"].rows.values()
+        return any(row.name != OBR and row.fail_mode == ["secure"] for row in rows)
 
     def observe(
         self,

@@ -38,6 +38,8 @@ def test_golden_dual_stack():
         f"bridge prerouting spoof-range-v6: {enters} "
         "ip6 saddr { fd00:97::/32 } ip6 saddr != { fd00:97:1::/64 } drop",
         f"bridge prerouting spoof-gateway-v6: {enters} ip6 saddr {{ fd00:97:1::1 }} drop",
+        f"bridge prerouting spoof-gateway-nd: {enters} "
+        "icmpv6 type nd-neighbor-advert @th,64,128 0xfd000097000100000000000000000001 drop",
     ]
 
 
@@ -120,5 +122,5 @@ def test_within_leaves_out_what_is_lacking():
 
 def test_within_without_the_bridge_name():
     found = [line for line in shown(within(rules(MESH, ME, Facts()), ["ibrname"])) if line.startswith("bridge")]
-    assert len(found) == 6 and all('meta iifkind "veth" iifname != "obr0"' in line for line in found)
+    assert len(found) == 7 and all('meta iifkind "veth" iifname != "obr0"' in line for line in found)
     assert not any("peers" in line or "192.0.2" in line for line in found)

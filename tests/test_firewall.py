@@ -370,9 +370,14 @@ def udp(payload, port=9):
     return struct.pack("!HHHH", port, port, 8 + len(payload), 0) + payload
 
 
-def ipv6(source, target, payload):
+def ipv6(source, target, payload, protocol=59):
     pair = socket.inet_pton(socket.AF_INET6, source) + socket.inet_pton(socket.AF_INET6, target)
-    return struct.pack("!IHBB", 6 << 28, len(payload), 59, 64) + pair + payload
+    return struct.pack("!IHBB", 6 << 28, len(payload), protocol, 64) + pair + payload
+
+
+def advertisement(target, payload):
+    head = struct.pack("!BBHI", 136, 0, 0, 3 << 29) + socket.inet_pton(socket.AF_INET6, target)
+    return ipv6("fe80::1", "fd00:97:1::3", head + payload, 58)
 
 
 def arp(sender, target, payload):
@@ -546,6 +551,8 @@ class TestPackets:
         assert not passes(pod, 0x806, lambda marker: arp("10.97.1.1", "10.97.1.3", marker))
         for source, good in (("fd00:97:1::2", True), ("fe80::1", True), ("::", True), ("fd00:97:2::2", False)):
             assert passes(pod, 0x86DD, lambda marker, s=source: ipv6(s, "fd00:97:1::3", marker)) == good, source
+        for target, good in (("fd00:97:1::2", True), ("fd00:97:1::1", False)):
+            assert passes(pod, 0x86DD, lambda marker, t=target: advertisement(t, marker)) == good
         if any(problem.field == "ibrname" for problem in firewall.observe({}).problems):
             # the rules that such a kernel is spared for the sake of other bridges: here there is none
             monkeypatch.setattr(filters, "IN_KBR", filters.IN_ANY)
