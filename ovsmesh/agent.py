@@ -41,7 +41,9 @@ BRAKE_HOLD = 300.0
 _ROUNDS = 3
 _BACKOFF = (0.2, 30.0)
 _LOG_LINES = 20
-_OWN_REASONS = ("ApplyFailed", "NotConverged", "TurnFailed", "MassRemovalHeld")
+_RETRIED = ("ApplyFailed", "NotConverged", "TurnFailed", "FilterFailed")
+"""Problems that may go by themselves, and ring no bell when they do."""
+_OWN_REASONS = (*_RETRIED, "MassRemovalHeld")
 """Problems that only the agent can know; `status` finds the others itself."""
 
 
@@ -157,7 +159,7 @@ class Agent:
             self._remember(todo)
             failed = self._host.apply(todo, want)
             self._count(todo)
-            want = self._host.possible(self._base[0] if self._base else want)
+            want, _ = self._desired(snapshot.mesh)
             have = self._host.observe(want)
             before, todo = todo, plan(want, have, self._lifted())
             if todo.steps == before.steps:
@@ -193,7 +195,7 @@ class Agent:
             self._was_converged = False
             self._base = mesh.dataplane(wanted, self._node, facts)
             self._mesh, self._facts = wanted, facts
-        return self._host.possible(self._base[0]), self._base[1]
+        return self._host.possible(self._base[0], try_out=False), self._base[1]
 
     def _around(self, have: Observed) -> tuple[Problem, ...]:
         """Foreign things that block nothing of ours, named all the same."""
@@ -240,7 +242,7 @@ class Agent:
         runtime.ovs_version = self._host.ovs.version or runtime.ovs_version
         self._was_converged = turn.converged
         # a blocked or refused part waits for its bell, a failed one for its turn
-        failed = any(p.reason in _OWN_REASONS[:3] for p in turn.problems)
+        failed = any(p.reason in _RETRIED for p in turn.problems)
         if failed:
             runtime.failures += 1
             self._retry_at = time.monotonic() + self._wait_failed * random.uniform(0.5, 1.0)
@@ -285,7 +287,10 @@ class Agent:
                 resync = now + RESYNC * random.uniform(0.8, 1.0)
                 self._host.dirty()
                 rang = True
-            rang |= waiting or now >= self._retry_at or now >= self._held_until()
+            if now >= self._retry_at:
+                self._host.dirty()
+                rang = True
+            rang |= waiting or now >= self._held_until()
             rang |= self.last.mesh is not None and not self._host.switch_up and self._host.switch_answers()
             if rang:
                 self._turn_and_publish(publish)

@@ -166,7 +166,7 @@ class _Show:
                 raise LabError(f"pods still reach {host.name} {_DEADLINE:g} s after it left the mesh")
         last = max(track.sent[number] for track in stream.tracks for number in track.received)
         self._line("a host leaves", [last - at])
-        self._note(f"from the rename to the last packet through; then all {len(pods)} pods are told “unreachable”")
+        self._note("from the rename to the last packet through; then all are told “unreachable”")
         lab.remove_host(host.index)
 
     # --- lines
@@ -175,7 +175,7 @@ class _Show:
         median, worst = statistics.median(cuts), max(cuts)
         mark = "[green]✓[/]" if worst < 1 else "[yellow]•[/]"
         times = f"{_ms(median):>8}{_ms(worst):>9}" if len(cuts) > 1 else f"{_ms(worst):>8}{'':>9}"
-        self.out.print(f"{mark} {what:<50}{times}{'' if lost is None else lost:>9}", soft_wrap=True)
+        self.out.print(f"{mark} {what:<50}{times}{'' if lost is None else lost:>9}".rstrip(), soft_wrap=True)
 
     def _note(self, text: str) -> None:
         self.out.print(f"  [dim]{text}[/]", soft_wrap=True)

@@ -81,9 +81,12 @@ class Host:
             return "netdev"
         return "system" if kernel_datapath() else "netdev"
 
-    def possible(self, want: Dataplane) -> Dataplane:
-        """What of the desired dataplane this host can have; the next observation names the rest."""
-        return self.firewall.possible(want)
+    def possible(self, want: Dataplane, try_out: bool = True) -> Dataplane:
+        """What of the desired dataplane this host can have; the next observation names the rest.
+
+        With `try_out` the packet filter is asked beforehand; without, applying will tell.
+        """
+        return self.firewall.possible(want, try_out=try_out)
 
     def observe(self, want: Dataplane) -> Observed:
         """Reads back all that is ours, and what stands in its way; `want` says which sysctls matter."""

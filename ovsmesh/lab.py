@@ -371,12 +371,9 @@ class Lab:
             processes = labnet.end(recorded)
             more, removed = self._end(own(self.name))
             shutil.rmtree(self.state, ignore_errors=True)
-        left = [f"namespace {name}" for name in own(self.name)]
-        left += [f"process {process.pid}" for process in processes if labnet.identity(process.pid) == process]
-        left += [f"directory {self.state}"] if self.state.exists() else []
         if self._base == BASE and BASE.exists() and not any(BASE.iterdir()):
             BASE.rmdir()
-        return Proof(self.name, len(processes) + more, removed, tuple(left))
+        return Proof(self.name, len(processes) + more, removed, labstate.left_of(self._base, self.name))
 
     def _recorded_hosts(self) -> list[Host]:
         found = (re.fullmatch(r"h(\d+)", path.name) for path in self.state.glob("h*"))

@@ -90,19 +90,22 @@ _output = click.option("-o", "--output", default="table", type=click.Choice(["ta
 
 
 def _shape(command: F) -> F:
-    for option in (
-        _name,
-        _hosts,
-        _pods,
-        click.option("--dual-stack", is_flag=True, help="Pods have IPv6 beside IPv4."),
-        click.option("--underlay-v6", "underlay6", is_flag=True, help="Tunnels run over IPv6."),
-        click.option("--encapsulation", default="gre", type=click.Choice(ENCAPSULATIONS), show_default=True),
-        click.option("--key", type=click.IntRange(0, 2**32 - 1), help="The tunnels' key."),
-        click.option("--underlay-mtu", default=1500, show_default=True, help="Bytes."),
-        click.option("--datapath", default="auto", type=click.Choice(list(_DATAPATHS)), show_default=True),
-    ):
+    for option in reversed(_SHAPE):
         command = option(command)
     return command
+
+
+_SHAPE = (
+    _name,
+    _hosts,
+    _pods,
+    click.option("--dual-stack", is_flag=True, help="Pods have IPv6 beside IPv4."),
+    click.option("--underlay-v6", "underlay6", is_flag=True, help="Tunnels run over IPv6."),
+    click.option("--encapsulation", default="gre", type=click.Choice(ENCAPSULATIONS), show_default=True),
+    click.option("--key", type=click.IntRange(0, 2**32 - 1), help="The tunnels' key."),
+    click.option("--underlay-mtu", default=1500, show_default=True, help="Bytes."),
+    click.option("--datapath", default="auto", type=click.Choice(list(_DATAPATHS)), show_default=True),
+)
 
 
 def _lab(steps: Steps, datapath: str, hosts: int, **shape: Any) -> Lab:
@@ -120,15 +123,14 @@ def up(**shape: Any) -> None:
     try:
         made.up()
     except OvsmeshError as error:
-        raise OvsmeshError(
-            f"{error}\nwhat is there of it: look around, then `ovsmesh lab down --name {made.name}`"
-        ) from error
+        rest = f"\nleft as it is, to look at; `ovsmesh lab down --name {made.name}` ends it" if made.made else ""
+        raise OvsmeshError(f"{error}{rest}") from error
     first, other = made.hosts[0], made.hosts[-1]
     out.print(f"\nlab {made.name} is up: {len(made.hosts)} hosts, {len(made.pods)} pods. Look around:")
     at = "" if made.name == "lab" else f"--name {made.name} "
     out.print(f"  ovsmesh lab ping {at}".rstrip())
     out.print(f"  ovsmesh lab exec {at}{first.name} -- ovs-vsctl show")
-    out.print(f"  ovsmesh lab exec {at}{first.name} -- curl -s http://127.0.0.1:9474/metrics")
+    out.print(f"  ovsmesh lab exec {at}{first.name} -- ovsmesh status")
     if other.pods:
         out.print(f"  ovsmesh lab exec {at}{first.pods[0].name} -- ping -c 3 {other.pods[0].addresses[0]}")
     out.print(f"  ovsmesh lab down {at}".rstrip())

@@ -62,10 +62,8 @@ class Proof:
         return not self.left
 
     def __str__(self) -> str:
-        ended = f"lab {self.name}: ended {self.processes} processes, removed {self.namespaces} namespaces and the state"
-        if self.ok:
-            return f"{ended}; left: 0 processes, 0 namespaces, 0 files"
-        return f"{ended}; LEFT: {', '.join(self.left)}"
+        ended = f"lab {self.name}: ended {self.processes} processes, removed {self.namespaces} namespaces"
+        return f"{ended}\n  left: {', '.join(self.left) or '0 processes, 0 namespaces, 0 files'}"
 
 
 def quiet(_: str) -> AbstractContextManager[Any]:
@@ -157,6 +155,16 @@ def locked(base: Path, name: str, create: bool = False) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def left_of(base: Path, name: str) -> tuple[str, ...]:
+    """Whatever of a lab is there: namespaces by name, processes by a path of its state, the directory itself."""
+    state = f"{base / name}/"
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and int(entry) != os.getpid()]
+    users = [pid for pid in pids if any(state in argument for argument in labnet.command_line(pid))]
+    left = [f"namespace {ns}" for ns in sorted(own(name))]
+    left += [f"process {pid} ({' '.join(labnet.command_line(pid))[:60]})" for pid in users]
+    return (*left, *([f"directory {state}"] if Path(state).exists() else []))
 
 
 def _try_lock(fd: int) -> bool:

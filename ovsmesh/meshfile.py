@@ -69,7 +69,26 @@ def parse(text: str | bytes, where: str, last: Mesh | None = None) -> tuple[Mesh
         _bad(where, "spec.allocatePodCIDRs", allocate, f"wanted true or false, found {kind_of(allocate)}")
     nodes, problems = _nodes(spec, where, clusters, last)
     mesh = Mesh(networks, nodes, encapsulation, key, mtu)
-    return (last if last is not None and last == mesh else mesh), problems
+    if last is not None and last == mesh:
+        return last, problems
+    if last is not None and text[-1:] not in (b"\n", "\n"):
+        _uncut(mesh, last, where)
+    return mesh, problems
+
+
+def _uncut(mesh: Mesh, last: Mesh, where: str) -> None:
+    """Refuses a file that ends within a value: "192.0.2.1" of "192.0.2.11" is an address too.
+
+    Only a value that begins what stood there before tells a cut file from one that just has no
+    newline at its end.
+    """
+    before = {node.name: node for node in last.nodes}
+    for node in mesh.nodes:
+        old = before.get(node.name, node)
+        for now, then in [(node.address, old.address), *zip(node.pod_cidrs, old.pod_cidrs, strict=False)]:
+            if now != then and str(then).startswith(str(now)):
+                message = f"{where}: node {node.name}: the file ends without a newline and has {now} where {then} was"
+                raise MeshError(f"{message}: it seems cut off; end its last line with a newline if not")
 
 
 def dump(mesh: Mesh) -> str:

@@ -178,7 +178,7 @@ class Ovs:
         )
 
     def others_restore(self) -> bool:
-        """Whether a bridge of someone else forwards nothing without its flows, which whoever restarted the switch restores."""
+        """Whether someone else's bridge forwards nothing without flows that whoever restarted the switch restores."""
         rows = self._idl.tables["Bridge"].rows.values()
         return any(row.name != OBR and row.fail_mode == ["secure"] for row in rows)
 

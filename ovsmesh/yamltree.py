@@ -121,7 +121,6 @@ def _build(next_event: Any, where: str, text: str) -> Tree:
     key: Any = None
     value: Any
     documents = 0
-    last_plain: Any = None
     for _ in range(MAX_ITEMS):
         event = next_event()
         kind = type(event)
@@ -134,12 +133,9 @@ def _build(next_event: Any, where: str, text: str) -> Tree:
                 if key in here:
                     raise _at(event, where, f"the key {show(key)} stands twice in one mapping: remove one of them")
                 continue
-            last_plain = None
-            if event.implicit[0]:
-                last_plain = event
-                # Most are addresses, and the check for those is the cheaper one.
-                if value.count(".") < 2:
-                    value = _plain(value)
+            # Most are addresses, and the check for those is the cheaper one.
+            if event.implicit[0] and value.count(".") < 2:
+                value = _plain(value)
         elif kind is yaml.MappingEndEvent or kind is yaml.SequenceEndEvent:
             here = stack.pop()
             continue
@@ -156,7 +152,6 @@ def _build(next_event: Any, where: str, text: str) -> Tree:
                 value.line = event.start_mark.line + 1
             else:
                 value = []
-            last_plain = None
         elif kind is yaml.AliasEvent:
             raise _unwanted(event, where)
         elif kind is yaml.DocumentStartEvent:
@@ -179,11 +174,6 @@ def _build(next_event: Any, where: str, text: str) -> Tree:
         raise MeshError(f"{where}: more than {MAX_ITEMS} YAML items, which no mesh needs")
     if not root:
         raise MeshError(f"{where}: wanted a Mesh object, found only comments")
-    # A value that ends with the file, with no newline, may be the first half of an address: "192.0.2.1" of
-    # "192.0.2.11". Nothing else tells a cut file from a whole one.
-    if last_plain is not None and last_plain.end_mark.index >= len(text):
-        message = f"the file ends right after {show(last_plain.value)}, with no newline: it may have been cut off"
-        raise _at(last_plain, where, message + "; end the last line with a newline")
     return root[0]
 
 
