@@ -1,32 +1,31 @@
 """The loop of one node: snapshot → desired → plan → apply → report, run again whenever a bell rings.
 
-Joins sources, mesh, plan, host, status and health; decides nothing that those do not. One thread
+Joins sources, mesh, plan, host and board; decides nothing that those do not. One thread
 has every effect. Level-triggered: a bell only makes the loop run sooner.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import hashlib
 import logging
 import os
 import random
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
-from ovsmesh import __version__, mesh, status
-from ovsmesh.health import Counters, Health
+from ovsmesh import __version__, mesh
+from ovsmesh.board import RETRIED, Board
 from ovsmesh.host import Host
 from ovsmesh.model import Dataplane, Facts, Mesh, Observed, OvsmeshError, Problem
-from ovsmesh.netlink import sysctl_differences
+from ovsmesh.netlink import read_sysctls
 from ovsmesh.plan import Plan, plan
 from ovsmesh.sources import FileSource, Source
 from ovsmesh.state import StateDir
+from ovsmesh.turn import Runtime, Turn, around
 
 log = logging.getLogger("ovsmesh")
 
@@ -41,58 +40,6 @@ BRAKE_HOLD = 300.0
 _ROUNDS = 3
 _BACKOFF = (0.2, 30.0)
 _LOG_LINES = 20
-_RETRIED = ("ApplyFailed", "NotConverged", "TurnFailed", "FilterFailed")
-"""Problems that may go by themselves, and ring no bell when they do."""
-_OWN_REASONS = (*_RETRIED, "MassRemovalHeld")
-"""Problems that only the agent can know; `status` finds the others itself."""
-
-
-@dataclass
-class Runtime:
-    """What the agent has counted since it started; published as a copy."""
-
-    started: float = field(default_factory=time.time)
-    drift: Counter[str] = field(default_factory=Counter)
-    operations: Counter[tuple[str, str]] = field(default_factory=Counter)
-    turns: int = 0
-    failures: int = 0
-    last_success: float = 0.0
-    ovs_version: str = ""
-    last_change: dict[str, tuple[float, str]] = field(default_factory=dict)
-    """Peer → when a part of it was changed last (seconds since the epoch), and how."""
-
-
-class Publisher(Protocol):
-    """Where a turn's outcome goes: metrics, status file."""
-
-    def publish(self, turn: Turn, runtime: Runtime) -> None:
-        """A turn has ended."""
-
-    def flush(self) -> None:
-        """The loop has nothing else to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One turn of the loop, as it ended."""
-
-    mesh: Mesh | None
-    facts: Facts | None
-    want: Dataplane | None
-    have: Observed | None
-    plan: Plan
-    problems: tuple[Problem, ...]
-    converged: bool
-    """Nothing is left to do and nothing in the way: every peer that the mesh rightly names is joined.
-
-    A mesh that could not be read, or peers that were refused, are problems all the same.
-    """
-    whole: bool = False
-    """Whether the source says this now; else it is the last known good."""
-    duration: float = 0.0
-    """Seconds."""
-    since: float = 0.0
-    """When the mesh was read, in seconds since the epoch; 0 for never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +53,16 @@ class Options:
     listen: str = ""
 
 
+class Publisher(Protocol):
+    """Where a turn's outcome goes: metrics, status file."""
+
+    def publish(self, turn: Turn, runtime: Runtime) -> None:
+        """A turn has ended."""
+
+    def flush(self) -> None:
+        """The loop has nothing else to do."""
+
+
 class Agent:
     """One node's agent. `run` returns when it is told to stop, `once` when there is nothing left to do."""
 
@@ -114,13 +71,13 @@ class Agent:
         self._source = source
         self._host = host
         self._state = state
-        self.runtime = Runtime()
+        self.runtime = Runtime(started=time.time())
         self._mesh: Mesh | None = None
         self._facts: Facts | None = None
         self._base: tuple[Dataplane, tuple[Problem, ...]] | None = None
         self._was_converged = False
-        self._held_since: float | None = None
-        self._confirmed = False
+        self._held: frozenset[str] = frozenset()
+        self._held_since = float("inf")
         self._wait_failed = _BACKOFF[0]
         self._retry_at = float("inf")
         self._told: frozenset[str] = frozenset()
@@ -149,7 +106,7 @@ class Agent:
             return Turn(None, None, None, None, Plan(), problems, False, duration=time.monotonic() - started)
         want, refused = self._desired(snapshot.mesh)
         have = self._host.observe(want)
-        todo = plan(want, have, self._lifted())
+        todo = self._plan(want, have)
         if todo.steps and self._was_converged:
             self._tell_drift(todo)
         failed: list[Problem] = []
@@ -161,18 +118,15 @@ class Agent:
             self._count(todo)
             want, _ = self._desired(snapshot.mesh)
             have = self._host.observe(want)
-            before, todo = todo, plan(want, have, self._lifted())
+            before, todo = todo, self._plan(want, have)
             if todo.steps == before.steps:
                 break
         if todo.steps and not failed:
             failed = [Problem("NotConverged", f"{len(todo.steps)} changes did not take, the first: {todo.steps[0]}")]
-        self._brake(todo)
-        ignored = () if todo.steps or todo.blocked else self._around(have)
-        # what the mesh says of other nodes is theirs to mend; the rest is this node's
-        here = [p for p in (*problems, *refused) if p.node == self._node]
-        fatal = any(p.fatal for p in (*here, *have.problems, *failed))
+        # what is wrong with the mesh is its writer's to mend, and does not keep the rest from being in place
+        fatal = any(p.fatal for p in (*have.problems, *failed))
         converged = not (todo.steps or todo.blocked or todo.held or fatal)
-        problems = (*problems, *refused, *have.problems, *failed, *_braked(todo), *ignored)
+        problems = (*problems, *refused, *have.problems, *failed, *_braked(todo), *around(have, todo))
         seconds = time.monotonic() - started
         return Turn(
             snapshot.mesh,
@@ -197,24 +151,22 @@ class Agent:
             self._mesh, self._facts = wanted, facts
         return self._host.possible(self._base[0], try_out=False), self._base[1]
 
-    def _around(self, have: Observed) -> tuple[Problem, ...]:
-        """Foreign things that block nothing of ours, named all the same."""
-        return tuple(Problem("Foreign", f.detail, fatal=False) for f in have.foreign)
-
-    def _lifted(self) -> bool:
-        since = self._held_since
-        return self._confirmed or (since is not None and time.monotonic() - since >= BRAKE_HOLD)
-
-    def _brake(self, todo: Plan) -> None:
-        if not todo.held:
-            self._held_since, self._confirmed = None, False
-            return
-        if self._held_since is None:
+    def _plan(self, want: Dataplane, have: Observed) -> Plan:
+        """The plan, with the brake lifted where these removals were confirmed or have been held for long enough."""
+        todo = plan(want, have)
+        held = frozenset(todo.held_peers)
+        if not held:
+            self._held, self._held_since = held, float("inf")
+            return todo
+        if not held <= self._held:
             self._held_since = time.monotonic()
+        self._held = held
         if self._state.confirmation() == held_digest(todo):
             self._state.clear_confirmation()
-            self._confirmed = True
-            self._retry_at = 0.0
+            self._held_since = float("-inf")
+        if time.monotonic() >= self._held_until():
+            return plan(want, have, confirmed=True)
+        return todo
 
     def _remember(self, todo: Plan) -> None:
         old = {s.key: s.have for s in todo.steps if s.kind == "sysctls" and s.have is not None}
@@ -242,7 +194,7 @@ class Agent:
         runtime.ovs_version = self._host.ovs.version or runtime.ovs_version
         self._was_converged = turn.converged
         # a blocked or refused part waits for its bell, a failed one for its turn
-        failed = any(p.reason in _RETRIED for p in turn.problems)
+        failed = any(p.reason in RETRIED for p in turn.problems)
         if failed:
             runtime.failures += 1
             self._retry_at = time.monotonic() + self._wait_failed * random.uniform(0.5, 1.0)
@@ -250,8 +202,7 @@ class Agent:
         else:
             runtime.last_success = time.time()
             self._wait_failed = _BACKOFF[0]
-            if self._retry_at:
-                self._retry_at = float("inf")
+            self._retry_at = float("inf")
         told = frozenset(map(str, turn.problems)) | frozenset(map(str, turn.plan.blocked))
         for line in sorted(told - self._told):
             log.warning("%s", line)
@@ -269,7 +220,7 @@ class Agent:
         while True:
             timeout = min(resync, look, self._retry_at, self._held_until()) - time.monotonic()
             waiting = self._waiting()
-            if waiting or (self.last.mesh is not None and not self._host.switch_up):
+            if waiting or self._host.switch_lost:
                 timeout = min(timeout, SWITCH_POLL)
             self._host.wait([stop_fd, *self._source.fds()], max(0.0, timeout))
             if _readable(stop_fd):
@@ -279,7 +230,7 @@ class Agent:
             now = time.monotonic()
             if now >= look:
                 look = now + SYSCTL_POLL
-                rang |= self.last.want is not None and sysctl_differences(self.last.want.sysctls)
+                rang |= self._sysctls_changed()
                 rang |= self._confirm_asked()
                 if not rang:
                     publish.flush()
@@ -291,7 +242,7 @@ class Agent:
                 self._host.dirty()
                 rang = True
             rang |= waiting or now >= self._held_until()
-            rang |= self.last.mesh is not None and not self._host.switch_up and self._host.switch_answers()
+            rang |= self._host.switch_lost and self._host.switch_answers()
             if rang:
                 self._turn_and_publish(publish)
 
@@ -307,8 +258,15 @@ class Agent:
         have = self.last.have
         return have is not None and "restore_wait" in have.unknown and "flows" not in have.unknown
 
+    def _sysctls_changed(self) -> bool:
+        """Since they were observed last: one that can't be as wanted must not ring for ever."""
+        turn = self.last
+        if turn.want is None or turn.have is None:
+            return False
+        return read_sysctls(turn.want.sysctls) != turn.have.dataplane.sysctls
+
     def _held_until(self) -> float:
-        return float("inf") if self._held_since is None else self._held_since + BRAKE_HOLD
+        return self._held_since + BRAKE_HOLD
 
     def _confirm_asked(self) -> bool:
         return bool(self.last.plan.held) and self._state.confirmation() is not None
@@ -387,7 +345,7 @@ def _locked(options: Options) -> Iterator[StateDir]:
 def serve(options: Options, stop_fd: int) -> None:
     """Runs the agent until `stop_fd` is readable. Raises OvsmeshError when it can't start."""
     with _locked(options) as state:
-        board = Board(options, state)
+        board = Board(options.listen, options.node, options.mesh, state)
         agent, host = _agent(options, state)
         try:
             agent.run(stop_fd, board)
@@ -404,88 +362,3 @@ def once(options: Options) -> Turn:
             return agent.once(_Quiet())
         finally:
             host.close()
-
-
-class Board:
-    """Where a serving agent's turns are seen: over HTTP, and in the state directory for `ovsmesh status`.
-
-    The report of a thousand peers takes longer to make than a turn, so it is made when the loop has
-    nothing better to do, unless it changes whether all is well.
-    """
-
-    def __init__(self, options: Options, state: StateDir) -> None:
-        self._options = options
-        self._state = state
-        self._health = Health(options.listen)
-        self._turn: Turn | None = None
-        self._runtime = Runtime()
-        self._shown: Turn | None = None
-        self._kept: dict[str, Any] = {}
-
-    def close(self) -> None:
-        self._health.close()
-
-    def publish(self, turn: Turn, runtime: Runtime) -> None:
-        self._turn, self._runtime = turn, runtime
-        if self._shown is None or self._shown.converged != turn.converged:
-            self.flush()
-
-    def flush(self) -> None:
-        self._health.beat()
-        turn, runtime = self._turn, self._runtime
-        if turn is None or turn is self._shown:
-            return
-        self._shown = turn
-        about = status.Runtime(
-            now=time.time(),
-            agent_since=runtime.started,
-            agent_version=__version__,
-            ovs_version=runtime.ovs_version,
-            mesh_from=self._options.mesh,
-            mesh_since=turn.since or None,
-            mesh_current=turn.whole,
-            last_change=dict(runtime.last_change),
-        )
-        counters = Counters(
-            runtime.turns,
-            runtime.failures,
-            runtime.last_success,
-            turn.duration,
-            dict(runtime.drift),
-            dict(runtime.operations),
-        )
-        self._health.publish(report(turn, self._options.node, {}, about), counters)
-        kept = {
-            "since": runtime.started,
-            "version": __version__,
-            "lastChange": runtime.last_change,
-            "drift": runtime.drift,
-            "problems": [str(p) for p in turn.problems if p.reason in _OWN_REASONS],
-        }
-        if kept != self._kept:
-            self._kept = copy.deepcopy(kept)
-            try:
-                self._state.write_status(kept)
-            except OSError as error:
-                log.warning("status file in %s: %s", self._options.state_dir, error.strerror)
-
-
-def report(turn: Turn, node: str, traffic: Mapping[str, status.Traffic], about: status.Runtime) -> status.Report:
-    """A turn, or a look at the system, as the report that every reader is shown."""
-    me = turn.mesh.node(node) if turn.mesh else None
-    parts: Mapping[str, Dataplane] = {}
-    if turn.mesh and me and turn.facts:
-        parts, _ = mesh.peers(turn.mesh, me, mesh.wiring(turn.mesh, me, turn.facts))
-    return status.report(
-        turn.mesh,
-        node,
-        turn.facts,
-        turn.want,
-        turn.have,
-        turn.plan,
-        turn.problems,
-        turn.converged,
-        parts,
-        traffic,
-        about,
-    )

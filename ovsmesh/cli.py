@@ -20,7 +20,7 @@ from ovsmesh import __version__
 from ovsmesh.model import OvsmeshError
 
 if TYPE_CHECKING:
-    from ovsmesh.agent import Turn
+    from ovsmesh.turn import Turn
 
 DEFAULT_OVSDB = "unix:/var/run/openvswitch/db.sock"
 DEFAULT_STATE = "/var/lib/ovsmesh"

@@ -15,14 +15,15 @@ from typing import Any
 import yaml
 
 from ovsmesh import mesh as meshes
-from ovsmesh.agent import Turn, report
 from ovsmesh.host import Host
-from ovsmesh.model import KBR, KINDS, OBR, Dataplane, OvsmeshError, Problem
+from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Observed, OvsmeshError, Problem
+from ovsmesh.ovsreplica import statistics
 from ovsmesh.plan import Plan, plan
 from ovsmesh.sources import FileSource, Snapshot
 from ovsmesh.state import StateDir
 from ovsmesh.status import Runtime, Traffic
 from ovsmesh.statustext import render_text
+from ovsmesh.turn import Turn, around, report
 
 _PROOF = tuple(kind for kind in KINDS if kind not in ("sysctls", "restore_wait"))
 
@@ -58,11 +59,9 @@ def _look(host: Host, snapshot: Snapshot, node: str) -> Turn:
     want = host.possible(want)
     have = host.observe(want)
     todo = plan(want, have)
-    here = [p for p in (*problems, *refused) if p.node == node]
-    fatal = any(p.fatal for p in (*here, *have.problems))
+    fatal = any(p.fatal for p in have.problems)
     converged = not (todo.steps or todo.blocked or todo.held or fatal)
-    around = () if todo.blocked else tuple(Problem("Foreign", f.detail, fatal=False) for f in have.foreign)
-    problems = (*problems, *refused, *have.problems, *around)
+    problems = (*problems, *refused, *have.problems, *around(have, todo))
     return Turn(wanted, facts, want, have, todo, problems, converged, snapshot.confirmed, since=snapshot.since)
 
 
@@ -86,7 +85,7 @@ def status(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, output
     snapshot = _snapshot(mesh, node, state_dir)
     with _host(ovsdb) as host:
         found = _look(host, snapshot, node)
-        counted = host.ovs.statistics() if host.ovs.synced else {}
+        counted = statistics(ovsdb) if host.ovs.synced else {}
         version = host.ovs.version
     told: dict[str, Any] = {}
     with contextlib.suppress(OvsmeshError):
@@ -155,7 +154,7 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
     # a setting of kbr0's own goes with it
     want = Dataplane(sysctls={key: value for key, value in before.items() if f"/{KBR}/" not in key})
     have = host.observe(want)
-    todo = plan(want, have, confirmed=True)
+    todo = _spared(plan(want, have, confirmed=True), have)
     steps = [str(step._replace(why="")) for step in todo.steps]
     if dry_run:
         return [*steps, f"{len(steps)} parts would be removed or restored"], True
@@ -170,6 +169,9 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
         lines.append(f"left without a bridge, as {KBR} is gone: {', '.join(pods)}")
     counts = [f"{len(getattr(have.dataplane, kind))} {kind.replace('_', ' ')}" for kind in _PROOF]
     lines.append(f"proof, read back from the system: {', '.join(counts)}")
+    guests = [f.key for f in have.foreign if f.kind == "ports"]
+    if guests:
+        lines.append(f"{OBR} stays, as {', '.join(map(str, guests))} in it is not ours: move that, then run this again")
     clean = not left.steps and not failed and not have.unknown
     if clean:
         lines += [f"left in the state directory: {name}" for name in state.remove()]
@@ -179,3 +181,10 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
         lines += [f"still there: {step}" for step in left.steps]
         lines += [f"can't be seen: {kind}" for kind in sorted(have.unknown)]
     return lines, clean
+
+
+def _spared(todo: Plan, have: Observed) -> Plan:
+    """Without the end of obr0 while a port of someone else is in it, which would end too."""
+    if not any(f.kind == "ports" for f in have.foreign):
+        return todo
+    return Plan(tuple(step for step in todo.steps if step.key != OBR))

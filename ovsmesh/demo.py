@@ -6,6 +6,7 @@ never by what the agent says of itself. Never imports ovs, pyroute2, kubernetes.
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +56,9 @@ class _Show:
     def all(self) -> bool:
         """Whether a ping of the first or the last matrix failed."""
         out = self.out
+        out.rule("[bold]what h1 now has, of `ovsmesh status`", align="left")
+        lines = self.lab.host(1).ovsmesh("status").stdout.splitlines()
+        out.print("\n".join(line for line in lines if re.match(r"PEER|h\d", line)), markup=False, soft_wrap=True)
         out.rule("[bold]every pod pings every pod, round trips in ms", align="left")
         bad = self._matrix(first=True)
         out.rule(f"[bold]faults, each under a packet every {_INTERVAL * 1000:g} ms both ways", align="left")
@@ -87,10 +91,11 @@ class _Show:
         """The fault once on each host, on what leads to the next one."""
         cuts, lost = [], 0
         hosts = self.lab.hosts
-        for host, peer in zip(hosts, [*hosts[1:], hosts[0]], strict=True):
-            outages = self._one(host, peer, fault)
-            cuts.append(max((outage.seconds for outage in outages), default=0.0))
-            lost += sum(outage.lost for outage in outages)
+        with self.out.status(what):
+            for host, peer in zip(hosts, [*hosts[1:], hosts[0]], strict=True):
+                outages = self._one(host, peer, fault)
+                cuts.append(max((outage.seconds for outage in outages), default=0.0))
+                lost += sum(outage.lost for outage in outages)
         self._line(f"{what}, on {len(hosts)} hosts", cuts, lost)
 
     def _one(self, host: Host, peer: Host, fault: Callable[[Host, Host], Callable[[], object]]) -> list[Outage]:

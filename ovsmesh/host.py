@@ -69,6 +69,7 @@ class Host:
         return Facts(
             underlay_mtu=underlay[1] if underlay else None,
             datapath_type=self._datapath_type(underlay[0] if underlay else ""),
+            datapath_carried=underlay is not None and self._carried(underlay[0]),
             ipv6=Path("/proc/sys/net/ipv6").exists(),
             ra_links=self.net.ra_links(),
             forward_drop=self.firewall.forward_drop(),
@@ -76,10 +77,11 @@ class Host:
 
     def _datapath_type(self, link: str) -> str:
         """The one that carries the tunnel address; else the kernel's where the kernel has one."""
-        carrier = self.ovs.bridge_of(link) if link and self.ovs.synced else None
-        if carrier == "netdev":
-            return "netdev"
-        return "system" if kernel_datapath() else "netdev"
+        return "system" if kernel_datapath() and not self._carried(link) else "netdev"
+
+    def _carried(self, link: str) -> bool:
+        """Whether a bridge of the userspace datapath carries the link's packets."""
+        return self.ovs.synced and self.ovs.bridge_of(link) == "netdev"
 
     def possible(self, want: Dataplane, try_out: bool = True) -> Dataplane:
         """What of the desired dataplane this host can have; the next observation names the rest.
@@ -116,8 +118,11 @@ class Host:
                 flows = found[0]
                 foreign += found[1]
         else:
-            self.switch_up = False
-            unknown |= {"bridges", "ports", "flows", "restore_wait"}
+            # its port numbers hold while the server is away, as the switch has its ports from there
+            found = self.flows.observe(self.ovs.ofports) if self.ovs.ofports else None
+            self.switch_up = found is not None
+            flows = found[0] if found else {}
+            unknown |= {"bridges", "ports", "restore_wait"} | (set() if found else {"flows"})
             text = f"ovsdb-server does not answer at {self.ovs.remote}, so ports can't be kept; is it running?"
             problems.append(Problem("DatabaseDown", text))
         have = Dataplane(
@@ -135,6 +140,11 @@ class Host:
             restore_wait=restore,
         )
         return Observed(have, tuple(_relevant(foreign, want)), tuple(problems), frozenset(unknown))
+
+    @property
+    def switch_lost(self) -> bool:
+        """Whether the database has a bridge of ours, and no switch answers on it."""
+        return self.ovs.synced and not self.switch_up
 
     def switch_answers(self) -> bool:
         return self.flows.answers()

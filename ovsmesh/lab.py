@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ovsmesh import labnet, labstate
+from ovsmesh import labunderlay as underlay
 from ovsmesh.labhost import Host, Pod, Wiring
 from ovsmesh.labnet import LabError, Process
 from ovsmesh.labping import Pair, Prober, Track, ping
@@ -129,7 +130,7 @@ class Lab:
     @property
     def hub(self) -> str:
         """The underlay's namespace; its bridge has 192.0.2.1 and stands for the world outside."""
-        return f"{self.name}-hub"
+        return underlay.hub(self.settings)
 
     def host(self, index: int) -> Host:
         if index not in self.settings.hosts:
@@ -166,7 +167,7 @@ class Lab:
             self._save()
             hosts = self.hosts
             with self.step(f"{len(hosts)} hosts and the underlay that joins them"):
-                self._make_namespaces(hosts)
+                underlay.join(self.settings, hosts)
             with self.step(f"{len(hosts)} × ovsdb-server and ovs-vswitchd ({self._datapath_text})"):
                 self._each(self._start_host, hosts)
                 self._reach_underlay()
@@ -174,7 +175,8 @@ class Lab:
             if self._agents:
                 with self.step(f"{len(hosts)} agents build {len(hosts) * (len(hosts) - 1)} tunnel ends"):
                     self._each(Host.start_agent, hosts)
-                    self.converged(60)
+                    # an emulated CPU (User-mode Linux) takes 6 s for each agent
+                    self.converged(60 + 6 * len(hosts))
                 with self.step(f"{len(hosts) * self.settings.pods} pods plugged into {KBR}"):
                     self._each(Host.plug, hosts)
                     self.warm_up()
@@ -187,33 +189,6 @@ class Lab:
     def _each(self, do: Callable[[Host], T], hosts: Iterable[Host]) -> list[T]:
         with ThreadPoolExecutor(_WORKERS) as pool:
             return list(pool.map(do, hosts))
-
-    def _make_namespaces(self, hosts: Sequence[Host]) -> None:
-        if not labnet.namespaces() >= {self.hub}:
-            labnet.ip_batch([f"netns add {self.hub}"])
-            mtu = self.settings.underlay_mtu
-            labnet.sysctl(self.hub, {"net/ipv6/conf/default/accept_dad": "0"})
-            lines = ["link set lo up", f"link add hub mtu {mtu} type bridge mcast_snooping 0", "link set hub up"]
-            labnet.ip_batch(
-                [*lines, "addr add 192.0.2.1/24 dev hub", "addr add 2001:db8::1/64 dev hub nodad"], self.hub
-            )
-            labnet.tx_checksum_off(self.hub, "hub")
-        labnet.ip_batch(f"netns add {ns}" for host in hosts for ns in (host.ns, *(pod.ns for pod in host.pods)))
-        for ns in (ns for host in hosts for ns in (host.ns, *(pod.ns for pod in host.pods))):
-            # each multicast group that a link speaks to takes an entry of the machine-wide neighbour table;
-            # two of the kernel's checks take ICMP tokens from one bucket, so a refused stream gets no error at all
-            labnet.sysctl(ns, {"net/ipv6/conf/default/router_solicitations": "0", "net/ipv4/icmp_ratelimit": "0"})
-        labnet.ip_batch((line for host in hosts for line in self._cable(host)), self.hub)
-        for host in hosts:
-            labnet.ip_batch(["link set lo up", "link set eth0 up"], host.ns)
-
-    def _cable(self, host: Host) -> list[str]:
-        mtu, mac = self.settings.underlay_mtu, f"02:00:c0:00:02:{10 + host.index:02x}"
-        return [
-            f"link add u{host.index} mtu {mtu} type veth peer name eth0 address {mac} mtu {mtu} netns {host.ns}",
-            f"link set u{host.index} addrgenmode none",
-            f"link set u{host.index} master hub up",
-        ]
 
     def _start_host(self, host: Host) -> None:
         host.start_ovsdb()
@@ -268,16 +243,25 @@ class Lab:
         """Any text as the mesh file, good or bad, by an atomic rename."""
         write(self.mesh_file, text)
 
-    def converged(self, timeout: float = 30.0, hosts: Sequence[Host] | None = None) -> float:
+    def converged(self, timeout: float = 30.0, hosts: Sequence[Host] | None = None, thorough: bool = False) -> float:
         """Waits until /readyz of every host's agent says 200; returns the seconds waited.
 
-        Raises LabError after `timeout` seconds, with what the first agents that aren't ready say.
+        An agent may not have noticed yet what was changed a moment ago; `thorough` also waits until
+        `ovsmesh plan` finds nothing to change. Raises LabError after `timeout` seconds, with what
+        the first agents that aren't ready say.
         """
         start = time.monotonic()
         waiting = list(self.hosts if hosts is None else hosts)
 
         def ready() -> bool:
             waiting[:] = [host for host in waiting if not host.ready()]
+            if ended := [host for host in waiting if not host.agent_alive()]:
+                waiting[:] = ended
+                raise LabError(f"an agent that was to be ready has ended: {', '.join(host.name for host in ended)}")
+            if thorough and not waiting:
+                chosen = list(self.hosts if hosts is None else hosts)
+                plans = self._each(lambda host: host.ovsmesh("plan").returncode, chosen)
+                waiting[:] = [host for host, code in zip(chosen, plans, strict=True) if code]
             return not waiting
 
         try:
@@ -313,7 +297,7 @@ class Lab:
         self.settings = replace(self.settings, hosts=(*self.settings.hosts, index))
         self._save()
         host = self._host(index)
-        self._make_namespaces([host])
+        underlay.join(self.settings, [host])
         self._start_host(host)
         self._reach_underlay()
         return host
@@ -391,8 +375,16 @@ class Lab:
 
 def end_orphans(base: Path = BASE) -> list[Proof]:
     """Ends the ephemeral labs whose maker has ended without doing it."""
-    labs = [Lab.open(name, base) for name in names(base)]
-    return [lab.down() for lab in labs if (own := lab.settings.owner) and labnet.identity(own.pid) != own]
+    proofs = []
+    for name in names(base):
+        try:
+            lab = Lab.open(name, base)
+        except LabError:
+            # its maker ended it just now
+            continue
+        if (maker := lab.settings.owner) and labnet.identity(maker.pid) != maker:
+            proofs.append(lab.down())
+    return proofs
 
 
 def _recorded(host: Host) -> list[Process]:

@@ -186,12 +186,13 @@ def run(count: int, **shape: Any) -> None:
 
 @contextmanager
 def ended(out: Console, made: Lab) -> Iterator[None]:
-    """Takes the lab down after, whatever happens, and shows its logs when it went wrong."""
+    """Takes the lab down after, whatever happens, and shows some agents' logs when it went wrong."""
     try:
         yield
     except OvsmeshError:
         if made.state.exists():
-            out.print(made.logs(8), markup=False, soft_wrap=True)
+            shown = "\n".join(host.logs(12, "agent.log") for host in made.hosts[:3])
+            out.print(shown, markup=False, soft_wrap=True)
         raise
     finally:
         # a lab of that name that was there before is not ours to end

@@ -322,10 +322,10 @@ class Host:
             lines.append(f"route add default via {cidr.network_address + 1}")
         labnet.ip_batch(lines, pod.ns)
 
-    def logs(self, lines: int = 40) -> str:
+    def logs(self, lines: int = 40, which: str = "*.log") -> str:
         """The end of each of this host's logs, for a failed test."""
         shown = []
-        for path in sorted(self.state.glob("*.log")):
+        for path in sorted(self.state.glob(which)):
             text = path.read_text(errors="replace").splitlines()
             shown.append("\n".join([f"--- {path} (last {min(lines, len(text))} of {len(text)} lines)", *text[-lines:]]))
         return "\n".join(shown)

@@ -259,9 +259,16 @@ class Prober:
                 self._send(turn % pairs)
                 turn += 1
                 self._drain(0)
-            until = time.monotonic() + self._grace
-            while any(t.lost > len(t.refused) for t in self.tracks) and (left := until - time.monotonic()) > 0:
-                self._drain(left)
+            self._await_last()
+
+    def _await_last(self) -> None:
+        """Gives each packet that is still out `grace` seconds from its sending, and no more."""
+        out = [(t, n) for t in self.tracks for n in range(len(t.sent)) if n not in t.received and n not in t.refused]
+        while out := [(t, n) for t, n in out if n not in t.received and n not in t.refused]:
+            left = max(t.sent[n] for t, n in out) + self._grace - time.time()
+            if left <= 0:
+                return
+            self._drain(left)
 
     def _send(self, index: int) -> None:
         track, way = self.tracks[index], self._ways[index]

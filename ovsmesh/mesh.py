@@ -96,17 +96,15 @@ class Wiring:
     local: str
     mac: str
     mtu: int
+    families: tuple[int, ...]
+    """IP versions that self's own pods have: a peer's other ranges are of no use here."""
 
 
 def wiring(mesh: Mesh, self_node: Node, facts: Facts) -> Wiring:
     key = "" if mesh.key is None else str(mesh.key)
-    return Wiring(
-        mesh.encapsulation,
-        key,
-        str(self_node.address),
-        mac(self_node),
-        pod_mtu(mesh, self_node, facts),
-    )
+    families = sorted({c.version for c in self_node.pod_cidrs if facts.ipv6 or c.version == 4})
+    mtu = pod_mtu(mesh, self_node, facts)
+    return Wiring(mesh.encapsulation, key, str(self_node.address), mac(self_node), mtu, tuple(families))
 
 
 _known: dict[str, tuple[Node, Wiring, Dataplane]] = {}
@@ -120,8 +118,9 @@ def peer_parts(w: Wiring, peer: Node) -> Dataplane:
     if known is not None and (known[0] is peer or known[0] == peer) and known[1] == w:
         return known[2]
     port, peer_mac = port_name(peer.name, w.encapsulation), mac(peer)
+    cidrs = [c for c in peer.pod_cidrs if c.version in w.families]
     flows = {f"100 dl_dst={peer_mac},in_port=LOCAL": f"output:{port}"}
-    for source in (*peer.pod_cidrs, peer.address):
+    for source in (*cidrs, peer.address):
         family = "ip,nw_src" if source.version == 4 else "ipv6,ipv6_src"
         flows[f"100 dl_dst={w.mac},in_port={port},{family}={source}"] = "LOCAL"
     set_address, set_name = filters.peer_set(peer)
@@ -129,9 +128,9 @@ def peer_parts(w: Wiring, peer: Node) -> Dataplane:
         filter_peers={set_address: set_name},
         ports={port: Port(w.encapsulation, str(peer.address), w.local, w.key, peer.name, peer.uid)},
         flows=flows,
-        neighbours={str(gateway(c)): peer_mac for c in peer.pod_cidrs},
+        neighbours={str(gateway(c)): peer_mac for c in cidrs},
         fdb={peer_mac: OBR},
-        routes={(str(c), ROUTE_METRIC): Route("unicast", str(gateway(c)), KBR, w.mtu) for c in peer.pod_cidrs},
+        routes={(str(c), ROUTE_METRIC): Route("unicast", str(gateway(c)), KBR, w.mtu) for c in cidrs},
     )
     if len(_known) > _KNOWN_MOST:
         _known.clear()
@@ -176,7 +175,7 @@ def _self(mesh: Mesh, self_name: str) -> Node:
 
 
 def _sysctls(me: Node, facts: Facts) -> dict[str, str]:
-    v6 = any(c.version == 6 for c in me.pod_cidrs)
+    v6 = facts.ipv6 and any(c.version == 6 for c in me.pod_cidrs)
     # ip_forward first: the kernel resets other settings when it flips
     values = {"net/ipv4/ip_forward": "1"}
     if v6:
@@ -207,7 +206,12 @@ def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
     if facts.underlay_mtu is None:
         text = "is on no link of this host, so no tunnel can start here; assign it or correct the mesh"
         found.append(Problem("TunnelAddressMissing", text, me.name, "address", str(me.address)))
-    if mesh.mtu is not None and mesh.mtu > mtu:
+    elif facts.datapath_type == "netdev" and not facts.datapath_carried:
+        text = (
+            "is on no bridge of the userspace datapath, and this kernel has no openvswitch: no tunnel packet can leave"
+        )
+        found.append(Problem("DatapathMissing", text, me.name, "address", str(me.address), fatal=False))
+    if mesh.mtu is not None and mesh.mtu > mtu and facts.underlay_mtu is not None:
         text = (
             f"does not fit the underlay's {facts.underlay_mtu} less {overhead(mesh, me.address)} bytes; {mtu} is used"
         )

@@ -14,8 +14,8 @@ from ovsmesh import rtnl
 from ovsmesh.model import KBR, MARK, OBR, PROTOCOL, Foreign, IPNetwork, Link, Route, RouteKey
 
 _MAIN = 254
-_RA = 9
-"""RTPROT_RA."""
+_KERNEL, _RA = 2, 9
+"""RTPROT_ KERNEL, RA."""
 _OURS = ("0a:58:", "0e:58:")
 """How the MAC of a node begins, see mesh.mac."""
 _ORPHANED = 2.0
@@ -67,7 +67,7 @@ class Mirror:
         if kind in (rtnl.NEWROUTE, rtnl.DELROUTE):
             route = rtnl.parse_route(message.payload)
             if route and route.table == _MAIN:
-                self._route(route, kind == rtnl.NEWROUTE)
+                self._route(route, kind == rtnl.NEWROUTE, bool(message.flags & rtnl.REPLACE))
         elif kind in (rtnl.NEWNEIGH, rtnl.DELNEIGH):
             neighbour = rtnl.parse_neighbour(message.payload)
             if neighbour and neighbour.family == rtnl.AF_BRIDGE:
@@ -88,8 +88,13 @@ class Mirror:
         elif kind in (rtnl.NEWNETCONF, rtnl.DELNETCONF):
             self.changed = True
 
-    def _route(self, entry: rtnl.RouteEntry, there: bool) -> None:
+    def _route(self, entry: rtnl.RouteEntry, there: bool, replaces: bool) -> None:
         key = (entry.dst, entry.metric)
+        if replaces and there:
+            # told as one new route, never as the old one's end
+            self.routes.pop(key, None)
+            self._foreign_routes = {k: text for k, text in self._foreign_routes.items() if k[:2] != key}
+            self.changed = True
         if entry.protocol == PROTOCOL:
             if there:
                 # IPv6 tells the loopback device for a route that leads nowhere
@@ -102,11 +107,10 @@ class Mirror:
         if entry.protocol == _RA and entry.dst == "::/0":
             (self._ra_links.add if there else self._ra_links.discard)(entry.oif)
             self.changed = True
-        if entry.oif == self._indexes.get(KBR) or not self._interesting(entry.dst):
+        connected = entry.protocol == _KERNEL and entry.oif == self._indexes.get(KBR)
+        if connected or not self._interesting(entry.dst):
             return
         if there:
-            # a replacement is told as one new route, never as the old one's end
-            self.routes.pop(key, None)
             via = f"via {entry.via} " if entry.via else ""
             where = f"{via}dev {self.name(entry.oif) or 'none'} metric {entry.metric} proto {entry.protocol}"
             text = f"route {entry.dst} {where} is not ours; delete it if the mesh is to have this range"

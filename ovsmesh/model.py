@@ -98,7 +98,9 @@ class Facts:
     underlay_mtu: int | None = None
     """MTU in bytes of the link that carries self's tunnel address; None when no link does."""
     datapath_type: str = "system"
-    """"system" (kernel) or "netdev" (userspace), see ovsdb.Ovs.datapath_type."""
+    """"system" (kernel) or "netdev" (userspace), see host.Host.facts."""
+    datapath_carried: bool = True
+    """Whether a bridge of the userspace datapath holds the tunnel address; the kernel's needs none."""
     ipv6: bool = True
     """Whether the kernel has IPv6 at all."""
     ra_links: tuple[str, ...] = ()

@@ -279,8 +279,3 @@ def write_sysctl(key: str, value: str) -> None:
         (_PROC / key).write_text(value + "\n")
     except OSError as error:
         raise OvsmeshError(f"can't set sysctl {key} to {value}: {error.strerror}") from error
-
-
-def sysctl_differences(want: Mapping[str, str]) -> bool:
-    """Whether any of these sysctls is not as wanted: the poll for those that the kernel does not announce."""
-    return read_sysctls(want) != want

@@ -163,7 +163,7 @@ class FlowTable:
         # the only flow of ours with an empty match is the default, at priority 0
         held = self._raw.get(f"100 {key}" if key else "0 ")
         ours = table == "0" and int(cookie, 16) == COOKIE
-        echo = held is None if event == "DELETED" else ours and held == (actions or "drop")
+        echo = ours and held is None if event == "DELETED" else ours and held == (actions or "drop")
         if not echo:
             self._raw = None
 

@@ -7,7 +7,6 @@ changed. Never imports pyroute2 or kubernetes.
 
 from __future__ import annotations
 
-import logging
 import select
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,60 +15,17 @@ from typing import Any
 
 import ovs.db.idl
 import ovs.poller
-import ovs.vlog
 
-from ovsmesh import ovsjson
 from ovsmesh.model import MARK, OBR, Bridge, Foreign, OvsmeshError, Port, Problem
+from ovsmesh.ovsreplica import Replica, references
 
 DEFAULT_REMOTE = "unix:/var/run/openvswitch/db.sock"
 COMMIT_DEADLINE = 5.0
 """Seconds for ovsdb-server to answer a transaction: 0.4 s is usual for a thousand ports."""
-SWITCH_DEADLINE = 10.0
-"""Seconds for ovs-vswitchd to take a transaction over: 0.4 s for a thousand ports, 3 s for five thousand."""
-_PROBE_MS = 5000
+SWITCH_DEADLINE, SWITCH_DEADLINE_PORT = 1.5, 0.003
+"""Seconds for ovs-vswitchd to take a transaction over, and for each port in it: it needs 0.4 s for a thousand."""
 _BATCH = 1000
 """Ports in one transaction; 5,000 at once were no faster (docs/design.md)."""
-
-_STRINGS = {"key": "string", "value": "string", "min": 0, "max": "unlimited"}
-_OPTIONAL = {"key": "string", "min": 0, "max": 1}
-_OPTIONAL_INT = {"key": "integer", "min": 0, "max": 1}
-
-
-def _refs(table: str) -> dict[str, Any]:
-    return {"key": {"type": "uuid", "refTable": table}, "min": 0, "max": "unlimited"}
-
-
-_SCHEMA: dict[str, dict[str, Any]] = {
-    "Open_vSwitch": {
-        "bridges": _refs("Bridge"),
-        "next_cfg": "integer",
-        "cur_cfg": "integer",
-        "other_config": _STRINGS,
-        "ovs_version": _OPTIONAL,
-    },
-    "Bridge": {
-        "name": "string",
-        "ports": _refs("Port"),
-        "datapath_type": "string",
-        "fail_mode": _OPTIONAL,
-        "external_ids": _STRINGS,
-    },
-    "Port": {
-        "name": "string",
-        "interfaces": _refs("Interface"),
-        "protected": "boolean",
-        "external_ids": _STRINGS,
-    },
-    "Interface": {
-        "name": "string",
-        "type": "string",
-        "options": _STRINGS,
-        "ofport": _OPTIONAL_INT,
-        "error": _OPTIONAL,
-        "mtu_request": _OPTIONAL_INT,
-    },
-}
-"""The columns that we read, typed as vswitch.ovsschema has them since OVS 2.6, so that no schema file is needed."""
 
 _NODE, _UID = MARK, f"{MARK}-uid"
 
@@ -85,33 +41,13 @@ def run_dir(remote: str) -> Path:
     return Path(path).parent
 
 
-class _Idl(ovs.db.idl.Idl):  # type: ignore[misc]
-    """python-ovs's replica, telling which rows changed."""
-
-    def __init__(self, remote: str, schema: Any) -> None:
-        self.touched: dict[str, set[Any]] = {table: set() for table in _SCHEMA}
-        super().__init__(remote, schema, probe_interval=_PROBE_MS)
-
-    def notify(self, event: str, row: Any, updates: Any = None) -> None:
-        self.touched[row._table.name].add(row.uuid)
-
-
 class Ovs:
     """One connection to this host's OVS database; not thread-safe."""
 
     def __init__(self, remote: str = DEFAULT_REMOTE) -> None:
         run_dir(remote)
-        ovsjson.install()
-        ovs.vlog.Vlog.init()
-        # its loggers are the standard library's, by these names: what it says of reconnecting, we say as a problem
-        for facility in ("console", "syslog", "file"):
-            logging.getLogger(facility).propagate = False
-            ovs.vlog.Vlog.set_level("any", facility, "off")
         self.remote = remote
-        schema = ovs.db.idl.SchemaHelper(schema_json=_schema_json())
-        for table, columns in _SCHEMA.items():
-            schema.register_columns(table, list(columns))
-        self._idl = _Idl(remote, schema)
+        self._idl = Replica(remote)
         self._seqno = self._idl.change_seqno
         self._ports: dict[str, Port] = {}
         self._uuids: dict[str, Any] = {}
@@ -122,7 +58,8 @@ class Ovs:
         self.ofports: dict[str, int] = {}
         """Our ports and obr0's OpenFlow numbers, as far as ovs-vswitchd has given them."""
         self._errors: dict[str, str] = {}
-        self._switch_silent_since: int | None = None
+        self._silent_since: int | None = None
+        """The configuration at which ovs-vswitchd was when it last did not answer in time."""
 
     def close(self) -> None:
         self._idl.close()
@@ -155,7 +92,7 @@ class Ovs:
     @property
     def synced(self) -> bool:
         """Whether the replica is whole and its server answers."""
-        return bool(self._idl.has_ever_connected() and self._idl._session.is_connected() and self._root is not None)
+        return self._idl.answers and self._root is not None
 
     @property
     def _root(self) -> Any:
@@ -257,7 +194,7 @@ class Ovs:
         ports = self._idl.tables["Port"].rows
         if touched["Bridge"]:
             bridge = self._bridge(OBR)
-            members = frozenset() if bridge is None else frozenset(_references(bridge, "ports"))
+            members = frozenset() if bridge is None else frozenset(references(bridge, "ports"))
             # a port's row can come before or after its membership
             stale = touched["Port"] | (members ^ self._members)
             self._members = members
@@ -275,7 +212,7 @@ class Ovs:
             for mirror in (self._ports, self._uuids, self.ofports, self._errors):
                 mirror.pop(old, None)
         self._port_names.pop(uuid, None)
-        held = [] if row is None else _references(row, "interfaces")
+        held = [] if row is None else references(row, "interfaces")
         interface = self._idl.tables["Interface"].rows.get(held[0]) if held else None
         if interface is None:
             return
@@ -431,54 +368,22 @@ class Ovs:
         not waited for: a dead switch must not stall the kernel side.
         """
         root = self._root
-        silent = (
-            self._switch_silent_since is not None and root is not None and root.cur_cfg == self._switch_silent_since
-        )
-        end = time.monotonic() + (0.2 if silent else SWITCH_DEADLINE)
+        silent = self._silent_since is not None and root is not None and root.cur_cfg == self._silent_since
+        end = time.monotonic() + (0.2 if silent else SWITCH_DEADLINE + SWITCH_DEADLINE_PORT * len(ports))
+        taken = False
         while time.monotonic() < end:
             self._idl.run()
             root = self._root
-            if root is not None and root.cur_cfg >= target:
+            taken = root is not None and root.cur_cfg >= target
+            if taken:
+                self._silent_since = None
                 self._refresh()
                 if all(name in self.ofports or name in self._errors for name in ports):
-                    self._switch_silent_since = None
                     return
             self.wait((), min(1.0, end - time.monotonic()))
-        self._switch_silent_since = root.cur_cfg if root is not None else -1
-        raise OvsmeshError("ovs-vswitchd does not take its configuration over; is it running? See its log")
-
-    @property
-    def switch_silent(self) -> bool:
-        return self._switch_silent_since is not None
-
-    def statistics(self) -> dict[str, dict[str, int]]:
-        """Counters of our ports (rx_packets, tx_packets, rx_errors, …), read once: the replica leaves them out."""
-        return _statistics(self.remote)
-
-
-def _references(row: Any, column: str) -> list[Any]:
-    """The UUIDs in a column; python-ovs's own access would build and sort a thousand rows for it."""
-    return [atom.value for atom in row._data[column].values]
-
-
-def _schema_json() -> dict[str, Any]:
-    tables = {t: {"columns": {c: {"type": k} for c, k in columns.items()}} for t, columns in _SCHEMA.items()}
-    return {"name": "Open_vSwitch", "version": "7.0.0", "tables": tables}
-
-
-def _statistics(remote: str) -> dict[str, dict[str, int]]:
-    integers = {"key": "string", "value": "integer", "min": 0, "max": "unlimited"}
-    table = {"Interface": {"columns": {"name": {"type": "string"}, "statistics": {"type": integers}}}}
-    schema = ovs.db.idl.SchemaHelper(schema_json={"name": "Open_vSwitch", "version": "7.0.0", "tables": table})
-    schema.register_columns("Interface", ["name", "statistics"])
-    idl = ovs.db.idl.Idl(remote, schema)
-    end = time.monotonic() + COMMIT_DEADLINE
-    while not idl.has_ever_connected() and time.monotonic() < end:
-        idl.run()
-        poller = ovs.poller.Poller()
-        idl.wait(poller)
-        poller.timer_wait(200)
-        poller.block()
-    found = {row.name: dict(row.statistics) for row in idl.tables["Interface"].rows.values()}
-    idl.close()
-    return found
+        if taken:
+            some = next(name for name in ports if name not in self.ofports and name not in self._errors)
+            kind = self.bridge_of(OBR)
+            raise OvsmeshError(f"ovs-vswitchd could not make port {some} in {OBR} (datapath {kind}); its log says why")
+        self._silent_since = root.cur_cfg if root is not None else -1
+        raise OvsmeshError("ovs-vswitchd does not take its configuration over; is it running? Its log says more")

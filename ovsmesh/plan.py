@@ -236,12 +236,22 @@ def _blocks(step: Step, foreign: dict[tuple[str, Any], Foreign]) -> Foreign | No
     return hit
 
 
+def _overruled(want: Dataplane, have: Dataplane, foreign: dict[tuple[str, Any], Foreign]) -> list[Blocked]:
+    """Routes of ours that are in place, with a foreign one to the same destination beside them."""
+    beside = [(key, value) for key, value in want.routes.items() if ("routes", key[0]) in foreign]
+    return [
+        Blocked(Step("~", "routes", key, value, value), foreign["routes", key[0]])
+        for key, value in beside
+        if value.type == "unicast" and have.routes.get(key) == value
+    ]
+
+
 def _differences(want: Dataplane, have: Dataplane, kinds: Iterable[str]) -> tuple[list[Step], list[Step]]:
     added: list[Step] = []
     removed: list[list[Step]] = []
     for kind in kinds:
         wanted, found = getattr(want, kind), getattr(have, kind)
-        if wanted == found:
+        if wanted == found and (kind != "rules" or list(wanted) == list(found)):
             continue
         for key, value in wanted.items():
             old = found.get(key)
@@ -257,6 +267,24 @@ def _differences(want: Dataplane, have: Dataplane, kinds: Iterable[str]) -> tupl
     return added, [step for steps in reversed(removed) for step in steps]
 
 
+def _braked(want: Dataplane, have: Dataplane) -> tuple[str, ...]:
+    """Whose removal is to be held, as names or, where the ports that tell those are gone, as destinations.
+
+    Ports and routes are counted each for itself: if someone deleted the ones, or they can't be seen,
+    the others still tell how many peers there were.
+    """
+    ports, wanted = {p.node for p in have.ports.values()}, {p.node for p in want.ports.values()}
+    routes = {r.via: key[0] for key, r in have.routes.items() if r.via}
+    vias = {r.via for r in want.routes.values()}
+    for all_there, gone in (
+        (len(ports), sorted(ports - wanted)),
+        (len(routes), sorted(dst for via, dst in routes.items() if via not in vias)),
+    ):
+        if len(gone) > BRAKE_PEERS and len(gone) * BRAKE_SHARE > all_there:
+            return tuple(gone)
+    return ()
+
+
 def plan(want: Dataplane, observed: Observed, confirmed: bool = False) -> Plan:
     """What is to be done so that `observed` becomes `want`; `confirmed` lifts the brake."""
     have = observed.dataplane
@@ -268,14 +296,14 @@ def plan(want: Dataplane, observed: Observed, confirmed: bool = False) -> Plan:
         hits = [(step, _blocks(step, foreign)) for step in added]
         blocked = [Blocked(step, hit) for step, hit in hits if hit]
         added = [step for step, hit in hits if not hit]
-        if ("links", KBR) in foreign or ("bridges", OBR) in foreign:
+        blocked += _overruled(want, have, foreign)
+        if (("links", KBR) in foreign and KBR in want.links) or (("bridges", OBR) in foreign and OBR in want.bridges):
             # everything hangs on these two; half a dataplane around someone else's bridge would touch theirs
             return Plan(blocked=tuple(blocked))
     removed = _removals(want, have, removed)
-    have_nodes = {p.node for p in have.ports.values()}
-    gone = sorted(have_nodes - {p.node for p in want.ports.values()})
-    if len(gone) > BRAKE_PEERS and len(gone) * BRAKE_SHARE > len(have_nodes) and not confirmed:
+    gone = () if confirmed else _braked(want, have)
+    if gone:
         held = tuple(step for step in removed if step.kind in _PEER_KINDS)
         kept = tuple(step for step in removed if step.kind not in _PEER_KINDS)
-        return Plan((*added, *kept), tuple(blocked), held, tuple(gone))
+        return Plan((*added, *kept), tuple(blocked), held, gone)
     return Plan((*added, *removed), tuple(blocked))
