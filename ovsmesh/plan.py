@@ -268,20 +268,18 @@ def _differences(want: Dataplane, have: Dataplane, kinds: Iterable[str]) -> tupl
 
 
 def _braked(want: Dataplane, have: Dataplane) -> tuple[str, ...]:
-    """Whose removal is to be held, as names or, where the ports that tell those are gone, as destinations.
+    """Whose removal is to be held, as names or, where the ports that tell those are gone, as MACs.
 
-    Ports and routes are counted each for itself: if someone deleted the ones, or they can't be seen,
-    the others still tell how many peers there were.
+    Ports and FDB entries, of which each peer has one, are counted each for itself: if someone deleted
+    the ones, or they can't be seen, the others still tell how many peers there were.
     """
-    ports, wanted = {p.node for p in have.ports.values()}, {p.node for p in want.ports.values()}
-    routes = {r.via: key[0] for key, r in have.routes.items() if r.via}
-    vias = {r.via for r in want.routes.values()}
-    for all_there, gone in (
-        (len(ports), sorted(ports - wanted)),
-        (len(routes), sorted(dst for via, dst in routes.items() if via not in vias)),
-    ):
-        if len(gone) > BRAKE_PEERS and len(gone) * BRAKE_SHARE > all_there:
-            return tuple(gone)
+    wanted = {p.node for p in want.ports.values()}
+    ports = {p.node for p in have.ports.values()}
+    owners = _owners(have)
+    left = [mac for mac in have.fdb if mac not in want.fdb and owners.get(mac) not in wanted]
+    for there, gone in ((len(ports), ports - wanted), (len(have.fdb), {owners.get(mac, mac) for mac in left})):
+        if len(gone) > BRAKE_PEERS and len(gone) * BRAKE_SHARE > there:
+            return tuple(sorted(gone))
     return ()
 
 

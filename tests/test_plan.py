@@ -254,6 +254,20 @@ def test_brake_counts_peers_that_are_there():
     assert not plan(mesh_without(11, *range(3, 12)), seen(have)).held
 
 
+def test_peers_that_are_renumbered_do_not_leave():
+    moved = [replace(numbered(n), pod_cidrs=numbered(n + 100).pod_cidrs) for n in (2, 3, 4)]
+    found = plan(want(mesh(numbered(1), *moved)), seen(want(first(4))))
+    assert not found.held
+    assert {step.why for step in found.steps if step.op == "-"} == {
+        f"replaced at peer (web{n})" for n in (2, 3, 4)
+    }
+
+
+def test_brake_holds_when_ports_were_deleted_before():
+    have = replace(want(first(10)), ports={})
+    assert plan(want(first(1)), seen(have)).held
+
+
 def test_brake_holds_when_ports_are_unknown():
     # ovsdb-server is away: the kernel's part of the peers is as much theirs as before
     have = replace(want(first(10)), bridges={}, ports={}, flows={})
@@ -300,9 +314,10 @@ def test_a_foreign_route_to_a_cluster_range_does_not_take_the_fallback_away():
     assert [step.key for step in found.steps] == [("10.97.0.0/16", FALLBACK_METRIC)]
 
 
-def test_a_foreign_route_is_never_removed_nor_is_ours_beside_it():
+def test_a_foreign_route_beside_ours_is_named_and_both_stay():
     found = plan(FULL, seen(FULL, Foreign("routes", "10.97.2.0/24", "is not ours")))
-    assert not found.steps and not found.blocked
+    assert not found.steps
+    assert str(found) == "! route 10.97.2.0/24 blocked: is not ours"
 
 
 def test_a_foreign_port_blocks_its_name_only():

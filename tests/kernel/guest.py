@@ -78,6 +78,7 @@ class Guest:
             "init": str(INIT),
             "job": str(job),
             "out": str(self.out),
+            "uml_dir": f"{self.out}/",
             "panic": "-1",
             "con": "null",
             "con0": "null,fd:1",
