@@ -47,10 +47,13 @@ class Options:
     """How an agent was started; also what `status`, `plan` and `cleanup` take over from it."""
 
     mesh: str
+    """The mesh file; "" reads MeshSlices."""
     node: str
     ovsdb: str
     state_dir: str
     listen: str = ""
+    kubeconfig: str = ""
+    """"" is the service account's."""
 
 
 class Publisher(Protocol):
@@ -323,10 +326,42 @@ class _Quiet:
         return
 
 
-def _agent(options: Options, state: StateDir) -> tuple[Agent, Host]:
-    host = Host(options.ovsdb)
-    host.ovs.connect()
-    return Agent(options.node, FileSource(options.mesh, options.state_dir, options.node), host, state), host
+class _All:
+    """Several publishers as one."""
+
+    def __init__(self, *publishers: Publisher) -> None:
+        self._publishers = publishers
+
+    def publish(self, turn: Turn, runtime: Runtime) -> None:
+        for publisher in self._publishers:
+            publisher.publish(turn, runtime)
+
+    def flush(self) -> None:
+        for publisher in self._publishers:
+            publisher.flush()
+
+
+@contextlib.contextmanager
+def _agent(options: Options, state: StateDir, tells: Publisher, patience: float) -> Iterator[tuple[Agent, Publisher]]:
+    """An agent, and where it publishes its turns: to `tells`, and in its MeshNode where there is one.
+
+    `patience` is for how many seconds a cluster's first word is waited for.
+    """
+    with contextlib.ExitStack() as ending:
+        host = Host(options.ovsdb)
+        ending.callback(host.close)
+        source: Source
+        if options.mesh:
+            source = FileSource(options.mesh, options.state_dir, options.node)
+            ending.callback(source.close)
+        else:
+            from ovsmesh.agentkube import connect  # a mesh from a file needs no TLS
+
+            cluster = connect(options.kubeconfig, options.state_dir, options.node, patience)
+            ending.callback(cluster.close)
+            source, tells = cluster.source, _All(tells, cluster.writer)
+        host.ovs.connect()
+        yield Agent(options.node, source, host, state), tells
 
 
 @contextlib.contextmanager
@@ -334,7 +369,9 @@ def _locked(options: Options) -> Iterator[StateDir]:
     state = StateDir(options.state_dir)
     state.lock()
     try:
-        state.write_agent({**dataclasses.asdict(options), "pid": os.getpid(), "version": __version__})
+        # what other commands read in place of MeshSlices is the last mesh that was whole and applied
+        told = {**dataclasses.asdict(options), "mesh": options.mesh or str(state.mesh_file)}
+        state.write_agent({**told, "pid": os.getpid(), "version": __version__})
         yield state
     except OSError as error:
         raise OvsmeshError(f"state directory {options.state_dir}: {error.strerror}") from error
@@ -344,21 +381,14 @@ def _locked(options: Options) -> Iterator[StateDir]:
 
 def serve(options: Options, stop_fd: int) -> None:
     """Runs the agent until `stop_fd` is readable. Raises OvsmeshError when it can't start."""
-    with _locked(options) as state:
-        board = Board(options.listen, options.node, options.mesh, state)
-        agent, host = _agent(options, state)
-        try:
-            agent.run(stop_fd, board)
-        finally:
-            host.close()
-            board.close()
+    with _locked(options) as state, contextlib.ExitStack() as ending:
+        board = Board(options.listen, options.node, options.mesh or "MeshSlices", state)
+        ending.callback(board.close)
+        agent, tells = ending.enter_context(_agent(options, state, board, 1.0))
+        agent.run(stop_fd, tells)
 
 
 def once(options: Options) -> Turn:
     """Applies until nothing is left to do or nothing more can be done. Raises OvsmeshError when it can't start."""
-    with _locked(options) as state:
-        agent, host = _agent(options, state)
-        try:
-            return agent.once(_Quiet())
-        finally:
-            host.close()
+    with _locked(options) as state, _agent(options, state, _Quiet(), 10.0) as (agent, tells):
+        return agent.once(tells)

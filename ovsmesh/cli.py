@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DEFAULT_OVSDB = "unix:/var/run/openvswitch/db.sock"
 DEFAULT_STATE = "/var/lib/ovsmesh"
 DEFAULT_LISTEN = "127.0.0.1:9474"
+CONTROLLER_LISTEN = "127.0.0.1:9475"
 
 
 class _Lazy(click.Group):
@@ -80,22 +81,37 @@ def _root() -> None:
 @click.option(
     "--listen", metavar="ADDR:PORT", default=DEFAULT_LISTEN, show_default=True, help="/metrics, /healthz, /readyz."
 )
+@click.option("--kubeconfig", metavar="FILE", help="Read the mesh from this cluster.  [default: in a pod, its own]")
 @click.option("--once", is_flag=True, help="Apply until nothing is left to do, then exit: 0 converged, 1 not.")
 @click.option(
     "--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]), show_default=True
 )
 def agent(
-    mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str, listen: str, once: bool, log_level: str
+    mesh: str | None,
+    node: str | None,
+    ovsdb: str | None,
+    state_dir: str,
+    listen: str,
+    kubeconfig: str | None,
+    once: bool,
+    log_level: str,
 ) -> None:
     """Keep this node's part of the mesh true, until SIGTERM; what is in place then stays."""
     from ovsmesh import agent as room
 
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    if not mesh:
-        raise OvsmeshError("no mesh: give --mesh FILE")
+    if mesh and kubeconfig:
+        raise OvsmeshError("--mesh and --kubeconfig: give one of them, the mesh comes from a file or from a cluster")
+    if not mesh and not kubeconfig:
+        _in_pod()
     _root()
     options = room.Options(
-        mesh, node or socket.gethostname(), ovsdb or DEFAULT_OVSDB, state_dir, "" if once else listen
+        mesh or "",
+        node or socket.gethostname(),
+        ovsdb or DEFAULT_OVSDB,
+        state_dir,
+        "" if once else listen,
+        kubeconfig or "",
     )
     if not once:
         room.serve(options, _stop_fd())
@@ -104,6 +120,13 @@ def agent(
     _tell(turn)
     if not (turn.converged and turn.whole):
         sys.exit(1)
+
+
+def _in_pod() -> None:
+    from ovsmesh.kubeconfig import in_cluster
+
+    if in_cluster() is None:
+        raise OvsmeshError("no mesh: give --mesh FILE, or --kubeconfig FILE (in a pod with a service account: neither)")
 
 
 def _stop_fd() -> int:
@@ -148,8 +171,25 @@ def plan(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str) 
 @cli.command()
 @_common
 @click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
-def status(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str, output: str) -> None:
-    """Show this node and each peer: what is there, what is missing and why."""
+@click.option("--cluster", is_flag=True, help="One line a node, as the Kubernetes API has it; needs no root.")
+@click.option(
+    "--kubeconfig", metavar="FILE", help="With --cluster.  [default: $KUBECONFIG, in-cluster, ~/.kube/config]"
+)
+def status(
+    mesh: str | None,
+    node: str | None,
+    ovsdb: str | None,
+    state_dir: str,
+    output: str,
+    cluster: bool,
+    kubeconfig: str | None,
+) -> None:
+    """Show this node and each peer: what is there, what is missing and why. Or, with --cluster, all nodes."""
+    if cluster:
+        from ovsmesh import clusterstatus
+
+        click.echo(clusterstatus.status(kubeconfig, output))
+        return
     from ovsmesh import commands
 
     _root()
@@ -171,6 +211,24 @@ def cleanup(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: st
 
 
 @cli.command()
+@click.option("--kubeconfig", metavar="FILE", help="[default: $KUBECONFIG, in-cluster, ~/.kube/config]")
+@click.option(
+    "--listen", metavar="ADDR:PORT", default=CONTROLLER_LISTEN, show_default=True, help="/metrics, /healthz, /readyz."
+)
+@click.option(
+    "--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]), show_default=True
+)
+def controller(kubeconfig: str | None, listen: str, log_level: str) -> None:
+    """Keep the mesh of a Kubernetes cluster: Nodes in, MeshSlices and Nodes' conditions out; until SIGTERM."""
+    from ovsmesh import clusterstatus
+    from ovsmesh import controller as room
+    from ovsmesh.kube import Api
+
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    room.serve(Api(clusterstatus.config(kubeconfig), "ovsmesh-controller"), listen, _stop_fd())
+
+
+@cli.command()
 @click.argument("digest")
 @click.option("--state-dir", metavar="DIR", default=DEFAULT_STATE, show_default=True)
 def confirm(digest: str, state_dir: str) -> None:
@@ -180,10 +238,15 @@ def confirm(digest: str, state_dir: str) -> None:
     StateDir(state_dir).request_confirm(digest)
 
 
-def main() -> None:
+def kubectl() -> None:
+    """The console script kubectl-ovsmesh, for `kubectl ovsmesh …`: there `status` is the cluster's."""
+    main(prog_name="kubectl ovsmesh", default_map={"status": {"cluster": True}})
+
+
+def main(**settings: Any) -> None:
     """The console script: an error that a user can mend is one line on standard error, exit 1."""
     try:
-        cli(standalone_mode=True)
+        cli(standalone_mode=True, **settings)
     except OvsmeshError as error:
         click.echo(f"ovsmesh: {error}", err=True)
         sys.exit(1)

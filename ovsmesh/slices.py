@@ -1,0 +1,299 @@
+"""Knows how the members of the mesh are spread over MeshSlices, and which writes bring the slices there.
+
+Invariants that agents rely on: slice 0 carries the current count, no other a larger one; the slices of equal
+settings carry an equal meshGeneration, never lower than any before; a name stands in one place, for life.
+Pure: no clock, no Kubernetes client. Imports model only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ovsmesh.model import Mesh
+
+MOST = 100
+"""Nodes in a slice, as EndpointSlice has it: one change sends about 15 KB to each agent."""
+_FAR = 16
+"""Slices that may be missing at once and are still made again at their own place."""
+FIRST_PAUSE, LONGEST_PAUSE, GROWTH = 0.1, 1.0, 1.5
+"""Seconds between writes in a burst of changes: the first at once, the second after 0.1 s, growing to 1 s."""
+BURST = 4
+"""Members changed since the last write that make it a burst: single ones never wait for more than 0.1 s."""
+MANAGED_BY = "ovsmesh-controller"
+_NAME = re.compile(r"(.+)-([0-9]{3}|[1-9][0-9]{3})")
+
+
+class Entry(NamedTuple):
+    """A member as slices carry it. `address` and `pod_cidrs` are texts in canonical form."""
+
+    name: str
+    uid: str
+    address: str
+    pod_cidrs: tuple[str, ...]
+    zone: str = ""
+
+
+class Settings(NamedTuple):
+    """What all members must agree on."""
+
+    cluster_cidrs: tuple[str, ...]
+    encapsulation: str = "gre"
+    key: int | None = None
+    mtu: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A MeshSlice as it was read."""
+
+    name: str
+    mesh: str
+    index: int
+    count: int
+    generation: int
+    settings: Settings | None
+    nodes: tuple[Entry, ...]
+    resource_version: str
+    labelled: bool = True
+
+
+class Write(NamedTuple):
+    """One write: `spec` None deletes; `resource_version` "" creates, else it must still be the one there."""
+
+    name: str
+    spec: dict[str, Any] | None
+    resource_version: str = ""
+
+
+def slice_name(mesh: str, index: int) -> str:
+    return f"{mesh}-{index:03d}"
+
+
+def settings_of(mesh: Mesh) -> Settings:
+    return Settings(tuple(map(str, mesh.cluster_cidrs)), mesh.encapsulation, mesh.key, mesh.mtu)
+
+
+def labels(mesh: str) -> dict[str, str]:
+    return {"ovsmesh.io/mesh": mesh, "app.kubernetes.io/managed-by": MANAGED_BY}
+
+
+# ---------------------------------------------------------------- objects
+
+
+def project(found: Mapping[str, Any]) -> Slice:
+    """A MeshSlice object as a Slice; what has not the right shape is left out, so that it is written anew."""
+    meta = _map(found.get("metadata"))
+    spec = _map(found.get("spec"))
+    mesh = _text(spec.get("mesh"))
+    has = _map(meta.get("labels"))
+    return Slice(
+        _text(meta.get("name")),
+        mesh,
+        _number(spec.get("index"), -1),
+        _number(spec.get("count"), 0),
+        _number(spec.get("meshGeneration"), 0),
+        _settings(_map(spec.get("settings"))),
+        tuple(_entry(_map(node)) for node in _list(spec.get("nodes"))),
+        _text(meta.get("resourceVersion")),
+        all(has.get(key) == value for key, value in labels(mesh).items()),
+    )
+
+
+def _map(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _number(value: object, otherwise: int) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else otherwise
+
+
+def _entry(node: Mapping[str, Any]) -> Entry:
+    cidrs = tuple(_text(cidr) for cidr in _list(node.get("podCIDRs")))
+    return Entry(
+        _text(node.get("name")), _text(node.get("uid")), _text(node.get("address")), cidrs, _text(node.get("zone"))
+    )
+
+
+def _settings(given: Mapping[str, Any]) -> Settings | None:
+    clusters = tuple(_text(cidr) for cidr in _list(given.get("clusterCIDRs")))
+    key, mtu = given.get("key"), given.get("mtu")
+    if not clusters:
+        return None
+    return Settings(
+        clusters,
+        _text(given.get("encapsulation")),
+        None if key is None else _number(key, -1),
+        None if mtu == "auto" else _number(mtu, -1),
+    )
+
+
+def _spec(mesh: str, index: int, count: int, generation: int, settings: Settings, nodes: Iterable[Entry]) -> Any:
+    """The spec as written. A key of None is said as null, so that a merge patch takes an old one away."""
+    return {
+        "mesh": mesh,
+        "index": index,
+        "count": count,
+        "meshGeneration": generation,
+        "settings": {
+            "clusterCIDRs": list(settings.cluster_cidrs),
+            "encapsulation": settings.encapsulation,
+            "key": settings.key,
+            "mtu": "auto" if settings.mtu is None else settings.mtu,
+        },
+        "nodes": [_dump(entry) for entry in nodes],
+    }
+
+
+def _dump(entry: Entry) -> dict[str, Any]:
+    made: dict[str, Any] = {"name": entry.name, "address": entry.address, "podCIDRs": list(entry.pod_cidrs)}
+    if entry.uid:
+        made["uid"] = entry.uid
+    if entry.zone:
+        made["zone"] = entry.zone
+    return made
+
+
+# ---------------------------------------------------------------- places
+
+
+def assign(
+    mesh: str, wanted: Sequence[Entry], settings: Settings, generation: int, there: Iterable[Slice]
+) -> tuple[Write, ...]:
+    """The fewest writes that make the slices say `wanted` (unique names) and `settings`; none when they do.
+
+    `generation` is the Mesh's metadata.generation. Writes come in the order in which they are safe: what is
+    new first, slice 0 with its count after all that it counts, deletions last.
+    """
+    own, strays, counted = _known(mesh, there)
+    places, dirty = _keep(wanted, own)
+    for index in range(counted):
+        if index not in own:
+            places.setdefault(index, [])
+            dirty.add(index)
+    _place(wanted, places, dirty)
+    if not places:
+        places[0] = []
+        dirty.add(0)
+    count = max(places) + 1
+    since = _generation(settings, generation, own.values())
+    for index, found in own.items():
+        wrong_count = found.count != count if index == 0 else not index < found.count <= count
+        right = (found.mesh, found.index, found.generation, found.settings) == (mesh, index, since, settings)
+        if not right or wrong_count or not found.labelled:
+            dirty.add(index)
+    # Those that are not there yet first: a count may only name slices that exist.
+    order = sorted(dirty, key=lambda index: (index in own, index == 0, index))
+    writes = [
+        Write(
+            slice_name(mesh, index),
+            _spec(mesh, index, count, since, settings, places[index]),
+            own[index].resource_version if index in own else "",
+        )
+        for index in order
+    ]
+    return (*writes, *(Write(stray.name, None, stray.resource_version) for stray in strays))
+
+
+def _known(mesh: str, there: Iterable[Slice]) -> tuple[dict[int, Slice], list[Slice], int]:
+    """Our slices by index; those that can't be ours; and how many there should be as far as they tell.
+
+    A name decides what a slice is: what its spec says can be edited.
+    """
+    own: dict[int, Slice] = {}
+    strays: list[Slice] = []
+    for found in sorted(there, key=lambda found: found.name):
+        match = _NAME.fullmatch(found.name)
+        if match and match[1] == mesh:
+            own[int(match[2])] = found
+        elif found.mesh == mesh:
+            strays.append(found)
+    if not own:
+        return own, strays, 0
+    # One that was counted and is gone is made again. A count, or a slice, out of reach is someone's invention.
+    told = own[0].count if 0 in own else max(found.count for found in own.values())
+    counted = told if told <= len(own) + _FAR else 0
+    while counted in own:
+        counted += 1
+    strays += [own.pop(index) for index in sorted(own) if index >= counted]
+    return own, strays, counted
+
+
+def _keep(wanted: Sequence[Entry], own: Mapping[int, Slice]) -> tuple[dict[int, list[Entry]], set[int]]:
+    """Everyone who has a place at it, by the new entry; and the slices that are changed by this."""
+    new = {entry.name: entry for entry in wanted}
+    seen: set[str] = set()
+    places: dict[int, list[Entry]] = {}
+    dirty: set[int] = set()
+    for index, found in sorted(own.items()):
+        stay: list[Entry] = []
+        for old in found.nodes:
+            entry = new.get(old.name)
+            if entry is not None and old.name not in seen and len(stay) < MOST:
+                seen.add(old.name)
+                stay.append(entry)
+        if tuple(stay) != found.nodes:
+            dirty.add(index)
+        places[index] = stay
+    return places, dirty
+
+
+def _place(wanted: Sequence[Entry], places: dict[int, list[Entry]], dirty: set[int]) -> None:
+    """Gives those without one a place: in slices that are written anyway, then where most fit, then in new ones."""
+    placed = {entry.name for nodes in places.values() for entry in nodes}
+    left = [entry for entry in wanted if entry.name not in placed]
+    while left:
+        open_ = [index for index, nodes in places.items() if len(nodes) < MOST]
+        if open_:
+            index = min(open_, key=lambda at: (at not in dirty, len(places[at]), at))
+        else:
+            index = len(places)
+            places[index] = []
+        room = MOST - len(places[index])
+        places[index].extend(left[:room])
+        dirty.add(index)
+        del left[:room]
+
+
+def _generation(settings: Settings, generation: int, own: Iterable[Slice]) -> int:
+    """The generation that slices of these settings carry; it grows even where the Mesh was made anew."""
+    found = list(own)
+    highest = max((one.generation for one in found), default=0)
+    same = [one.generation for one in found if one.settings == settings]
+    if same and max(same) == highest:
+        return highest
+    return max(generation, highest + 1) if found else max(generation, 1)
+
+
+# ---------------------------------------------------------------- when
+
+
+class Pacer:
+    """When to write: the first change at once, those of a burst together, at growing intervals."""
+
+    def __init__(self) -> None:
+        self._pause = 0.0
+        self._last = float("-inf")
+
+    def due(self, now: float) -> float:
+        """The time (seconds on the caller's clock) from which the next write may go out; in the past means now."""
+        return self._last + self._pause
+
+    def wrote(self, now: float, changed: int) -> None:
+        """A write has gone out, about so many members. Few of them, or a while without any, end the burst."""
+        calm = now - self._last > 2 * max(self._pause, FIRST_PAUSE)
+        if calm or changed < BURST:
+            self._pause = FIRST_PAUSE
+        else:
+            self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, self._pause * GROWTH))
+        self._last = now

@@ -1,0 +1,108 @@
+"""Fixtures of the tests that need a real API server. They carry the marker `kube` by themselves.
+
+`plane` is a control plane for the whole run; `cluster` the same, wiped, with the manifests of the repository
+applied, for one test; `own_plane` makes others, for tests that stop them or want other options.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+from binaries import BinariesError, binaries, ready
+from controlplane import APISERVER, ETCD, NAMES, ControlPlane
+from kubekit import install, wipe
+
+_FIXTURES = {"plane", "cluster", "own_plane"}
+_live: list[ControlPlane] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kube: needs a real control plane, built once with Go; run one at a time")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.kube)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Builds what the chosen tests need before any of them runs against its time limit."""
+    if (
+        session.config.option.collectonly
+        or ready()
+        or not any(item.get_closest_marker("kube") for item in session.items)
+    ):
+        return
+    capture = session.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else ExitStack():
+        try:
+            binaries()
+        except BinariesError as error:
+            if os.environ.get("CI"):
+                pytest.exit(str(error), returncode=1)
+
+
+@pytest.fixture(scope="session")
+def programs() -> None:
+    """Skips, outside CI, where there is no control plane to be had."""
+    try:
+        binaries()
+    except BinariesError as error:
+        if os.environ.get("CI"):
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(str(error))
+
+
+Make = Callable[..., ControlPlane]
+
+
+@contextmanager
+def _planes(folders: pytest.TempPathFactory) -> Iterator[Make]:
+    with ExitStack() as ending:
+
+        def make(**options: Any) -> ControlPlane:
+            made = ControlPlane(folders.mktemp("kube"), **options)
+            _live.append(made)
+            ending.callback(_live.remove, made)
+            return ending.enter_context(made)
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def plane(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    with _planes(tmp_path_factory) as make:
+        yield make()
+
+
+@pytest.fixture
+def own_plane(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
+    """`own_plane(address=…, ns=…, …)`: what ControlPlane takes, without the folder."""
+    with _planes(tmp_path_factory) as make:
+        yield make
+
+
+@pytest.fixture
+def cluster(plane: ControlPlane) -> Iterator[ControlPlane]:
+    """Up, without Nodes and without objects of ours but what the manifests hold."""
+    plane.start(*NAMES)
+    install(plane)
+    wipe(plane)
+    yield plane
+    if all(plane.running(name) for name in (ETCD, APISERVER)):
+        wipe(plane)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        report.sections += [(f"log of {name}", plane.log(name, 20)) for plane in _live for name in NAMES]
+    return report

@@ -1,0 +1,110 @@
+"""What the controller costs at 1,000 Nodes: memory, slice writes, time from a Node to its slice."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from controllerkit import NODES, STRATEGIC, Cluster, Object, cluster_of, mesh, numbered
+from controlplane import ControlPlane
+from kubekit import GROUP, eventually
+
+from ovsmesh.kubewatch import Bell, Reflector
+
+NUMBER = 1000
+
+
+@pytest.fixture
+def kube(cluster: ControlPlane) -> Iterator[Cluster]:
+    with cluster_of(cluster) as made:
+        yield made
+
+
+def big(number: int) -> Object:
+    """A Node of about 6 KB, as kubelets make them: images are most of it."""
+    found = numbered(number)
+    images = [{"names": [f"registry.example/{n:02d}/{'x' * 60}@sha256:{n:064d}"], "sizeBytes": n} for n in range(32)]
+    found["status"]["images"] = images
+    return found
+
+
+def fill(kube: Cluster, numbers: range, threads: int = 4) -> None:
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(kube.add, map(big, numbers)))
+
+
+@pytest.mark.timeout(300)
+def test_a_thousand_nodes(kube: Cluster, record_property: pytest.RecordProperty) -> None:  # type: ignore[name-defined]
+    kube.add(mesh("10.0.0.0/8"))
+    fill(kube, range(NUMBER))
+    controller = kube.controller()
+    began = time.monotonic()
+    eventually(lambda: len(kube.members()) == NUMBER, 60)
+    figures = {"all in slices after start, s": time.monotonic() - began, "slice writes": kube.slice_writes()}
+    assert kube.slice_writes() == 10
+    # The Nodes' conditions are written beside.
+    eventually(lambda: controller.metric("ovsmesh_controller_node_writes_total") >= NUMBER, 60)
+    figures["all Nodes' conditions, s"] = time.monotonic() - began
+
+    # One by one (closer together they wait for each other, 0.1 s at most): from the request that makes a Node
+    # to its entry in a watch of the slices.
+    seen: dict[str, float] = {}
+    bell = Bell()
+
+    def note(found: Object) -> int:
+        for entry in found["spec"]["nodes"]:
+            seen.setdefault(entry["name"], time.monotonic())
+        return 0
+
+    watch = Reflector(kube.api, f"{GROUP}/meshslices", note, bell)
+    watch.start()
+    eventually(lambda: watch.look().synced)
+    times = []
+    for number in range(NUMBER, NUMBER + 50):
+        found = big(number)
+        sent = time.monotonic()
+        kube.add(found)
+        eventually(lambda found=found: found["metadata"]["name"] in seen, 5, 0.002)  # type: ignore[misc]
+        times.append(1000 * (seen[found["metadata"]["name"]] - sent))
+        time.sleep(0.15)
+    times.sort()
+    figures |= {"join p50, ms": statistics.median(times), "join p99, ms": times[-1]}
+
+    # 500 at once.
+    time.sleep(2)
+    writes = kube.slice_writes()
+    began = time.monotonic()
+    coming = threading.Thread(target=fill, args=(kube, range(NUMBER + 50, NUMBER + 550), 2))
+    coming.start()
+    coming.join(60)
+    figures["500 Nodes made in, s"] = time.monotonic() - began
+    eventually(lambda: len(seen) == NUMBER + 550, 30, 0.01)
+    figures["500 Nodes in slices, s"] = max(seen.values()) - began
+    figures["500 Nodes, slice writes"] = kube.slice_writes() - writes
+    watch.close()
+    bell.close()
+
+    # Heartbeats.
+    time.sleep(8)
+    writes = kube.slice_writes()
+    busy = controller.metric("process_cpu_seconds_total")
+    for number in range(300):
+        beat = {"type": "Ready", "status": "True", "lastHeartbeatTime": "2026-01-01T00:00:00Z"}
+        name = numbered(number)["metadata"]["name"]
+        kube.api.patch(f"{NODES}/{name}/status", {"status": {"conditions": [beat]}}, STRATEGIC)
+    time.sleep(0.5)
+    figures["CPU a heartbeat, ms"] = 1000 * (controller.metric("process_cpu_seconds_total") - busy) / 300
+    figures["slice writes in 300 heartbeats"] = kube.slice_writes() - writes
+    figures["memory, MiB"] = controller.memory()
+    for name, value in figures.items():
+        print(f"{name}: {value:.1f}")
+        record_property(name, value)
+    assert figures["slice writes in 300 heartbeats"] == 0
+    assert figures["500 Nodes, slice writes"] < 60
+    assert figures["memory, MiB"] <= 120
+    assert figures["join p50, ms"] <= 100 and figures["join p99, ms"] <= 400
+    assert kube.whole() and len(kube.members()) == NUMBER + 550

@@ -1,0 +1,127 @@
+"""The MeshNode says how its node is, in few writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import pytest
+import slicekit
+from kubekit import eventually
+from kubestub import Stub
+from slicekit import turn
+
+from ovsmesh.kube import Api, Object
+from ovsmesh.kubeconfig import load
+from ovsmesh.meshnode import MESHNODES, MeshNodeWriter
+from ovsmesh.turn import Runtime
+
+stub = pytest.fixture(slicekit.make_stub)
+
+Writer = Callable[..., MeshNodeWriter]
+
+
+@pytest.fixture
+def writer(stub: Stub) -> Iterator[Writer]:
+    made: list[MeshNodeWriter] = []
+    with closing(Api(load(stub.kubeconfig()), timeout=2.0)) as api:
+
+        def make(**options: float) -> MeshNodeWriter:
+            made.append(MeshNodeWriter(api, "n0", lambda: {"default-000": "7"}, **options))
+            return made[-1]
+
+        yield make
+        for each in made:
+            each.close()
+
+
+def meshnode(stub: Stub) -> Object:
+    found = stub.objects.get(f"{MESHNODES}/n0", {})
+    return found.get("status") or {}
+
+
+def condition(stub: Stub, kind: str) -> Object:
+    return next((c for c in meshnode(stub).get("conditions", ()) if c["type"] == kind), {})
+
+
+def test_a_meshnode_is_made_and_belongs_to_its_node(stub: Stub, writer: Writer) -> None:
+    writer().publish(turn(), Runtime(ovs_version="3.1.0"))
+    eventually(lambda: meshnode(stub))
+    status = meshnode(stub)
+    assert status["observedSlices"] == {"default-000": "7"}
+    assert status["peers"] == {"wanted": 1, "installed": 0, "up": 0}
+    assert status["mtu"] == 1462
+    assert status["versions"]["ovs"] == "3.1.0"
+    assert condition(stub, "Converged")["status"] == "True"
+    owner = stub.objects[f"{MESHNODES}/n0"]["metadata"]["ownerReferences"]
+    assert owner == [{"apiVersion": "v1", "kind": "Node", "name": "n0", "uid": "u0"}]
+
+
+def test_writes_are_few(stub: Stub, writer: Writer) -> None:
+    made = writer(at_least=1.0, every=300.0, flip=0.3)
+    made.publish(turn(), Runtime(ovs_version="1"))
+    eventually(lambda: made.writes == 1)
+    for n in range(20):  # something changes, nothing flips
+        made.publish(turn(), Runtime(ovs_version=f"2.{n}"))
+        time.sleep(0.02)
+    assert made.writes == 1
+    eventually(lambda: made.writes == 2, 2)
+    assert meshnode(stub)["versions"]["ovs"] == "2.19"
+    time.sleep(1.2)
+    assert made.writes == 2
+    since = condition(stub, "Degraded")["lastTransitionTime"]
+    began = time.monotonic()
+    made.publish(turn(False), Runtime())
+    eventually(lambda: condition(stub, "Converged")["status"] == "False", 1, 0.005)
+    assert time.monotonic() - began < 0.5
+    assert condition(stub, "Converged")["reason"] == "Pending"
+    assert since
+
+
+def test_nothing_new_is_written_now_and_then_all_the_same(stub: Stub, writer: Writer) -> None:
+    made = writer(at_least=0.1, every=0.5, flip=0.1)
+    made.publish(turn(), Runtime())
+    eventually(lambda: made.writes == 4, 4)
+
+
+def test_a_flapping_node_does_not_write_at_each_flap(stub: Stub, writer: Writer) -> None:
+    made = writer(flip=0.5)
+    for n in range(100):
+        made.publish(turn(bool(n % 2)), Runtime())
+        time.sleep(0.01)
+    assert made.writes <= 4
+    eventually(lambda: condition(stub, "Converged")["status"] == "True", 2)
+
+
+def test_a_meshnode_deleted_by_hand_is_made_again(stub: Stub, writer: Writer) -> None:
+    made = writer(at_least=0.2, every=0.4)
+    made.publish(turn(), Runtime())
+    eventually(lambda: meshnode(stub))
+    stub.remove(f"{MESHNODES}/n0")
+    eventually(lambda: meshnode(stub), 3)
+
+
+def test_an_api_server_away_holds_nobody_up_and_is_told_later(stub: Stub, writer: Writer) -> None:
+    stub.down()
+    made = writer()
+    began = time.monotonic()
+    made.publish(turn(), Runtime())
+    made.flush()
+    assert time.monotonic() - began < 0.1
+    time.sleep(0.5)
+    stub.up()
+    eventually(lambda: meshnode(stub), 10)
+
+
+def test_the_next_run_goes_on_where_the_last_left_off(stub: Stub, writer: Writer) -> None:
+    stamp = "2020-01-01T00:00:00Z"
+    old = {"observedSlices": {"default-000": "1", "default-001": "1"}}
+    old["conditions"] = [{"type": "Converged", "status": "True", "lastTransitionTime": stamp}]  # type: ignore[assignment]
+    stub.put(f"{MESHNODES}/n0", {})
+    stub.objects[f"{MESHNODES}/n0"]["status"] = old
+    made = writer()
+    made.publish(turn(), Runtime())
+    eventually(lambda: made.writes)
+    assert condition(stub, "Converged")["lastTransitionTime"] == stamp
+    assert meshnode(stub)["observedSlices"] == {"default-000": "7"}
