@@ -25,6 +25,8 @@ from ovsmesh.status import Runtime, Traffic
 from ovsmesh.statustext import render_text
 from ovsmesh.turn import Turn, around, report
 
+_SETTLE = 10.0
+"""Seconds for obr0's device to go: at once for a thousand ports, 5 s and more for five thousand."""
 _PROOF = tuple(kind for kind in KINDS if kind not in ("sysctls", "restore_wait"))
 
 
@@ -160,9 +162,7 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
         return [*steps, f"{len(steps)} parts would be removed or restored"], True
     pods = [name for name in host.net.mirror.ports_of(KBR) if name != OBR] if KBR in have.dataplane.links else []
     failed = host.apply(todo, want) if todo.steps else []
-    host.dirty()
-    have = host.observe(want)
-    left = plan(want, have, confirmed=True)
+    have, left = _settled(host, want)
     lines = [*steps, *(f"! {problem}" for problem in (*problems, *failed, *have.problems))]
     lines += [f"left alone: {f.detail}" for f in have.foreign]
     if pods:
@@ -181,6 +181,19 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
         lines += [f"still there: {step}" for step in left.steps]
         lines += [f"can't be seen: {kind}" for kind in sorted(have.unknown)]
     return lines, clean
+
+
+def _settled(host: Host, want: Dataplane) -> tuple[Observed, Plan]:
+    """What is left, once ovs-vswitchd has had its time: it tells of a bridge's end before the device goes."""
+    end = time.monotonic() + _SETTLE
+    while True:
+        host.dirty()
+        have = host.observe(want)
+        left = _spared(plan(want, have, confirmed=True), have)
+        if not left.steps or time.monotonic() > end or any(step.kind != "links" for step in left.steps):
+            return have, plan(want, have, confirmed=True)
+        host.wait((), end - time.monotonic())
+        host.drain()
 
 
 def _spared(todo: Plan, have: Observed) -> Plan:

@@ -263,7 +263,7 @@ class Ovs:
             txn = self._transaction(
                 None if number else bridge, some, () if number else del_ports, del_bridge, clear_restore_wait
             )
-            self._commit(txn, some, meanwhile if not number else lambda: None)
+            self._commit(txn, some, len(del_ports), meanwhile if not number else lambda: None)
 
     def _transaction(
         self,
@@ -335,7 +335,7 @@ class Ovs:
         options = {"remote_ip": want.remote, "local_ip": want.local}
         interface.options = options | {"key": want.key} if want.key else options
 
-    def _commit(self, txn: Any, set_ports: Mapping[str, Port], meanwhile: Callable[[], None]) -> None:
+    def _commit(self, txn: Any, set_ports: Mapping[str, Port], gone: int, meanwhile: Callable[[], None]) -> None:
         try:
             status = txn.commit()
             meanwhile()
@@ -359,17 +359,17 @@ class Ovs:
         finally:
             txn.abort()
         if target is not None:
-            self._await_switch(target, set_ports)
+            self._await_switch(target, set_ports, gone)
 
-    def _await_switch(self, target: int, ports: Mapping[str, Port]) -> None:
-        """Until ovs-vswitchd has taken over configuration `target` and numbered `ports`.
+    def _await_switch(self, target: int, ports: Mapping[str, Port], gone: int) -> None:
+        """Until ovs-vswitchd has taken over configuration `target`, numbered `ports` and closed `gone` others.
 
         When it did not answer the last time and has not been heard of since, it is asked once and
         not waited for: a dead switch must not stall the kernel side.
         """
         root = self._root
         silent = self._silent_since is not None and root is not None and root.cur_cfg == self._silent_since
-        end = time.monotonic() + (0.2 if silent else SWITCH_DEADLINE + SWITCH_DEADLINE_PORT * len(ports))
+        end = time.monotonic() + (0.2 if silent else SWITCH_DEADLINE + SWITCH_DEADLINE_PORT * (len(ports) + gone))
         taken = False
         while time.monotonic() < end:
             self._idl.run()
