@@ -95,7 +95,7 @@ def agent(
         raise OvsmeshError("no mesh: give --mesh FILE")
     _root()
     options = room.Options(
-        mesh, node or socket.gethostname(), ovsdb or DEFAULT_OVSDB, state_dir, "" if once else listen
+        os.path.abspath(mesh), node or socket.gethostname(), ovsdb or DEFAULT_OVSDB, state_dir, "" if once else listen
     )
     if not once:
         room.serve(options, _stop_fd())

@@ -106,7 +106,7 @@ class Host:
             bridges, ports, restore, ovs_foreign, ovs_problems = self.ovs.observe()
             foreign += ovs_foreign
             problems += ovs_problems
-            found = self.flows.observe(self.ovs.ofports) if bridges else ({}, ())
+            found = self._flows(problems) if bridges else ({}, ())
             self.switch_up = found is not None
             if self._leave_waiting(bool(restore)):
                 unknown.add("restore_wait")
@@ -119,7 +119,7 @@ class Host:
                 foreign += found[1]
         else:
             # its port numbers hold while the server is away, as the switch has its ports from there
-            found = self.flows.observe(self.ovs.ofports) if self.ovs.ofports else None
+            found = self._flows(problems) if self.ovs.ofports else None
             self.switch_up = found is not None
             flows = found[0] if found else {}
             unknown |= {"bridges", "ports", "restore_wait"} | (set() if found else {"flows"})
@@ -160,6 +160,13 @@ class Host:
         now = time.monotonic()
         self._waiting_since = self._waiting_since or now
         return (not self.switch_up or self.ovs.others_restore()) and now - self._waiting_since < OTHERS_GRACE
+
+    def _flows(self, problems: list[Problem]) -> tuple[dict[str, str], tuple[Foreign, ...]] | None:
+        try:
+            return self.flows.observe(self.ovs.ofports)
+        except OvsmeshError as error:
+            problems.append(Problem("SwitchUnseen", str(error)))
+            return None
 
     def apply(self, todo: Plan, want: Dataplane) -> list[Problem]:
         """Carries a plan out, and returns what could not be done; one part's failure stops no other."""

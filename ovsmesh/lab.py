@@ -139,7 +139,7 @@ class Lab:
 
     def _host(self, index: int) -> Host:
         s = self.settings
-        wiring = Wiring(s.name, self.state, s.datapath, s.dual_stack, s.underlay6, s.underlay_mtu)
+        wiring = Wiring(s.name, self.state, s.datapath, s.dual_stack, s.underlay6)
         return Host(wiring, index, s.pods)
 
     @property

@@ -13,6 +13,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import socket
 import subprocess
 import termios
@@ -92,7 +93,8 @@ class FlowTable:
         attributes[3] &= ~termios.ECHO
         termios.tcsetattr(slave, termios.TCSANOW, attributes)
         # an agent that is killed must not leave it behind
-        argv = ["setpriv", "--pdeathsig", "TERM", *_argv("monitor", self._bridge, "watch:!initial")]
+        keeper = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        argv = [*keeper, *_argv("monitor", self._bridge, "watch:!initial")]
         # it puts a control socket there, and the default directory need not exist
         env = os.environ | {"OVS_RUNDIR": str(self._socket.parent)}
         try:
@@ -170,7 +172,7 @@ class FlowTable:
     def observe(self, ofports: Mapping[str, int]) -> tuple[dict[str, str], tuple[Foreign, ...]] | None:
         """Our flows with port names in place of the numbers in `ofports`, and foreign ones.
 
-        None when the switch does not answer.
+        None when the switch does not answer. Raises OvsmeshError without ovs-ofctl.
         """
         if not self.watch():
             return None

@@ -228,6 +228,25 @@ def turns(host: Host) -> float:
     return metrics(host)["ovsmesh_reconcile_total"]
 
 
+def mend(lab: Lab) -> None:
+    """Starts whatever an earlier test that failed has left dead, so that it fails alone."""
+    for host in lab.hosts:
+        if not host.daemon("ovsdb-server"):
+            host.start_ovsdb()
+        if not host.daemon("ovs-vswitchd"):
+            host.start_vswitchd()
+        if not host.agent_alive():
+            host.start_agent()
+    lab.converged(thorough=True)
+
+
+def guarded(lab: Lab) -> Iterator[Lab]:
+    """What a fixture yields from: the lab as a test finds it and has to leave it, which is converged."""
+    mend(lab)
+    yield lab
+    lab.converged(SOON, thorough=True)
+
+
 # --- packets
 
 

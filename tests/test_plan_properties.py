@@ -63,7 +63,7 @@ def wanted(draw: st.DrawFn) -> Dataplane:
 
 WORDS = st.sampled_from(["a", "gre-web1", "10.97.1.1", "LOCAL", "peers4"])
 STRAY: dict[str, st.SearchStrategy[Any]] = {
-    "links": st.builds(Link, WORDS, st.integers(0, 9000), st.booleans(), WORDS),
+    "links": st.builds(Link, WORDS, st.integers(0, 9000), st.booleans(), WORDS, WORDS, st.booleans()),
     "ports": st.builds(Port, WORDS, WORDS, WORDS, WORDS, WORDS, WORDS, st.booleans()),
     "routes": st.builds(Route, st.sampled_from(["unicast", "unreachable", "blackhole"]), WORDS, WORDS, st.integers(0, 9)),
     "rules": st.builds(Rule, WORDS),

@@ -27,8 +27,8 @@ from ovsmesh.labhost import Host
 from ovsmesh.labnet import LabError, within
 
 _SOL_NETLINK, _ADD_MEMBERSHIP, _SO_RCVBUFFORCE = 270, 1, 33
-_RT_GROUPS = (1, 3, 5, 7, 8, 9, 11, 17, 19, 24, 25)
-"""RTNLGRP_ LINK, NEIGH, IPV4 IFADDR ROUTE RULE, IPV6 IFADDR ROUTE, TC.., RULE, IPV4 and IPV6 NETCONF."""
+_RT_GROUPS = (1, 3, 5, 7, 8, 9, 11, 19, 24, 25)
+"""RTNLGRP_ LINK, NEIGH, IPV4_ IFADDR ROUTE RULE, IPV6_ IFADDR ROUTE RULE, IPV4_NETCONF, IPV6_NETCONF."""
 _NETFILTER, _NFT_GROUP, _NFT_SUBSYSTEM = 12, 7, 10
 _NEWSETELEM, _DELSETELEM, _NEWGEN, _GETGEN = 12, 14, 15, 16
 _EVENT = re.compile(r"^ event=(ADDED|DELETED|MODIFIED) (?:reason=\S+ )?table=\d+ cookie=(\S+) ?(.*)$")
@@ -169,6 +169,17 @@ class Eyes:
                 return found
             if time.monotonic() > until:
                 raise LabError(f"{len(left)} of {len(wanted)} events not seen in {timeout} s: {sorted(left)[:5]}")
+            self.look(min(0.5, until - time.monotonic()))
+
+    def wait_count(self, kind: str, count: int, timeout: float) -> float:
+        """When the event number `count` of this kind was seen. Raises LabError after `timeout` seconds."""
+        until = time.monotonic() + timeout
+        while True:
+            times = [when for when, event in self.events if event[0] == kind]
+            if len(times) >= count:
+                return times[count - 1]
+            if time.monotonic() > until:
+                raise LabError(f"{len(times)} of {count} events {kind} seen in {timeout} s")
             self.look(min(0.5, until - time.monotonic()))
 
     def _note(self, *event: str) -> None:

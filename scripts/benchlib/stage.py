@@ -103,8 +103,8 @@ class Stage:
     def readback(self) -> Readback:
         """Everything read once with the system's own tools."""
         host = self.host
-        seen = time.monotonic()
         flows = host.ovs_ofctl("--no-names", "dump-flows", "obr0").splitlines()[1:]
+        seen = time.monotonic()
         ours = [line for line in flows if "cookie=0x6f76736d" in line]
         ages = [float(found[1]) for line in ours if (found := re.search(r"duration=([0-9.]+)s", line))]
         lines = host.ovs_vsctl("--format=csv", "--no-heading", "--columns=name,ofport,type", "list", "Interface")
