@@ -15,7 +15,8 @@ ROOT =
 ROOTLY = @true
 else
 ROOT = sudo env PATH="$$PATH" PYTHONPATH="$$PYTHONPATH" PYTHONDONTWRITEBYTECODE=1 CI="$${CI:-}"
-ROOTLY = @echo 'make: not root, and this part makes network namespaces: using sudo' >&2
+ROOTLY = @command -v sudo >/dev/null || { echo 'make: this part makes network namespaces: run it as root, or install sudo' >&2; exit 1; }; \
+	echo 'make: not root, and this part makes network namespaces: using sudo' >&2
 endif
 
 .PHONY: help demo test test-unit test-lab test-kernel bench lint setup setup-dev clean
