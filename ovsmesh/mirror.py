@@ -80,6 +80,8 @@ class Mirror:
                 self._address(address, kind == rtnl.NEWADDR)
         elif kind in (rtnl.NEWLINK, rtnl.DELLINK):
             link = rtnl.parse_link(message.payload)
+            if link is None:
+                return
             if link.family == rtnl.AF_BRIDGE:
                 if link.ifindex == self._indexes.get(OBR):
                     self.reread.add(link.ifindex)

@@ -237,14 +237,17 @@ def mend(lab: Lab) -> None:
             host.start_vswitchd()
         if not host.agent_alive():
             host.start_agent()
-    lab.converged(thorough=True)
+    lab.converged()
 
 
-def guarded(lab: Lab) -> Iterator[Lab]:
-    """What a fixture yields from: the lab as a test finds it and has to leave it, which is converged."""
+def guarded(lab: Lab, thorough: bool = True) -> Iterator[Lab]:
+    """What a fixture yields from: the lab as a test finds it and has to leave it, which is converged.
+
+    Without `thorough` the agents' word is enough: for tests that compare the state itself.
+    """
     mend(lab)
     yield lab
-    lab.converged(SOON, thorough=True)
+    lab.converged(SOON, thorough=thorough)
 
 
 # --- packets

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from ipaddress import IPv4Address
 
 from benchlib.cold import add_port
@@ -128,7 +129,7 @@ def _less(s: Stage, eyes: Eyes, base: list[Peer], extra: Peer) -> tuple[float, d
     return since, found | {"ovs-vswitchd": settled[0]}
 
 
-def _seen(eyes: Eyes, parts: dict[str, Event]) -> dict[str, float]:
+def _seen(eyes: Eyes, parts: Mapping[str, Event]) -> dict[str, float]:
     found = eyes.wait(list(parts.values()), 10)
     return {part: found[event] for part, event in parts.items()}
 

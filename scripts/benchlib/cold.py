@@ -13,10 +13,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchlib.eyes import Eyes, Event
+from benchlib.eyes import Event, Eyes
 from benchlib.figures import Figure
 from benchlib.stage import Peer, Plan, Stage, peer, stage
 from ovsmesh import labnet
@@ -47,10 +47,10 @@ def bench(plan: Plan) -> list[Figure]:
         bound = FLANNEL if size == 1000 else None
         told = f"flannel 0.28.10 took {FLANNEL} s to 1,000 (a stated figure, not measured here)" if bound else ""
         floor = 1 / 20 if size == 1000 else None
+        figures.append(Figure("cold", name, "s", tuple(own), "loop of ovs-vsctl", tuple(loop), bound, floor, note=told))
         figures.append(
-            Figure("cold", name, "s", tuple(own), "loop of ovs-vsctl", tuple(loop), bound, floor, note=told)
+            Figure("cold", f"  beside all ports at once, {size:,}", "s", tuple(own), "one ovs-vsctl", tuple(batch))
         )
-        figures.append(Figure("cold", f"  beside all ports at once, {size:,}", "s", tuple(own), "one ovs-vsctl", tuple(batch)))
         figures.append(Figure("cold", f"  beside routes alone, {size:,}", "s", tuple(own), "ip -batch", tuple(routes)))
         figures += _split_figures(size, splits)
     return figures
@@ -58,7 +58,9 @@ def bench(plan: Plan) -> list[Figure]:
 
 def _split_figures(size: int, splits: list[dict[str, float]]) -> list[Figure]:
     """The split of a separate run, each part's own figure, largest first."""
-    parts = sorted({part for split in splits for part in split}, key=lambda p: -statistics.median(s.get(p, 0) for s in splits))
+    parts = sorted(
+        {part for split in splits for part in split}, key=lambda p: -statistics.median(s.get(p, 0) for s in splits)
+    )
     return [
         Figure("cold", f"  part of {size:,}: {part}", "ms", tuple(split.get(part, 0.0) * 1000 for split in splits))
         for part in parts
@@ -97,8 +99,7 @@ def _split(size: int) -> dict[str, float]:
         return found
 
 
-def _by_hand(size: int, way: object) -> float:
-    assert callable(way)
+def _by_hand(size: int, way: Callable[[Stage, str, list[Peer]], None]) -> float:
     with stage(0) as s:
         database = f"--db={s.host.ovsdb}"
         kind = s.lab.settings.datapath

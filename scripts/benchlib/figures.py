@@ -107,8 +107,8 @@ def table(figures: Sequence[Figure]) -> str:
         beside = _number(statistics.median(f.beside)) if f.beside else ""
         spread = (_number(f.p50), _number(percentile(f.samples, 0.99)), _number(max(f.samples)))
         verdict = {None: "", True: "holds", False: "MISSED"}[f.holds]
-        row = (f.name, f.unit, str(len(f.samples)), *spread, f.beside_name, beside, _ratio(f.ratio), _wanted(f))
-        rows.append((*row, verdict))
+        cells = (f.name, f.unit, str(len(f.samples)), *spread, f.beside_name, beside, _ratio(f.ratio), _wanted(f))
+        rows.append((*cells, verdict))
     widths = [max(len(row[n]) for row in (*rows, _HEADS)) for n in range(len(_HEADS))]
     right = {2, 3, 4, 5, 7, 8}
 

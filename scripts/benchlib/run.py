@@ -112,6 +112,6 @@ def main() -> None:
             print(f"\n{facts}, Python {machine['python']}; load {machine['load'][0]:.1f} → {os.getloadavg()[0]:.1f}")
         print(f"written to {chosen.json}", file=sys.stderr)
     if failed:
-        sys.exit("\n".join(f"bench.py: {name}: {why}" for name, why in failed.items()))
+        sys.exit("\n".join(f"bench.py: {name}: {why.splitlines()[0]}" for name, why in failed.items()))
     if any(f.holds is False for f in figures):
         sys.exit(2)

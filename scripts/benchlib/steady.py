@@ -113,7 +113,9 @@ class _Counters:
         kinds = Counter(event[0] for _, event in self._eyes.events)
         ours = ("cfg", "settled", "gen", "nft")
         found = {
-            "rtnetlink": sum(n for kind, n in kinds.items() if kind not in ours and not kind.startswith(("port", "nft"))),
+            "rtnetlink": sum(
+                n for kind, n in kinds.items() if kind not in ours and not kind.startswith(("port", "nft"))
+            ),
             "OVSDB": self._transactions() - self._database + kinds["cfg"],
             "nft": generation(self._s.host.ns) - self._generation,
         }
@@ -147,7 +149,7 @@ def again(plan: Plan) -> list[Figure]:
                 once.append(_timed(lambda: _once(s)))
                 written["once"].update(counters.written())
                 counters = _Counters(s, eyes)
-                ready.append(_timed(lambda: (s.host.start_agent(), s.ready())))
+                ready.append(_timed(lambda: _start(s)))
                 time.sleep(1)
                 written["restarted"].update(counters.written())
                 s.host.stop_agent(signal.SIGKILL)
@@ -169,6 +171,11 @@ def again(plan: Plan) -> list[Figure]:
             name = f"writes of {tries} runs ({how}): {kind}"
             figures.append(Figure("again", name, "", (float(count),), bound=0.0))
     return figures
+
+
+def _start(s: Stage) -> None:
+    s.host.start_agent()
+    s.ready()
 
 
 def _once(s: Stage) -> None:
