@@ -77,7 +77,7 @@ apt() {
 }
 apt_update() {
   [ -z "$updated" ] || return 0
-  command -v apt-get >/dev/null || die "apt-get not found: install by hand what is named above (Debian 12, Ubuntu 22.04 or newer are known to work)"
+  command -v apt-get >/dev/null || die "apt-get not found: install by hand what is named above (this script is for Debian 12, Ubuntu 22.04 and newer)"
   say "reading the package lists (apt-get update)"
   apt update >&2 || say "warning: apt-get update failed; trying with the lists that are there"
   updated=1

@@ -50,7 +50,8 @@ class Kernel:
                 found.append(message)
 
     def read(self) -> frozenset[Part]:
-        links = {link.ifindex: link for link in (rtnl.parse_link(m.payload) for m in self._dump(rtnl.GETLINK, 0))}
+        found = (rtnl.parse_link(m.payload) for m in self._dump(rtnl.GETLINK, 0))
+        links = {link.ifindex: link for link in found if link}
         names = {index: link.name for index, link in links.items()}
         parts: set[Part] = set()
         for link in links.values():
@@ -106,5 +107,6 @@ def switch(eyes: Eyes) -> frozenset[Part]:
 
 
 def filters(host: Host) -> str:
-    """The filter tables as nft lists them."""
-    return host.run(["nft", "list", "ruleset"]).stdout
+    """The filter tables as nft lists them, in one order: a table that is made anew stands last."""
+    tables = host.run(["nft", "list", "ruleset"]).stdout.split("\ntable ")
+    return "\n".join(sorted(table.removeprefix("table ").strip() for table in tables))
