@@ -38,9 +38,7 @@ def link(index, name, gone=False, kind="", mtu=1500, up=True, master=0, mac="", 
 
 
 def kbr(index=KBR_INDEX, **changes):
-    return link(
-        index, KBR, **{"kind": "bridge", "mtu": 1462, "mac": "0a:58:0a:61:01:01", "alias": MARK, **changes}
-    )
+    return link(index, KBR, **{"kind": "bridge", "mtu": 1462, "mac": "0a:58:0a:61:01:01", "alias": MARK, **changes})
 
 
 def obr(**changes):

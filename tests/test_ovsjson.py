@@ -77,7 +77,9 @@ def test_it_is_done_at_the_end_and_not_before(text):
     assert parser.is_done()
 
 
-@pytest.mark.parametrize("text", ['{"a":}', '{"a" 1}', "[1,]", "{]", "[}", "}", "]", "nonsense{}", '{"a":"\x01"}', "{'a':1}"])
+@pytest.mark.parametrize(
+    "text", ['{"a":}', '{"a" 1}', "[1,]", "{]", "[}", "}", "]", "nonsense{}", '{"a":"\x01"}', "{'a':1}"]
+)
 def test_what_is_no_json_is_told_by_a_string(text):
     parser, _ = fed(text)
     assert parser.is_done()
@@ -115,7 +117,12 @@ def messages(leaves):
 
 
 @CALM
-@given(messages(PLAIN | st.floats(allow_nan=False, allow_infinity=False)), st.booleans(), st.lists(st.integers(1, 400), max_size=6), st.none() | st.integers(0, 4))
+@given(
+    messages(PLAIN | st.floats(allow_nan=False, allow_infinity=False)),
+    st.booleans(),
+    st.lists(st.integers(1, 400), max_size=6),
+    st.none() | st.integers(0, 4),
+)
 def test_any_value_in_any_pieces(value, ascii_only, cuts, indent):
     text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
     ends = sorted({cut for cut in cuts if cut < len(text)})

@@ -65,7 +65,9 @@ WORDS = st.sampled_from(["a", "gre-web1", "10.97.1.1", "LOCAL", "peers4"])
 STRAY: dict[str, st.SearchStrategy[Any]] = {
     "links": st.builds(Link, WORDS, st.integers(0, 9000), st.booleans(), WORDS, WORDS, st.booleans()),
     "ports": st.builds(Port, WORDS, WORDS, WORDS, WORDS, WORDS, WORDS, st.booleans()),
-    "routes": st.builds(Route, st.sampled_from(["unicast", "unreachable", "blackhole"]), WORDS, WORDS, st.integers(0, 9)),
+    "routes": st.builds(
+        Route, st.sampled_from(["unicast", "unreachable", "blackhole"]), WORDS, WORDS, st.integers(0, 9)
+    ),
     "rules": st.builds(Rule, WORDS),
 }
 KEYS: dict[str, st.SearchStrategy[Any]] = {
@@ -255,7 +257,12 @@ def _of(name: str, todo: Plan, mesh: Mesh) -> None:
     """Every step names something of the node `name`."""
     peer = mesh.node(name)
     assert peer is not None
-    theirs = {mac(peer), str(peer.address), *map(str, peer.pod_cidrs), *(str(c.network_address + 1) for c in peer.pod_cidrs)}
+    theirs = {
+        mac(peer),
+        str(peer.address),
+        *map(str, peer.pod_cidrs),
+        *(str(c.network_address + 1) for c in peer.pod_cidrs),
+    }
     for step in todo.steps:
         text = str(step.key[0] if step.kind == "routes" else step.key)
         value = step.have if step.op == "-" else step.want

@@ -115,7 +115,11 @@ def test_a_new_bridge_as_pyroute2_reads_it():
     assert found["header"]["type"] == 16
     # never in the place of one that is there
     assert found["header"]["flags"] & 0x600 == 0x600
-    assert (found["IFLA_IFNAME"], found["IFLA_ADDRESS"], found["IFLA_MTU"]) == ("ovsmesh-new", "0a:58:0a:61:01:01", 1462)
+    assert (found["IFLA_IFNAME"], found["IFLA_ADDRESS"], found["IFLA_MTU"]) == (
+        "ovsmesh-new",
+        "0a:58:0a:61:01:01",
+        1462,
+    )
     assert found["IFLA_LINKINFO"]["IFLA_INFO_KIND"] == "bridge"
     assert found["flags"] == found["change"] == 0
 
@@ -260,7 +264,9 @@ def port_flags(*values):
     attr = rtnl._attr
     flags = b"".join(attr(kind, bytes([value])) for kind, value in zip((8, 9, 27, 30), values, strict=False))
     info = attr(1, b"tun\0") + attr(4, b"bridge\0") + attr(5, flags)
-    return memoryview(rtnl._IFINFO.pack(0, 1, 5, 1, 0) + attr(3, b"obr0\0") + attr(10, struct.pack("=I", 4)) + attr(18, info))
+    return memoryview(
+        rtnl._IFINFO.pack(0, 1, 5, 1, 0) + attr(3, b"obr0\0") + attr(10, struct.pack("=I", 4)) + attr(18, info)
+    )
 
 
 @pytest.mark.parametrize(
@@ -289,9 +295,7 @@ ROUTES = st.builds(
     U32,
     BYTE,
     st.just(254),
-) | st.builds(
-    RouteEntry, V6.map(lambda a: f"{a}/64"), U32, st.just("unicast"), V6, INDEX, U32, BYTE, st.just(254)
-)
+) | st.builds(RouteEntry, V6.map(lambda a: f"{a}/64"), U32, st.just("unicast"), V6, INDEX, U32, BYTE, st.just(254))
 
 
 @CALM
