@@ -38,6 +38,7 @@ SWITCH_POLL = 0.1
 BRAKE_HOLD = 300.0
 """Seconds for which a mass removal is held unless it is confirmed."""
 _ROUNDS = 3
+_ONCE_TRIES = 4
 _BACKOFF = (0.2, 30.0)
 _LOG_LINES = 20
 
@@ -80,6 +81,8 @@ class Agent:
         self._held_since = float("inf")
         self._wait_failed = _BACKOFF[0]
         self._retry_at = float("inf")
+        self._outdated = False
+        """Whether the host became another one in the course of the last turn."""
         self._told: frozenset[str] = frozenset()
         self.last = Turn(None, None, None, None, Plan(), (), False)
 
@@ -88,6 +91,7 @@ class Agent:
     def turn(self) -> Turn:
         """Brings the system to what the source wants, as far as it goes, and says how that ended."""
         started = time.monotonic()
+        self._outdated = False
         try:
             self.last = self._turn(started)
         except (OvsmeshError, OSError) as error:
@@ -121,6 +125,9 @@ class Agent:
             before, todo = todo, self._plan(want, have)
             if todo.steps == before.steps:
                 break
+        # what changed while we worked has rung its bell already
+        me = snapshot.mesh.node(self._node)
+        self._outdated = me is not None and self._host.facts(snapshot.mesh, me) != self._facts
         if todo.steps and not failed:
             failed = [Problem("NotConverged", f"{len(todo.steps)} changes did not take, the first: {todo.steps[0]}")]
         # what is wrong with the mesh is its writer's to mend, and does not keep the rest from being in place
@@ -143,6 +150,8 @@ class Agent:
 
     def _desired(self, wanted: Mesh) -> tuple[Dataplane, tuple[Problem, ...]]:
         me = wanted.node(self._node)
+        # facts and observation must be of one state, so nothing is taken in between them
+        self._host.drain()
         facts = self._host.facts(wanted, me) if me else Facts()
         if self._base is None or wanted is not self._mesh or facts != self._facts:
             # another wish or another host: what differs now is no one's drift
@@ -219,6 +228,8 @@ class Agent:
         resync, look = now + RESYNC * random.uniform(0.8, 1.0), now + SYSCTL_POLL
         while True:
             timeout = min(resync, look, self._retry_at, self._held_until()) - time.monotonic()
+            if self._outdated:
+                timeout = 0.0
             waiting = self._waiting()
             if waiting or self._host.switch_lost:
                 timeout = min(timeout, SWITCH_POLL)
@@ -239,9 +250,9 @@ class Agent:
                 self._host.dirty()
                 rang = True
             if now >= self._retry_at:
-                self._host.dirty()
+                self._host.retry()
                 rang = True
-            rang |= waiting or now >= self._held_until()
+            rang |= self._outdated or waiting or now >= self._held_until()
             rang |= self._host.switch_lost and self._host.switch_answers()
             if rang:
                 self._turn_and_publish(publish)
@@ -275,13 +286,17 @@ class Agent:
         """Turns until the plan is empty or nothing more can be done, for `deadline` seconds at most."""
         end = time.monotonic() + deadline
         self._turn_and_publish(publish)
-        while not self.last.converged and self._retry_at < end and self.runtime.failures < 4:
-            self._host.wait(self._source.fds(), max(0.0, self._retry_at - time.monotonic()))
-            self._source.drain()
-            self._host.drain()
-            if time.monotonic() >= self._retry_at:
-                self._host.dirty()
-                self._turn_and_publish(publish)
+        while time.monotonic() < end and self.runtime.failures < _ONCE_TRIES:
+            if not self._outdated:
+                if self.last.converged or self._retry_at >= end:
+                    break
+                self._host.wait(self._source.fds(), max(0.0, self._retry_at - time.monotonic()))
+                self._source.drain()
+                self._host.drain()
+                if time.monotonic() < self._retry_at:
+                    continue
+                self._host.retry()
+            self._turn_and_publish(publish)
         return self.last
 
 

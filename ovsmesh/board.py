@@ -18,7 +18,7 @@ from ovsmesh.turn import Runtime, Turn, report
 
 log = logging.getLogger("ovsmesh")
 
-RETRIED = ("ApplyFailed", "NotConverged", "TurnFailed", "FilterFailed")
+RETRIED = ("ApplyFailed", "PortError", "NotConverged", "TurnFailed", "FilterFailed")
 """Problems that may go by themselves, and ring no bell when they do."""
 _LISTEN_AGAIN = 5.0
 """Seconds between attempts to listen: another process may hold the port, or lo be down as yet."""
@@ -96,7 +96,7 @@ class Board:
             "version": __version__,
             "lastChange": runtime.last_change,
             "drift": runtime.drift,
-            "problems": [str(p) for p in turn.problems if p.reason in _OWN_REASONS],
+            "problems": [[p.reason, str(p)] for p in turn.problems if p.reason in _OWN_REASONS],
         }
         if kept != self._kept:
             self._kept = copy.deepcopy(kept)

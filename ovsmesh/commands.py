@@ -56,6 +56,7 @@ def _look(host: Host, snapshot: Snapshot, node: str) -> Turn:
     me = wanted.node(node) if wanted else None
     if wanted is None or me is None:
         return Turn(None, None, None, None, Plan(), problems, False)
+    host.drain()
     facts = host.facts(wanted, me)
     want, refused = meshes.dataplane(wanted, node, facts)
     want = host.possible(want)
@@ -96,7 +97,8 @@ def status(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, output
     changes = told.get("lastChange")
     known = {str(p) for p in found.problems}
     own = told.get("problems") if running else None
-    more = [Problem("Agent", text) for text in own or () if isinstance(text, str) and text not in known]
+    pairs = [pair for pair in own or () if isinstance(pair, list) and len(pair) == 2]
+    more = [Problem(str(reason), str(text)) for reason, text in pairs if str(text) not in known]
     found = dataclasses.replace(found, problems=(*found.problems, *more))
     about = Runtime(
         now=time.time(),

@@ -6,6 +6,7 @@ and the order of its steps is kept as far as one transaction or one bundle for m
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import struct
@@ -17,7 +18,7 @@ from typing import Any
 from ovsmesh.firewall import Firewall
 from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Facts, Foreign, Mesh, Node, Observed, OvsmeshError, Problem
 from ovsmesh.netlink import Netlink, write_sysctl
-from ovsmesh.openflow import FlowTable
+from ovsmesh.openflow import FlowTable, port_of
 from ovsmesh.ovsdb import Ovs, run_dir
 from ovsmesh.plan import Plan, Step
 
@@ -62,6 +63,14 @@ class Host:
         self.flows.dirty()
         self.firewall.resync()
 
+    def retry(self) -> None:
+        """Before a turn that tries again what failed: reads all anew, and has the switch try again."""
+        self.dirty()
+        if self.ovs.synced and self.ovs.errors:
+            with contextlib.suppress(OvsmeshError):
+                # the turn that follows tells what is still wrong
+                self.ovs.nudge()
+
     def facts(self, mesh: Mesh, me: Node) -> Facts:
         """What the desired dataplane depends on here."""
         self.net.watch(mesh.cluster_cidrs)
@@ -92,7 +101,6 @@ class Host:
 
     def observe(self, want: Dataplane) -> Observed:
         """Reads back all that is ours, and what stands in its way; `want` says which sysctls matter."""
-        self.ovs.run()
         kernel, foreign = self.net.observe(want.sysctls)
         problems: list[Problem] = []
         unknown: set[str] = set()
@@ -238,7 +246,14 @@ class Host:
         return [s.key for s in gone if s.key not in set(now)]
 
     def _set_flows(self, add: dict[str, str], delete: list[str]) -> None:
-        self.flows.apply(add, delete, self.ovs.ofports)
+        """One bundle; a port that the switch could not make holds back its own flows only."""
+        known = self.ovs.ofports
+        ready = {key: actions for key, actions in add.items() if port_of(key, actions) in known}
+        self.flows.apply(ready, delete, known)
+        waiting = sorted({port_of(key, actions) for key, actions in add.items() if key not in ready})
+        if waiting:
+            why = self.ovs.errors.get(waiting[0], "it gave it no OpenFlow number")
+            raise OvsmeshError(f"{len(waiting)} ports that ovs-vswitchd could not make, the first {waiting[0]}: {why}")
 
     def _kernel(self, groups: dict[tuple[str, str], list[Step]]) -> list[Problem]:
         steps = [s for kind in _KERNEL_TABLES for s in groups["+", kind]]

@@ -117,6 +117,7 @@ class Netlink:
                 for family in (*families, rtnl.AF_BRIDGE):
                     self._dump(rtnl.GETNEIGH, family)
             self.mirror.doubt = False
+            self.mirror.whole()
         while self.mirror.reread:
             self._seq += 1
             self._request(rtnl.get_link(self._seq, self.mirror.reread.pop()), self.mirror.take)

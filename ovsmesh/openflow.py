@@ -59,6 +59,14 @@ def _parse(line: str) -> tuple[int, bool, str, str] | None:
     return cookie, plain, f"{priority} {_sorted(match)}", actions
 
 
+def port_of(key: str, actions: str) -> str:
+    """The port that a flow of ours names besides LOCAL; obr0 itself for the default flow, which names none."""
+    if actions.startswith("output:"):
+        return actions[7:]
+    found = _IN_PORT.search(key)
+    return found[1] if found else OBR
+
+
 class _Named(NamedTuple):
     """A flow with its port's name, and what that was made from. A flow of ours names one port."""
 

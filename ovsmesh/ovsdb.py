@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ COMMIT_DEADLINE = 5.0
 """Seconds for ovsdb-server to answer a transaction: 0.4 s is usual for a thousand ports."""
 SWITCH_DEADLINE, SWITCH_DEADLINE_PORT = 1.5, 0.003
 """Seconds for ovs-vswitchd to take a transaction over, and for each port in it: it needs 0.4 s for a thousand."""
+_NUDGES = 3
 _BATCH = 1000
 """Ports in one transaction; 5,000 at once were no faster (docs/design.md)."""
 
@@ -49,6 +50,7 @@ class Ovs:
         self.remote = remote
         self._idl = Replica(remote)
         self._seqno = self._idl.change_seqno
+        self._was_synced = False
         self._ports: dict[str, Port] = {}
         self._uuids: dict[str, Any] = {}
         self._port_names: dict[Any, str] = {}
@@ -67,8 +69,8 @@ class Ovs:
     def run(self) -> bool:
         """Takes in what the server sent; True if something that we read may have changed."""
         self._idl.run()
-        changed = bool(self._seqno != self._idl.change_seqno)
-        self._seqno = self._idl.change_seqno
+        changed = bool(self._seqno != self._idl.change_seqno) or self._was_synced != self.synced
+        self._seqno, self._was_synced = self._idl.change_seqno, self.synced
         return changed
 
     def wait(self, fds: Sequence[int], timeout: float) -> None:
@@ -265,6 +267,31 @@ class Ovs:
             )
             self._commit(txn, some, len(del_ports), meanwhile if not number else lambda: None)
 
+        for _ in range(_NUDGES):
+            if not del_ports or not any(name in self._errors for name in names):
+                break
+            # a port in the place of one that is only just gone is refused; any change makes the switch try again
+            self.nudge(names)
+
+    def nudge(self, names: Iterable[str] = ()) -> None:
+        """Makes ovs-vswitchd go through its configuration again, which is when it tries again what failed.
+
+        Waits until it has, for the ports `names`. Raises OvsmeshError as `apply` does.
+        """
+        row = self._bridge(OBR)
+        if row is None:
+            return
+        txn = self._transaction(None, {}, (), False, False)
+        # a transaction without a change is none, and does not even count
+        mark = row.external_ids.get(MARK, "")
+        row.setkey("external_ids", MARK, str(int(mark) + 1) if mark.isdigit() else "1")
+        self._commit(txn, dict.fromkeys(names), 0, lambda: None)
+
+    @property
+    def errors(self) -> Mapping[str, str]:
+        """Our ports that ovs-vswitchd could not make → what it says."""
+        return self._errors
+
     def _transaction(
         self,
         bridge: Bridge | None,
@@ -335,7 +362,7 @@ class Ovs:
         options = {"remote_ip": want.remote, "local_ip": want.local}
         interface.options = options | {"key": want.key} if want.key else options
 
-    def _commit(self, txn: Any, set_ports: Mapping[str, Port], gone: int, meanwhile: Callable[[], None]) -> None:
+    def _commit(self, txn: Any, set_ports: Mapping[str, Any], gone: int, meanwhile: Callable[[], None]) -> None:
         try:
             status = txn.commit()
             meanwhile()
@@ -361,7 +388,7 @@ class Ovs:
         if target is not None:
             self._await_switch(target, set_ports, gone)
 
-    def _await_switch(self, target: int, ports: Mapping[str, Port], gone: int) -> None:
+    def _await_switch(self, target: int, ports: Mapping[str, Any], gone: int) -> None:
         """Until ovs-vswitchd has taken over configuration `target`, numbered `ports` and closed `gone` others.
 
         When it did not answer the last time and has not been heard of since, it is asked once and

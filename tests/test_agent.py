@@ -1,209 +1,24 @@
-"""The loop's logic, on a host and a source that are values: what it does when, and when it rests."""
+"""One turn of the agent: what it does, what it counts as drift, when it tries again, when it brakes."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import time
 from collections import Counter
-from types import SimpleNamespace
 
+import fakehost
 import pytest
+from fakehost import braked
 from meshkit import FACTS, first, mesh_of, numbered, want
 
 from ovsmesh import agent as room
 from ovsmesh.agent import Agent, held_digest
-from ovsmesh.model import Dataplane, Foreign, Observed, OvsmeshError, Problem, Rule
-from ovsmesh.sources import Snapshot
-from ovsmesh.state import StateDir
+from ovsmesh.model import Dataplane, Foreign, OvsmeshError, Problem
 
-
-class FakeHost:
-    """A system that does what it is told, unless a test says otherwise."""
-
-    def __init__(self):
-        self.dataplane = Dataplane()
-        self.known = FACTS
-        self.foreign = ()
-        self.problems = ()
-        self.unknown = frozenset()
-        self.switch_up = True
-        self.switch_lost = False
-        self.ovs = SimpleNamespace(version="3.1.0")
-        self.plans = []
-        self.fails = 0
-        """How many more times applying is to fail."""
-        self.deaf = False
-        """Whether what is applied does not take."""
-        self.dirtied = 0
-        self.waits = []
-        self.bell = False
-        self.on_wait = lambda: None
-
-    def facts(self, mesh, me):
-        return self.known
-
-    def possible(self, want, try_out=True):
-        return want
-
-    def observe(self, want):
-        have = self.dataplane
-        parts = {f.name: ({} if f.name in self.unknown else getattr(have, f.name)) for f in dataclasses.fields(have)}
-        parts["sysctls"] = {k: v for k, v in have.sysctls.items() if k in want.sysctls}
-        return Observed(Dataplane(**parts), self.foreign, self.problems, self.unknown)
-
-    def apply(self, todo, want):
-        self.plans.append(todo)
-        if self.fails:
-            self.fails -= 1
-            return [Problem("ApplyFailed", "ports: no")]
-        if not self.deaf:
-            parts = {f.name: dict(getattr(self.dataplane, f.name)) for f in dataclasses.fields(self.dataplane)}
-            for step in todo.steps:
-                if step.op == "-":
-                    del parts[step.kind][step.key]
-                else:
-                    parts[step.kind][step.key] = step.want
-            parts["rules"] = {k: parts["rules"][k] for k in want.rules if k in parts["rules"]}
-            self.dataplane = Dataplane(**parts)
-        return []
-
-    def lose(self, kind, *keys):
-        left = {k: v for k, v in getattr(self.dataplane, kind).items() if k not in keys}
-        self.dataplane = dataclasses.replace(self.dataplane, **{kind: left})
-
-    def dirty(self):
-        self.dirtied += 1
-
-    def drain(self):
-        rang, self.bell = self.bell, False
-        return rang
-
-    def fds(self):
-        return []
-
-    def switch_answers(self):
-        return False
-
-    def wait(self, fds, timeout):
-        self.waits.append(timeout)
-        self.on_wait()
-
-
-class FakeSource:
-    def __init__(self, mesh):
-        self.mesh = mesh
-        self.problems = ()
-        self.confirmed = True
-        self.committed = 0
-        self.bell = False
-
-    def snapshot(self):
-        return Snapshot(self.mesh, self.problems, self.confirmed, 1.0)
-
-    def commit(self):
-        self.committed += 1
-        return ()
-
-    def drain(self):
-        rang, self.bell = self.bell, False
-        return rang
-
-    def fds(self):
-        return []
-
-    def close(self):
-        return
-
-
-class Shown:
-    def __init__(self):
-        self.turns = []
-        self.flushed = 0
-
-    def publish(self, turn, runtime):
-        self.turns.append(turn)
-
-    def flush(self):
-        self.flushed += 1
-
-
-class Clock:
-    """Time that passes only when someone waits."""
-
-    def __init__(self, host):
-        self.now = 1000.0
-        host.on_wait = lambda: self.advance(host.waits[-1])
-
-    def advance(self, seconds):
-        # select() never returns too early, and a moment always passes
-        self.now += seconds + 0.0005
-
-    def monotonic(self):
-        return self.now
-
-
-@pytest.fixture
-def host():
-    return FakeHost()
-
-
-@pytest.fixture
-def source():
-    return FakeSource(first(4))
-
-
-@pytest.fixture
-def state(tmp_path):
-    made = StateDir(tmp_path / "state")
-    made.ensure()
-    return made
-
-
-@pytest.fixture
-def agent(host, source, state):
-    return Agent("web1", source, host, state)
-
-
-@pytest.fixture
-def clock(host, monkeypatch):
-    made = Clock(host)
-    monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=made.monotonic, time=time.time))
-    monkeypatch.setattr(
-        room, "read_sysctls", lambda keys: {k: v for k, v in host.dataplane.sysctls.items() if k in keys}
-    )
-    return made
-
-
-@pytest.fixture
-def stop():
-    read, write = os.pipe()
-    for fd in (read, write):
-        os.set_blocking(fd, False)
-    yield SimpleNamespace(fd=read, now=lambda: os.write(write, b"x"))
-    os.close(read)
-    os.close(write)
-
-
-def run(agent, host, clock, stop, seconds, at=()):
-    """Runs the loop for so many seconds of the clock; `at` holds (second, what happens then)."""
-    start, shown, left = clock.now, Shown(), sorted(at, key=lambda pair: pair[0])
-
-    def pass_time():
-        until = clock.now + host.waits[-1]
-        if left and start + left[0][0] <= until:
-            when, what = left.pop(0)
-            clock.now = max(clock.now, start + when)
-            what()
-        else:
-            clock.advance(host.waits[-1])
-        if clock.now >= start + seconds:
-            stop.now()
-        assert len(host.waits) < 20_000, "the loop does not rest"
-
-    host.on_wait = pass_time
-    agent.run(stop.fd, shown)
-    return shown
+host = pytest.fixture(fakehost.make_host)
+source = pytest.fixture(fakehost.make_source)
+state = pytest.fixture(fakehost.make_state)
+agent = pytest.fixture(fakehost.make_agent)
+clock = pytest.fixture(fakehost.make_clock)
 
 
 # one turn
@@ -385,12 +200,6 @@ def test_something_in_the_way_waits_for_its_bell(agent, host, clock):
 # the brake
 
 
-def braked(agent, source):
-    agent.turn()
-    source.mesh = first(1)
-    return agent.turn()
-
-
 def test_a_mass_removal_is_held_and_named(agent, host, source, clock):
     turn = braked(agent, source)
     assert len(host.dataplane.ports) == 3 and not turn.converged
@@ -435,16 +244,6 @@ def test_more_peers_missing_later_are_held_as_long(agent, host, source, clock):
     assert len(host.dataplane.ports) == 11
 
 
-def test_confirmed_removals_are_carried_out_and_the_loop_rests(agent, host, source, state, clock, stop):
-    turn = braked(agent, source)
-    state.request_confirm(held_digest(turn.plan))
-    shown = run(agent, host, clock, stop, 20)
-    assert not host.dataplane.ports
-    assert state.confirmation() is None
-    assert shown.turns[-1].converged
-    assert len(shown.turns) <= 3
-
-
 def test_a_confirmation_of_something_else_lifts_nothing(agent, host, source, state, clock):
     source.mesh = first(12)
     agent.turn()
@@ -465,141 +264,8 @@ def test_what_is_added_meanwhile_is_added(agent, host, source):
     assert "gre-web9" in host.dataplane.ports and turn.plan.held_peers == ("web2", "web3", "web4")
 
 
-# the loop
-
-
-def test_the_loop_rests_when_nothing_happens(agent, host, clock, stop):
-    shown = run(agent, host, clock, stop, 45)
-    assert len(shown.turns) == 1
-    # it looks at the sysctls now and then, and that is all
-    assert len(host.waits) <= 45 / room.SYSCTL_POLL + 2
-    assert shown.flushed > 0
-
-
-def test_a_bell_makes_a_turn_at_once(agent, host, clock, stop):
-    def cut():
-        host.lose("routes", ("10.97.2.0/24", 111))
-        host.bell = True
-
-    shown = run(agent, host, clock, stop, 10, [(3.1, cut)])
-    assert len(shown.turns) == 2 and agent.runtime.drift == Counter(routes=1)
-    assert host.dataplane == want(first(4))
-
-
-def test_the_sources_bell_makes_a_turn_and_what_is_applied_is_kept(agent, host, source, clock, stop):
-    def join():
-        source.mesh, source.bell = first(5), True
-
-    shown = run(agent, host, clock, stop, 10, [(3.1, join)])
-    assert len(shown.turns) == 2 and len(host.dataplane.ports) == 4
-    assert source.committed == 2
-
-
-def test_a_mesh_that_could_not_be_applied_is_not_kept(agent, host, source, clock, stop):
-    host.deaf = True
-    run(agent, host, clock, stop, 5)
-    assert source.committed == 0
-
-
-def test_a_flipped_sysctl_needs_no_bell(agent, host, clock, stop):
-    def flip():
-        values = {**host.dataplane.sysctls, "net/ipv4/ip_forward": "0"}
-        host.dataplane = dataclasses.replace(host.dataplane, sysctls=values)
-
-    shown = run(agent, host, clock, stop, 10, [(3.1, flip)])
-    assert agent.runtime.drift == Counter(sysctls=1) and len(shown.turns) == 2
-    assert host.dataplane.sysctls["net/ipv4/ip_forward"] == "1"
-
-
-def test_a_sysctl_that_can_not_be_set_does_not_ring_for_ever(agent, host, clock, stop):
-    host.foreign = (Foreign("links", "kbr0", "bridge kbr0 is not ours"),)
-    host.dataplane = Dataplane(sysctls=dict.fromkeys(want(first(4)).sysctls, "9"))
-    shown = run(agent, host, clock, stop, 20)
-    assert len(shown.turns) <= 2
-
-
-def test_all_is_read_again_now_and_then(agent, host, clock, stop):
-    shown = run(agent, host, clock, stop, 10 * room.RESYNC)
-    assert 9 <= host.dirtied <= 13
-    assert len(shown.turns) == host.dirtied + 1
-
-
-def test_failures_are_tried_again_ever_more_seldom(agent, host, clock, stop):
-    host.fails = 10**6
-    shown = run(agent, host, clock, stop, 120)
-    # 0.2 + 0.4 + … + 25.6 s, then every 15 to 30 s, and the resyncs
-    assert 9 <= len(shown.turns) <= 25
-
-
-def test_the_end_of_a_failure_is_found_without_a_bell(agent, host, clock, stop):
-    host.fails = 4
-    shown = run(agent, host, clock, stop, 10)
-    assert shown.turns[-1].converged and not shown.turns[0].converged
-
-
-def test_a_switch_that_is_gone_is_looked_for_and_costs_no_turns(agent, host, clock, stop):
-    host.switch_up, host.switch_lost = False, True
-    host.unknown, host.problems = frozenset({"flows"}), (Problem("SwitchDown", "does not answer"),)
-
-    def back():
-        host.switch_answers = lambda: True
-        host.unknown, host.problems, host.switch_up, host.switch_lost = frozenset(), (), True, False
-        host.bell = True
-
-    shown = run(agent, host, clock, stop, 10, [(5.0, back)])
-    assert len(shown.turns) == 2 and shown.turns[-1].converged
-
-
-def test_stop_ends_it_and_leaves_the_dataplane(agent, host, clock, stop):
-    run(agent, host, clock, stop, 1)
-    assert host.dataplane == want(first(4))
-    assert [step for todo in host.plans for step in todo.steps if step.op == "-"] == []
-
-
-# once
-
-
-def test_once_ends_when_nothing_is_left(agent, host, clock):
-    shown = Shown()
-    assert agent.once(shown).converged
-    assert len(shown.turns) == 1 and host.waits == []
-
-
-def test_once_tries_again(agent, host, clock):
-    host.fails = 2
-    shown = Shown()
-    assert agent.once(shown).converged and [turn.converged for turn in shown.turns] == [False, False, True]
-
-
-def test_once_gives_up(agent, host, clock):
-    host.fails = 10**6
-    start = clock.now
-    turn = agent.once(Shown())
-    assert not turn.converged and turn.plan.steps
-    assert agent.runtime.failures == 4 and clock.now - start < 10
-
-
-def test_once_does_not_wait_for_what_only_someone_else_can_mend(agent, host, source, clock):
-    host.foreign = (Foreign("links", "kbr0", "bridge kbr0 is not ours"),)
-    turn = agent.once(Shown())
-    assert not turn.converged and host.waits == [] and turn.plan.blocked
-
-
-def test_once_does_not_wait_for_the_brake(agent, host, source, clock):
-    host.dataplane = want(first(12))
-    turn = agent.once(Shown())
-    assert not turn.converged and host.waits == [] and turn.plan.held
-
-
-def test_once_keeps_to_its_deadline(agent, host, clock):
-    host.fails = 10**6
-    agent.once(Shown(), deadline=0.01)
-    assert agent.runtime.failures == 1
-
-
 def test_rules_in_order_are_converged(agent, host):
     # the order of rules is part of what is wanted
     agent.turn()
     host.dataplane = dataclasses.replace(host.dataplane, rules=dict(reversed(host.dataplane.rules.items())))
     assert agent.turn().converged and agent.runtime.drift == Counter(rules=1)
-    assert all(isinstance(rule, Rule) for rule in host.dataplane.rules.values())

@@ -14,11 +14,12 @@ from labtools import (
     assert_whole,
     await_state,
     difference,
-    flows,
     guarded,
     links,
     metrics,
+    report,
     routes,
+    turns,
     wiring,
 )
 
@@ -38,6 +39,10 @@ def three(module_lab: Make) -> Lab:
 @pytest.fixture
 def mesh(three: Lab) -> Iterator[Lab]:
     yield from guarded(three)
+
+
+def ours(host: Host) -> list[str]:
+    return [route for route in routes(host) if "proto 111" in route]
 
 
 def restore_wait(host: Host) -> str:
@@ -62,8 +67,9 @@ def test_ovsdb_server_restarted(mesh: Lab) -> None:
         await_state(lambda: wiring(host), before)
         mesh.converged(SOON)
         assert stream.wait(time.time(), SOON)
-    # forwarding never needed the database
-    assert_whole(stream.tracks)
+    if mesh.settings.datapath == "system":
+        # forwarding never needs the database; the userspace datapath waits until ovs-vswitchd has its lock again
+        assert_whole(stream.tracks)
     assert same_agent(host, agent)
 
 
@@ -85,7 +91,7 @@ def test_ovs_vswitchd_restarted(mesh: Lab, wait: bool, how: signal.Signals) -> N
 def test_both_dead_for_ten_seconds_while_the_agent_goes_on(mesh: Lab) -> None:
     host = mesh.host(1)
     before, agent = wiring(host), host.agent()
-    kernel = routes(host)
+    kernel = ours(host)
     host.kill_vswitchd()
     host.kill_ovsdb()
     gone = time.monotonic()
@@ -97,7 +103,7 @@ def test_both_dead_for_ten_seconds_while_the_agent_goes_on(mesh: Lab) -> None:
     repaired = 0
     while time.monotonic() < gone + 10:
         host.run(["ip", "route", "del", "10.97.2.0/24"])
-        wait_for("the route to be back", lambda: routes(host) == kernel_of(kernel, host), SOON)
+        wait_for("the route to be back", lambda: ours(host) == kernel, SOON)
         repaired += 1
         assert same_agent(host, agent)
         assert host.http("/metrics")[0] == 200
@@ -113,32 +119,22 @@ def test_both_dead_for_ten_seconds_while_the_agent_goes_on(mesh: Lab) -> None:
     assert same_agent(host, agent)
 
 
-def kernel_of(wanted: list[str], host: Host) -> list[str]:
-    """The routes that are to stand while the switch is away: on the userspace datapath br-phy went with it."""
-    return [route for route in wanted if "br-phy" not in route and "192.0.2." not in route and "2001:db8:" not in route]
-
-
 def test_ovsdb_server_away_while_the_switch_runs(mesh: Lab) -> None:
     host = mesh.host(1)
-    before, agent = wiring(host), host.agent()
-    with mesh.stream(interval=0.02) as stream:
-        assert stream.wait(time.time(), SOON)
-        host.kill_ovsdb()
-        wait_for("/readyz to say no", lambda: host.http("/readyz")[0] == 503, SOON)
-        start, used, turns = time.monotonic(), cpu(host), metrics(host)["ovsmesh_reconcile_total"]
-        # flows do not need the database: a flow that goes is put back without it
-        host.ovs_ofctl("--strict", "del-flows", "obr0", "priority=100,in_port=LOCAL,dl_dst=0a:58:0a:61:02:01")
-        wait_for("the flow to be back", lambda: flows(host) == before["flows"], SOON)
-        wait_for("2 seconds", lambda: time.monotonic() > start + 2, SOON)
-        # and it does not spin
-        assert (cpu(host) - used) / (time.monotonic() - start) < 0.3
-        assert metrics(host)["ovsmesh_reconcile_total"] - turns < 20
-        host.start_ovsdb()
-        await_state(lambda: wiring(host), before)
-        mesh.converged(2 * SOON)
-        assert stream.wait(time.time(), SOON)
-    stays = [track for track in stream.tracks if {track.pair.source[:2], track.pair.target[:2]} != {"h1", "h2"}]
-    assert_whole(stays)
+    before, agent, kernel = wiring(host), host.agent(), ours(host)
+    host.kill_ovsdb()
+    wait_for("/readyz to say why not", lambda: "ovsdb-server" in host.http("/readyz")[1], SOON)
+    start, used, turned = time.monotonic(), cpu(host), turns(host)
+    host.run(["ip", "route", "del", "10.97.2.0/24"])
+    wait_for("the route to be back", lambda: ours(host) == kernel, SOON)
+    wait_for("2 seconds", lambda: time.monotonic() > start + 2, SOON)
+    # and it does not spin
+    assert (cpu(host) - used) / (time.monotonic() - start) < 0.3
+    assert turns(host) - turned < 20
+    host.start_ovsdb()
+    await_state(lambda: wiring(host), before)
+    mesh.converged(2 * SOON)
+    assert_reach(mesh)
     assert same_agent(host, agent)
 
 
@@ -205,8 +201,7 @@ def test_a_whole_host_restarted_under_its_agents_last_known_good(mesh: Lab) -> N
     host.plug()
     await_state(lambda: wiring(host), before, 2 * SOON)
     assert_reach(mesh)
-    status, said = host.http("/readyz")
-    assert status == 503 and str(gone) in said and "last good" in said
+    assert any(str(gone) in p["message"] and "last good" in p["message"] for p in report(host)["problems"])
     assert str(gone) in host.agent_log.read_text()
     host.stop_agent()
     host.start_agent()

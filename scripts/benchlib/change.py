@@ -24,7 +24,7 @@ from ovsmesh.labnet import LabError
 
 _FLOWS = 3
 """Flows that one IPv4 peer needs: to it, from its pods, from its tunnel address."""
-_REST = (0.5, 1.5)
+_REST = (0.5, 1.2)
 """Seconds between two changes, at random, so that they meet the agent's own clocks in every phase."""
 
 
@@ -56,7 +56,7 @@ class _Samples:
 
 def _at(plan: Plan, size: int) -> list[Figure]:
     more, less = _Samples(), _Samples()
-    tries = plan.tries(30, 8)
+    tries = plan.tries(30 if size >= 1000 else 20, 8)
     with stage(size) as s:
         s.host.start_agent()
         s.ready()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchlib.eyes import Event, Eyes
 from benchlib.figures import Figure
-from benchlib.stage import Peer, Plan, Stage, peer, stage
+from benchlib.stage import Peer, Plan, Stage, cpu_seconds, peer, stage
 from ovsmesh import labnet
 from ovsmesh.labnet import LabError
 
@@ -30,11 +30,14 @@ def bench(plan: Plan) -> list[Figure]:
     figures = []
     for size in plan.sizes:
         own: list[float] = []
+        used: list[float] = []
         batch: list[float] = []
         routes: list[float] = []
         splits: list[dict[str, float]] = []
         for number in range(plan.tries(5, 2)):
-            own.append(_agent(size))
+            took, cpu = _agent(size)
+            own.append(took)
+            used.append(cpu)
             batch.append(_by_hand(size, _one_vsctl))
             routes.append(_by_hand(size, _ip_batch))
             splits.append(_split(size))
@@ -52,6 +55,8 @@ def bench(plan: Plan) -> list[Figure]:
             Figure("cold", f"  beside all ports at once, {size:,}", "s", tuple(own), "one ovs-vsctl", tuple(batch))
         )
         figures.append(Figure("cold", f"  beside routes alone, {size:,}", "s", tuple(own), "ip -batch", tuple(routes)))
+        name = f"  CPU of agent, ovsdb-server and ovs-vswitchd, {size:,}"
+        figures.append(Figure("cold", name, "s", tuple(used)))
         figures += _split_figures(size, splits)
     return figures
 
@@ -73,18 +78,24 @@ def _expected(peers: Iterable[Peer]) -> set[Event]:
     return {(kind, getattr(p, name)) for p in peers for kind, name in kinds}
 
 
-def _agent(size: int) -> float:
-    """Seconds from the start of the process to the last part, by notifications; then all is read back."""
+def _agent(size: int) -> tuple[float, float]:
+    """Seconds from the start of the process to the last part, by notifications; then all is read back.
+
+    And the seconds of CPU that agent, ovsdb-server and ovs-vswitchd have used by then.
+    """
     with stage(size) as s, Eyes(s.host, flows=False, database=False) as eyes:
         start = time.monotonic()
         s.host.start_agent()
         seen = eyes.wait(_expected(s.peers), 60)
+        agent = s.host.agent()
+        processes = (agent, s.host.daemon("ovsdb-server"), s.host.daemon("ovs-vswitchd"))
+        used = sum(cpu_seconds(process.pid) for process in processes if process)
         s.ready()
         eyes.look(0)
         last_filter = max(when for when, event in eyes.events if event == ("gen",))
         found = s.check()
         # a port is there before the flows that name its number
-        return max(*seen.values(), found.last_flow, last_filter) - start
+        return max(*seen.values(), found.last_flow, last_filter) - start, used
 
 
 def _split(size: int) -> dict[str, float]:

@@ -166,6 +166,27 @@ class Readback(NamedTuple):
     """When the youngest flow was put in (CLOCK_MONOTONIC, to the millisecond)."""
 
 
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+def children(pid: int) -> list[int]:
+    """The process's children and theirs."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            found += [child, *children(child)]
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """Seconds of CPU that the process, its children that have ended, and those that run have used."""
+    total = 0.0
+    for one in (pid, *children(pid)):
+        fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        total += sum(map(int, fields[11:15])) / _TICK
+    return total
+
+
 @contextmanager
 def stage(peers: int) -> Iterator[Stage]:
     """A host with Open vSwitch, a mesh file of `peers` peers, and no agent yet."""

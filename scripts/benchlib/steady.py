@@ -6,7 +6,6 @@ the OVS database's file, nft's generation, the age of each flow.
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import time
@@ -17,21 +16,11 @@ from pathlib import Path
 
 from benchlib.eyes import Eyes, generation
 from benchlib.figures import Figure
-from benchlib.stage import Plan, Stage, stage
+from benchlib.stage import Plan, Stage, children, cpu_seconds, stage
 from ovsmesh.labnet import LabError
 
-_TICK = os.sysconf("SC_CLK_TCK")
 _MIB_GOAL = 60.0
 _CPU_GOAL = 0.5
-
-
-def children(pid: int) -> list[int]:
-    """The process's children and theirs."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            found += [child, *children(child)]
-    return found
 
 
 def _kib(pid: int, file: str, field: str) -> int:
@@ -39,15 +28,6 @@ def _kib(pid: int, file: str, field: str) -> int:
     if not found:
         raise LabError(f"/proc/{pid}/{file} has no {field}")
     return int(found[1])
-
-
-def _cpu(pid: int) -> float:
-    """Seconds of CPU that the process, its children that have ended, and those that run have used."""
-    total = 0.0
-    for one in (pid, *children(pid)):
-        fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
-        total += sum(map(int, fields[11:15])) / _TICK
-    return total
 
 
 def _pid(s: Stage) -> int:
@@ -69,12 +49,12 @@ def memory(plan: Plan) -> list[Figure]:
         time.sleep(3)
         pids = {size: _pid(s) for size, s in stages.items()}
         plan.progress(f"  idle for {seconds} s")
-        before = {size: _cpu(pid) for size, pid in pids.items()}
+        before = {size: cpu_seconds(pid) for size, pid in pids.items()}
         began = time.monotonic()
         time.sleep(seconds)
         took = time.monotonic() - began
         for size, pid in pids.items():
-            share = (_cpu(pid) - before[size]) / took * 100
+            share = (cpu_seconds(pid) - before[size]) / took * 100
             own = _kib(pid, "status", "VmRSS") / 1024
             peak = _kib(pid, "status", "VmHWM") / 1024
             others = children(pid)
