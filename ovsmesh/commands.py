@@ -165,6 +165,9 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
     pods = [name for name in host.net.mirror.ports_of(KBR) if name != OBR] if KBR in have.dataplane.links else []
     failed = host.apply(todo, want) if todo.steps else []
     have, left = _settled(host, want)
+    if left.steps and {step.kind for step in left.steps} == {"links"} and not have.unknown:
+        failed += host.apply(_spared(left, have), want)
+        have, left = _settled(host, want)
     lines = [*steps, *(f"! {problem}" for problem in (*problems, *failed, *have.problems))]
     lines += [f"left alone: {f.detail}" for f in have.foreign]
     if pods:

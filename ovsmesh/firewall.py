@@ -98,7 +98,7 @@ class Firewall:
     """
 
     def __init__(self) -> None:
-        self._tables: dict[str, Table] = {tool: Table() for tool in EVERYTHING}
+        self._tables: dict[str, Table] = {tool: Table() for tool in (*NFT, *IPTABLES)}
         self._dirty: set[str] = set(EVERYTHING)
         self._lacking: dict[str, str] = {}
         """What this system can't do → why; forgotten at each resync."""

@@ -19,7 +19,8 @@ from ovsmesh.firewall import Firewall
 from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Facts, Foreign, Mesh, Node, Observed, OvsmeshError, Problem
 from ovsmesh.netlink import Netlink, write_sysctl
 from ovsmesh.openflow import FlowTable, port_of
-from ovsmesh.ovsdb import Ovs, run_dir
+from ovsmesh.ovsdb import Ovs
+from ovsmesh.ovsreplica import run_dir
 from ovsmesh.plan import Plan, Step
 
 _KERNEL_TABLES = ("addresses", "neighbours", "fdb", "routes")
@@ -39,6 +40,7 @@ class Host:
         self.firewall = Firewall()
         self.switch_up = False
         self._waiting_since: float | None = None
+        self._carriers: dict[str, bool] = {}
 
     def close(self) -> None:
         for room in (self.flows, self.ovs, self.net, self.firewall):
@@ -75,22 +77,22 @@ class Host:
         """What the desired dataplane depends on here."""
         self.net.watch(mesh.cluster_cidrs)
         underlay = self.net.underlay(str(me.address))
+        carried = underlay is not None and self._carried(underlay[0])
         return Facts(
             underlay_mtu=underlay[1] if underlay else None,
-            datapath_type=self._datapath_type(underlay[0] if underlay else ""),
-            datapath_carried=underlay is not None and self._carried(underlay[0]),
+            # the one that carries the tunnel address; else the kernel's where the kernel has one
+            datapath_type="system" if kernel_datapath() and not carried else "netdev",
+            datapath_carried=carried or not self.ovs.synced,
             ipv6=Path("/proc/sys/net/ipv6").exists(),
             ra_links=self.net.ra_links(),
             forward_drop=self.firewall.forward_drop(),
         )
 
-    def _datapath_type(self, link: str) -> str:
-        """The one that carries the tunnel address; else the kernel's where the kernel has one."""
-        return "system" if kernel_datapath() and not self._carried(link) else "netdev"
-
     def _carried(self, link: str) -> bool:
-        """Whether a bridge of the userspace datapath carries the link's packets."""
-        return self.ovs.synced and self.ovs.bridge_of(link) == "netdev"
+        """Whether a bridge of the userspace datapath carries the link; as last known while the database is away."""
+        if self.ovs.synced:
+            self._carriers[link] = self.ovs.bridge_of(link) == "netdev"
+        return self._carriers.get(link, False)
 
     def possible(self, want: Dataplane, try_out: bool = True) -> Dataplane:
         """What of the desired dataplane this host can have; the next observation names the rest.
@@ -218,7 +220,9 @@ class Host:
             clear = bool(groups["-", "restore_wait"])
             attempt("ports", lambda: self.ovs.apply(None, {}, late, bridge_gone, clear))
         for step in groups["-", "links"]:
-            attempt(f"link {step.key}", lambda step=step: self.net.del_link(step.key))  # type: ignore[misc]
+            # obr0 goes with its bridge; without one it is what a switch that died has left
+            if step.key != OBR or not bridge_gone:
+                attempt(f"link {step.key}", lambda step=step: self.net.del_link(step.key))  # type: ignore[misc]
         return problems
 
     def _set_ports(

@@ -10,14 +10,13 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ovs.db.idl
 import ovs.poller
 
 from ovsmesh.model import MARK, OBR, Bridge, Foreign, OvsmeshError, Port, Problem
-from ovsmesh.ovsreplica import Replica, references
+from ovsmesh.ovsreplica import Replica, references, run_dir
 
 DEFAULT_REMOTE = "unix:/var/run/openvswitch/db.sock"
 COMMIT_DEADLINE = 5.0
@@ -29,17 +28,6 @@ _BATCH = 1000
 """Ports in one transaction; 5,000 at once were no faster (docs/design.md)."""
 
 _NODE, _UID = MARK, f"{MARK}-uid"
-
-
-def run_dir(remote: str) -> Path:
-    """Where ovs-vswitchd keeps its management sockets: beside the database's.
-
-    Raises OvsmeshError for a remote that is not a UNIX socket: the agent works on its own host only.
-    """
-    kind, _, path = remote.partition(":")
-    if kind != "unix" or not path.startswith("/"):
-        raise OvsmeshError(f"--ovsdb {remote}: wanted unix:/PATH of this host's ovsdb-server socket")
-    return Path(path).parent
 
 
 class Ovs:
