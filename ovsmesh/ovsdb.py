@@ -18,7 +18,6 @@ import ovs.poller
 from ovsmesh.model import MARK, OBR, Bridge, Foreign, OvsmeshError, Port, Problem
 from ovsmesh.ovsreplica import Replica, references, run_dir
 
-DEFAULT_REMOTE = "unix:/var/run/openvswitch/db.sock"
 COMMIT_DEADLINE = 5.0
 """Seconds for ovsdb-server to answer a transaction: 0.4 s is usual for a thousand ports."""
 SWITCH_DEADLINE, SWITCH_DEADLINE_PORT = 1.5, 0.003
@@ -33,7 +32,7 @@ _NODE, _UID = MARK, f"{MARK}-uid"
 class Ovs:
     """One connection to this host's OVS database; not thread-safe."""
 
-    def __init__(self, remote: str = DEFAULT_REMOTE) -> None:
+    def __init__(self, remote: str) -> None:
         run_dir(remote)
         self.remote = remote
         self._idl = Replica(remote)
@@ -160,16 +159,9 @@ class Ovs:
 
     def _stray(self, name: str) -> list[Foreign]:
         """A port of that name in another bridge stands in the way of making ours."""
-        for row in self._idl.tables["Port"].rows.values():
-            if row.name == name:
-                return [
-                    Foreign(
-                        "bridges",
-                        name,
-                        f"an OVS port called {name} is in another bridge; rename or delete it",
-                    )
-                ]
-        return []
+        if all(row.name != name for row in self._idl.tables["Port"].rows.values()):
+            return []
+        return [Foreign("bridges", name, f"an OVS port called {name} is in another bridge; rename or delete it")]
 
     def _interface(self, name: str) -> Any:
         port = self._uuids.get(name)
