@@ -167,9 +167,11 @@ class Host:
         if not waiting:
             self._waiting_since = None
             return False
-        now = time.monotonic()
-        self._waiting_since = self._waiting_since or now
-        return (not self.switch_up or self.ovs.others_restore()) and now - self._waiting_since < OTHERS_GRACE
+        self._waiting_since = self._waiting_since or time.monotonic()
+        return (not self.switch_up or self.ovs.others_restore()) and not self._waited()
+
+    def _waited(self) -> bool:
+        return self._waiting_since is not None and time.monotonic() - self._waiting_since >= OTHERS_GRACE
 
     def _flows(self, problems: list[Problem]) -> tuple[dict[str, str], tuple[Foreign, ...]] | None:
         try:
@@ -199,26 +201,32 @@ class Host:
                     attempt(f"link {name}", lambda step=step: self.net.set_link(step.key, step.want, step.have))  # type: ignore[misc]
 
         def filter_rules() -> None:
-            if any(groups[op, kind] for op in "+-" for kind in ("rules", "filter_peers")):
-                held = {s.key: s.have for s in todo.held if s.kind == "filter_peers"}
-                self.firewall.apply(want.rules, {**held, **want.filter_peers})
+            held = {s.key: s.have for s in todo.held if s.kind == "filter_peers"}
+            self.firewall.apply(want.rules, {**held, **want.filter_peers})
 
+        def removals() -> None:
+            gone = [s.key for s in groups["-", "flows"]]
+            if gone and not bridge_gone:
+                attempt("flows", lambda: self._set_flows({}, gone))
+            if not filter_first and (groups["-", "rules"] or groups["-", "filter_peers"]):
+                filter_rules()
+
+        bridge_gone = bool(groups["-", "bridges"])
+        filter_first = bool(groups["+", "rules"] or groups["+", "filter_peers"])
         links(KBR)
-        late = self._set_ports(groups, attempt, filter_rules)
-        if groups["+", "flows"]:
-            adds = {s.key: s.want for s in groups["+", "flows"]}
-            attempt("flows", lambda: self._set_flows(adds, []))
+        late = self._set_ports(groups, attempt, filter_rules if filter_first else lambda: None)
+        adds = {s.key: s.want for s in groups["+", "flows"]}
+        restored = not adds or attempt("flows", lambda: self._set_flows(adds, []))
         links(OBR)
         for step in groups["+", "sysctls"]:
             attempt(f"sysctl {step.key}", lambda step=step: write_sysctl(step.key, step.want))  # type: ignore[misc]
         problems += self._kernel(groups)
-        if groups["-", "flows"]:
-            gone = [s.key for s in groups["-", "flows"]]
-            attempt("flows", lambda: self._set_flows({}, gone))
-        bridge_gone = bool(groups["-", "bridges"])
-        if late or bridge_gone or groups["-", "restore_wait"]:
-            clear = bool(groups["-", "restore_wait"])
-            attempt("ports", lambda: self.ovs.apply(None, {}, late, bridge_gone, clear))
+        clear = bool(groups["-", "restore_wait"]) and (restored or self._waited())
+        if late or bridge_gone or clear:
+            # while the switch closes ports, what leads to them goes too: neither waits for the other
+            attempt("ports", lambda: self.ovs.apply(None, {}, late, bridge_gone, clear, removals))
+        else:
+            removals()
         for step in groups["-", "links"]:
             # obr0 goes with its bridge; without one it is what a switch that died has left
             if step.key != OBR or not bridge_gone:

@@ -282,6 +282,8 @@ class FlowTable:
             raise OvsmeshError(f"the switch refused {len(lines)} flow changes on {OBR}: {detail}")
         if self._raw is not None:
             self._raw = {k: v for k, v in self._raw.items() if k not in set(deletes)} | adds
+            # one in the place of ours is ours now
+            self._foreign = tuple(f for f in self._foreign if f.key not in adds)
 
 
 def _spec(key: str) -> str:

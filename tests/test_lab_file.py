@@ -19,12 +19,15 @@ from labtools import (
     addresses,
     assert_reach,
     assert_whole,
+    at_rest,
+    await_problem,
     await_state,
     difference,
     fdb,
     mend,
     metrics,
     neighbours,
+    problems,
     report,
     routes,
     silent,
@@ -52,7 +55,7 @@ def mesh(three: Lab) -> Iterator[Lab]:
     mend(three)
     yield three
     three.write_mesh()
-    three.converged(SOON)
+    at_rest(three)
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -115,11 +118,6 @@ def write(lab: Lab, text: str | bytes) -> None:
     temporary.replace(lab.mesh_file)
 
 
-def problems(host: Host) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = report(host)["problems"]
-    return found
-
-
 @pytest.fixture(scope="module")
 def good(three: Lab) -> list[State]:
     """The wiring of all hosts under the good file, which no bad one may change."""
@@ -132,19 +130,7 @@ def test_a_bad_file_is_named_and_what_was_good_keeps_running(mesh: Lab, good: li
     done = [operations(h) for h in mesh.hosts]
     write(mesh, bad.text(mesh))
 
-    def told() -> str:
-        status, body = host.http("/readyz")
-        metrics = host.http("/metrics")[1]
-        seen = re.findall(r'ovsmesh_problems\{reason="(\w+)"\} [1-9]', metrics)
-        return body + " ".join(seen) if status == 503 or set(seen) - {"FilterUnavailable"} else ""
-
-    wait_for("the agent to have a problem", told, SOON, hint=host.http("/readyz")[1])
-    found = [p for p in problems(host) if p["reason"] != "FilterUnavailable"]
-    lines = [" ".join(str(v) for v in p.values()) for p in found]
-    assert any(all(word in line for word in bad.words) for line in lines), lines
-    if bad.node:
-        # the node, the field and the value each stand for themselves
-        assert [p for p in found if p.get("node") == bad.node and p.get("field") and p.get("value")], found
+    await_problem(host, *bad.words, f" {bad.node} {bad.words[0]}" if bad.node else "")
     assert_whole(ping(mesh.pairs(), 2))
     assert difference(good[0], wiring(host)) == []
     assert [operations(h) for h in mesh.hosts] == done
@@ -153,7 +139,7 @@ def test_a_bad_file_is_named_and_what_was_good_keeps_running(mesh: Lab, good: li
     if name in ("0 bytes", "pod CIDR with host bits"):
         host.stop_agent()
         host.start_agent()
-        wait_for("the new agent to have a problem", told, SOON)
+        await_problem(host, *bad.words)
         assert difference(good[0], wiring(host)) == []
         text = host.ovsmesh("status").stdout
         assert any(word in text for word in bad.words), text
@@ -163,10 +149,9 @@ def test_a_file_without_this_node_keeps_it_as_it_is_and_the_others_let_it_go(mes
     host = mesh.host(1)
     done = operations(host)
     mesh.write_mesh([h.node for h in mesh.hosts[1:]])
-    wait_for("h1 to say so", lambda: "has no entry for this node, h1" in host.http("/readyz")[1], SOON)
+    await_problem(host, "SelfMissing", "has no entry for this node, h1")
     for other in mesh.hosts[1:]:
         wait_for("h1's port to go", lambda o=other: "gre-h1" not in tunnels(o), SOON)  # type: ignore[misc]
-    assert [p["reason"] for p in problems(host) if p["reason"] == "SelfMissing"] == ["SelfMissing"]
     assert difference(good[0], wiring(host)) == [] and operations(host) == done
     assert_whole(ping([mesh.pair(mesh.pod(2, 1), mesh.pod(3, 1))], 2))
     mesh.write_mesh()
@@ -190,8 +175,7 @@ def test_only_the_refused_node_stays_out_and_all_others_join(lab: Make) -> None:
     for host in made.hosts[:2]:
         host.plug()
     assert_reach(made, [pair for pair in made.pairs() if "h3" not in pair.source + pair.target])
-    refused = [p for p in problems(made.host(1)) if p.get("node") == "h3"]
-    assert refused[0]["field"].startswith("podCIDRs") and refused[0]["value"] == "10.97.3.1/24"
+    await_problem(made.host(1), "PodCIDRInvalid h3 podCIDRs[0] 10.97.3.1/24 has host bits")
     assert "gre-h3" not in made.host(1).ovs_vsctl("list-ports", "obr0")
     done = made.host(1).ovsmesh("plan")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -204,7 +188,8 @@ def test_an_agent_without_any_good_mesh_touches_nothing(lab: Make) -> None:
     before = wiring(host)
     made.write_mesh_text("nodes: 7\n")
     host.start_agent()
-    wait_for("the agent to say no", lambda: "nothing is touched" in host.http("/readyz")[1], SOON)
+    await_problem(host, "mesh.yaml", "nothing is touched")
+    assert host.http("/readyz")[0] == 503
     assert difference(before, wiring(host)) == []
     done = host.ovsmesh("plan")
     assert done.returncode == 1 and "mesh.yaml" in done.stderr
@@ -224,10 +209,10 @@ def test_a_file_that_cannot_be_read_changes_nothing(mesh: Lab, good: list[State]
     elif way == "a FIFO":
         os.mkfifo(file)
     try:
-        wait_for("the agents to say so", lambda: all("mesh.yaml" in h.http("/readyz")[1] for h in mesh.hosts), SOON)
+        for each in mesh.hosts:
+            await_problem(each, "MeshFileUnreadable", "mesh.yaml")
         assert_whole(ping(mesh.pairs(), 2))
         assert [difference(old, wiring(h)) for old, h in zip(good, mesh.hosts, strict=True)] == [[], [], []]
-        assert problems(host)[0]["reason"] == "MeshFileUnreadable"
         # and it is not deaf: drift is repaired all the while
         host.run(["ip", "route", "del", "10.97.2.0/24"])
         await_state(lambda: wiring(host), good[0])
@@ -237,7 +222,7 @@ def test_a_file_that_cannot_be_read_changes_nothing(mesh: Lab, good: list[State]
         else:
             file.unlink(missing_ok=True)
         aside.rename(file)
-    mesh.converged(SOON)
+    at_rest(mesh)
 
 
 def test_a_file_behind_a_link_that_is_exchanged_is_followed(mesh: Lab) -> None:
@@ -254,7 +239,7 @@ def test_a_file_behind_a_link_that_is_exchanged_is_followed(mesh: Lab) -> None:
     link = file.with_name(".link")
     link.symlink_to("data/mesh.yaml")
     link.replace(file)
-    mesh.converged(SOON)
+    at_rest(mesh)
     exchanged = file.with_name(".data")
     exchanged.symlink_to(new.name)
     exchanged.replace(data)
@@ -275,7 +260,7 @@ def test_written_in_place_in_pieces_it_is_never_taken_for_half(mesh: Lab, good: 
             out.write(text[at : at + len(text) // 5])
             out.flush()
             assert stream.wait(time.time(), SOON)
-    mesh.converged(SOON)
+    at_rest(mesh)
     assert_whole(stream.tracks)
     assert [difference(old, wiring(h)) for old, h in zip(good, mesh.hosts, strict=True)] == [[], [], []]
 
@@ -294,7 +279,7 @@ def test_a_node_leaves_and_comes_back(mesh: Lab, good: list[State]) -> None:
     assert_whole(ping([mesh.pair(mesh.pod(1, 1), mesh.pod(2, 1))], 5))
     mesh.write_mesh()
     await_state(lambda: wiring(host), good[0])
-    mesh.converged(SOON)
+    at_rest(mesh)
     assert_reach(mesh)
 
 
@@ -318,7 +303,7 @@ def test_a_renumbered_peer_is_followed_live(mesh: Lab) -> None:
         mesh.write_mesh(nodes)
         wait_for("h3's old parts to go", lambda: not traces(host, "10.97.3.", "192.0.2.13"), SOON)
         wait_for("h3's old gateway to go", lambda: "10.97.3.1/24 dev kbr0" not in addresses(third), SOON)
-        mesh.converged(SOON)
+        at_rest(mesh)
         assert stream.wait(time.time(), SOON)
     assert_whole(stream.tracks)
     assert "10.97.33.1/24 dev kbr0" in addresses(third)
@@ -343,7 +328,7 @@ def test_a_peer_renamed_keeps_its_address(mesh: Lab, good: list[State]) -> None:
     wait_for("the old one to go", lambda: "gre-h2" not in host.ovs_vsctl("list-ports", "obr0").split(), SOON)
     mesh.converged(SOON, [host, mesh.host(3)], thorough=True)
     # h2 itself no longer finds its name: it keeps what it has, and says so
-    wait_for("h2 to say so", lambda: "h2" in mesh.host(2).http("/readyz")[1], SOON)
+    await_problem(mesh.host(2), "SelfMissing", "h2")
     assert difference(good[1], wiring(mesh.host(2))) == []
     assert_reach(mesh)
     mesh.write_mesh()
@@ -394,16 +379,17 @@ def test_a_mass_removal_is_held_until_it_is_confirmed(mesh: Lab, good: list[Stat
     host = mesh.host(1)
     nodes = [h.node for h in mesh.hosts]
     mesh.write_mesh([*nodes, *paper(6)])
-    wait_for("six more ports", lambda: len(tunnels(host)) == 8, SOON)
-    mesh.converged(SOON)
+    for each in mesh.hosts:
+        wait_for("six more ports", lambda h=each: len(tunnels(h)) == 8, SOON)  # type: ignore[misc]
+    at_rest(mesh)
     # 6 of 8 go, one comes
     mesh.write_mesh([*nodes, *paper(1, 150)])
     wait_for("the new one's port", lambda: "gre-n150" in tunnels(host), SOON)
-    wait_for("the brake", lambda: "ovsmesh confirm" in host.http("/readyz")[1], SOON)
+    await_problem(host, "MassRemovalHeld", "ovsmesh confirm")
     assert len(tunnels(host)) == 9
     assert len([route for route in routes(host) if "onlink" in route]) == 9
     status = report(host)
-    assert any("ovsmesh confirm" in p["message"] for p in status["problems"])
+    assert [p["reason"] for p in status["problems"] if "ovsmesh confirm" in p["message"]] == ["MassRemovalHeld"]
     assert [p["state"] for p in status["peers"]].count("held") == 6
     plan = host.ovsmesh("plan")
     assert plan.returncode == 2 and plan.stdout.count("= held port") == 6, plan.stdout
@@ -412,17 +398,18 @@ def test_a_mass_removal_is_held_until_it_is_confirmed(mesh: Lab, good: list[Stat
     confirm(host, "000000000000")
     host.stop_agent()
     host.start_agent()
-    wait_for("the brake of the new agent", lambda: "ovsmesh confirm" in host.http("/readyz")[1], SOON)
+    await_problem(host, "MassRemovalHeld", "ovsmesh confirm")
     assert len(tunnels(host)) == 9
     confirm(host, held(host))
     wait_for("the six to go", lambda: tunnels(host) == ["gre-h2", "gre-h3", "gre-n150"], SOON)
-    mesh.converged(SOON, [host])
+    wait_for("rest", lambda: not problems(host), SOON)
     mesh.write_mesh()
     await_state(lambda: wiring(host), good[0])
-    # each host confirms for itself
-    wait_for("the others' brakes", lambda: all(held(other) for other in mesh.hosts[1:]), SOON)
+    # each host confirms for itself, what it holds by then
+    for other in mesh.hosts[1:]:
+        await_problem(other, "MassRemovalHeld", "lacks 7 of")
     confirm_all(mesh)
-    mesh.converged(SOON, thorough=True)
+    at_rest(mesh)
 
 
 def tunnels(host: Host) -> list[str]:
@@ -436,7 +423,7 @@ def confirm(host: Host, digest: str) -> None:
 
 def held(host: Host) -> str:
     """The digest of the removals that the host's agent holds; "" when it holds none."""
-    found = re.search(r"ovsmesh confirm ([0-9a-f]{12})", host.http("/readyz")[1])
+    found = re.search(r"ovsmesh confirm ([0-9a-f]{12})", " ".join(problems(host)))
     return found[1] if found else ""
 
 

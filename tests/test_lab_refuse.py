@@ -226,7 +226,6 @@ def told(host: Host, *words: str) -> None:
     [
         "10.97.2.0/24 via 192.0.2.1",
         "10.97.2.0/24 via 192.0.2.1 metric 111",
-        "10.97.2.0/24 via 192.0.2.1 metric 50",
         "10.97.2.0/24 dev kbr0 metric 111",
     ],
 )

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ovsmesh import __version__
 from ovsmesh.lab import end_orphans
 from ovsmesh.model import OvsmeshError
 
-Bench = Callable[[Plan], list[Figure]]
+Bench = Callable[[Plan], Iterable[Figure]]
 BENCHES: dict[str, tuple[Bench, str]] = {
     "cold": (cold.bench, "process start to the last port, flow, route, neighbour and FDB entry"),
     "change": (change.bench, "one peer more, one peer less, from the mesh file's rename"),
@@ -98,7 +98,9 @@ def main() -> None:
             bench, about = BENCHES[name]
             progress(f"{name}: {about}")
             try:
-                figures += bench(plan)
+                # one by one: what a bench found before it failed is kept
+                for figure in bench(plan):
+                    figures.append(figure)
             except OvsmeshError as error:
                 failed[name] = str(error)
                 progress(f"{name}: FAILED: {error}")
