@@ -188,13 +188,14 @@ def test_a_pod_cannot_speak_as_a_tunnel_end(mesh: Lab) -> None:
     """To its own node under a peer's address, and to a remote node, which would see its node's address."""
     pod, beside, remote = mesh.pod(1, 1), mesh.pod(1, 2), mesh.pod(2, 1)
     with Sniffer(beside.ns) as near, Sniffer(remote.ns) as there:
+        # the remote one first: connection tracking would take its masqueraded packets for answers to the others
+        frame = ethernet(kbr_mac(2), kbr_mac(1), datagram("10.97.1.9", str(remote.addresses[0]), b"gre-pod-far"))
+        outer = datagram(str(pod.addresses[0]), "192.0.2.12", struct.pack("!HH", 0, 0x6558) + frame, GRE)
+        send_frame(pod.ns, "eth0", *[ethernet(kbr_mac(1), mac(pod.ns), outer)] * 3)
         inner = encapsulated("10.97.2.2", str(beside.addresses[0]), "gre-pod-near", 2)
         for source in ("192.0.2.12", str(pod.addresses[0])):
             outer = datagram(source, "192.0.2.11", inner, GRE)
             send_frame(pod.ns, "eth0", *[ethernet(kbr_mac(1), mac(pod.ns), outer)] * 3)
-        frame = ethernet(kbr_mac(2), kbr_mac(1), datagram("10.97.1.9", str(remote.addresses[0]), b"gre-pod-far"))
-        outer = datagram(str(pod.addresses[0]), "192.0.2.12", struct.pack("!HH", 0, 0x6558) + frame, GRE)
-        send_frame(pod.ns, "eth0", *[ethernet(kbr_mac(1), mac(pod.ns), outer)] * 3)
         assert_whole(ping([mesh.pair(pod, remote), mesh.pair(pod, beside), mesh.pair(remote, beside)], 5))
         assert markers(near) + markers(there) == []
 

@@ -84,7 +84,8 @@ def main() -> None:
     chosen = _arguments()
     if os.geteuid() != 0:
         sys.exit("bench.py: makes network namespaces, which needs root; run it with sudo")
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     progress = _Progress(time.monotonic())
     sizes = tuple(chosen.sizes or (100, 300, 1000)) + ((5000,) if chosen.big else ())
     plan = Plan(chosen.quick, sizes, progress)
