@@ -15,10 +15,11 @@ ROOT =
 ROOTLY = @true
 else
 ROOT = sudo env PATH="$$PATH" PYTHONPATH="$$PYTHONPATH" PYTHONDONTWRITEBYTECODE=1 CI="$${CI:-}"
-ROOTLY = @echo 'make: not root, and this part makes network namespaces: using sudo' >&2
+ROOTLY = @command -v sudo >/dev/null || { echo 'make: this part makes network namespaces: run it as root, or install sudo' >&2; exit 1; }; \
+	echo 'make: not root, and this part makes network namespaces: using sudo' >&2
 endif
 
-.PHONY: help demo test test-unit test-lab test-kernel bench lint setup setup-dev clean
+.PHONY: help demo test test-unit test-kube test-lab test-kernel bench lint setup setup-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,11 +31,15 @@ demo: setup ## five hosts in network namespaces: ping matrix, live faults, repai
 test: setup-dev lint test-unit test-lab test-kernel ## everything: lint, types, contracts, and all tests (root for the lab)
 
 test-unit: setup-dev ## tests that need neither root nor Open vSwitch in namespaces
-	$(PYTEST) -n 2 -m 'not lab and not kernel'
+	$(PYTEST) -n 2 -m 'not lab and not kernel and not kube'
+
+test-kube: setup-dev ## tests on a real Kubernetes control plane, built once with Go (10 minutes; root for some)
+	$(ROOTLY)
+	$(ROOT) $(PYTEST) -m kube tests/kube
 
 test-lab: setup-dev ## tests on real Open vSwitch in network namespaces (root)
 	$(ROOTLY)
-	$(ROOT) $(PYTEST) -m lab
+	$(ROOT) $(PYTEST) -m 'lab and not kube'
 
 test-kernel: setup-dev ## tests on the kernel datapath, inside User-mode Linux (no root needed)
 	$(PYTEST) -m kernel tests/kernel

@@ -6,24 +6,21 @@ has every effect. Level-triggered: a bell only makes the loop run sooner.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import logging
 import os
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Protocol
 
-from ovsmesh import __version__, mesh
-from ovsmesh.board import RETRIED, Board
+from ovsmesh import mesh
+from ovsmesh.board import RETRIED
 from ovsmesh.host import Host
 from ovsmesh.model import Dataplane, Facts, Mesh, Observed, OvsmeshError, Problem
 from ovsmesh.netlink import read_sysctls
 from ovsmesh.plan import Plan, plan
-from ovsmesh.sources import FileSource, Source
+from ovsmesh.sources import Source
 from ovsmesh.state import StateDir
 from ovsmesh.turn import Runtime, Turn, around
 
@@ -38,22 +35,9 @@ SWITCH_POLL = 0.1
 BRAKE_HOLD = 300.0
 """Seconds for which a mass removal is held unless it is confirmed."""
 _ROUNDS = 3
+_ONCE_TRIES = 4
 _BACKOFF = (0.2, 30.0)
 _LOG_LINES = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How an agent was started; also what `status`, `plan` and `cleanup` take over from it."""
-
-    mesh: str
-    """The mesh file; "" reads MeshSlices."""
-    node: str
-    ovsdb: str
-    state_dir: str
-    listen: str = ""
-    kubeconfig: str = ""
-    """"" is the service account's."""
 
 
 class Publisher(Protocol):
@@ -83,6 +67,8 @@ class Agent:
         self._held_since = float("inf")
         self._wait_failed = _BACKOFF[0]
         self._retry_at = float("inf")
+        self._outdated = False
+        """Whether the host became another one in the course of the last turn."""
         self._told: frozenset[str] = frozenset()
         self.last = Turn(None, None, None, None, Plan(), (), False)
 
@@ -91,6 +77,7 @@ class Agent:
     def turn(self) -> Turn:
         """Brings the system to what the source wants, as far as it goes, and says how that ended."""
         started = time.monotonic()
+        self._outdated = False
         try:
             self.last = self._turn(started)
         except (OvsmeshError, OSError) as error:
@@ -124,6 +111,9 @@ class Agent:
             before, todo = todo, self._plan(want, have)
             if todo.steps == before.steps:
                 break
+        # what changed while we worked has rung its bell already
+        me = snapshot.mesh.node(self._node)
+        self._outdated = me is not None and self._host.facts(snapshot.mesh, me) != self._facts
         if todo.steps and not failed:
             failed = [Problem("NotConverged", f"{len(todo.steps)} changes did not take, the first: {todo.steps[0]}")]
         # what is wrong with the mesh is its writer's to mend, and does not keep the rest from being in place
@@ -146,6 +136,8 @@ class Agent:
 
     def _desired(self, wanted: Mesh) -> tuple[Dataplane, tuple[Problem, ...]]:
         me = wanted.node(self._node)
+        # facts and observation must be of one state, so nothing is taken in between them
+        self._host.drain()
         facts = self._host.facts(wanted, me) if me else Facts()
         if self._base is None or wanted is not self._mesh or facts != self._facts:
             # another wish or another host: what differs now is no one's drift
@@ -183,7 +175,7 @@ class Agent:
             self.runtime.operations[step.kind, step.op] += 1
             if step.kind == "ports":
                 self.runtime.last_change[(step.want or step.have).node] = (now, str(step))
-        for line in _some(map(str, todo.steps)):
+        for line in _some(todo.steps):
             log.info("%s", line)
 
     def _tell_drift(self, todo: Plan) -> None:
@@ -222,6 +214,8 @@ class Agent:
         resync, look = now + RESYNC * random.uniform(0.8, 1.0), now + SYSCTL_POLL
         while True:
             timeout = min(resync, look, self._retry_at, self._held_until()) - time.monotonic()
+            if self._outdated:
+                timeout = 0.0
             waiting = self._waiting()
             if waiting or self._host.switch_lost:
                 timeout = min(timeout, SWITCH_POLL)
@@ -242,9 +236,9 @@ class Agent:
                 self._host.dirty()
                 rang = True
             if now >= self._retry_at:
-                self._host.dirty()
+                self._host.retry()
                 rang = True
-            rang |= waiting or now >= self._held_until()
+            rang |= self._outdated or waiting or now >= self._held_until()
             rang |= self._host.switch_lost and self._host.switch_answers()
             if rang:
                 self._turn_and_publish(publish)
@@ -278,13 +272,17 @@ class Agent:
         """Turns until the plan is empty or nothing more can be done, for `deadline` seconds at most."""
         end = time.monotonic() + deadline
         self._turn_and_publish(publish)
-        while not self.last.converged and self._retry_at < end and self.runtime.failures < 4:
-            self._host.wait(self._source.fds(), max(0.0, self._retry_at - time.monotonic()))
-            self._source.drain()
-            self._host.drain()
-            if time.monotonic() >= self._retry_at:
-                self._host.dirty()
-                self._turn_and_publish(publish)
+        while time.monotonic() < end and self.runtime.failures < _ONCE_TRIES:
+            if not self._outdated:
+                if self.last.converged or self._retry_at >= end:
+                    break
+                self._host.wait(self._source.fds(), max(0.0, self._retry_at - time.monotonic()))
+                self._source.drain()
+                self._host.drain()
+                if time.monotonic() < self._retry_at:
+                    continue
+                self._host.retry()
+            self._turn_and_publish(publish)
         return self.last
 
 
@@ -304,9 +302,11 @@ def _braked(todo: Plan) -> tuple[Problem, ...]:
     return (Problem("MassRemovalHeld", text),)
 
 
-def _some(lines: Iterator[str] | tuple[str, ...], most: int = _LOG_LINES) -> list[str]:
-    every = list(lines)
-    return every if len(every) <= most else [*every[:most], f"and {len(every) - most} more"]
+def _some(things: Iterable[object], most: int = _LOG_LINES) -> list[str]:
+    """The first of them as texts: telling a thousand peers' parts takes longer than making them."""
+    every = list(things)
+    more = [f"and {len(every) - most} more"] if len(every) > most else []
+    return [*map(str, every[:most]), *more]
 
 
 def _readable(fd: int) -> bool:
@@ -314,81 +314,3 @@ def _readable(fd: int) -> bool:
         return bool(os.read(fd, 64))
     except BlockingIOError:
         return False
-
-
-class _Quiet:
-    """Publishes nothing: `--once` tells its outcome itself."""
-
-    def publish(self, turn: Turn, runtime: Runtime) -> None:
-        return
-
-    def flush(self) -> None:
-        return
-
-
-class _All:
-    """Several publishers as one."""
-
-    def __init__(self, *publishers: Publisher) -> None:
-        self._publishers = publishers
-
-    def publish(self, turn: Turn, runtime: Runtime) -> None:
-        for publisher in self._publishers:
-            publisher.publish(turn, runtime)
-
-    def flush(self) -> None:
-        for publisher in self._publishers:
-            publisher.flush()
-
-
-@contextlib.contextmanager
-def _agent(options: Options, state: StateDir, tells: Publisher, patience: float) -> Iterator[tuple[Agent, Publisher]]:
-    """An agent, and where it publishes its turns: to `tells`, and in its MeshNode where there is one.
-
-    `patience` is for how many seconds a cluster's first word is waited for.
-    """
-    with contextlib.ExitStack() as ending:
-        host = Host(options.ovsdb)
-        ending.callback(host.close)
-        source: Source
-        if options.mesh:
-            source = FileSource(options.mesh, options.state_dir, options.node)
-            ending.callback(source.close)
-        else:
-            from ovsmesh.agentkube import connect  # a mesh from a file needs no TLS
-
-            cluster = connect(options.kubeconfig, options.state_dir, options.node, patience)
-            ending.callback(cluster.close)
-            source, tells = cluster.source, _All(tells, cluster.writer)
-        host.ovs.connect()
-        yield Agent(options.node, source, host, state), tells
-
-
-@contextlib.contextmanager
-def _locked(options: Options) -> Iterator[StateDir]:
-    state = StateDir(options.state_dir)
-    state.lock()
-    try:
-        # what other commands read in place of MeshSlices is the last mesh that was whole and applied
-        told = {**dataclasses.asdict(options), "mesh": options.mesh or str(state.mesh_file)}
-        state.write_agent({**told, "pid": os.getpid(), "version": __version__})
-        yield state
-    except OSError as error:
-        raise OvsmeshError(f"state directory {options.state_dir}: {error.strerror}") from error
-    finally:
-        state.unlock()
-
-
-def serve(options: Options, stop_fd: int) -> None:
-    """Runs the agent until `stop_fd` is readable. Raises OvsmeshError when it can't start."""
-    with _locked(options) as state, contextlib.ExitStack() as ending:
-        board = Board(options.listen, options.node, options.mesh or "MeshSlices", state)
-        ending.callback(board.close)
-        agent, tells = ending.enter_context(_agent(options, state, board, 1.0))
-        agent.run(stop_fd, tells)
-
-
-def once(options: Options) -> Turn:
-    """Applies until nothing is left to do or nothing more can be done. Raises OvsmeshError when it can't start."""
-    with _locked(options) as state, _agent(options, state, _Quiet(), 10.0) as (agent, tells):
-        return agent.once(tells)

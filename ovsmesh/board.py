@@ -12,13 +12,16 @@ from typing import Any
 
 from ovsmesh import __version__, status
 from ovsmesh.health import Counters, Health
+from ovsmesh.model import OvsmeshError
 from ovsmesh.state import StateDir
 from ovsmesh.turn import Runtime, Turn, report
 
 log = logging.getLogger("ovsmesh")
 
-RETRIED = ("ApplyFailed", "NotConverged", "TurnFailed", "FilterFailed")
+RETRIED = ("ApplyFailed", "PortError", "NotConverged", "TurnFailed", "FilterFailed")
 """Problems that may go by themselves, and ring no bell when they do."""
+_LISTEN_AGAIN = 5.0
+"""Seconds between attempts to listen: another process may hold the port, or lo be down as yet."""
 _OWN_REASONS = (*RETRIED, "MassRemovalHeld")
 """Problems that only the agent can know; `status` finds the others itself."""
 
@@ -32,14 +35,28 @@ class Board:
         self._node = node
         self._mesh_from = mesh_from
         self._state = state
-        self._health = Health(listen)
+        self._listen = listen
+        self._health: Health | None = None
+        self._listen_at = 0.0
         self._turn: Turn | None = None
         self._runtime = Runtime()
         self._shown: Turn | None = None
         self._kept: dict[str, Any] = {}
+        self._open()
+
+    def _open(self) -> None:
+        """Listens; where that can't be, says so and tries again later: the mesh matters more than its metrics."""
+        if self._health is None and time.monotonic() >= self._listen_at:
+            try:
+                self._health, self._shown = Health(self._listen), None
+            except OvsmeshError as error:
+                if not self._listen_at:
+                    log.warning("no metrics and no readiness: %s", error)
+                self._listen_at = time.monotonic() + _LISTEN_AGAIN
 
     def close(self) -> None:
-        self._health.close()
+        if self._health is not None:
+            self._health.close()
 
     def publish(self, turn: Turn, runtime: Runtime) -> None:
         self._turn, self._runtime = turn, runtime
@@ -47,7 +64,9 @@ class Board:
             self.flush()
 
     def flush(self) -> None:
-        self._health.beat()
+        self._open()
+        if self._health is not None:
+            self._health.beat()
         turn, runtime = self._turn, self._runtime
         if turn is None or turn is self._shown:
             return
@@ -70,13 +89,14 @@ class Board:
             dict(runtime.drift),
             dict(runtime.operations),
         )
-        self._health.publish(report(turn, self._node, {}, about), counters)
+        if self._health is not None:
+            self._health.publish(report(turn, self._node, {}, about), counters)
         kept = {
             "since": runtime.started,
             "version": __version__,
             "lastChange": runtime.last_change,
             "drift": runtime.drift,
-            "problems": [str(p) for p in turn.problems if p.reason in _OWN_REASONS],
+            "problems": [[p.reason, str(p)] for p in turn.problems if p.reason in _OWN_REASONS],
         }
         if kept != self._kept:
             self._kept = copy.deepcopy(kept)

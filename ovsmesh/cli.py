@@ -97,7 +97,7 @@ def agent(
     log_level: str,
 ) -> None:
     """Keep this node's part of the mesh true, until SIGTERM; what is in place then stays."""
-    from ovsmesh import agent as room
+    from ovsmesh import service as room
 
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     if mesh and kubeconfig:
@@ -106,7 +106,7 @@ def agent(
         _in_pod()
     _root()
     options = room.Options(
-        mesh or "",
+        os.path.abspath(mesh) if mesh else "",
         node or socket.gethostname(),
         ovsdb or DEFAULT_OVSDB,
         state_dir,

@@ -25,6 +25,8 @@ from ovsmesh.status import Runtime, Traffic
 from ovsmesh.statustext import render_text
 from ovsmesh.turn import Turn, around, report
 
+_SETTLE = 10.0
+"""Seconds for obr0's device to go: at once for a thousand ports, 5 s and more for five thousand."""
 _PROOF = tuple(kind for kind in KINDS if kind not in ("sysctls", "restore_wait"))
 
 
@@ -54,6 +56,7 @@ def _look(host: Host, snapshot: Snapshot, node: str) -> Turn:
     me = wanted.node(node) if wanted else None
     if wanted is None or me is None:
         return Turn(None, None, None, None, Plan(), problems, False)
+    host.drain()
     facts = host.facts(wanted, me)
     want, refused = meshes.dataplane(wanted, node, facts)
     want = host.possible(want)
@@ -94,7 +97,8 @@ def status(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, output
     changes = told.get("lastChange")
     known = {str(p) for p in found.problems}
     own = told.get("problems") if running else None
-    more = [Problem("Agent", text) for text in own or () if isinstance(text, str) and text not in known]
+    pairs = [pair for pair in own or () if isinstance(pair, list) and len(pair) == 2]
+    more = [Problem(str(reason), str(text)) for reason, text in pairs if str(text) not in known]
     found = dataclasses.replace(found, problems=(*found.problems, *more))
     about = Runtime(
         now=time.time(),
@@ -160,9 +164,10 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
         return [*steps, f"{len(steps)} parts would be removed or restored"], True
     pods = [name for name in host.net.mirror.ports_of(KBR) if name != OBR] if KBR in have.dataplane.links else []
     failed = host.apply(todo, want) if todo.steps else []
-    host.dirty()
-    have = host.observe(want)
-    left = plan(want, have, confirmed=True)
+    have, left = _settled(host, want)
+    if left.steps and {step.kind for step in left.steps} == {"links"} and not have.unknown:
+        failed += host.apply(_spared(left, have), want)
+        have, left = _settled(host, want)
     lines = [*steps, *(f"! {problem}" for problem in (*problems, *failed, *have.problems))]
     lines += [f"left alone: {f.detail}" for f in have.foreign]
     if pods:
@@ -181,6 +186,19 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
         lines += [f"still there: {step}" for step in left.steps]
         lines += [f"can't be seen: {kind}" for kind in sorted(have.unknown)]
     return lines, clean
+
+
+def _settled(host: Host, want: Dataplane) -> tuple[Observed, Plan]:
+    """What is left, once ovs-vswitchd has had its time: it tells of a bridge's end before the device goes."""
+    end = time.monotonic() + _SETTLE
+    while True:
+        host.dirty()
+        have = host.observe(want)
+        left = _spared(plan(want, have, confirmed=True), have)
+        if not left.steps or time.monotonic() > end or any(step.kind != "links" for step in left.steps):
+            return have, plan(want, have, confirmed=True)
+        host.wait((), end - time.monotonic())
+        host.drain()
 
 
 def _spared(todo: Plan, have: Observed) -> Plan:

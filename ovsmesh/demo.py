@@ -187,6 +187,8 @@ class _Show:
 
 
 def _ms(seconds: float) -> str:
+    if seconds < _INTERVAL:
+        return f"< {_INTERVAL * 1000:g} ms"
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 

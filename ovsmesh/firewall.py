@@ -98,7 +98,7 @@ class Firewall:
     """
 
     def __init__(self) -> None:
-        self._tables: dict[str, Table] = {tool: Table() for tool in EVERYTHING}
+        self._tables: dict[str, Table] = {tool: Table() for tool in (*NFT, *IPTABLES)}
         self._dirty: set[str] = set(EVERYTHING)
         self._lacking: dict[str, str] = {}
         """What this system can't do → why; forgotten at each resync."""
@@ -263,11 +263,14 @@ class Firewall:
         a table); without `try_out` that is left to apply(), so call it again after that.
         """
         self._refresh()
-        for family in NFT if try_out else ():
+        for family in NFT:
             wanted = rules_of(family, want.rules)
-            if wanted and family not in self._sound and "nft" not in self._lacking:
-                if not self._in_place(family, wanted):
-                    self._try_out(family, wanted)
+            if not wanted or family in self._sound or "nft" in self._lacking:
+                continue
+            if self._in_place(family, wanted):
+                self._sound.add(family)
+            elif try_out:
+                self._try_out(family, wanted)
                 self._sound.add(family)
         if not self._lacking:
             return want

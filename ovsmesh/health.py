@@ -67,7 +67,6 @@ class _Snapshot:
     buckets: tuple[int, ...]
     """Turns that took no longer than the bucket, for each of _BUCKETS."""
     seconds: float
-    ready: bool
 
 
 class _Metrics(Collector):
@@ -253,8 +252,7 @@ class Health:
         for n, limit in enumerate((*_BUCKETS, float("inf"))):
             counts[n] += counters.duration <= limit
         seconds = (old.seconds if old else 0.0) + counters.duration
-        ready = report.converged or (old is not None and old.ready)
-        self._snapshot = _Snapshot(report, counters, tuple(counts), seconds, ready)
+        self._snapshot = _Snapshot(report, counters, tuple(counts), seconds)
 
     # What is answered
 
@@ -284,11 +282,12 @@ class Health:
         snapshot = self._snapshot
         if snapshot is None:
             return HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", "no turn has ended yet\n"
-        # other nodes' mistakes in the mesh don't make this one unready
-        name = snapshot.report.self.name
-        fatal = [str(p) for p in snapshot.report.problems if p.fatal and p.node in ("", name)]
-        if fatal or not snapshot.ready:
-            text = "\n".join(fatal) or f"not converged yet: {snapshot.report.headline}"
+        # a mesh that is away or wrong does not make the node unready, as it keeps what was good; nor does the brake
+        report = snapshot.report
+        held = bool(report.pending) and all(line.startswith("= held") for line in report.pending)
+        if not (report.converged or held):
+            told = [str(p) for p in report.problems if p.fatal] or [report.headline]
+            text = "not converged: " + "; ".join(told)
             return HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", text + "\n"
         return HTTPStatus.OK, "text/plain", "ok\n"
 

@@ -6,6 +6,7 @@ and the order of its steps is kept as far as one transaction or one bundle for m
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import struct
@@ -17,8 +18,9 @@ from typing import Any
 from ovsmesh.firewall import Firewall
 from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Facts, Foreign, Mesh, Node, Observed, OvsmeshError, Problem
 from ovsmesh.netlink import Netlink, write_sysctl
-from ovsmesh.openflow import FlowTable
-from ovsmesh.ovsdb import Ovs, run_dir
+from ovsmesh.openflow import FlowTable, port_of
+from ovsmesh.ovsdb import Ovs
+from ovsmesh.ovsreplica import run_dir
 from ovsmesh.plan import Plan, Step
 
 _KERNEL_TABLES = ("addresses", "neighbours", "fdb", "routes")
@@ -38,6 +40,7 @@ class Host:
         self.firewall = Firewall()
         self.switch_up = False
         self._waiting_since: float | None = None
+        self._carriers: dict[str, bool] = {}
 
     def close(self) -> None:
         for room in (self.flows, self.ovs, self.net, self.firewall):
@@ -62,26 +65,34 @@ class Host:
         self.flows.dirty()
         self.firewall.resync()
 
+    def retry(self) -> None:
+        """Before a turn that tries again what failed: reads all anew, and has the switch try again."""
+        self.dirty()
+        if self.ovs.synced and self.ovs.errors:
+            with contextlib.suppress(OvsmeshError):
+                # the turn that follows tells what is still wrong
+                self.ovs.nudge()
+
     def facts(self, mesh: Mesh, me: Node) -> Facts:
         """What the desired dataplane depends on here."""
         self.net.watch(mesh.cluster_cidrs)
         underlay = self.net.underlay(str(me.address))
+        carried = underlay is not None and self._carried(underlay[0])
         return Facts(
             underlay_mtu=underlay[1] if underlay else None,
-            datapath_type=self._datapath_type(underlay[0] if underlay else ""),
-            datapath_carried=underlay is not None and self._carried(underlay[0]),
+            # the one that carries the tunnel address; else the kernel's where the kernel has one
+            datapath_type="system" if kernel_datapath() and not carried else "netdev",
+            datapath_carried=carried or not self.ovs.synced,
             ipv6=Path("/proc/sys/net/ipv6").exists(),
             ra_links=self.net.ra_links(),
             forward_drop=self.firewall.forward_drop(),
         )
 
-    def _datapath_type(self, link: str) -> str:
-        """The one that carries the tunnel address; else the kernel's where the kernel has one."""
-        return "system" if kernel_datapath() and not self._carried(link) else "netdev"
-
     def _carried(self, link: str) -> bool:
-        """Whether a bridge of the userspace datapath carries the link's packets."""
-        return self.ovs.synced and self.ovs.bridge_of(link) == "netdev"
+        """Whether a bridge of the userspace datapath carries the link; as last known while the database is away."""
+        if self.ovs.synced:
+            self._carriers[link] = self.ovs.bridge_of(link) == "netdev"
+        return self._carriers.get(link, False)
 
     def possible(self, want: Dataplane, try_out: bool = True) -> Dataplane:
         """What of the desired dataplane this host can have; the next observation names the rest.
@@ -92,7 +103,6 @@ class Host:
 
     def observe(self, want: Dataplane) -> Observed:
         """Reads back all that is ours, and what stands in its way; `want` says which sysctls matter."""
-        self.ovs.run()
         kernel, foreign = self.net.observe(want.sysctls)
         problems: list[Problem] = []
         unknown: set[str] = set()
@@ -106,7 +116,7 @@ class Host:
             bridges, ports, restore, ovs_foreign, ovs_problems = self.ovs.observe()
             foreign += ovs_foreign
             problems += ovs_problems
-            found = self.flows.observe(self.ovs.ofports) if bridges else ({}, ())
+            found = self._flows(problems) if bridges else ({}, ())
             self.switch_up = found is not None
             if self._leave_waiting(bool(restore)):
                 unknown.add("restore_wait")
@@ -119,7 +129,7 @@ class Host:
                 foreign += found[1]
         else:
             # its port numbers hold while the server is away, as the switch has its ports from there
-            found = self.flows.observe(self.ovs.ofports) if self.ovs.ofports else None
+            found = self._flows(problems) if self.ovs.ofports else None
             self.switch_up = found is not None
             flows = found[0] if found else {}
             unknown |= {"bridges", "ports", "restore_wait"} | (set() if found else {"flows"})
@@ -157,9 +167,18 @@ class Host:
         if not waiting:
             self._waiting_since = None
             return False
-        now = time.monotonic()
-        self._waiting_since = self._waiting_since or now
-        return (not self.switch_up or self.ovs.others_restore()) and now - self._waiting_since < OTHERS_GRACE
+        self._waiting_since = self._waiting_since or time.monotonic()
+        return (not self.switch_up or self.ovs.others_restore()) and not self._waited()
+
+    def _waited(self) -> bool:
+        return self._waiting_since is not None and time.monotonic() - self._waiting_since >= OTHERS_GRACE
+
+    def _flows(self, problems: list[Problem]) -> tuple[dict[str, str], tuple[Foreign, ...]] | None:
+        try:
+            return self.flows.observe(self.ovs.ofports)
+        except OvsmeshError as error:
+            problems.append(Problem("SwitchUnseen", str(error)))
+            return None
 
     def apply(self, todo: Plan, want: Dataplane) -> list[Problem]:
         """Carries a plan out, and returns what could not be done; one part's failure stops no other."""
@@ -182,28 +201,36 @@ class Host:
                     attempt(f"link {name}", lambda step=step: self.net.set_link(step.key, step.want, step.have))  # type: ignore[misc]
 
         def filter_rules() -> None:
-            if any(groups[op, kind] for op in "+-" for kind in ("rules", "filter_peers")):
-                held = {s.key: s.have for s in todo.held if s.kind == "filter_peers"}
-                self.firewall.apply(want.rules, {**held, **want.filter_peers})
+            held = {s.key: s.have for s in todo.held if s.kind == "filter_peers"}
+            self.firewall.apply(want.rules, {**held, **want.filter_peers})
 
+        def removals() -> None:
+            gone = [s.key for s in groups["-", "flows"]]
+            if gone and not bridge_gone:
+                attempt("flows", lambda: self._set_flows({}, gone))
+            if not filter_first and (groups["-", "rules"] or groups["-", "filter_peers"]):
+                filter_rules()
+
+        bridge_gone = bool(groups["-", "bridges"])
+        filter_first = bool(groups["+", "rules"] or groups["+", "filter_peers"])
         links(KBR)
-        late = self._set_ports(groups, attempt, filter_rules)
-        if groups["+", "flows"]:
-            adds = {s.key: s.want for s in groups["+", "flows"]}
-            attempt("flows", lambda: self._set_flows(adds, []))
+        late = self._set_ports(groups, attempt, filter_rules if filter_first else lambda: None)
+        adds = {s.key: s.want for s in groups["+", "flows"]}
+        restored = not adds or attempt("flows", lambda: self._set_flows(adds, []))
         links(OBR)
         for step in groups["+", "sysctls"]:
             attempt(f"sysctl {step.key}", lambda step=step: write_sysctl(step.key, step.want))  # type: ignore[misc]
         problems += self._kernel(groups)
-        if groups["-", "flows"]:
-            gone = [s.key for s in groups["-", "flows"]]
-            attempt("flows", lambda: self._set_flows({}, gone))
-        bridge_gone = bool(groups["-", "bridges"])
-        if late or bridge_gone or groups["-", "restore_wait"]:
-            clear = bool(groups["-", "restore_wait"])
-            attempt("ports", lambda: self.ovs.apply(None, {}, late, bridge_gone, clear))
+        clear = bool(groups["-", "restore_wait"]) and (restored or self._waited())
+        if late or bridge_gone or clear:
+            # while the switch closes ports, what leads to them goes too: neither waits for the other
+            attempt("ports", lambda: self.ovs.apply(None, {}, late, bridge_gone, clear, removals))
+        else:
+            removals()
         for step in groups["-", "links"]:
-            attempt(f"link {step.key}", lambda step=step: self.net.del_link(step.key))  # type: ignore[misc]
+            # obr0 goes with its bridge; without one it is what a switch that died has left
+            if step.key != OBR or not bridge_gone:
+                attempt(f"link {step.key}", lambda step=step: self.net.del_link(step.key))  # type: ignore[misc]
         return problems
 
     def _set_ports(
@@ -231,7 +258,14 @@ class Host:
         return [s.key for s in gone if s.key not in set(now)]
 
     def _set_flows(self, add: dict[str, str], delete: list[str]) -> None:
-        self.flows.apply(add, delete, self.ovs.ofports)
+        """One bundle; a port that the switch could not make holds back its own flows only."""
+        known = self.ovs.ofports
+        ready = {key: actions for key, actions in add.items() if port_of(key, actions) in known}
+        self.flows.apply(ready, delete, known)
+        waiting = sorted({port_of(key, actions) for key, actions in add.items() if key not in ready})
+        if waiting:
+            why = self.ovs.errors.get(waiting[0], "it gave it no OpenFlow number")
+            raise OvsmeshError(f"{len(waiting)} ports that ovs-vswitchd could not make, the first {waiting[0]}: {why}")
 
     def _kernel(self, groups: dict[tuple[str, str], list[Step]]) -> list[Problem]:
         steps = [s for kind in _KERNEL_TABLES for s in groups["+", kind]]

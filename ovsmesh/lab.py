@@ -139,7 +139,7 @@ class Lab:
 
     def _host(self, index: int) -> Host:
         s = self.settings
-        wiring = Wiring(s.name, self.state, s.datapath, s.dual_stack, s.underlay6, s.underlay_mtu)
+        wiring = Wiring(s.name, self.state, s.datapath, s.dual_stack, s.underlay6)
         return Host(wiring, index, s.pods)
 
     @property
@@ -331,9 +331,12 @@ class Lab:
         """Pings from every pod to every other, `count` times: what came back, and in what time."""
         return ping(self.pairs(), count, pace, size, df, timeout)
 
-    def stream(self, pairs: Sequence[Pair] | None = None, interval: float = 0.005) -> Prober:
-        """A continuous stream in the background while its context lasts; one packet a pair each `interval` seconds."""
-        return Prober(self.pairs(between_hosts_only=True) if pairs is None else pairs, interval)
+    def stream(self, pairs: Sequence[Pair] | None = None, interval: float = 0.005, grace: float = 0.3) -> Prober:
+        """A stream in the background while its context lasts: one packet a pair each `interval` seconds.
+
+        What is not answered `grace` seconds after it was sent is lost.
+        """
+        return Prober(self.pairs(between_hosts_only=True) if pairs is None else pairs, interval, grace=grace)
 
     def pair(self, source: Pod, target: Pod, version: int = 4) -> Pair:
         address = next(a for a in target.addresses if a.version == version)

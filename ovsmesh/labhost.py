@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -35,7 +34,7 @@ READYZ = ("127.0.0.1", 9474)
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """What all hosts of a lab have in common. `underlay_mtu` in bytes."""
+    """What all hosts of a lab have in common."""
 
     name: str
     state: Path
@@ -43,7 +42,6 @@ class Wiring:
     """"system" (kernel) or "netdev" (userspace)."""
     dual_stack: bool = False
     underlay6: bool = False
-    underlay_mtu: int = 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +327,3 @@ class Host:
             text = path.read_text(errors="replace").splitlines()
             shown.append("\n".join([f"--- {path} (last {min(lines, len(text))} of {len(text)} lines)", *text[-lines:]]))
         return "\n".join(shown)
-
-    def forget(self) -> None:
-        shutil.rmtree(self.state, ignore_errors=True)

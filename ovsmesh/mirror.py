@@ -36,14 +36,17 @@ class Mirror:
         """Ports that a deleted kbr0 left behind."""
         self._ranges: list[tuple[int, int, int]] = []
         self._orphans: dict[int, float] = {}
+        self.links: dict[int, rtnl.LinkEntry] = {}
+        self._indexes: dict[str, int] = {}
         self.clear()
         self.doubt = True
         """The kernel may have changed more than it told: read all again."""
 
     def clear(self) -> None:
-        """Forgets all, before a whole reading."""
-        self.links: dict[int, rtnl.LinkEntry] = {}
-        self._indexes: dict[str, int] = {}
+        """Forgets all, before a whole reading; call `whole` after it."""
+        self._before = (self._indexes.get(KBR), self.links) if self.links else (None, {})
+        self.links = {}
+        self._indexes = {}
         self._addresses: dict[tuple[str, int], int] = {}
         self.routes: dict[RouteKey, Route] = {}
         self._foreign_routes: dict[tuple[str, int, int], str] = {}
@@ -52,6 +55,15 @@ class Mirror:
         self.fdb: dict[str, str] = {}
         self.doubt = False
         self.reread.clear()
+
+    def whole(self) -> None:
+        """All was read: a kbr0 that is gone since the reading before may have left ports behind."""
+        kbr, links = self._before
+        self._before = (None, {})
+        if kbr is not None and kbr not in self.links:
+            ports = {i for i, link in links.items() if link.master == kbr} | set(self._orphans)
+            self.lost_ports |= {i for i in ports if i in self.links and not self.links[i].master}
+        self._orphans.clear()
 
     def watch(self, cidrs: Iterable[IPNetwork]) -> None:
         """Which ranges foreign routes are of interest in: the cluster CIDRs."""
@@ -80,6 +92,8 @@ class Mirror:
                 self._address(address, kind == rtnl.NEWADDR)
         elif kind in (rtnl.NEWLINK, rtnl.DELLINK):
             link = rtnl.parse_link(message.payload)
+            if link is None:
+                return
             if link.family == rtnl.AF_BRIDGE:
                 if link.ifindex == self._indexes.get(OBR):
                     self.reread.add(link.ifindex)

@@ -117,6 +117,7 @@ class Netlink:
                 for family in (*families, rtnl.AF_BRIDGE):
                     self._dump(rtnl.GETNEIGH, family)
             self.mirror.doubt = False
+            self.mirror.whole()
         while self.mirror.reread:
             self._seq += 1
             self._request(rtnl.get_link(self._seq, self.mirror.reread.pop()), self.mirror.take)
@@ -189,9 +190,9 @@ class Netlink:
         self._do(steps)
 
     def del_link(self, name: str) -> None:
-        """Deletes kbr0; obr0 goes with its OVS bridge."""
+        """Deletes a link of ours."""
         index = _index(name)
-        if name == KBR and index:
+        if index:
             self._do({f"delete link {name}": rtnl.del_link(0, index)})
 
     def _do(self, steps: Mapping[str, bytes]) -> None:

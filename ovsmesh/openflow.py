@@ -13,6 +13,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import socket
 import subprocess
 import termios
@@ -24,7 +25,6 @@ from ovsmesh.model import COOKIE, OBR, Foreign, OvsmeshError
 
 TIMEOUT = 10.0
 """Seconds for one ovs-ofctl call; 0.1 s is usual for 3,000 flows."""
-_FLOW = re.compile(r"^ (?:cookie=(0x[0-9a-f]+|0), )?(?:table=(\d+), )?(.*?)(?:priority=(\d+))?,?(\S*) actions=(.*)$")
 _EVENT = re.compile(
     r"^ event=(ADDED|DELETED|MODIFIED) (?:reason=\S+ )?table=(\d+) cookie=(0x[0-9a-f]+|0) ?(\S*?)(?: actions=(.*))?$"
 )
@@ -36,6 +36,35 @@ def _argv(*words: str) -> list[str]:
 
 def _sorted(match: str) -> str:
     return ",".join(sorted(match.split(","))) if match else ""
+
+
+def _parse(line: str) -> tuple[int, bool, str, str] | None:
+    """A line of dump-flows: cookie, whether it is a plain flow of table 0, key and actions; None for others."""
+    head, found, actions = line.strip().partition("actions=")
+    if not found or not line.startswith(" "):
+        return None
+    cookie, plain, priority, match = 0, True, "32768", ""
+    for field in head.strip().rstrip(",").split(", "):
+        name, _, value = field.partition("=")
+        if name == "cookie":
+            cookie = int(value, 16)
+        elif name == "table":
+            plain &= value == "0"
+        elif name == "priority":
+            priority, _, match = value.partition(",")
+        elif name.endswith(("_timeout", "_age", "flags")):
+            plain = False
+        else:
+            match = field
+    return cookie, plain, f"{priority} {_sorted(match)}", actions
+
+
+def port_of(key: str, actions: str) -> str:
+    """The port that a flow of ours names besides LOCAL; obr0 itself for the default flow, which names none."""
+    if actions.startswith("output:"):
+        return actions[7:]
+    found = _IN_PORT.search(key)
+    return found[1] if found else OBR
 
 
 class _Named(NamedTuple):
@@ -92,7 +121,8 @@ class FlowTable:
         attributes[3] &= ~termios.ECHO
         termios.tcsetattr(slave, termios.TCSANOW, attributes)
         # an agent that is killed must not leave it behind
-        argv = ["setpriv", "--pdeathsig", "TERM", *_argv("monitor", self._bridge, "watch:!initial")]
+        keeper = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        argv = [*keeper, *_argv("monitor", self._bridge, "watch:!initial")]
         # it puts a control socket there, and the default directory need not exist
         env = os.environ | {"OVS_RUNDIR": str(self._socket.parent)}
         try:
@@ -160,9 +190,9 @@ class FlowTable:
             return
         event, table, cookie, match, actions = found.groups()
         key = _sorted(match)
-        # the only flow of ours with an empty match is the default, at priority 0
-        held = self._raw.get(f"100 {key}" if key else "0 ")
-        ours = table == "0" and int(cookie, 16) == COOKIE
+        held = self._raw.get(f"100 {key}")
+        # without a match the missing priority could be any
+        ours = table == "0" and int(cookie, 16) == COOKIE and key != ""
         echo = ours and held is None if event == "DELETED" else ours and held == (actions or "drop")
         if not echo:
             self._raw = None
@@ -170,7 +200,7 @@ class FlowTable:
     def observe(self, ofports: Mapping[str, int]) -> tuple[dict[str, str], tuple[Foreign, ...]] | None:
         """Our flows with port names in place of the numbers in `ofports`, and foreign ones.
 
-        None when the switch does not answer.
+        None when the switch does not answer. Raises OvsmeshError without ovs-ofctl.
         """
         if not self.watch():
             return None
@@ -210,14 +240,13 @@ class FlowTable:
         raw: dict[str, str] = {}
         foreign = []
         for line in done.stdout.splitlines():
-            found = _FLOW.match(line)
+            found = _parse(line)
             if found is None:
                 continue
-            cookie, table, extra, priority, match, actions = found.groups()
-            key = f"{priority or 32768} {_sorted(match)}"
-            if cookie and int(cookie, 16) == COOKIE and table in (None, "0") and not extra:
+            cookie, plain, key, actions = found
+            if cookie == COOKIE and plain:
                 raw[key] = actions
-            elif not (cookie in (None, "0", "0x0") and key == "0 " and actions == "NORMAL"):
+            elif not (cookie == 0 and key == "0 " and actions == "NORMAL"):
                 # the NORMAL flow is what standalone mode puts in by itself; ours replaces it
                 text = f"flow {line.strip()} in {OBR} is not ours (cookie {COOKIE:#x}); left as it is"
                 foreign.append(Foreign("flows", key, text, blocks=False))
@@ -253,6 +282,8 @@ class FlowTable:
             raise OvsmeshError(f"the switch refused {len(lines)} flow changes on {OBR}: {detail}")
         if self._raw is not None:
             self._raw = {k: v for k, v in self._raw.items() if k not in set(deletes)} | adds
+            # one in the place of ours is ours now
+            self._foreign = tuple(f for f in self._foreign if f.key not in adds)
 
 
 def _spec(key: str) -> str:

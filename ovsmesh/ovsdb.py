@@ -9,46 +9,35 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ovs.db.idl
 import ovs.poller
 
 from ovsmesh.model import MARK, OBR, Bridge, Foreign, OvsmeshError, Port, Problem
-from ovsmesh.ovsreplica import Replica, references
+from ovsmesh.ovsreplica import Replica, references, run_dir
 
-DEFAULT_REMOTE = "unix:/var/run/openvswitch/db.sock"
 COMMIT_DEADLINE = 5.0
 """Seconds for ovsdb-server to answer a transaction: 0.4 s is usual for a thousand ports."""
 SWITCH_DEADLINE, SWITCH_DEADLINE_PORT = 1.5, 0.003
 """Seconds for ovs-vswitchd to take a transaction over, and for each port in it: it needs 0.4 s for a thousand."""
+_NUDGES = 3
 _BATCH = 1000
 """Ports in one transaction; 5,000 at once were no faster (docs/design.md)."""
 
 _NODE, _UID = MARK, f"{MARK}-uid"
 
 
-def run_dir(remote: str) -> Path:
-    """Where ovs-vswitchd keeps its management sockets: beside the database's.
-
-    Raises OvsmeshError for a remote that is not a UNIX socket: the agent works on its own host only.
-    """
-    kind, _, path = remote.partition(":")
-    if kind != "unix" or not path.startswith("/"):
-        raise OvsmeshError(f"--ovsdb {remote}: wanted unix:/PATH of this host's ovsdb-server socket")
-    return Path(path).parent
-
-
 class Ovs:
     """One connection to this host's OVS database; not thread-safe."""
 
-    def __init__(self, remote: str = DEFAULT_REMOTE) -> None:
+    def __init__(self, remote: str) -> None:
         run_dir(remote)
         self.remote = remote
         self._idl = Replica(remote)
         self._seqno = self._idl.change_seqno
+        self._was_synced = False
         self._ports: dict[str, Port] = {}
         self._uuids: dict[str, Any] = {}
         self._port_names: dict[Any, str] = {}
@@ -67,8 +56,8 @@ class Ovs:
     def run(self) -> bool:
         """Takes in what the server sent; True if something that we read may have changed."""
         self._idl.run()
-        changed = bool(self._seqno != self._idl.change_seqno)
-        self._seqno = self._idl.change_seqno
+        changed = bool(self._seqno != self._idl.change_seqno) or self._was_synced != self.synced
+        self._seqno, self._was_synced = self._idl.change_seqno, self.synced
         return changed
 
     def wait(self, fds: Sequence[int], timeout: float) -> None:
@@ -170,16 +159,9 @@ class Ovs:
 
     def _stray(self, name: str) -> list[Foreign]:
         """A port of that name in another bridge stands in the way of making ours."""
-        for row in self._idl.tables["Port"].rows.values():
-            if row.name == name:
-                return [
-                    Foreign(
-                        "bridges",
-                        name,
-                        f"an OVS port called {name} is in another bridge; rename or delete it",
-                    )
-                ]
-        return []
+        if all(row.name != name for row in self._idl.tables["Port"].rows.values()):
+            return []
+        return [Foreign("bridges", name, f"an OVS port called {name} is in another bridge; rename or delete it")]
 
     def _interface(self, name: str) -> Any:
         port = self._uuids.get(name)
@@ -263,7 +245,32 @@ class Ovs:
             txn = self._transaction(
                 None if number else bridge, some, () if number else del_ports, del_bridge, clear_restore_wait
             )
-            self._commit(txn, some, meanwhile if not number else lambda: None)
+            self._commit(txn, some, len(del_ports), meanwhile if not number else lambda: None)
+
+        for _ in range(_NUDGES):
+            if not del_ports or not any(name in self._errors for name in names):
+                break
+            # a port in the place of one that is only just gone is refused; any change makes the switch try again
+            self.nudge(names)
+
+    def nudge(self, names: Iterable[str] = ()) -> None:
+        """Makes ovs-vswitchd go through its configuration again, which is when it tries again what failed.
+
+        Waits until it has, for the ports `names`. Raises OvsmeshError as `apply` does.
+        """
+        row = self._bridge(OBR)
+        if row is None:
+            return
+        txn = self._transaction(None, {}, (), False, False)
+        # a transaction without a change is none, and does not even count
+        mark = row.external_ids.get(MARK, "")
+        row.setkey("external_ids", MARK, str(int(mark) + 1) if mark.isdigit() else "1")
+        self._commit(txn, dict.fromkeys(names), 0, lambda: None)
+
+    @property
+    def errors(self) -> Mapping[str, str]:
+        """Our ports that ovs-vswitchd could not make → what it says."""
+        return self._errors
 
     def _transaction(
         self,
@@ -335,7 +342,7 @@ class Ovs:
         options = {"remote_ip": want.remote, "local_ip": want.local}
         interface.options = options | {"key": want.key} if want.key else options
 
-    def _commit(self, txn: Any, set_ports: Mapping[str, Port], meanwhile: Callable[[], None]) -> None:
+    def _commit(self, txn: Any, set_ports: Mapping[str, Any], gone: int, meanwhile: Callable[[], None]) -> None:
         try:
             status = txn.commit()
             meanwhile()
@@ -359,17 +366,17 @@ class Ovs:
         finally:
             txn.abort()
         if target is not None:
-            self._await_switch(target, set_ports)
+            self._await_switch(target, set_ports, gone)
 
-    def _await_switch(self, target: int, ports: Mapping[str, Port]) -> None:
-        """Until ovs-vswitchd has taken over configuration `target` and numbered `ports`.
+    def _await_switch(self, target: int, ports: Mapping[str, Any], gone: int) -> None:
+        """Until ovs-vswitchd has taken over configuration `target`, numbered `ports` and closed `gone` others.
 
         When it did not answer the last time and has not been heard of since, it is asked once and
         not waited for: a dead switch must not stall the kernel side.
         """
         root = self._root
         silent = self._silent_since is not None and root is not None and root.cur_cfg == self._silent_since
-        end = time.monotonic() + (0.2 if silent else SWITCH_DEADLINE + SWITCH_DEADLINE_PORT * len(ports))
+        end = time.monotonic() + (0.2 if silent else SWITCH_DEADLINE + SWITCH_DEADLINE_PORT * (len(ports) + gone))
         taken = False
         while time.monotonic() < end:
             self._idl.run()

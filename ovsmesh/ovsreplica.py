@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import ovs.db.idl
@@ -14,6 +15,7 @@ import ovs.poller
 import ovs.vlog
 
 from ovsmesh import ovsjson
+from ovsmesh.model import OvsmeshError
 
 _PROBE_MS = 5000
 _BACKOFF_MS = (100, 500)
@@ -65,6 +67,17 @@ SCHEMA: dict[str, dict[str, Any]] = {
 _INTEGERS = {"key": "string", "value": "integer", "min": 0, "max": "unlimited"}
 
 
+def run_dir(remote: str) -> Path:
+    """Where ovs-vswitchd keeps its management sockets: beside the database's.
+
+    Raises OvsmeshError for a remote that is not a UNIX socket: the agent works on its own host only.
+    """
+    kind, _, path = remote.partition(":")
+    if kind != "unix" or not path.startswith("/"):
+        raise OvsmeshError(f"--ovsdb {remote}: wanted unix:/PATH of this host's ovsdb-server socket")
+    return Path(path).parent
+
+
 class Replica(ovs.db.idl.Idl):  # type: ignore[misc]
     """python-ovs's replica, telling which rows changed."""
 
@@ -72,7 +85,9 @@ class Replica(ovs.db.idl.Idl):  # type: ignore[misc]
         _prepare()
         self.touched: dict[str, set[Any]] = {table: set() for table in SCHEMA}
         super().__init__(remote, _helper(SCHEMA), probe_interval=_PROBE_MS)
-        self._session.reconnect.set_backoff(*_BACKOFF_MS)
+        # its own setter allows no less than a second
+        machine = self._session.reconnect
+        machine.min_backoff, machine.max_backoff = _BACKOFF_MS
 
     def notify(self, event: str, row: Any, updates: Any = None) -> None:
         self.touched[row._table.name].add(row.uuid)

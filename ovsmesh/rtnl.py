@@ -8,10 +8,13 @@ and <linux/neighbour.h>; opens no socket and imports nothing of ours.
 
 from __future__ import annotations
 
+import functools
 import socket
 import struct
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+_Entry = TypeVar("_Entry")
 
 NEWLINK, DELLINK, GETLINK, SETLINK = 16, 17, 18, 19
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
@@ -200,6 +203,20 @@ def error_of(message: Message) -> int:
     return -int(struct.unpack_from("=i", message.payload)[0])
 
 
+def _whole(parse: Callable[[memoryview], _Entry | None]) -> Callable[[memoryview], _Entry | None]:
+    """A parser that has None for what is cut off or garbled, which the kernel does not send."""
+
+    @functools.wraps(parse)
+    def parsed(payload: memoryview) -> _Entry | None:
+        try:
+            return parse(payload)
+        except (struct.error, ValueError, IndexError):
+            return None
+
+    return parsed
+
+
+@_whole
 def parse_route(payload: memoryview) -> RouteEntry | None:
     """A route, or None for other families, cached ones and tables that are not unicast routing."""
     family, length, _, _, table, protocol, _, kind, flags = _RTMSG.unpack_from(payload)
@@ -222,6 +239,7 @@ def parse_route(payload: memoryview) -> RouteEntry | None:
     )
 
 
+@_whole
 def parse_neighbour(payload: memoryview) -> NeighbourEntry | None:
     """A neighbour or FDB entry, or None for other families."""
     family, _, ifindex, state, _, _ = _NDMSG.unpack_from(payload)
@@ -240,6 +258,7 @@ def parse_neighbour(payload: memoryview) -> NeighbourEntry | None:
     )
 
 
+@_whole
 def parse_address(payload: memoryview) -> AddressEntry | None:
     """An address, or None for other families."""
     family, length, _, _, ifindex = _IFADDR.unpack_from(payload)
@@ -251,7 +270,8 @@ def parse_address(payload: memoryview) -> AddressEntry | None:
     return AddressEntry(f"{text}/{length}", ifindex, attrs[11][0] if attrs.get(11) else 0)
 
 
-def parse_link(payload: memoryview) -> LinkEntry:
+@_whole
+def parse_link(payload: memoryview) -> LinkEntry | None:
     """A link, from a reply or a notification of any family."""
     family, _, ifindex, flags, _ = _IFINFO.unpack_from(payload)
     attrs = _attrs(payload, _IFINFO.size)

@@ -27,6 +27,8 @@ ethtool|ethtool|plain|turns off checksum offload where the userspace switch need
 ping|iputils-ping|plain|the ping matrix
 tcpdump|tcpdump|plain|shows what crosses a tunnel
 modprobe|kmod|dev|loads kernel modules in the kernel tests
+openssl|openssl|dev|certificates of the control plane in the Kubernetes tests
+setpriv|util-linux|dev|ends that control plane when the tests die
 linux.uml|user-mode-linux|dev|a kernel with the openvswitch datapath, for the kernel tests'
 
 # The first Python >= 3.11 that really starts (a version manager puts shims on PATH that do not).
@@ -77,7 +79,7 @@ apt() {
 }
 apt_update() {
   [ -z "$updated" ] || return 0
-  command -v apt-get >/dev/null || die "apt-get not found: install by hand what is named above (Debian 12, Ubuntu 22.04 or newer are known to work)"
+  command -v apt-get >/dev/null || die "apt-get not found: install by hand what is named above (this script is for Debian 12, Ubuntu 22.04 and newer)"
   say "reading the package lists (apt-get update)"
   apt update >&2 || say "warning: apt-get update failed; trying with the lists that are there"
   updated=1

@@ -158,9 +158,7 @@ class TestKept:
 
         run = module._run
         monkeypatch.setattr(module, "_run", lambda argv, script=None: calls.append(script) or run(argv, script))
-        start = time.monotonic()
         converge(firewall, desired(peers=[*many, PEER]))
-        more = time.monotonic() - start
         tables = sum("@peers4" in rule.text for rule in firewall.possible(desired()).rules.values() if rule)
         assert tables and 1 <= len(calls) <= 2, calls
         assert all(script.startswith("add element") and script.count("\n") == 1 for script in calls)
@@ -168,8 +166,6 @@ class TestKept:
         converge(firewall, desired(peers=[*many[1:], PEER]))
         assert all(script.startswith("delete element") for script in calls) and len(calls) <= 2
         assert not firewall.drain()
-        # generous: a loaded machine; about 0.01 when it is idle
-        assert more < 1
 
     def test_a_foreign_write_at_the_same_time_is_not_taken_for_our_own(self, firewall, monkeypatch):
         converge(firewall, desired())

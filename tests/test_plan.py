@@ -258,9 +258,7 @@ def test_peers_that_are_renumbered_do_not_leave():
     moved = [replace(numbered(n), pod_cidrs=numbered(n + 100).pod_cidrs) for n in (2, 3, 4)]
     found = plan(want(mesh(numbered(1), *moved)), seen(want(first(4))))
     assert not found.held
-    assert {step.why for step in found.steps if step.op == "-"} == {
-        f"replaced at peer (web{n})" for n in (2, 3, 4)
-    }
+    assert {step.why for step in found.steps if step.op == "-"} == {f"replaced at peer (web{n})" for n in (2, 3, 4)}
 
 
 def test_brake_holds_when_ports_were_deleted_before():
@@ -295,7 +293,10 @@ def test_cleanup_is_not_stopped_by_a_foreign_bridge():
     # someone put a kbr0 of theirs in the place of ours; the rest of ours is still there and still ours
     have = without(FULL, "links", KBR)
     found = plan(EMPTY, seen(have, Foreign("links", KBR, "bridge kbr0 is not ours")), confirmed=True)
-    assert {(step.kind, step.key) for step in found.steps} >= {("bridges", OBR), ("routes", ("10.97.0.0/16", FALLBACK_METRIC))}
+    assert {(step.kind, step.key) for step in found.steps} >= {
+        ("bridges", OBR),
+        ("routes", ("10.97.0.0/16", FALLBACK_METRIC)),
+    }
     assert not [step for step in found.steps if step.key == KBR]
 
 

@@ -14,7 +14,7 @@ from ovsmesh.mesh import dataplane, mac
 from ovsmesh.model import KBR, KINDS, Dataplane, Facts, Foreign, Link, Mesh, Node, Observed, Port, Route, Rule
 from ovsmesh.plan import Plan, plan
 
-CALM = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+CALM = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 """A busy machine is no finding."""
 
 NAMES = st.sampled_from(
@@ -61,11 +61,13 @@ def wanted(draw: st.DrawFn) -> Dataplane:
     return dataplane(mesh, draw(st.sampled_from(mesh.nodes)).name, draw(HOSTS))[0]
 
 
-WORDS = st.sampled_from(["", "a", "gre-web1", "10.97.1.1", "LOCAL", "peers4"])
+WORDS = st.sampled_from(["a", "gre-web1", "10.97.1.1", "LOCAL", "peers4"])
 STRAY: dict[str, st.SearchStrategy[Any]] = {
-    "links": st.builds(Link, WORDS, st.integers(0, 9000), st.booleans(), WORDS),
+    "links": st.builds(Link, WORDS, st.integers(0, 9000), st.booleans(), WORDS, WORDS, st.booleans()),
     "ports": st.builds(Port, WORDS, WORDS, WORDS, WORDS, WORDS, WORDS, st.booleans()),
-    "routes": st.builds(Route, st.sampled_from(["unicast", "unreachable", "blackhole"]), WORDS, WORDS, st.integers(0, 9)),
+    "routes": st.builds(
+        Route, st.sampled_from(["unicast", "unreachable", "blackhole"]), WORDS, WORDS, st.integers(0, 9)
+    ),
     "rules": st.builds(Rule, WORDS),
 }
 KEYS: dict[str, st.SearchStrategy[Any]] = {
@@ -227,7 +229,8 @@ def test_two_nodes_agree_on_their_tunnel(mesh: Mesh) -> None:
             sent = [f for f, to in views[a.name].flows.items() if to == f"output:{at_a[b.name][0]}"]
             assert sent == [f"100 dl_dst={views[b.name].links[KBR].mac},in_port=LOCAL"]
             taken = [f for f, to in views[b.name].flows.items() if to == "LOCAL" and f"in_port={name}," in f]
-            assert {f.rpartition("=")[2] for f in taken} == {str(c) for c in (*a.pod_cidrs, a.address)}
+            heard = [c for c in a.pod_cidrs if c.version in {own.version for own in b.pod_cidrs}]
+            assert {f.rpartition("=")[2] for f in taken} == {str(source) for source in (*heard, a.address)}
             assert all(f.startswith(f"100 dl_dst={mac(b)},") for f in taken)
             # both ends have the same room
             assert views[a.name].links[KBR].mtu == views[b.name].links[KBR].mtu
@@ -254,7 +257,12 @@ def _of(name: str, todo: Plan, mesh: Mesh) -> None:
     """Every step names something of the node `name`."""
     peer = mesh.node(name)
     assert peer is not None
-    theirs = {mac(peer), str(peer.address), *map(str, peer.pod_cidrs), *(str(c.network_address + 1) for c in peer.pod_cidrs)}
+    theirs = {
+        mac(peer),
+        str(peer.address),
+        *map(str, peer.pod_cidrs),
+        *(str(c.network_address + 1) for c in peer.pod_cidrs),
+    }
     for step in todo.steps:
         text = str(step.key[0] if step.kind == "routes" else step.key)
         value = step.have if step.op == "-" else step.want
@@ -285,4 +293,5 @@ def test_every_step_is_one_printable_line(pair: tuple[Dataplane, Dataplane]) -> 
     todo = plan(want, seen(have))
     found = str(todo).splitlines()
     assert len(found) == len(todo.steps) + len(todo.held)
-    assert all(line[:2] in ("+ ", "~ ", "- ", "= ") and line.isprintable() and line == line.strip() for line in found)
+    for line in found:
+        assert line[:2] in ("+ ", "~ ", "- ", "= ") and line.isprintable() and line == line.strip(), line

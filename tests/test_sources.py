@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +13,8 @@ from filetext import HEAD, by_rename, members, rings, silent, text_of
 
 from ovsmesh import sources
 from ovsmesh.meshfile import parse
-from ovsmesh.model import Mesh
 from ovsmesh.sources import FileSource
-from ovsmesh.state import StateDir, write_atomic
+from ovsmesh.state import StateDir
 
 BAD = "kind: [\n"
 
@@ -309,38 +307,3 @@ def test_where_it_cannot_be_saved(source: FileSource, state: Path, monkeypatch: 
     monkeypatch.setattr(sources, "SAVE_AGAIN", 0.0)
     source._save_after = 0.0
     assert source.commit() == () and source.snapshot().problems == ()
-
-
-def test_a_thousand(tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def big(count: int) -> str:
-        nodes = "".join(
-            f"  - name: w{i}\n    address: 192.1.{i >> 8}.{i & 255}\n    podCIDRs: [10.{i >> 8}.{i & 255}.0/24]\n"
-            for i in range(count)
-        )
-        return f"{HEAD}  nodes:\n{nodes}"
-
-    path = tmp_path / "mesh.yaml"
-    write_atomic(path, big(1000))
-    source = FileSource(path, state, "w0")
-    source.snapshot()
-    reads, idles, saves = [], [], []
-    for i in range(9):
-        write_atomic(path, big(1001 + i))
-        began = time.perf_counter()
-        assert rings(source)
-        snapshot = source.snapshot()
-        read = time.perf_counter()
-        assert source.snapshot() is snapshot
-        idle = time.perf_counter()
-        assert source.commit() == ()
-        saves.append(time.perf_counter() - idle)
-        idles.append(idle - read)
-        reads.append(read - began)
-        assert isinstance(snapshot.mesh, Mesh) and len(snapshot.mesh.nodes) == 1001 + i
-    source.close()
-    p50 = {
-        name: statistics.median(values) * 1e3 for name, values in (("read", reads), ("idle", idles), ("save", saves))
-    }
-    with capsys.disabled():
-        print("\none more of 1,000, ms p50: " + ", ".join(f"{name} {value:.2f}" for name, value in p50.items()))
-    assert p50["read"] < 100 and p50["idle"] < 5 and p50["save"] < 100

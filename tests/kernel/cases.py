@@ -37,7 +37,7 @@ REPAIR = 5.0
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    lab = Lab(hosts=3, pods=2, name="kernel", underlay_mtu=UNDERLAY_MTU)
+    lab = Lab(hosts=3, pods=2, name="kernel", dual_stack=True, underlay_mtu=UNDERLAY_MTU)
     try:
         lab.up()
     except LabError:
@@ -106,12 +106,12 @@ def test_tunnels_are_the_kernels_own(lab: Lab) -> None:
 def test_every_pod_reaches_every_other_once_and_nothing_is_flooded(lab: Lab) -> None:
     with lab.host(1).capture() as wire:
         tracks = lab.ping_matrix(count=5, timeout=3.0)
-    assert len(tracks) == 30
+    assert len(tracks) == 30 * 2
     assert sum(t.lost for t in tracks) == 0
     assert sum(t.duplicates for t in tracks) == 0
     assert wire.missed == 0
-    # four pods elsewhere, two here, both ways, five echoes and their answers
-    assert wire.encapsulated == 4 * 2 * 2 * 5 * 2
+    # four pods elsewhere, two here, both ways, IPv4 and IPv6, five echoes and their answers
+    assert wire.encapsulated == 4 * 2 * 2 * 2 * 5 * 2
     assert wire.broadcast + wire.multicast == 0
 
 
@@ -210,7 +210,8 @@ def flows(host: Host) -> int:
 
 
 def routes(host: Host) -> list[str]:
-    return sorted(ip(host, "route", "show", "proto", str(PROTOCOL)).splitlines())
+    both = [ip(host, family, "route", "show", "proto", str(PROTOCOL)) for family in ("-4", "-6")]
+    return sorted("".join(both).splitlines())
 
 
 def neighbours(host: Host) -> list[str]:
@@ -222,7 +223,7 @@ def fdb(host: Host) -> list[str]:
 
 
 def addresses(host: Host) -> str:
-    return ip(host, "-br", "-4", "addr", "show", KBR)
+    return ip(host, "-br", "addr", "show", KBR)
 
 
 DRIFTS = {
@@ -316,7 +317,7 @@ def test_peer_leaves_and_comes_back(lab: Lab) -> None:
     before = routes(host), ports(host), flows(host)
     lab.write_mesh([lab.host(1).node, lab.host(2).node])
     repaired(
-        lambda: not any("10.97.3." in route for route in routes(host)) and "gre-h3" not in ports(host),
+        lambda: not any(":3:" in r or ".3." in r for r in routes(host)) and "gre-h3" not in ports(host),
         "h3's route and port to go",
     )
     sent = lab.pod(1, 1).run(["ping", "-n", "-c1", "-W1", str(lab.pod(3, 1).addresses[0])], check=False)
@@ -349,7 +350,9 @@ def test_cleanup_leaves_nothing(lab: Lab) -> None:
     assert host.ovs_vsctl("list-br").strip() == ""
     links = {link["ifname"] for link in json.loads(ip(host, "-j", "link"))}
     assert not links & {KBR, OBR}
-    assert f"proto {PROTOCOL}" not in ip(host, "route", "show", "table", "all")
+    assert f"proto {PROTOCOL}" not in ip(host, "route", "show", "table", "all") + ip(
+        host, "-6", "route", "show", "table", "all"
+    )
     assert "10.97." not in ip(host, "neigh", "show", "nud", "all")
     assert "ovsmesh" not in host.run(["iptables-save"]).stdout
     assert str(ip_address(host.address)) in ip(host, "addr", "show", "eth0"), "the host's own address stays"

@@ -1,0 +1,113 @@
+"""An agent as a process: its options, its state directory, where its mesh comes from and where it is seen.
+
+Joins agent, host, board and the sources; what a turn does is agent's. Imports Kubernetes' rooms only
+when a cluster is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+
+from ovsmesh import __version__
+from ovsmesh.agent import Agent, Publisher
+from ovsmesh.board import Board
+from ovsmesh.host import Host
+from ovsmesh.model import OvsmeshError
+from ovsmesh.sources import FileSource, Source
+from ovsmesh.state import StateDir
+from ovsmesh.turn import Runtime, Turn
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """How an agent was started; also what `status`, `plan` and `cleanup` take over from it."""
+
+    mesh: str
+    """The mesh file; "" reads MeshSlices."""
+    node: str
+    ovsdb: str
+    state_dir: str
+    listen: str = ""
+    kubeconfig: str = ""
+    """"" is the service account's."""
+
+
+class _Quiet:
+    """Publishes nothing: `--once` tells its outcome itself."""
+
+    def publish(self, turn: Turn, runtime: Runtime) -> None:
+        return
+
+    def flush(self) -> None:
+        return
+
+
+class _All:
+    """Several publishers as one."""
+
+    def __init__(self, *publishers: Publisher) -> None:
+        self._publishers = publishers
+
+    def publish(self, turn: Turn, runtime: Runtime) -> None:
+        for publisher in self._publishers:
+            publisher.publish(turn, runtime)
+
+    def flush(self) -> None:
+        for publisher in self._publishers:
+            publisher.flush()
+
+
+@contextlib.contextmanager
+def _agent(options: Options, state: StateDir, tells: Publisher, patience: float) -> Iterator[tuple[Agent, Publisher]]:
+    """An agent, and where it publishes its turns: to `tells`, and in its MeshNode where there is one.
+
+    `patience` is for how many seconds a cluster's first word is waited for.
+    """
+    with contextlib.ExitStack() as ending:
+        host = Host(options.ovsdb)
+        ending.callback(host.close)
+        source: Source
+        if options.mesh:
+            source = FileSource(options.mesh, options.state_dir, options.node)
+            ending.callback(source.close)
+        else:
+            from ovsmesh.agentkube import connect  # a mesh from a file needs no TLS
+
+            cluster = connect(options.kubeconfig, options.state_dir, options.node, patience)
+            ending.callback(cluster.close)
+            source, tells = cluster.source, _All(tells, cluster.writer)
+        host.ovs.connect()
+        yield Agent(options.node, source, host, state), tells
+
+
+@contextlib.contextmanager
+def _locked(options: Options) -> Iterator[StateDir]:
+    state = StateDir(options.state_dir)
+    state.lock()
+    try:
+        # what other commands read in place of MeshSlices is the last mesh that was whole and applied
+        told = {**dataclasses.asdict(options), "mesh": options.mesh or str(state.mesh_file)}
+        state.write_agent({**told, "pid": os.getpid(), "version": __version__})
+        yield state
+    except OSError as error:
+        raise OvsmeshError(f"state directory {options.state_dir}: {error.strerror}") from error
+    finally:
+        state.unlock()
+
+
+def serve(options: Options, stop_fd: int) -> None:
+    """Runs the agent until `stop_fd` is readable. Raises OvsmeshError when it can't start."""
+    with _locked(options) as state, contextlib.ExitStack() as ending:
+        board = Board(options.listen, options.node, options.mesh or "MeshSlices", state)
+        ending.callback(board.close)
+        agent, tells = ending.enter_context(_agent(options, state, board, 1.0))
+        agent.run(stop_fd, tells)
+
+
+def once(options: Options) -> Turn:
+    """Applies until nothing is left to do or nothing more can be done. Raises OvsmeshError when it can't start."""
+    with _locked(options) as state, _agent(options, state, _Quiet(), 10.0) as (agent, tells):
+        return agent.once(tells)

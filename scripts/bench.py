@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""The figures that README shows, measured on this machine: `make bench`, or see --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchlib.run import main
+
+if __name__ == "__main__":
+    main()

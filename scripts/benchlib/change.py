@@ -1,0 +1,149 @@
+"""One peer more and one less on a running agent, from the mesh file's rename to the last part in place.
+
+Beside it, on the same bridge between two changes: one `ovs-vsctl add-port` or `del-port`, with the
+agent stopped (SIGSTOP) for as long, so that it does not slow what it is compared with.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from ipaddress import IPv4Address
+
+from benchlib.cold import add_port
+from benchlib.eyes import Event, Eyes
+from benchlib.figures import Figure
+from benchlib.stage import Peer, Plan, Stage, peer, stage
+from ovsmesh.labnet import LabError
+
+_FLOWS = 3
+"""Flows that one IPv4 peer needs: to it, from its pods, from its tunnel address."""
+_REST = (0.5, 1.2)
+"""Seconds between two changes, at random, so that they meet the agent's own clocks in every phase."""
+
+
+def bench(plan: Plan) -> list[Figure]:
+    figures = []
+    for size in plan.sizes:
+        figures += _at(plan, size)
+    return figures
+
+
+class _Samples:
+    def __init__(self) -> None:
+        self.whole: list[float] = []
+        self.by_hand: list[float] = []
+        self.parts: dict[str, list[float]] = defaultdict(list)
+
+    def take(self, since: float, parts: dict[str, float]) -> None:
+        self.whole.append((max(parts.values()) - since) * 1000)
+        for part, at in parts.items():
+            self.parts[part].append((at - since) * 1000)
+
+    def figure(self, name: str, beside: str, bound: float | None) -> Figure:
+        split = sorted((statistics.median(times), part) for part, times in self.parts.items())
+        note = "median ms to each part: " + ", ".join(f"{part} {at:.0f}" for at, part in split)
+        return Figure(
+            "change", name, "ms", tuple(self.whole), beside, tuple(self.by_hand), ratio_bound=bound, note=note
+        )
+
+
+def _at(plan: Plan, size: int) -> list[Figure]:
+    more, less = _Samples(), _Samples()
+    tries = plan.tries(30 if size >= 1000 else 20, 8)
+    with stage(size) as s:
+        s.host.start_agent()
+        s.ready()
+        base = [peer(n) for n in range(size)]
+        with Eyes(s.host) as eyes:
+            eyes.quiet(1.5)
+            for number in range(tries):
+                extra = Peer(f"x{number}", str(IPv4Address("172.31.0.1") + number), f"10.200.{number}.0/24")
+                eyes.addresses = {extra.address}
+                more.take(*_more(s, eyes, base, extra))
+                _rest(eyes)
+                if number in (0, tries - 1):
+                    s.check()
+                more.by_hand.append(_by_hand(s, add_port(_HAND, str(s.host.address))))
+                less.by_hand.append(_by_hand(s, ["del-port", "obr0", _HAND.port]))
+                _rest(eyes)
+                less.take(*_less(s, eyes, base, extra))
+                _rest(eyes)
+                if number in (0, tries - 1):
+                    s.check()
+                if number % 10 == 9 or number == tries - 1:
+                    medians = (statistics.median(x) for x in (more.whole, more.by_hand, less.whole, less.by_hand))
+                    text = "more {:.0f} ms (ovs-vsctl {:.0f}), less {:.0f} ms (ovs-vsctl {:.0f})".format(*medians)
+                    plan.progress(f"  {size} peers, {number + 1} of {tries}: {text}")
+    bound = 1.0 if size == 1000 else None
+    return [
+        more.figure(f"one peer more at {size:,}", "ovs-vsctl add-port", bound),
+        less.figure(f"one peer less at {size:,}", "ovs-vsctl del-port", bound),
+    ]
+
+
+_HAND = Peer("hand", "172.31.255.1", "10.255.255.0/24")
+
+
+def _rest(eyes: Eyes) -> None:
+    until = time.monotonic() + random.uniform(*_REST)
+    while (left := until - time.monotonic()) > 0:
+        eyes.look(left)
+    eyes.clear()
+
+
+def _more(s: Stage, eyes: Eyes, base: list[Peer], extra: Peer) -> tuple[float, dict[str, float]]:
+    since = s.put([*base, extra])
+    parts = {
+        "port": ("port+", extra.port),
+        "neighbour": ("neigh+", extra.gateway),
+        "FDB": ("fdb+", extra.mac),
+        "route": ("route+", extra.cidr),
+        "filter": ("nft+", extra.address),
+    }
+    return since, _seen(eyes, parts) | {"flows": eyes.wait_count("flow+", _FLOWS, 10)}
+
+
+def _less(s: Stage, eyes: Eyes, base: list[Peer], extra: Peer) -> tuple[float, dict[str, float]]:
+    since = s.put(base)
+    parts = {
+        "port": ("port-", extra.port),
+        "neighbour": ("neigh-", extra.gateway),
+        "FDB": ("fdb-", extra.mac),
+        "route": ("route-", extra.cidr),
+        "filter": ("nft-", extra.address),
+    }
+    found = _seen(eyes, parts) | {"flows": eyes.wait_count("flow-", _FLOWS, 10)}
+    # gone from the database, and then from the switch
+    until = time.monotonic() + 10
+    while not (settled := [t for t, event in eyes.events if event == ("settled",) and t >= found["port"]]):
+        if time.monotonic() > until:
+            raise LabError("ovs-vswitchd did not take the removal over in 10 s")
+        eyes.look(0.5)
+    return since, found | {"ovs-vswitchd": settled[0]}
+
+
+def _seen(eyes: Eyes, parts: Mapping[str, Event]) -> dict[str, float]:
+    found = eyes.wait(list(parts.values()), 10)
+    return {part: found[event] for part, event in parts.items()}
+
+
+def _by_hand(s: Stage, words: list[str]) -> float:
+    process = s.host.agent()
+    if process is None:
+        raise LabError(f"the agent has ended: {s.host.logs(10)}")
+    fd = os.pidfd_open(process.pid)
+    signal.pidfd_send_signal(fd, signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        subprocess.run(["ovs-vsctl", f"--db={s.host.ovsdb}", *words], check=True, timeout=20)
+        return (time.monotonic() - start) * 1000
+    finally:
+        signal.pidfd_send_signal(fd, signal.SIGCONT)
+        os.close(fd)

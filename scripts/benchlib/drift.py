@@ -1,0 +1,234 @@
+"""Each way in which someone may break a node's dataplane: the time until all of it is as it was, and the packets lost.
+
+The damage is done with the tools that a user has (ip, bridge, ovs-vsctl, ovs-ofctl, nft, sysctl). It
+begins when a notification, or a look every 2 ms, first shows it, and ends when all is as before.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+from benchlib import state
+from benchlib.eyes import Eyes
+from benchlib.figures import Figure
+from benchlib.stage import Plan
+from ovsmesh.lab import Lab
+from ovsmesh.labhost import Host
+from ovsmesh.labnet import LabError
+from ovsmesh.labping import Track
+from ovsmesh.mesh import mac
+from ovsmesh.model import Node
+
+_TICK = 0.002
+_CALM = 0.25
+"""Seconds for which all must stay whole before a repair counts as its end."""
+_UNSEEN = 2.0
+"""Seconds without a sight of the damage after which it must have been mended within a look."""
+_TIMEOUT = 30.0
+"""Seconds; the kernel itself may keep a writer of a forwarding sysctl waiting for its lock for many."""
+_GOAL = 1000.0
+"""Milliseconds: what is asked of each repair that has a notification."""
+_REST = (0.1, 0.7)
+_STREAM = 0.002
+_CHANGES = ("route-", "neigh-", "fdb-", "addr-", "link", "conf", "port-", "flow-", "gen")
+"""Events that a damage brings; one that is mended before it was looked at is known by them alone."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A damage and which parts it hits: "kernel", "switch", "filters", "sysctls"."""
+
+    name: str
+    argv: list[str]
+    parts: tuple[str, ...]
+
+
+_SYSCTLS = {
+    "net/ipv4/ip_forward": "0",
+    "net/ipv6/conf/all/forwarding": "0",
+    "net/ipv4/conf/all/send_redirects": "1",
+    "net/ipv4/conf/kbr0/send_redirects": "1",
+    "net/ipv4/conf/kbr0/rp_filter": "1",
+    "net/ipv4/conf/kbr0/accept_redirects": "1",
+    "net/ipv6/conf/kbr0/disable_ipv6": "1",
+    "net/ipv6/conf/kbr0/accept_ra": "1",
+    "net/ipv6/conf/kbr0/accept_redirects": "1",
+}
+"""Setting → a wrong value."""
+
+
+def _drifts(host: Host, peer: Host) -> list[Drift]:
+    own, other = (str(h.pod_cidrs[0].network_address + 1) for h in (host, peer))
+    its_mac = mac(Node(peer.name, peer.address, peer.pod_cidrs))
+    length = host.pod_cidrs[0].prefixlen
+    mgmt = f"unix:{host.state}/obr0.mgmt"
+    vsctl = ["ovs-vsctl", f"--db={host.ovsdb}"]
+    flow = f"priority=100,in_port=LOCAL,dl_dst={its_mac}"
+    down, up = "ip link set kbr0 down", "ip link set kbr0 up"
+    found = [
+        Drift("GRE port deleted", [*vsctl, "del-port", "obr0", f"gre-{peer.name}"], ("switch",)),
+        Drift("route deleted", ["ip", "route", "del", str(peer.pod_cidrs[0]), "proto", "111"], ("kernel",)),
+        Drift("flow table emptied", ["ovs-ofctl", "del-flows", mgmt], ("switch",)),
+        Drift("one flow deleted", ["ovs-ofctl", "--strict", "del-flows", mgmt, flow], ("switch",)),
+        Drift("neighbour deleted", ["ip", "neigh", "del", other, "dev", "kbr0"], ("kernel",)),
+        Drift("FDB entry deleted", ["bridge", "fdb", "del", its_mac, "dev", "obr0", "master"], ("kernel",)),
+        Drift("kbr0's address deleted", ["ip", "addr", "del", f"{own}/{length}", "dev", "kbr0"], ("kernel",)),
+        Drift("kbr0 set down", down.split(), ("kernel",)),
+        Drift("kbr0 set down and up", ["sh", "-c", f"{down}; {up}"], ("kernel",)),
+        Drift("kbr0 deleted", ["ip", "link", "del", "kbr0"], ("kernel", "sysctls")),
+        Drift("obr0's MTU changed", ["ip", "link", "set", "obr0", "mtu", "1400"], ("kernel",)),
+        Drift("obr0 taken out of kbr0", ["ip", "link", "set", "obr0", "nomaster"], ("kernel",)),
+        Drift("masquerade table flushed", ["nft", "flush", "table", "inet", "ovsmesh"], ("filters",)),
+        Drift("bridge filter table deleted", ["nft", "delete", "table", "bridge", "ovsmesh"], ("filters",)),
+    ]
+    for path, value in _SYSCTLS.items():
+        parts = ("sysctls", "kernel") if path.endswith("disable_ipv6") else ("sysctls",)
+        found.append(Drift(f"sysctl {path}", ["sysctl", "-qw", f"{path.replace('/', '.')}={value}"], parts))
+    return found
+
+
+class _Watch:
+    """Sees one host whole or not, by what was good when this was made."""
+
+    def __init__(self, host: Host, eyes: Eyes, kernel: state.Kernel) -> None:
+        self._host, self._eyes, self._kernel = host, eyes, kernel
+        eyes.quiet(0.7)
+        self._good_kernel = kernel.read()
+        self._good_switch = state.switch(eyes)
+        self._good_filters = state.filters(host)
+        self._good_sysctls = state.sysctls(host.ns, _SYSCTLS)
+        self._seen = 0
+        self._since_kernel = 0.0
+        self.touched = False
+        self._whole: dict[str, bool] = {}
+
+    def start(self) -> None:
+        self._eyes.clear()
+        self._seen = 0
+        self.touched = False
+        self._whole = dict.fromkeys(("kernel", "switch", "filters", "sysctls"), True)
+
+    def look(self, parts: tuple[str, ...]) -> tuple[float, bool]:
+        """When something was last seen, and whether these parts are whole.
+
+        `touched` then says whether any of them was changed, though it may be whole again.
+        """
+        eyes = self._eyes
+        eyes.look(_TICK)
+        fresh = eyes.events[self._seen :]
+        self._seen = len(eyes.events)
+        now = time.monotonic()
+        self.touched |= any(event[0].startswith(_CHANGES) for _, event in fresh)
+        for part in parts:
+            if part == "sysctls":
+                self._whole[part] = state.sysctls(self._host.ns, _SYSCTLS) == self._good_sysctls
+            elif part == "switch" and fresh:
+                self._whole[part] = state.switch(eyes) == self._good_switch
+            elif part == "kernel" and (fresh or now - self._since_kernel > 0.02):
+                self._whole[part] = self._kernel.read() == self._good_kernel
+                self._since_kernel = now
+            elif part == "filters" and (changes := [at for at, event in fresh if event == ("gen",)]):
+                self._whole[part] = state.filters(self._host) == self._good_filters
+                # listing takes longer than the look, so the transaction's own time is taken
+                return changes[-1], self._all(parts)
+        return time.monotonic(), self._all(parts)
+
+    def _all(self, parts: tuple[str, ...]) -> bool:
+        return all(self._whole[part] for part in parts)
+
+
+def bench(plan: Plan) -> Iterator[Figure]:
+    tries = plan.tries(20, 3)
+    with Lab(2, 1, dual_stack=True, ephemeral=True) as lab:
+        host, peer = lab.host(1), lab.host(2)
+        lab.converged(20, thorough=True)
+        with Eyes(host) as eyes, closing(state.Kernel(host.ns)) as kernel:
+            watch = _Watch(host, eyes, kernel)
+            for drift in _drifts(host, peer):
+                repairs, lost, outages = _tries(lab, host, watch, drift, tries)
+                yield Figure("drift", drift.name, "ms", tuple(repairs), bound=_GOAL, bound_on_max=True, note=lost)
+                if any(outages):
+                    yield Figure("drift", "  its longest outage", "ms", tuple(outages))
+                _tell(plan, drift.name, repairs, outages)
+            if (code := host.ovsmesh("plan").returncode) != 0:
+                raise LabError(f"after all drifts `ovsmesh plan` exits {code}: {host.ovsmesh('plan').stdout}")
+
+
+def _tell(plan: Plan, name: str, repairs: list[float], outages: list[float]) -> None:
+    out = f"p50 {statistics.median(outages):.0f} ms" if any(outages) else "none"
+    plan.progress(f"  {name}: p50 {statistics.median(repairs):.0f} ms, max {max(repairs):.0f} ms, outage {out}")
+
+
+def _tries(lab: Lab, host: Host, watch: _Watch, drift: Drift, tries: int) -> tuple[list[float], str, list[float]]:
+    repairs: list[float] = []
+    begun: list[float] = []
+    with lab.stream([lab.pair(lab.pod(1, 1), lab.pod(2, 1))], _STREAM) as stream:
+        for _ in range(tries):
+            time.sleep(random.uniform(*_REST))
+            begun.append(time.time())
+            repairs.append(_once(host, watch, drift))
+            if not stream.wait(time.time(), _TIMEOUT, run=5):
+                raise LabError(f"{drift.name}: no packet passes {_TIMEOUT} s after the repair; {host.logs(20)}")
+        time.sleep(0.05)
+    track = stream.tracks[0]
+    hit = [_outage(track, since, until) for since, until in zip(begun, [*begun[1:], time.time()], strict=True)]
+    note = (
+        f"packets lost in all, of {len(track.sent):,} at {1 / _STREAM:.0f}/s: {track.lost}; twice: {track.duplicates}"
+    )
+    return repairs, note, hit
+
+
+def _outage(track: Track, since: float, until: float) -> float:
+    """Milliseconds of the longest stretch without an answer that began in that time."""
+    return max((o.seconds * 1000 for o in track.outages(since) if o.start < until), default=0.0)
+
+
+def _once(host: Host, watch: _Watch, drift: Drift) -> float:
+    """Does the damage and returns the milliseconds from its first sight until all is whole again."""
+    watch.start()
+    argv = ["ip", "netns", "exec", host.ns, *drift.argv]
+    child = subprocess.Popen(argv, env=os.environ | host.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    damaged: float | None = None
+    whole: float | None = None
+    ended = 0.0
+    until = time.monotonic() + _TIMEOUT
+    try:
+        before = time.monotonic()
+        while whole is None or time.monotonic() - whole < _CALM:
+            at, good = watch.look(drift.parts)
+            if not good:
+                damaged, whole = damaged or at, None
+            elif damaged is None and watch.touched:
+                # done and mended between two looks: all of the time between them is counted
+                damaged, whole = before, at
+            elif damaged is not None and whole is None:
+                whole = at
+            before = time.monotonic()
+            ended = ended or (before if child.poll() == 0 else 0.0)
+            if damaged is None and ended and before - ended > _UNSEEN:
+                # a sysctl that was mended between two looks leaves no trace at all
+                return _TICK * 1000
+            if before > until:
+                what = "not repaired" if damaged else "no damage was seen"
+                raise LabError(f"{drift.name}: {what} in {_TIMEOUT} s: {_said(child)} {host.logs(15)}")
+        if child.wait(5):
+            raise LabError(f"{drift.name}: `{' '.join(drift.argv)}`: {_said(child)}")
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.communicate()
+    assert damaged is not None
+    return (whole - damaged) * 1000
+
+
+def _said(child: subprocess.Popen[bytes]) -> str:
+    if child.poll() is None or child.stderr is None:
+        return ""
+    return child.stderr.read().decode(errors="replace").strip()

@@ -1,0 +1,127 @@
+"""What a bench measured, as values: figures, their table, their JSON. Imports nothing that has an effect.
+
+A figure that is compared carries the samples of what it is compared with, taken in the same run and
+in turns with its own, so that a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The sample below or at which `share` (0 to 1) of all are (nearest rank)."""
+    ordered = sorted(samples)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measured thing. `samples` and `beside` are in `unit`."""
+
+    bench: str
+    name: str
+    unit: str
+    samples: tuple[float, ...]
+    beside_name: str = ""
+    beside: tuple[float, ...] = ()
+    bound: float | None = None
+    """What the project's goals ask for, in `unit`, of the median (or of the maximum, `bound_on_max`)."""
+    ratio_bound: float | None = None
+    """The same for the ratio."""
+    bound_on_max: bool = False
+    note: str = ""
+
+    @property
+    def p50(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def ratio(self) -> float | None:
+        """Own median by that of what it stands beside: below 1 is less than it."""
+        below = statistics.median(self.beside) if self.beside else 0.0
+        return self.p50 / below if below else None
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether what is asked for holds; None where nothing is."""
+        checks = []
+        if self.bound is not None:
+            checks.append((max(self.samples) if self.bound_on_max else self.p50) <= self.bound)
+        if self.ratio_bound is not None and self.ratio is not None:
+            checks.append(self.ratio <= self.ratio_bound)
+        return all(checks) if checks else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "bench": self.bench,
+            "name": self.name,
+            "unit": self.unit,
+            "n": len(self.samples),
+            "p50": self.p50,
+            "p99": percentile(self.samples, 0.99),
+            "max": max(self.samples),
+            "min": min(self.samples),
+            "samples": list(self.samples),
+            "beside": {"name": self.beside_name, "samples": list(self.beside)} if self.beside else None,
+            "ratio": self.ratio,
+            "bound": self.bound,
+            "ratioBound": self.ratio_bound,
+            "holds": self.holds,
+            "note": self.note,
+        }
+
+
+def _number(value: float) -> str:
+    if value == int(value) and abs(value) < 1e6:
+        return f"{int(value):,}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _ratio(ratio: float | None) -> str:
+    if ratio is None:
+        return ""
+    return f"1/{1 / ratio:.1f}" if 0 < ratio < 0.5 else f"{ratio:.2f}"
+
+
+def _wanted(figure: Figure) -> str:
+    words = []
+    if figure.bound is not None:
+        words.append(f"{'max ' if figure.bound_on_max else ''}≤ {_number(figure.bound)} {figure.unit}".strip())
+    if figure.ratio_bound is not None:
+        words.append(f"ratio ≤ {_ratio(figure.ratio_bound)}")
+    return ", ".join(words)
+
+
+_HEADS = ("figure", "unit", "n", "p50", "p99", "max", "beside it", "p50", "ratio", "wanted", "")
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """All figures as a text table, one section a bench, notes below each section."""
+    rows: list[tuple[str, ...]] = []
+    for f in figures:
+        beside = _number(statistics.median(f.beside)) if f.beside else ""
+        spread = (_number(f.p50), _number(percentile(f.samples, 0.99)), _number(max(f.samples)))
+        verdict = {None: "", True: "holds", False: "MISSED"}[f.holds]
+        cells = (f.name, f.unit, str(len(f.samples)), *spread, f.beside_name, beside, _ratio(f.ratio), _wanted(f))
+        rows.append((*cells, verdict))
+    widths = [max(len(row[n]) for row in (*rows, _HEADS)) for n in range(len(_HEADS))]
+    right = {2, 3, 4, 5, 7, 8}
+
+    def line(row: Sequence[str]) -> str:
+        cells = (c.rjust(w) if n in right else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return "  ".join(cells).rstrip()
+
+    out, last = [line(_HEADS)], ""
+    for figure, row in zip(figures, rows, strict=True):
+        if figure.bench != last:
+            out += ["", figure.bench]
+            last = figure.bench
+        out.append(line(row))
+        if figure.note:
+            out.append(f"    {figure.note}")
+    return "\n".join(out)

@@ -1,0 +1,122 @@
+"""The command line of the benches: which to run, progress lines, the table, the JSON.
+
+Knows how a run begins and ends: as root, in namespaces of labs of its own, which go when the run
+ends, is interrupted or has failed; those of a run that was killed go when the next one starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchlib import change, cold, drift, restart, scale, steady
+from benchlib.figures import Figure, table
+from benchlib.stage import Plan
+from ovsmesh import __version__
+from ovsmesh.lab import end_orphans
+from ovsmesh.model import OvsmeshError
+
+Bench = Callable[[Plan], Iterable[Figure]]
+BENCHES: dict[str, tuple[Bench, str]] = {
+    "cold": (cold.bench, "process start to the last port, flow, route, neighbour and FDB entry"),
+    "change": (change.bench, "one peer more, one peer less, from the mesh file's rename"),
+    "memory": (steady.memory, "resident memory and idle CPU, children included"),
+    "again": (steady.again, "a second run at the same state: what it writes, how long it and plan and status take"),
+    "kill": (restart.kill, "agent killed with SIGKILL and restarted under a stream of packets"),
+    "drift": (drift.bench, "each drift: time to its repair, packets lost"),
+    "restart": (restart.switch, "ovsdb-server, ovs-vswitchd, both dead for ten seconds"),
+    "lab": (scale.bench, "n² pings of 10 hosts × 3 pods, a lab of 20 hosts"),
+}
+
+
+@dataclass
+class _Progress:
+    started: float
+
+    def __call__(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.started:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def _machine() -> dict[str, Any]:
+    version = subprocess.run(["ovs-vswitchd", "--version"], capture_output=True, text=True, timeout=10).stdout
+    return {
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "openVSwitch": version.split("\n")[0].rpartition(" ")[2],
+        "ovsmesh": __version__,
+        "load": os.getloadavg(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _arguments() -> argparse.Namespace:
+    listed = "\n".join(f"  {name:8} {about}" for name, (_, about) in BENCHES.items())
+    parser = argparse.ArgumentParser(
+        prog="bench.py",
+        description=f"Measures ovsmesh in network namespaces of its own (root). Benches:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="+", choices=list(BENCHES), metavar="NAME", help="only these benches")
+    parser.add_argument("--quick", action="store_true", help="fewer tries and shorter waits: 4 minutes in place of 20")
+    parser.add_argument("--big", action="store_true", help="5,000 peers too")
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="numbers of peers (default 100 300 1000)")
+    parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="PATH", help="default: bench.json")
+    return parser.parse_args()
+
+
+def _stop(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def main() -> None:
+    """Runs the chosen benches; exits 1 when one failed, 2 when a figure misses what is asked of it."""
+    chosen = _arguments()
+    if os.geteuid() != 0:
+        sys.exit("bench.py: makes network namespaces, which needs root; run it with sudo")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    progress = _Progress(time.monotonic())
+    sizes = tuple(chosen.sizes or (100, 300, 1000)) + ((5000,) if chosen.big else ())
+    plan = Plan(chosen.quick, sizes, progress)
+    for proof in end_orphans():
+        progress(f"a killed run's {proof}")
+    figures: list[Figure] = []
+    failed: dict[str, str] = {}
+    machine = _machine()
+    try:
+        for name in chosen.only or BENCHES:
+            bench, about = BENCHES[name]
+            progress(f"{name}: {about}")
+            try:
+                # one by one: what a bench found before it failed is kept
+                for figure in bench(plan):
+                    figures.append(figure)
+            except OvsmeshError as error:
+                failed[name] = str(error)
+                progress(f"{name}: FAILED: {error}")
+    finally:
+        machine["loadAtEnd"] = os.getloadavg()
+        result = {"machine": machine, "figures": [f.to_dict() for f in figures], "failed": failed}
+        chosen.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        if figures:
+            print(table(figures))
+            facts = f"{machine['cpus']} CPUs, Linux {machine['kernel']}, Open vSwitch {machine['openVSwitch']}"
+            if machine["load"][0] > (machine["cpus"] or 1) / 2:
+                print("\nThe machine was busy when this began: seconds and milliseconds are too high, ratios hold.")
+            print(f"\n{facts}, Python {machine['python']}; load {machine['load'][0]:.1f} → {os.getloadavg()[0]:.1f}")
+        print(f"written to {chosen.json}", file=sys.stderr)
+    if failed:
+        sys.exit("\n".join(f"bench.py: {name}: {why.splitlines()[0]}" for name, why in failed.items()))
+    if any(f.holds is False for f in figures):
+        sys.exit(2)

@@ -1,0 +1,112 @@
+"""A host's own dataplane as one comparable value, read in about a millisecond through netlink dumps.
+
+Knows which links, addresses, routes, neighbours and FDB entries are the mesh's; with `whole`, whether
+all of it is as it was at a good moment. Fit for a mesh of a few hosts, not of thousands.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchlib.eyes import Eyes
+from ovsmesh import rtnl
+from ovsmesh.labhost import Host
+from ovsmesh.labnet import within
+
+_PROC = Path("/proc/sys")
+_PORT = re.compile(r"(in_port=|output:)(\d+)")
+Part = tuple[object, ...]
+
+
+class Kernel:
+    """The kernel's part, read whole at each call."""
+
+    def __init__(self, ns: str) -> None:
+        def make() -> socket.socket:
+            sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+            sock.bind((0, 0))
+            sock.settimeout(5)
+            return sock
+
+        self._sock = within(ns, make)
+        self._seq = 0
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _dump(self, kind: int, family: int) -> list[rtnl.Message]:
+        self._seq += 1
+        self._sock.send(rtnl.dump(kind, self._seq, family))
+        found: list[rtnl.Message] = []
+        while True:
+            for message in rtnl.messages(self._sock.recv(1 << 18)):
+                if message.seq != self._seq:
+                    continue
+                if message.type in (rtnl.DONE, rtnl.ERROR):
+                    return found
+                found.append(message)
+
+    def read(self) -> frozenset[Part]:
+        found = (rtnl.parse_link(m.payload) for m in self._dump(rtnl.GETLINK, 0))
+        links = {link.ifindex: link for link in found if link}
+        names = {index: link.name for index, link in links.items()}
+        parts: set[Part] = set()
+        for link in links.values():
+            if link.name in ("kbr0", "obr0"):
+                mac = link.mac if link.name == "kbr0" else ""
+                parts.add(("link", link.name, link.up, link.mtu, mac, names.get(link.master, ""), link.quiet))
+        for message in self._dump(rtnl.GETADDR, 0):
+            address = rtnl.parse_address(message.payload)
+            if address and names.get(address.ifindex) == "kbr0" and not address.address.startswith("fe80"):
+                parts.add(("address", address.address))
+        for family in (int(socket.AF_INET), int(socket.AF_INET6)):
+            for message in self._dump(rtnl.GETROUTE, family):
+                route = rtnl.parse_route(message.payload)
+                if route and route.protocol == 111:
+                    parts.add(("route", *route[:4], names.get(route.oif, ""), route.mtu))
+        for family in (int(socket.AF_INET), int(socket.AF_INET6), rtnl.AF_BRIDGE):
+            for message in self._dump(rtnl.GETNEIGH, family):
+                entry = rtnl.parse_neighbour(message.payload)
+                if entry is None:
+                    continue
+                device = names.get(entry.ifindex, "")
+                if device == "kbr0" and entry.dst and entry.state & rtnl.PERMANENT:
+                    parts.add(("neighbour", entry.dst, entry.mac))
+                elif device == "obr0" and not entry.dst and entry.state & rtnl.NOARP:
+                    parts.add(("fdb", entry.mac))
+        return frozenset(parts)
+
+
+def sysctls(ns: str, paths: Iterable[str]) -> dict[str, str]:
+    """Values below /proc/sys of the namespace; "" for one that is not there."""
+
+    def read() -> dict[str, str]:
+        found = {}
+        for path in paths:
+            try:
+                found[path] = (_PROC / path).read_text().strip()
+            except OSError:
+                found[path] = ""
+        return found
+
+    return within(ns, read)
+
+
+def switch(eyes: Eyes) -> frozenset[Part]:
+    """The switch's part, from what was told of it: ports that have a number, flows with names for numbers."""
+    names = {str(number): name for name, number in eyes.ports.items() if number > 0 and name.startswith("gre-")}
+
+    def named(text: str) -> str:
+        return _PORT.sub(lambda found: found[1] + names.get(found[2], f"?{found[2]}"), text)
+
+    ports: set[Part] = {("port", name) for name in names.values()}
+    return frozenset(ports | {("flow", named(match), named(actions)) for match, actions in eyes.table.items()})
+
+
+def filters(host: Host) -> str:
+    """The filter tables as nft lists them, in one order: a table that is made anew stands last."""
+    tables = host.run(["nft", "list", "ruleset"]).stdout.split("\ntable ")
+    return "\n".join(sorted(table.removeprefix("table ").strip() for table in tables))

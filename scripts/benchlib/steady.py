@@ -1,0 +1,179 @@
+"""An agent with nothing to do: its memory, its CPU time, and what a second run at the same state writes.
+
+Knows /proc, and the counters by which a write would show: rtnetlink notifications, transactions in
+the OVS database's file, nft's generation, the age of each flow.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import ClassVar
+
+from benchlib.eyes import Event, Eyes, generation
+from benchlib.figures import Figure
+from benchlib.stage import Plan, Stage, children, cpu_seconds, stage
+from ovsmesh.labnet import LabError
+
+_MIB_GOAL = 60.0
+_CPU_GOAL = 0.5
+
+
+def _kib(pid: int, file: str, field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/{file}").read_text(), re.MULTILINE)
+    if not found:
+        raise LabError(f"/proc/{pid}/{file} has no {field}")
+    return int(found[1])
+
+
+def _pid(s: Stage) -> int:
+    process = s.host.agent()
+    if process is None:
+        raise LabError(f"the agent has ended: {s.host.logs(10)}")
+    return process.pid
+
+
+def memory(plan: Plan) -> list[Figure]:
+    """All sizes at once: idle agents do not disturb each other, and the minute is spent once."""
+    figures = []
+    seconds = plan.tries(60, 15)
+    with ExitStack() as stack:
+        stages = {size: stack.enter_context(stage(size)) for size in plan.sizes}
+        for s in stages.values():
+            s.host.start_agent()
+            s.ready()
+        time.sleep(3)
+        pids = {size: _pid(s) for size, s in stages.items()}
+        plan.progress(f"  idle for {seconds} s")
+        before = {size: cpu_seconds(pid) for size, pid in pids.items()}
+        began = time.monotonic()
+        time.sleep(seconds)
+        took = time.monotonic() - began
+        for size, pid in pids.items():
+            share = (cpu_seconds(pid) - before[size]) / took * 100
+            own = _kib(pid, "status", "VmRSS") / 1024
+            peak = _kib(pid, "status", "VmHWM") / 1024
+            others = children(pid)
+            pss = sum(_kib(one, "smaps_rollup", "Pss") for one in (pid, *others)) / 1024
+            rss = sum(_kib(one, "status", "VmRSS") for one in (pid, *others)) / 1024
+            goal, goal_cpu = (_MIB_GOAL, _CPU_GOAL) if size == 1000 else (None, None)
+            at = f"at {size:,}"
+            figures += [
+                Figure("memory", f"resident memory of the agent {at}", "MiB", (own,), bound=goal),
+                Figure("memory", f"  the highest it was {at}", "MiB", (peak,), bound=goal),
+                Figure("memory", f"  with its {len(others)} children {at}", "MiB", (rss,), bound=goal),
+                Figure("memory", f"  the same, shared pages once (PSS) {at}", "MiB", (pss,)),
+                Figure("memory", f"idle CPU over {seconds} s, children included, {at}", "%", (share,), bound=goal_cpu),
+            ]
+            plan.progress(f"  {size} peers: {own:.1f} MiB (peak {peak:.1f}), {share:.2f} % of a core")
+    return figures
+
+
+class _Counters:
+    """What has been written so far on a host; `seen` keeps the rtnetlink notifications of all counters."""
+
+    seen: ClassVar[Counter[Event]] = Counter()
+
+    def __init__(self, s: Stage, eyes: Eyes) -> None:
+        self._s, self._eyes = s, eyes
+        eyes.quiet(0.5)
+        eyes.events.clear()
+        self.since = time.monotonic()
+        self._database = self._transactions()
+        self._generation = generation(s.host.ns)
+
+    def _transactions(self) -> int:
+        return (self._s.host.state / "conf.db").read_bytes().count(b"\nOVSDB JSON ")
+
+    def written(self) -> dict[str, int]:
+        """Since the counters were made, by kind."""
+        self._eyes.look(0.2)
+        # the underlay's own neighbours come and go by themselves
+        events = [event for _, event in self._eyes.events if event[0] != "neigh~"]
+        kinds = Counter(event[0] for event in events)
+        kernel = [
+            event for event in events if event[0] not in ("cfg", "settled", "gen", "nft", "port+", "port-", "port?")
+        ]
+        self.seen.update(kernel)
+        found = {
+            "rtnetlink": len(kernel),
+            "OVSDB": self._transactions() - self._database + kinds["cfg"],
+            "nft": generation(self._s.host.ns) - self._generation,
+        }
+        back = self._s.check()
+        found["flows"] = int(back.last_flow > self.since)
+        return found
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.monotonic()
+    call()
+    return time.monotonic() - start
+
+
+def again(plan: Plan) -> list[Figure]:
+    size = max(size for size in plan.sizes if size <= 1000) if min(plan.sizes) <= 1000 else min(plan.sizes)
+    written: dict[str, Counter[str]] = {"once": Counter(), "restarted": Counter(), "killed": Counter()}
+    once: list[float] = []
+    ready: list[float] = []
+    looks: dict[str, list[float]] = {"plan": [], "status": [], "status -o json": []}
+    tries = plan.tries(5, 2)
+    with stage(size) as s:
+        s.host.start_agent()
+        s.ready()
+        s.check()
+        time.sleep(1)
+        with Eyes(s.host, flows=False) as eyes:
+            for _ in range(tries):
+                s.host.stop_agent()
+                counters = _Counters(s, eyes)
+                once.append(_timed(lambda: _once(s)))
+                written["once"].update(counters.written())
+                counters = _Counters(s, eyes)
+                ready.append(_timed(lambda: _start(s)))
+                time.sleep(1)
+                written["restarted"].update(counters.written())
+                s.host.stop_agent(signal.SIGKILL)
+                counters = _Counters(s, eyes)
+                s.host.start_agent()
+                s.ready()
+                time.sleep(1)
+                written["killed"].update(counters.written())
+                for words, times in looks.items():
+                    times.append(_timed(lambda words=words: _look(s, words)))  # type: ignore[misc]
+                plan.progress(f"  {size} peers: second run {once[-1]:.2f} s, wrote {dict(written['once'])}")
+    figures = [
+        Figure("again", f"`agent --once`, nothing to do, {size:,}", "s", tuple(once)),
+        Figure("again", f"agent started again until /readyz, {size:,}", "s", tuple(ready)),
+        *(Figure("again", f"`{words}`, {size:,}", "s", tuple(times)) for words, times in looks.items()),
+    ]
+    for how, counts in written.items():
+        for kind, count in sorted(counts.items()):
+            name = f"writes of {tries} runs ({how}): {kind}"
+            what = "; ".join(f"{' '.join(event)} × {n}" for event, n in _Counters.seen.items())
+            note = f"in all runs: {what}" if kind == "rtnetlink" and count else ""
+            figures.append(Figure("again", name, "", (float(count),), bound=0.0, note=note))
+    return figures
+
+
+def _start(s: Stage) -> None:
+    s.host.start_agent()
+    s.ready()
+
+
+def _once(s: Stage) -> None:
+    done = s.host.run(s.command("agent", "--once", "--log-level", "warning"), timeout=60, check=False)
+    if done.returncode:
+        raise LabError(f"agent --once: exit status {done.returncode}: {done.stderr.strip()}")
+
+
+def _look(s: Stage, words: str) -> None:
+    command, *options = words.split()
+    done = s.host.ovsmesh(command, *options, timeout=60)
+    if done.returncode:
+        raise LabError(f"{words}: exit status {done.returncode}: {done.stdout[-500:]} {done.stderr.strip()}")
