@@ -253,7 +253,7 @@ class Agent:
     def _waiting(self) -> bool:
         """Whether flow-restore-wait is left standing for a moment, whose end rings no bell."""
         have = self.last.have
-        return have is not None and "restore_wait" in have.unknown and "flows" not in have.unknown
+        return have is not None and "restore_wait" in have.unknown and not have.unknown & {"flows", "ports"}
 
     def _sysctls_changed(self) -> bool:
         """Since they were observed last: one that can't be as wanted must not ring for ever."""

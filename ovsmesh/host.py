@@ -128,8 +128,8 @@ class Host:
                 flows = found[0]
                 foreign += found[1]
         else:
-            # its port numbers hold while the server is away, as the switch has its ports from there
-            found = self._flows(problems) if self.ovs.ofports else None
+            # a switch without its database may not answer, so what is known of its flows has to do
+            found = self._flows(problems) if self.ovs.ofports and self.flows.known else None
             self.switch_up = found is not None
             flows = found[0] if found else {}
             unknown |= {"bridges", "ports", "restore_wait"} | (set() if found else {"flows"})

@@ -150,6 +150,11 @@ class FlowTable:
     def fds(self) -> list[int]:
         return [self._tty] if self._monitor is not None else []
 
+    @property
+    def known(self) -> bool:
+        """Whether the table was read and nothing has happened to it since."""
+        return self._raw is not None and self._monitor is not None
+
     def dirty(self) -> None:
         """Makes the next observation read the table whole."""
         self._raw = None

@@ -56,7 +56,8 @@ class Ovs:
     def run(self) -> bool:
         """Takes in what the server sent; True if something that we read may have changed."""
         self._idl.run()
-        changed = bool(self._seqno != self._idl.change_seqno) or self._was_synced != self.synced
+        # while the server is away, each attempt to reach it counts as a change
+        changed = self._was_synced != self.synced or (self.synced and self._seqno != self._idl.change_seqno)
         self._seqno, self._was_synced = self._idl.change_seqno, self.synced
         return changed
 

@@ -1,6 +1,6 @@
-"""What the tests of a live mesh look at, break and send: each host's real state, read from outside the agent.
+"""What the tests of a live mesh look at: each host's real state, read from outside the agent.
 
-Knows ip, nft, ovs-vsctl and packet sockets, and nothing of the rooms under test but their names of things.
+Knows ip, nft and ovs-vsctl, and nothing of the rooms under test but their names of things.
 """
 
 from __future__ import annotations
@@ -9,22 +9,18 @@ import contextlib
 import json
 import re
 import signal
-import socket
-import struct
 import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ovsmesh import labnet
 from ovsmesh.lab import Lab
-from ovsmesh.labhost import Host, Pod
+from ovsmesh.labhost import Host
 from ovsmesh.labnet import LabError, wait_for
-from ovsmesh.labping import Pair, Track, ping
 
 Make = Callable[..., Lab]
 State = dict[str, Any]
@@ -262,6 +258,32 @@ def turns(host: Host) -> float:
     return metrics(host)["ovsmesh_reconcile_total"]
 
 
+def operations(host: Host) -> float:
+    """How many changes the agent has made since it started."""
+    return sum(n for name, n in metrics(host).items() if name.startswith("ovsmesh_apply_operations_total"))
+
+
+def tunnels(host: Host) -> list[str]:
+    return sorted(host.ovs_vsctl("list-ports", "obr0").split())
+
+
+def confirm(host: Host, digest: str) -> None:
+    """`ovsmesh confirm`, as `status` says to do it."""
+    host.run([sys.executable, "-m", "ovsmesh", "confirm", digest, "--state-dir", str(host.state / "agent")])
+
+
+def held(host: Host) -> str:
+    """The digest of the removals that the host's agent holds; "" when it holds none."""
+    found = re.search(r"ovsmesh confirm ([0-9a-f]{12})", " ".join(problems(host)))
+    return found[1] if found else ""
+
+
+def confirm_all(lab: Lab) -> None:
+    for host in lab.hosts:
+        if digest := held(host):
+            confirm(host, digest)
+
+
 def mend(lab: Lab) -> None:
     """Starts whatever an earlier test that failed has left dead, so that it fails alone."""
     for host in lab.hosts:
@@ -284,145 +306,6 @@ def guarded(lab: Lab, thorough: bool = True) -> Iterator[Lab]:
     at_rest(lab)
     if thorough:
         lab.converged(SOON, thorough=True)
-
-
-# --- packets
-
-
-def assert_whole(tracks: Sequence[Track]) -> None:
-    """Every packet came back once, from where it was sent to."""
-    assert tracks
-    bad = [t for t in tracks if t.lost or t.duplicates or t.strays or t.errors]
-    told = [f"{t.pair}: lost {t.lost} of {len(t.sent)}, twice {t.duplicates}, {dict(t.errors)}" for t in bad]
-    assert not bad, "\n".join(told[:10])
-
-
-def assert_reach(lab: Lab, pairs: Sequence[Pair] | None = None, timeout: float = SOON) -> None:
-    """Every pod reaches every other again, within the deadline; from then on with no packet lost."""
-    left = list(lab.pairs() if pairs is None else pairs)
-
-    def all_answer() -> bool:
-        left[:] = [t.pair for t in ping(left, 1, timeout=0.3) if t.lost]
-        return not left
-
-    try:
-        wait_for("every pair to answer", all_answer, timeout, every=0.05)
-    except LabError:
-        raise AssertionError(f"no answer in {timeout:g} s: {left[:10]}") from None
-    assert_whole(ping(lab.pairs() if pairs is None else pairs, 3))
-
-
-def silent(pairs: Sequence[Pair]) -> bool:
-    """No pair gets a single answer."""
-    return all(not track.received for track in ping(pairs, 2, timeout=0.3))
-
-
-class Sniffer:
-    """Collects the frames that a device of a namespace receives, until it is left. Bound before it returns."""
-
-    def __init__(self, ns: str, device: str = "eth0", outgoing: bool = False) -> None:
-        self._outgoing = outgoing
-        self.frames: list[bytes] = []
-        self._socket = labnet.within(ns, lambda: self._open(device))
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name=f"sniffer-{ns}", daemon=True)
-
-    @staticmethod
-    def _open(device: str) -> socket.socket:
-        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-        sock.bind((device, 0))
-        sock.settimeout(0.05)
-        return sock
-
-    def __enter__(self) -> Sniffer:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._socket.close()
-
-    def _loop(self) -> None:
-        while not self._stop.is_set():
-            try:
-                frame, address = self._socket.recvfrom(65535)
-            except TimeoutError:
-                continue
-            except OSError:
-                # the device went down: reading takes the error
-                continue
-            if self._outgoing or address[2] != socket.PACKET_OUTGOING:
-                self.frames.append(frame)
-
-    def count(self, marker: bytes) -> int:
-        return sum(marker in frame for frame in list(self.frames))
-
-    def await_marker(self, marker: bytes, timeout: float = SOON) -> None:
-        wait_for(f"a frame with {marker!r}", lambda: self.count(marker) > 0, timeout)
-
-
-def checksum(data: bytes) -> int:
-    data += b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
-
-
-def datagram(source: str, target: str, payload: bytes, protocol: int = socket.IPPROTO_UDP) -> bytes:
-    """An IP packet of either family; as UDP it goes from port 4000 to port 4001."""
-    a, b = ip_address(source), ip_address(target)
-    if protocol == socket.IPPROTO_UDP:
-        head = struct.pack("!HHHH", 4000, 4001, 8 + len(payload), 0)
-        pseudo = a.packed + b.packed + struct.pack("!II", 8 + len(payload), protocol)
-        payload = head[:6] + struct.pack("!H", checksum(pseudo + head + payload) or 0xFFFF) + payload
-    if a.version == 6:
-        return struct.pack("!IHBB", 6 << 28, len(payload), protocol, 64) + a.packed + b.packed + payload
-    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 0, 0, 64, protocol, 0) + a.packed + b.packed
-    return head[:10] + struct.pack("!H", checksum(head)) + head[12:] + payload
-
-
-def ethernet(target: str, source: str, packet: bytes) -> bytes:
-    """A frame around an IP packet; MACs as text."""
-    kind = 0x0800 if packet[0] >> 4 == 4 else 0x86DD
-    return (
-        bytes.fromhex(target.replace(":", ""))
-        + bytes.fromhex(source.replace(":", ""))
-        + struct.pack("!H", kind)
-        + packet
-    )
-
-
-def send_frame(ns: str, device: str, *frames: bytes) -> None:
-    def opened() -> socket.socket:
-        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-        sock.bind((device, 0))
-        return sock
-
-    with labnet.within(ns, opened) as sock:
-        for frame in frames:
-            sock.send(frame)
-
-
-def send_packet(ns: str, *packets: bytes) -> None:
-    """IP packets with headers of our own making, as a process of the namespace with CAP_NET_RAW sends them."""
-    for packet in packets:
-        four = packet[0] >> 4 == 4
-        family = socket.AF_INET if four else socket.AF_INET6
-        with labnet.within(ns, lambda f=family: socket.socket(f, socket.SOCK_RAW, socket.IPPROTO_RAW)) as sock:  # type: ignore[misc]
-            target = socket.inet_ntop(family, packet[16:20] if four else packet[24:40])
-            sock.sendto(packet, (target, 0))
-
-
-def mac(ns: str, device: str = "eth0") -> str:
-    return str(json.loads(labnet.run(["ip", "-j", "link", "show", device], ns).stdout)[0]["address"])
-
-
-def pod_to_remote_hosts(lab: Lab, source: Pod) -> list[Pair]:
-    return [pair for pair in lab.pairs(between_hosts_only=True) if pair.ns == source.ns]
 
 
 # --- watching what is written

@@ -7,11 +7,11 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from labpackets import assert_reach
 from labtools import (
     SOON,
     Make,
     State,
-    assert_reach,
     await_state,
     difference,
     fdb,

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
+from labpackets import assert_reach, assert_whole
 from labtools import (
     SOON,
     Make,
     State,
-    assert_reach,
-    assert_whole,
     await_state,
     difference,
     drift,
@@ -233,7 +232,11 @@ def test_a_repair_costs_the_other_peers_no_packet(mesh: Lab) -> None:
     before = wiring(host)
     with mesh.stream(stays, 0.004) as stream:
         assert stream.wait(time.time(), SOON)
-        for name in ("port deleted", "route deleted", "one flow deleted", "neighbour deleted", "FDB entry deleted"):
+        names = ["route deleted", "one flow deleted", "neighbour deleted", "FDB entry deleted"]
+        if mesh.settings.datapath == "system":
+            # the userspace datapath may drop a packet or two of others whenever it closes any port
+            names.append("port deleted")
+        for name in names:
             FAULTS[name].does(host)
             await_state(lambda: wiring(host), before)
             assert stream.wait(time.time(), SOON)

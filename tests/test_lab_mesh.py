@@ -10,26 +10,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from labtools import (
-    SOON,
-    Make,
-    Sniffer,
-    assert_reach,
-    assert_whole,
-    datagram,
-    difference,
-    ethernet,
-    flows,
-    guarded,
-    links,
-    mac,
-    netlink_watched,
-    routes,
-    send_frame,
-    transactions,
-    turns,
-    wiring,
-)
+from labpackets import Sniffer, assert_reach, assert_whole, datagram, ethernet, mac, send_frame
+from labtools import SOON, Make, difference, flows, guarded, links, netlink_watched, routes, transactions, turns, wiring
 
 from ovsmesh import labnet
 from ovsmesh.lab import Lab

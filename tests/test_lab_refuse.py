@@ -8,24 +8,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from labpackets import Sniffer, assert_reach, assert_whole, datagram, ethernet, mac, send_frame, send_packet
 from labtools import (
     SOON,
     Make,
-    Sniffer,
-    assert_reach,
-    assert_whole,
-    datagram,
     difference,
-    ethernet,
     guarded,
     ip_json,
     links,
-    mac,
     ovsdb,
     report,
     routes,
-    send_frame,
-    send_packet,
     wiring,
 )
 

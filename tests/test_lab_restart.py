@@ -8,20 +8,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from labtools import (
-    SOON,
-    Make,
-    assert_reach,
-    assert_whole,
-    await_state,
-    difference,
-    guarded,
-    links,
-    metrics,
-    routes,
-    turns,
-    wiring,
-)
+from labpackets import assert_reach, assert_whole
+from labtools import SOON, Make, await_state, difference, guarded, links, metrics, routes, turns, wiring
 
 from ovsmesh.lab import Lab
 from ovsmesh.labhost import Host
@@ -73,9 +61,12 @@ def test_ovsdb_server_restarted(mesh: Lab) -> None:
     assert same_agent(host, agent)
 
 
-@pytest.mark.parametrize("wait", [True, False], ids=["flow-restore-wait", "plain"])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
-def test_ovs_vswitchd_restarted(mesh: Lab, wait: bool, how: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("how", "wait"),
+    [(signal.SIGKILL, True), (signal.SIGTERM, False)],
+    ids=["killed, with flow-restore-wait", "ended, without"],
+)
+def test_ovs_vswitchd_restarted(mesh: Lab, how: signal.Signals, wait: bool) -> None:
     host = mesh.host(1)
     before, agent = wiring(host), host.agent()
     host.kill_vswitchd(how)
