@@ -187,9 +187,9 @@ class Host:
             groups["-" if step.op == "-" else "+", step.kind].append(step)
         problems: list[Problem] = []
 
-        def attempt(what: str, call: Callable[[], None]) -> bool:
+        def attempt(what: str, call: Callable[..., None], *args: Any) -> bool:
             try:
-                call()
+                call(*args)
             except OvsmeshError as error:
                 problems.append(Problem("ApplyFailed", f"{what}: {error}"))
                 return False
@@ -198,7 +198,7 @@ class Host:
         def links(name: str) -> None:
             for step in groups["+", "links"]:
                 if step.key == name:
-                    attempt(f"link {name}", lambda step=step: self.net.set_link(step.key, step.want, step.have))  # type: ignore[misc]
+                    attempt(f"link {name}", self.net.set_link, step.key, step.want, step.have)
 
         def filter_rules() -> None:
             held = {s.key: s.have for s in todo.held if s.kind == "filter_peers"}
@@ -207,7 +207,7 @@ class Host:
         def removals() -> None:
             gone = [s.key for s in groups["-", "flows"]]
             if gone and not bridge_gone:
-                attempt("flows", lambda: self._set_flows({}, gone))
+                attempt("flows", self._set_flows, {}, gone)
             if not filter_first and (groups["-", "rules"] or groups["-", "filter_peers"]):
                 filter_rules()
 
@@ -216,21 +216,21 @@ class Host:
         links(KBR)
         late = self._set_ports(groups, attempt, filter_rules if filter_first else lambda: None)
         adds = {s.key: s.want for s in groups["+", "flows"]}
-        restored = not adds or attempt("flows", lambda: self._set_flows(adds, []))
+        restored = not adds or attempt("flows", self._set_flows, adds, [])
         links(OBR)
         for step in groups["+", "sysctls"]:
-            attempt(f"sysctl {step.key}", lambda step=step: write_sysctl(step.key, step.want))  # type: ignore[misc]
+            attempt(f"sysctl {step.key}", write_sysctl, step.key, step.want)
         problems += self._kernel(groups)
         clear = bool(groups["-", "restore_wait"]) and (restored or self._waited())
         if late or bridge_gone or clear:
             # while the switch closes ports, what leads to them goes too: neither waits for the other
-            attempt("ports", lambda: self.ovs.apply(None, {}, late, bridge_gone, clear, removals))
+            attempt("ports", self.ovs.apply, None, {}, late, bridge_gone, clear, removals)
         else:
             removals()
         for step in groups["-", "links"]:
             # obr0 goes with its bridge; without one it is what a switch that died has left
             if step.key != OBR or not bridge_gone:
-                attempt(f"link {step.key}", lambda step=step: self.net.del_link(step.key))  # type: ignore[misc]
+                attempt(f"link {step.key}", self.net.del_link, step.key)
         return problems
 
     def _set_ports(

@@ -20,8 +20,8 @@ from ovsmesh.kube import GROUP, Api, Object
 from ovsmesh.kubewatch import SECONDS, SILENCE, Bell, Look, Reflector
 from ovsmesh.meshfile import API_VERSION, KIND, MAX_CIDRS, dump, parse
 from ovsmesh.model import Mesh, MeshError, Problem
-from ovsmesh.sources import SAVE_AGAIN, Snapshot
-from ovsmesh.state import StateDir, read_regular, write_atomic
+from ovsmesh.sources import SAVE_AGAIN, Snapshot, last_good
+from ovsmesh.state import StateDir, write_atomic
 
 GRACE = 0.5
 """Seconds that a start waits for an API server that says nothing; one that refuses is not waited for."""
@@ -261,21 +261,8 @@ class KubeSource:
         return self._kept("ApiUnavailable", f"no MeshSlices were read yet: {look.problem or 'no answer'}")
 
     def _load_store(self) -> None:
-        """Takes up the last good mesh of an earlier run; garbage there is named and ignored."""
-        try:
-            data, found = read_regular(self._store)
-            mesh, _ = parse(data, str(self._store))
-        except FileNotFoundError:
-            return
-        except (OSError, MeshError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            message = f"{self._store}: the last good mesh of an earlier run can't be used: {why}"
-        else:
-            if mesh.node(self.node) is not None:
-                self._good, self._saved, self._good_since = mesh, mesh, found.st_mtime
-                return
-            message = f"{self._store}: the last good mesh of an earlier run has no node {self.node}, so it is not used"
-        self._store_problem = (Problem("LastGoodUnreadable", message, fatal=False),)
+        self._good, self._good_since, self._store_problem = last_good(self._store, self.node)
+        self._saved = self._good
 
     def _fresh(self, look: Look[Part]) -> Snapshot:
         reason, message = lacking(look.items)

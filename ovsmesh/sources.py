@@ -58,6 +58,23 @@ class Source(Protocol):
 _Signature = tuple[int, ...]
 
 
+def last_good(store: Path, node: str) -> tuple[Mesh | None, float, tuple[Problem, ...]]:
+    """The last good mesh of an earlier run, and since when it is; garbage in `store` is named and ignored."""
+    try:
+        data, found = read_regular(store)
+        mesh, _ = parse(data, str(store))
+    except FileNotFoundError:
+        return None, 0.0, ()
+    except (OSError, MeshError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        message = f"{store}: the last good mesh of an earlier run can't be used: {why}"
+    else:
+        if mesh.node(node) is not None:
+            return mesh, found.st_mtime, ()
+        message = f"{store}: the last good mesh of an earlier run has no node {node}, so it is not used"
+    return None, 0.0, (Problem("LastGoodUnreadable", message, fatal=False),)
+
+
 class FileSource:
     """The mesh from a file. `node` is self: a file without it is not followed.
 
@@ -130,23 +147,8 @@ class FileSource:
         return found.st_dev, found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def _load_store(self) -> None:
-        """Takes up the last good mesh of an earlier run; garbage there is named and ignored."""
-        try:
-            data, found = read_regular(self._store)
-            mesh, _ = parse(data, str(self._store))
-        except FileNotFoundError:
-            return
-        except (OSError, MeshError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            message = f"{self._store}: the last good mesh of an earlier run can't be used: {why}"
-            self._store_problem = (Problem("LastGoodUnreadable", message, fatal=False),)
-            return
-        if mesh.node(self.node) is None:
-            message = f"{self._store}: the last good mesh of an earlier run has no node {self.node}, so it is not used"
-            self._store_problem = (Problem("LastGoodUnreadable", message, fatal=False),)
-            return
-        self._good = self._saved = mesh
-        self._good_since = found.st_mtime
+        self._good, self._good_since, self._store_problem = last_good(self._store, self.node)
+        self._saved = self._good
 
     def _fresh(self, seen: _Signature | None) -> Snapshot:
         """Reads the file. What makes it unusable as a whole ends in the last good mesh and one Problem."""
