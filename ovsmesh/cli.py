@@ -82,6 +82,19 @@ def _root() -> None:
     "--listen", metavar="ADDR:PORT", default=DEFAULT_LISTEN, show_default=True, help="/metrics, /healthz, /readyz."
 )
 @click.option("--kubeconfig", metavar="FILE", help="Read the mesh from this cluster.  [default: in a pod, its own]")
+@click.option("--cni-dir", metavar="DIR", help="Put the CNI conflist there, e.g. /etc/cni/net.d.  [default: none]")
+@click.option(
+    "--docker",
+    default="auto",
+    type=click.Choice(["auto", "replace", "off"]),
+    show_default=True,
+    help="replace: docker0 gives way to kbr0. auto: never restarts Docker; says what is to be done.",
+)
+@click.option("--docker-config", metavar="FILE", default="/etc/docker/daemon.json", show_default=True)
+@click.option("--docker-socket", metavar="PATH", default="/var/run/docker.sock", show_default=True)
+@click.option(
+    "--docker-restart", metavar="'ARGV …'", default="systemctl restart docker", show_default=True, help="No shell."
+)
 @click.option("--once", is_flag=True, help="Apply until nothing is left to do, then exit: 0 converged, 1 not.")
 @click.option(
     "--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]), show_default=True
@@ -93,6 +106,11 @@ def agent(
     state_dir: str,
     listen: str,
     kubeconfig: str | None,
+    cni_dir: str | None,
+    docker: str,
+    docker_config: str,
+    docker_socket: str,
+    docker_restart: str,
     once: bool,
     log_level: str,
 ) -> None:
@@ -112,6 +130,11 @@ def agent(
         state_dir,
         "" if once else listen,
         kubeconfig or "",
+        os.path.abspath(cni_dir) if cni_dir else "",
+        docker,
+        docker_config,
+        docker_socket,
+        docker_restart,
     )
     if not once:
         room.serve(options, _stop_fd())

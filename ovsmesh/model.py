@@ -195,6 +195,10 @@ class Dataplane:
     routes: Mapping[RouteKey, Route] = field(default_factory=_frozen)
     restore_wait: Mapping[str, bool] = field(default_factory=_frozen)
     """"flow-restore-wait" → True while ovs-vswitchd waits for its flows; we want it gone."""
+    docker: Mapping[str, str] = field(default_factory=_frozen)
+    """Setting of the Docker daemon → value: what makes it plug containers into kbr0."""
+    cni: Mapping[str, str] = field(default_factory=_frozen)
+    """File name in the CNI directory → its text. The last kind: written once all else is true, removed first."""
 
 
 KINDS: tuple[str, ...] = tuple(f.name for f in fields(Dataplane))

@@ -36,6 +36,8 @@ _NAMES = {
     "fdb": "fdb",
     "routes": "route",
     "restore_wait": "ovs",
+    "docker": "docker",
+    "cni": "cni",
 }
 
 

@@ -33,6 +33,14 @@ class Options:
     listen: str = ""
     kubeconfig: str = ""
     """"" is the service account's."""
+    cni_dir: str = ""
+    """Where the container runtime reads its networks, e.g. /etc/cni/net.d; "" leaves CNI alone."""
+    docker: str = "auto"
+    """"auto" keeps a Docker that is on kbr0 there and names one that is not; "replace" puts it there; "off"."""
+    docker_config: str = "/etc/docker/daemon.json"
+    docker_socket: str = "/var/run/docker.sock"
+    docker_restart: str = "systemctl restart docker"
+    """Split as a shell splits words, run without a shell."""
 
 
 class _Quiet:

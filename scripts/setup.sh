@@ -85,7 +85,8 @@ apt_update() {
   updated=1
 }
 apt_has() { # whether apt can install this package
-  LC_ALL=C apt-cache policy "$1" 2>/dev/null | grep -q '^  Candidate: [^(]'
+  # Read whole, then matched: `| grep -q` ends early, apt-cache dies of SIGPIPE, and pipefail says "no".
+  [[ $(LC_ALL=C apt-cache policy "$1" 2>/dev/null) =~ Candidate:\ [^\(] ]]
 }
 # Without systemd a package must not start its service by an init script: the lab runs switches of its
 # own, and a system-wide one would be left behind. Where systemd runs, apt does what it always does.

@@ -148,8 +148,9 @@ def test_a_plan_is_true_when_there_is_something_to_do():
 
 
 def test_additions_in_the_order_of_kinds_and_removals_in_reverse():
-    up = [step.kind for step in plan(FULL, seen(EMPTY)).steps]
-    down = [step.kind for step in plan(EMPTY, seen(FULL), confirmed=True).steps]
+    whole = replace(FULL, docker={"bridge": KBR}, cni={"10-ovsmesh.conflist": "{}"})
+    up = [step.kind for step in plan(whole, seen(EMPTY)).steps]
+    down = [step.kind for step in plan(EMPTY, seen(whole), confirmed=True).steps]
     kinds = [kind for kind in KINDS if kind != "restore_wait"]
     assert list(dict.fromkeys(up)) == kinds
     assert list(dict.fromkeys(down)) == [kind for kind in reversed(kinds) if kind != "sysctls"]

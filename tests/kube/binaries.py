@@ -2,7 +2,8 @@
 
 A program that is found must be new enough to be trusted with what the tests ask of it; else it is built once
 with Go from the module proxy, into a cache folder outside the checkout. `python tests/kube/binaries.py` does
-that ahead of the tests and prints where they are; with --check it only says what is missing for it.
+that ahead of the tests and prints where they are (with --all those of a whole cluster, kubelet included); with
+--check it only says what is missing for it.
 Imports nothing of ovsmesh.
 """
 
@@ -31,10 +32,14 @@ _BUILD_SECONDS = 3600
 _QUERY_SECONDS = 60
 
 PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
+"""A control plane, and what speaks to it."""
+NODE_PROGRAMS = ("kube-scheduler", "kubelet", "kube-proxy")
+"""What a cluster that runs pods needs besides."""
 _NEWEST_THAT_LACKS: Mapping[str, tuple[int, int]] = MappingProxyType(
     # etcd 3.5 and older lack RequestWatchProgress: bookmarks of a new watch end in an ERROR 500 event.
     # Kubernetes before 1.33 lacks the node name in a token's claims by default, or the CEL library of CIDRs.
     {"etcd": (3, 5), "kube-apiserver": (1, 32), "kube-controller-manager": (1, 32), "kubectl": (1, 30)}
+    | dict.fromkeys(NODE_PROGRAMS, (1, 32))
 )
 _MAINS = {
     "etcd": ("go.etcd.io/etcd/server/v3/etcdmain", "etcdmain.Main(os.Args)"),
@@ -44,13 +49,16 @@ _MAINS = {
         "app.NewControllerManagerCommand()",
     ),
     "kubectl": ("k8s.io/kubectl/pkg/cmd", "cmd.NewDefaultKubectlCommand()"),
+    "kube-scheduler": ("k8s.io/kubernetes/cmd/kube-scheduler/app", "app.NewSchedulerCommand()"),
+    "kubelet": ("k8s.io/kubernetes/cmd/kubelet/app", "app.NewKubeletCommand(context.Background())"),
+    "kube-proxy": ("k8s.io/kubernetes/cmd/kube-proxy/app", "app.NewProxyCommand()"),
 }
 _STAGING = (
-    "api apiextensions-apiserver apimachinery apiserver cli-runtime client-go cloud-provider cluster-bootstrap "
-    "code-generator component-base component-helpers controller-manager cri-api cri-client cri-streaming csi- "
-    "translation-lib dynamic-resource-allocation endpointslice externaljwt kms kube-aggregator kube-controller- "
-    "manager kube-proxy kube-scheduler kubectl kubelet metrics mount-utils pod-security-admission sample- "
-    "apiserver sample-cli-plugin sample-controller streaming"
+    "api apiextensions-apiserver apimachinery apiserver cli-runtime client-go cloud-provider cluster-bootstrap"
+    " code-generator component-base component-helpers controller-manager cri-api cri-client cri-streaming"
+    " csi-translation-lib dynamic-resource-allocation endpointslice externaljwt kms kube-aggregator"
+    " kube-controller-manager kube-proxy kube-scheduler kubectl kubelet metrics mount-utils pod-security-admission"
+    " sample-apiserver sample-cli-plugin sample-controller streaming"
 )
 """Modules of k8s.io that are developed inside k8s.io/kubernetes."""
 
@@ -66,21 +74,21 @@ def cache() -> Path:
 
 
 @functools.cache
-def binaries() -> Mapping[str, Path]:
-    """Each of PROGRAMS → its path, built first where need be. Raises BinariesError.
+def binaries(names: tuple[str, ...] = PROGRAMS) -> Mapping[str, Path]:
+    """Each of `names` → its path, built first where need be. Raises BinariesError.
 
     The first call on a machine may take ten minutes and says so on standard error.
     """
-    found = {name: path for name in PROGRAMS if (path := _find(name)) is not None}
-    missing = [name for name in PROGRAMS if name not in found]
+    found = {name: path for name in names if (path := _find(name)) is not None}
+    missing = [name for name in names if name not in found]
     if missing:
         found |= _build(missing)
     return MappingProxyType(found)
 
 
-def ready() -> bool:
+def ready(names: tuple[str, ...] = PROGRAMS) -> bool:
     """Whether binaries() would return at once."""
-    return all(_find(name) is not None for name in PROGRAMS)
+    return all(_find(name) is not None for name in names)
 
 
 def _find(name: str) -> Path | None:
@@ -176,7 +184,7 @@ def _build_one(go: str, folder: Path, name: str) -> None:
     source = folder / "src" / ("etcd" if name == "etcd" else "kube")
     main = source / name / "main.go"
     main.parent.mkdir(parents=True, exist_ok=True)
-    for each in PROGRAMS:
+    for each in _MAINS:
         # All mains of a module must be there before `go mod tidy` looks at what they need.
         if (each == "etcd") == (name == "etcd"):
             (source / each).mkdir(exist_ok=True)
@@ -209,7 +217,8 @@ def _main(name: str) -> str:
     package, call = _MAINS[name]
     if name == "etcd":
         return f'package main\n\nimport (\n\t"os"\n\n\t"{package}"\n)\n\nfunc main() {{ {call} }}\n'
-    imports = f'import (\n\t"os"\n\n\t"k8s.io/component-base/cli"\n\t"{package}"\n)'
+    context = '\t"context"\n' if "context." in call else ""
+    imports = f'import (\n{context}\t"os"\n\n\t"k8s.io/component-base/cli"\n\t"{package}"\n)'
     return f"package main\n\n{imports}\n\nfunc main() {{ os.Exit(cli.Run({call})) }}\n"
 
 
@@ -234,7 +243,8 @@ if __name__ == "__main__":
         if sys.argv[1:] == ["--check"]:
             check()
         else:
-            for program, path in binaries().items():
+            names = PROGRAMS + NODE_PROGRAMS if sys.argv[1:] == ["--all"] else PROGRAMS
+            for program, path in binaries(names).items():
                 print(program, path)
     except BinariesError as problem:
         sys.exit(f"kube: error: {problem}")
