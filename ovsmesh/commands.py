@@ -159,6 +159,12 @@ def cleanup(
         state.unlock()
 
 
+def remove(state: StateDir, ovsdb: str, cni_dir: str, cni_bin_dir: str) -> tuple[list[str], bool]:
+    """As cleanup, for the agent itself, which holds the state directory."""
+    with _host(ovsdb, cni_dir, cni_bin_dir) as host:
+        return _cleanup(host, state, dry_run=False)
+
+
 def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], bool]:
     before, problems = state.before()
     # a setting of kbr0's own goes with it

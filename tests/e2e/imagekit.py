@@ -109,9 +109,7 @@ def _make_base(environment: dict[str, str]) -> None:
 
 
 def _run(argv: Sequence[str], environment: dict[str, str]) -> str:
-    done = subprocess.run(
-        argv, env=environment, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False
-    )
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False)
     if done.returncode:
         raise ImageError(f"{' '.join(argv)}: exit {done.returncode}: {(done.stdout + done.stderr)[-3000:]}")
     return done.stdout

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -25,7 +26,13 @@ from kubenode import CLUSTER_CIDR, KubeNode
 
 from ovsmesh import labnet
 
+_POLL = 0.1
 UNDERLAY_MTU = 1500
+_OTHERS = ("var/lib/kubelet/", "var/lib/containerd/", "var/log/", "tmp/", "var/tmp/", "root/", "etc/kubernetes/")
+"""Where the kubelet and containerd write."""
+_SYSCTLS = r"^net\.(ipv[46]\.(conf|ip_forward)|bridge)"
+_OF_LINK = re.compile(r"conf\.(?!all|default|mgmt0|eth0|lo)")
+"""Settings of a link go with it."""
 _HUB_ADDRESS = "172.30.0.1"
 _RULES = "table netdev lab { chain in { type filter hook ingress device eth0 priority 0; policy drop; }; }"
 """The kernel must not answer ARP for what br-phy owns."""
@@ -36,9 +43,7 @@ class Plane(ControlPlane):
 
     def __init__(self, folder: Path, ns: str) -> None:
         super().__init__(folder, address=_HUB_ADDRESS, ns=ns, pod_cidrs=CLUSTER_CIDR)
-        certificate, key = self.authority.sign(
-            "kubelet-client", "/O=system:masters/CN=kube-apiserver-kubelet-client"
-        )
+        certificate, key = self.authority.sign("kubelet-client", "/O=system:masters/CN=kube-apiserver-kubelet-client")
         self._apiserver_options = (
             "--endpoint-reconciler-type=lease",
             f"--advertise-address={_HUB_ADDRESS}",
@@ -85,7 +90,7 @@ class Cluster:
         self.hub = f"{self.name}-hub"
         self.plane: Plane
         self.nodes: dict[str, KubeNode] = {}
-        self.times: dict[str, float] = {}
+        self._before: dict[str, set[str]] = {}
         self._ending = ExitStack()
 
     # ------------------------------------------------------------ up and down
@@ -167,14 +172,24 @@ class Cluster:
 
     def underlay(self, node: KubeNode) -> None:
         """Gives eth0 to the node's switch, and the tunnel address to br-phy, once there is a switch."""
-        vsctl = ["ovs-vsctl", "--timeout=20", "--db=unix:/run/openvswitch/db.sock"]
         eventually(lambda: Path(node.root, "run/openvswitch/db.sock").is_socket(), 30, f"the switch of {node.name}")
         labnet.run(["nft", "-f", "-"], node.ns, text=_RULES)
         labnet.tx_checksum_off(node.ns, "eth0")
         bridge = ["add-br", "br-phy", "--", "set", "bridge", "br-phy", "datapath_type=netdev"]
-        node.run([*vsctl, *bridge, "--", "add-port", "br-phy", "eth0"], 30)
+        self.ovs(node, *bridge, "--", "add-port", "br-phy", "eth0")
         labnet.ip_batch(["link set br-phy up", f"addr add {node.tunnel_address}/24 dev br-phy"], node.ns)
         labnet.tx_checksum_off(node.ns, "br-phy")
+
+    # ------------------------------------------------------------ traces
+
+    def remember(self) -> None:
+        """What each node has by now is no trace of ovsmesh."""
+        self._before = {name: _state(node) for name, node in self.nodes.items()}
+
+    def traces(self, node: KubeNode) -> set[str]:
+        """What the node has now and had not when remember() was called; for a node of later, what others had not."""
+        before = self._before.get(node.name) or set.union(*self._before.values())
+        return _state(node) - before
 
     # ------------------------------------------------------------ asking
 
@@ -193,6 +208,10 @@ class Cluster:
         query = f"?labelSelector={label}" if label else ""
         return list(self.plane.call("GET", f"/api/v1/namespaces/{namespace}/pods{query}").body.get("items", ()))
 
+    def ovs(self, node: KubeNode, *arguments: str) -> str:
+        """What ovs-vsctl says there, of whichever switch the node has."""
+        return node.run(["ovs-vsctl", "--timeout=10", "--db=unix:/run/openvswitch/db.sock", *arguments])
+
     def logs(self) -> str:
         told = ["get nodes,pods -A -o wide", "get events -A", "get meshnodes -o yaml"]
         shown = [self.plane.kubectl(*words.split(), check=False) for words in told]
@@ -209,6 +228,23 @@ class Cluster:
                 labnet.ip_batch([f"netns attach {name} {found}"])
                 return name
         raise AssertionError(f"no process of pod {pod['metadata']['name']} on {node.name}\n{node.logs()}")
+
+
+def _state(node: KubeNode) -> set[str]:
+    """Links, routes, neighbours, rules of filters, settings and files, each as a line."""
+    found = set()
+    for link in json.loads(node.run(["ip", "-json", "link"])):
+        found.add(f"link {link['ifname']}")
+    for command in (["ip", "route", "show", "table", "all"], ["ip", "neigh", "show", "nud", "permanent"]):
+        found |= {f"{command[1]} {line.strip()}" for line in node.run(command).splitlines()}
+    found |= {f"nft {line}" for line in node.run(["nft", "list", "tables"]).splitlines()}
+    for tool in ("iptables", "ip6tables"):
+        found |= {f"{tool} {line}" for line in node.run([tool, "-S", "FORWARD"], check=False).splitlines()}
+    sysctls = node.run(["sysctl", "-a", "--pattern", _SYSCTLS], check=False).splitlines()
+    found |= {f"sysctl {line}" for line in sysctls if not _OF_LINK.search(line)}
+    run = Path(node.root, "run/openvswitch")
+    found |= {f"file run/openvswitch/{path.name}" for path in run.glob("*")}
+    return found | {f"file {path}" for path in node.written() if not path.startswith(_OTHERS)}
 
 
 def start_switch(node: KubeNode) -> None:
@@ -231,12 +267,12 @@ def _text(path: Path) -> str:
         return ""
 
 
-def eventually(check: Callable[[], Any], seconds: float, what: str, every: float = 0.1) -> Any:
-    """What `check` gives once that is true."""
+def eventually(check: Callable[[], Any], seconds: float, what: str, why: Callable[[], object] = str) -> Any:
+    """What `check` gives once that is true; fails with what `why` gives."""
     deadline = time.monotonic() + seconds
     while not (found := check()):
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}, in vain"
-        time.sleep(every)
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}, in vain {why()}"
+        time.sleep(_POLL)
     return found
 
 

@@ -153,7 +153,7 @@ class KubeNode:
     def _containerd(self) -> str:
         config = self.folder / "containerd.toml"
         config.write_text(
-            f"""version = 2
+            """version = 2
 [grpc]
   address = "/run/containerd/containerd.sock"
 [plugins."io.containerd.grpc.v1.cri"]
