@@ -29,7 +29,7 @@ class Home:
     """The Namespace `namespace`. `fd` is readable from when it is seen to be leaving."""
 
     def __init__(self, api: Api, namespace: str) -> None:
-        self._api, self._path = api, path_of(NAMESPACES, namespace)
+        self._api, self._namespace = api, namespace
         self._leaving = threading.Event()
         self._bell, self._unheard = Bell(), Bell()
         self._reflector: Reflector[bool] = Reflector(
@@ -43,7 +43,8 @@ class Home:
 
     def _project(self, found: Object) -> bool:
         # what was seen once holds: the next that is heard of it may be that it is gone
-        if leaving(found):
+        # whose Namespace it is, is not left to the server's filter
+        if found["metadata"]["name"] == self._namespace and leaving(found):
             self._leaving.set()
             self._bell.ring()
         return self._leaving.is_set()
@@ -55,7 +56,7 @@ class Home:
         """As leaving(), after one question to the API server, as the watch may be behind; no answer is a no."""
         if not self._leaving.is_set():
             try:
-                self._project(self._api.within(_ASK_SECONDS).get(self._path))
+                self._project(self._api.within(_ASK_SECONDS).get(path_of(NAMESPACES, self._namespace)))
             except (OvsmeshError, KeyError, TypeError, AttributeError):
                 # not to be heard, not allowed, or not what was asked for: it stays
                 return False
