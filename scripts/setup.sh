@@ -30,6 +30,11 @@ modprobe|kmod|dev|loads kernel modules in the kernel tests
 openssl|openssl|dev|certificates of the control plane in the Kubernetes tests
 /usr/lib/cni/bridge|containernetworking-plugins|dev|plugs pods into kbr0 as a container runtime does, in the lab
 setpriv|util-linux|dev|ends that control plane when the tests die
+containerd|containerd|dev|runs the containers of the end to end tests' nodes
+runc|runc|dev|starts those containers
+buildah|buildah|dev|builds the image where no Docker runs
+mmdebstrap|mmdebstrap|dev|makes the image's base where no registry can be reached
+busybox|busybox-static|dev|what runs in the pods of those tests
 linux.uml|user-mode-linux|dev|a kernel with the openvswitch datapath, for the kernel tests'
 
 # The first Python >= 3.11 that really starts (a version manager puts shims on PATH that do not).

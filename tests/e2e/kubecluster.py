@@ -22,10 +22,12 @@ from typing import Any
 
 from binaries import NODE_PROGRAMS, PROGRAMS, binaries
 from controlplane import ControlPlane
-from kubenode import CLUSTER_CIDR, KubeNode
+from kubenode import CLUSTER_CIDR, KubeNode, cgroup_remove
 
 from ovsmesh import labnet
 
+_OURS = re.compile(r"(oe\d+)-.*")
+_TICKS = os.sysconf("SC_CLK_TCK")
 _POLL = 0.1
 UNDERLAY_MTU = 1500
 _OTHERS = ("var/lib/kubelet/", "var/lib/containerd/", "var/log/", "tmp/", "var/tmp/", "root/", "etc/kubernetes/")
@@ -91,6 +93,7 @@ class Cluster:
         self.plane: Plane
         self.nodes: dict[str, KubeNode] = {}
         self._before: dict[str, set[str]] = {}
+        self._early: dict[str, set[str]] = {}
         self._ending = ExitStack()
 
     # ------------------------------------------------------------ up and down
@@ -144,6 +147,7 @@ class Cluster:
 
     def _furnish(self, node: KubeNode) -> None:
         node.await_runtime()
+        self._early[node.name] = _state(node) | {"nft table netdev lab"}
         for image in self._images:
             node.load(image)
         eventually(lambda: self.node(node.name).get("spec", {}).get("podCIDR"), 60, f"{node.name} to be registered")
@@ -187,9 +191,8 @@ class Cluster:
         self._before = {name: _state(node) for name, node in self.nodes.items()}
 
     def traces(self, node: KubeNode) -> set[str]:
-        """What the node has now and had not when remember() was called; for a node of later, what others had not."""
-        before = self._before.get(node.name) or set.union(*self._before.values())
-        return _state(node) - before
+        """What the node has now, and no node had when remember() was called, nor this one when it started."""
+        return _state(node).difference(*self._before.values(), self._early[node.name])
 
     # ------------------------------------------------------------ asking
 
@@ -247,6 +250,23 @@ def _state(node: KubeNode) -> set[str]:
     return found | {f"file {path}" for path in node.written() if not path.startswith(_OTHERS)}
 
 
+def end_orphans() -> None:
+    """Ends what is left of clusters whose maker has ended without doing it; their processes died with it."""
+    spaces: dict[str, list[str]] = {}
+    for ns in labnet.namespaces():
+        if match := _OURS.fullmatch(ns):
+            spaces.setdefault(match[1], []).append(ns)
+    for name, mine in spaces.items():
+        maker = labnet.identity(int(name[2:]))
+        made = min((labnet.NETNS / ns).stat().st_mtime for ns in mine)
+        born = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + (maker.start / _TICKS if maker else 0.0)
+        # a process of that number which is younger than the cluster is another one
+        if maker is None or born > made:
+            labnet.end(labnet.inhabitants(mine))
+            labnet.ip_batch(f"netns del {ns}" for ns in mine)
+            cgroup_remove(name)
+
+
 def start_switch(node: KubeNode) -> None:
     """As an init script of the host does."""
     Path(node.root, "etc/openvswitch").mkdir(parents=True, exist_ok=True)
@@ -279,6 +299,7 @@ def eventually(check: Callable[[], Any], seconds: float, what: str, why: Callabl
 @contextmanager
 def cluster(folder: Path, images: Sequence[Path]) -> Iterator[Cluster]:
     """A cluster without nodes; its files are gone afterwards."""
+    end_orphans()
     made = Cluster(folder, images)
     try:
         with made:

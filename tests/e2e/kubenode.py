@@ -6,6 +6,7 @@ all that runs there. Imports labnet, nothing else of ovsmesh.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -103,7 +104,7 @@ class KubeNode:
             self._process.kill()
             self._process.wait(20)
             self._process = None
-        _cgroup_remove(self._cgroup)
+        cgroup_remove(self._cgroup)
 
     def _until(self, what: str, check: Any) -> None:
         deadline = time.monotonic() + _START_SECONDS
@@ -238,22 +239,22 @@ def _cgroup_make(name: str) -> None:
                 (above / "cgroup.subtree_control").write_text(" ".join(f"+{each}" for each in wanted))
 
 
-def _cgroup_remove(name: str) -> None:
+def cgroup_remove(name: str) -> None:
     """Removes the groups of processes, once the kernel has let go of those that were in them."""
     for top in _hierarchies():
         for at, _, _ in os.walk(top / name, topdown=False):
-            deadline = time.monotonic() + 10.0
-            while True:
-                try:
-                    os.rmdir(at)
-                except FileNotFoundError:
-                    break
-                except OSError:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.05)
-                else:
-                    break
-        above = top / name.split("/")[0]
-        if above.is_dir() and not any(entry.is_dir() for entry in above.iterdir()):
-            above.rmdir()
+            _rmdir(Path(at))
+        above = (top / name).parent
+        if above != top and above.is_dir() and not any(entry.is_dir() for entry in above.iterdir()):
+            _rmdir(above)
+
+
+def _rmdir(path: Path) -> None:
+    deadline = time.monotonic() + 10.0
+    while path.exists():
+        try:
+            path.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
