@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import os
 import shutil
+import socket
+import struct
 import time
 from contextlib import closing
 from pathlib import Path
@@ -156,6 +159,26 @@ def test_a_kept_connection_that_the_server_ended_is_replaced(stub: Stub, api: Ap
     api.get(f"{THINGS}/a")
     api.create(THINGS, {"metadata": {"name": "b"}, "spec": {"n": 2}})
     assert stub.count("POST") == 1
+
+
+def test_a_connection_reset_before_tls_leaves_nothing_open(stub: Stub, api: Api, monkeypatch: Any) -> None:
+    """As where the server ends while a connection waits to be accepted: a leak would be an unraisable warning."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def connect(*_: object) -> socket.socket:
+            mine = socket.socket()
+            mine.connect(door.getsockname())
+            theirs, _peer = door.accept()
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            theirs.close()
+            return mine
+
+        monkeypatch.setattr(socket, "create_connection", connect)
+        with pytest.raises(kube.Unavailable, match="reset before TLS began"):
+            api.get("/x")
+        with pytest.raises(kube.Unavailable, match="reset before TLS began"):
+            api.watch("/x", "1", 5, 5.0)
+    gc.collect()
 
 
 def test_nothing_is_waited_for_longer_than_said(stub: Stub, api: Api) -> None:

@@ -101,7 +101,7 @@ def test_an_empty_answer_in_place_of_a_list_removes_nothing(stub: Stub, watch: W
     eventually(lambda: reflector.look().current)
     stub.answers = [(200, b"{}", {}), (200, b'{"items": [], "metadata": {}}', {}), (200, b'{"items": 3}', {})]
     stub.cut_all()
-    eventually(lambda: not stub.answers and reflector.look().lists == 2, 10)
+    eventually(lambda: not stub.answers and reflector.look().lists == 2, 30)
     assert items(reflector) == {"a": 1}
 
 
