@@ -140,6 +140,11 @@ if ! python=$(find_python); then
   python=$(find_python) || die "Python 3.11 or newer is needed, this machine has $(python3 -V 2>/dev/null || echo none) and its packages hold no newer one; put a python3.11 on PATH and try again"
 fi
 
+# Go comes from no package of ours: Debian's is too old. What is missing is said by what would build with it.
+if [ $flavour = dev ] && ! missing=$("$python" tests/kube/binaries.py --check 2>&1); then
+  say "the Kubernetes tests will be skipped (in CI: fail): ${missing#kube: error: }"
+fi
+
 venv=$(venv_path "$python")
 if [ -e "$venv/ready-$flavour" ] || [ -e "$venv/ready-dev" ]; then
   exit

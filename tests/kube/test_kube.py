@@ -10,6 +10,7 @@ import shutil
 import socket
 import struct
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kubestub import Stub
 from pki import Authority
 
 from ovsmesh import kube
-from ovsmesh.kube import Api
+from ovsmesh.kube import Api, Object
 from ovsmesh.kubeconfig import in_cluster, load
 from ovsmesh.model import OvsmeshError
 
@@ -194,12 +195,13 @@ def test_a_fenced_write_is_not_sent_once_the_lease_is_lost(stub: Stub, api: Api)
     fenced = api.fenced(lambda: left[0])
     fenced.create(THINGS, {"metadata": {"name": "a"}, "spec": {"n": 1}})
     left[0] = 0.0
-    for write in (
+    writes: tuple[Callable[[], Object], ...] = (
         lambda: fenced.create(THINGS, {"metadata": {"name": "b"}}),
         lambda: fenced.patch(f"{THINGS}/a", {"spec": {"n": 2}}),
         lambda: fenced.replace(f"{THINGS}/a", {}),
         lambda: fenced.delete(f"{THINGS}/a"),
-    ):
+    )
+    for write in writes:
         with pytest.raises(kube.NotLeader):
             write()
     assert fenced.get(f"{THINGS}/a")["spec"] == {"n": 1}
