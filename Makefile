@@ -22,7 +22,7 @@ ROOTLY = @command -v sudo >/dev/null || { echo 'make: this part makes network na
 	echo 'make: not root, and this part makes network namespaces: using sudo' >&2
 endif
 
-.PHONY: help demo test test-unit test-kube test-lab test-kernel bench lint setup setup-dev clean
+.PHONY: help demo test test-unit test-kube test-lab test-e2e test-kernel image bench lint setup setup-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,7 +31,7 @@ demo: setup ## five hosts in network namespaces: ping matrix, live faults, repai
 	$(ROOTLY)
 	$(ROOT) $(BIN)/python -m ovsmesh lab demo
 
-test: setup-dev lint test-unit test-kube test-lab test-kernel ## everything: lint, types, contracts, and all tests (root for the lab)
+test: setup-dev lint test-unit test-kube test-lab test-kernel test-e2e ## everything: lint, types, contracts, and all tests (root for the lab)
 
 test-unit: setup-dev ## tests that need neither root nor Open vSwitch in namespaces
 	$(PYTEST) -n 2 -m 'not lab and not kernel and not kube'
@@ -49,6 +49,16 @@ test-lab: setup-dev ## tests on real Open vSwitch in network namespaces (root)
 
 test-kernel: setup-dev ## tests on the kernel datapath, inside User-mode Linux (no root needed)
 	$(PYTEST) -m kernel tests/kernel
+
+test-e2e: setup-dev ## the image and the manifests on real kubelets with real containers (root)
+	$(ROOTLY)
+	$(ROOT) $(PYTEST) -m e2e tests/e2e
+
+BASE ?= debian:12-slim
+TAG ?= ovsmesh:dev
+TOOL ?=
+image: ## the container image, by docker, podman or buildah: BASE=debian:12-slim TAG=ovsmesh:dev
+	@scripts/image.sh '$(BASE)' '$(TAG)' $(TOOL)
 
 bench: setup ## the figures that README shows, as a table and as JSON (root)
 	$(ROOTLY)

@@ -1,6 +1,6 @@
 """An agent as a process: its options, its state directory, where its mesh comes from and where it is seen.
 
-Joins agent, host, board and the sources; what a turn does is agent's. Imports Kubernetes' rooms only
+Joins agent, host, board, notify and the sources; what a turn does is agent's. Imports Kubernetes' rooms only
 when a cluster is asked for.
 """
 
@@ -16,6 +16,7 @@ from ovsmesh.agent import Agent, Publisher
 from ovsmesh.board import Board
 from ovsmesh.host import Host
 from ovsmesh.model import OvsmeshError
+from ovsmesh.notify import Notifier
 from ovsmesh.sources import FileSource, Source
 from ovsmesh.state import StateDir
 from ovsmesh.turn import Runtime, Turn
@@ -111,7 +112,9 @@ def serve(options: Options, stop_fd: int) -> None:
     with _locked(options) as state, contextlib.ExitStack() as ending:
         board = Board(options.listen, options.node, options.mesh or "MeshSlices", state)
         ending.callback(board.close)
-        agent, tells = ending.enter_context(_agent(options, state, board, 1.0))
+        notifier = Notifier()
+        agent, tells = ending.enter_context(_agent(options, state, _All(board, notifier), 1.0))
+        ending.callback(notifier.close)
         agent.run(stop_fd, tells)
 
 
