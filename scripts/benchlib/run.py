@@ -21,7 +21,7 @@ from typing import Any
 
 from binaries import BinariesError
 
-from benchlib import change, cold, drift, kubescale, restart, scale, steady
+from benchlib import change, cold, drift, kubebeats, kubejoins, kubescale, kubewatchers, restart, scale, steady
 from benchlib.figures import Figure, table
 from benchlib.stage import Plan
 from ovsmesh import __version__
@@ -38,7 +38,10 @@ BENCHES: dict[str, tuple[Bench, str]] = {
     "drift": (drift.bench, "each drift: time to its repair, packets lost"),
     "restart": (restart.switch, "ovsdb-server, ovs-vswitchd, both dead for ten seconds"),
     "lab": (scale.bench, "n² pings of 10 hosts × 3 pods, a lab of 20 hosts"),
+    "kube-joins": (kubejoins.bench, "three hosts: a Node joins, leaves, changes its address"),
     "kube-1000": (kubescale.bench, "1,000 Nodes: agent's start, memory, joins, a burst of 500"),
+    "kube-heartbeats": (kubebeats.bench, "1,000 Nodes' heartbeats, and what of them reaches an agent"),
+    "kube-watchers": (kubewatchers.bench, "1,000 and 3,000 watches of the slices: a join to the last one's event"),
 }
 
 
