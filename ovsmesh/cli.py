@@ -234,6 +234,46 @@ def cleanup(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: st
 
 
 @cli.command()
+@_common
+@click.option(
+    "--print", "printed", is_flag=True, help="This host's part of the mesh as a shell script without ovsmesh."
+)
+@click.option("--check", "checked", is_flag=True, help="What a node needs, and whether this host has it; exit 1: not.")
+@click.option("--wait", "waited", type=click.FloatRange(0), metavar="SECONDS", help="Until the agent has converged.")
+def bootstrap(
+    mesh: str | None,
+    node: str | None,
+    ovsdb: str | None,
+    state_dir: str,
+    printed: bool,
+    checked: bool,
+    waited: float | None,
+) -> None:
+    """Make a host ready: what it needs, its recipe, its first success. scripts/bootstrap.sh does all of it."""
+    from ovsmesh import bootstrap as room
+
+    if [printed, checked, waited is not None].count(True) != 1:
+        raise click.UsageError("give one of --print, --check and --wait SECONDS")
+    _root()
+    options = _options(mesh, node, ovsdb, state_dir)
+    if printed:
+        text, problems = room.script(**options)
+        click.echo(text, nl=False)
+        for problem in problems:
+            click.echo(f"! {problem}", err=True)
+        sys.exit(1 if any(p.fatal for p in problems) else 0)
+    if checked:
+        found = room.check(**options)
+        for line in found:
+            click.echo(str(line))
+        sys.exit(1 if any(c.state == "FAIL" for c in found) else 0)
+    lines, converged = room.await_converged(**options, deadline=waited or 0.0)
+    for text in lines:
+        click.echo(text)
+    sys.exit(0 if converged else 1)
+
+
+@cli.command()
 @click.option("--kubeconfig", metavar="FILE", help="[default: $KUBECONFIG, in-cluster, ~/.kube/config]")
 @click.option(
     "--listen", metavar="ADDR:PORT", default=CONTROLLER_LISTEN, show_default=True, help="/metrics, /healthz, /readyz."
