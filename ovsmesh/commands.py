@@ -31,8 +31,8 @@ _PROOF = tuple(kind for kind in KINDS if kind not in ("sysctls", "restore_wait")
 
 
 @contextlib.contextmanager
-def _host(ovsdb: str) -> Iterator[Host]:
-    host = Host(ovsdb)
+def _host(ovsdb: str, cni_dir: str, cni_bin_dir: str) -> Iterator[Host]:
+    host = Host(ovsdb, cni_dir, cni_bin_dir)
     try:
         host.ovs.connect()
         yield host
@@ -68,7 +68,9 @@ def _look(host: Host, snapshot: Snapshot, node: str) -> Turn:
     return Turn(wanted, facts, want, have, todo, problems, converged, snapshot.confirmed, since=snapshot.since)
 
 
-def look(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "") -> tuple[Turn, bool]:
+def look(
+    mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "", cni_dir: str = "", cni_bin_dir: str = ""
+) -> tuple[Turn, bool]:
     """What the agent would change now, and whether something stands in the way of it or of knowing it.
 
     Raises OvsmeshError without a usable mesh.
@@ -76,17 +78,19 @@ def look(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "") -> 
     snapshot = _snapshot(mesh, node, state_dir)
     if snapshot.mesh is None:
         raise OvsmeshError("; ".join(map(str, snapshot.problems)))
-    with _host(ovsdb) as host:
+    with _host(ovsdb, cni_dir, cni_bin_dir) as host:
         found = _look(host, snapshot, node)
     unclear = found.have is None or bool(found.have.unknown)
     return found, bool(found.plan.blocked) or unclear or not snapshot.confirmed
 
 
-def status(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, output: str) -> str:
+def status(
+    mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, cni_dir: str, cni_bin_dir: str, output: str
+) -> str:
     """The report of this node as text, JSON or YAML."""
     state = StateDir(state_dir)
     snapshot = _snapshot(mesh, node, state_dir)
-    with _host(ovsdb) as host:
+    with _host(ovsdb, cni_dir, cni_bin_dir) as host:
         found = _look(host, snapshot, node)
         counted = statistics(ovsdb) if host.ovs.synced else {}
         version = host.ovs.version
@@ -136,18 +140,20 @@ def _traffic(numbers: dict[str, int]) -> Traffic:
     return Traffic(rx_packets, tx_packets, rx_bytes, tx_bytes, errors)
 
 
-def cleanup(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, dry_run: bool) -> tuple[list[str], bool]:
+def cleanup(
+    mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, cni_dir: str, cni_bin_dir: str, dry_run: bool
+) -> tuple[list[str], bool]:
     """Removes all of ours; what it did and the proof, as lines, and whether nothing is left.
 
     Raises OvsmeshError while an agent runs with this state directory: it would put all back.
     """
     state = StateDir(state_dir)
     if dry_run:
-        with _host(ovsdb) as host:
+        with _host(ovsdb, cni_dir, cni_bin_dir) as host:
             return _cleanup(host, state, dry_run)
     state.lock()
     try:
-        with _host(ovsdb) as host:
+        with _host(ovsdb, cni_dir, cni_bin_dir) as host:
             return _cleanup(host, state, dry_run)
     finally:
         state.unlock()

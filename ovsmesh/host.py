@@ -1,4 +1,4 @@
-"""This host: the rooms that act (ovsdb, openflow, netlink, firewall) as one thing to observe and change.
+"""This host: the rooms that act (ovsdb, openflow, netlink, firewall, cni) as one thing to observe and change.
 
 The only place, with agent, that joins them. It decides nothing: what to change comes as a Plan,
 and the order of its steps is kept as far as one transaction or one bundle for many steps allows.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ovsmesh.cni import Cni
 from ovsmesh.firewall import Firewall
 from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Facts, Foreign, Mesh, Node, Observed, OvsmeshError, Problem
 from ovsmesh.netlink import Netlink, write_sysctl
@@ -33,21 +34,22 @@ OTHERS_GRACE = 5.0
 class Host:
     """Everything of ovsmesh on this host. Not thread-safe; one a process."""
 
-    def __init__(self, ovsdb: str) -> None:
+    def __init__(self, ovsdb: str, cni_dir: str = "", cni_bin_dir: str = "") -> None:
         self.ovs = Ovs(ovsdb)
         self.net = Netlink()
         self.flows = FlowTable(run_dir(ovsdb))
         self.firewall = Firewall()
+        self.cni = Cni(cni_dir, cni_bin_dir)
         self.switch_up = False
         self._waiting_since: float | None = None
         self._carriers: dict[str, bool] = {}
 
     def close(self) -> None:
-        for room in (self.flows, self.ovs, self.net, self.firewall):
+        for room in (self.flows, self.ovs, self.net, self.firewall, self.cni):
             room.close()
 
     def fds(self) -> list[int]:
-        return [*self.net.fds(), *self.flows.fds(), *self.firewall.fds()]
+        return [*self.net.fds(), *self.flows.fds(), *self.firewall.fds(), *self.cni.fds()]
 
     def wait(self, fds: Iterable[int], timeout: float) -> None:
         """Sleeps until a bell rings, one of `fds` is readable, or `timeout` seconds are over."""
@@ -56,7 +58,7 @@ class Host:
     def drain(self) -> bool:
         """Takes in what the bells brought; True if something of ours may have changed."""
         # each must run, so no short circuit
-        rang = [self.ovs.run(), self.net.drain(), self.flows.drain(), self.firewall.drain()]
+        rang = [self.ovs.run(), self.net.drain(), self.flows.drain(), self.firewall.drain(), self.cni.drain()]
         return any(rang)
 
     def dirty(self) -> None:
@@ -86,6 +88,7 @@ class Host:
             ipv6=Path("/proc/sys/net/ipv6").exists(),
             ra_links=self.net.ra_links(),
             forward_drop=self.firewall.forward_drop(),
+            cni=self.cni.facts(),
         )
 
     def _carried(self, link: str) -> bool:
@@ -103,8 +106,9 @@ class Host:
 
     def observe(self, want: Dataplane) -> Observed:
         """Reads back all that is ours, and what stands in its way; `want` says which sysctls matter."""
-        kernel, foreign = self.net.observe(want.sysctls)
-        problems: list[Problem] = []
+        conflists, unplugged, problems = self.cni.observe()
+        kernel, foreign = self.net.observe(want.sysctls, plugged=bool(conflists))
+        foreign += unplugged
         unknown: set[str] = set()
         rules, peers, filter_problems = self.firewall.observe(want.rules)
         problems += filter_problems
@@ -148,6 +152,7 @@ class Host:
             fdb=kernel["fdb"],
             routes=kernel["routes"],
             restore_wait=restore,
+            cni=conflists,
         )
         return Observed(have, tuple(_relevant(foreign, want)), tuple(problems), frozenset(unknown))
 
@@ -211,6 +216,9 @@ class Host:
             if not filter_first and (groups["-", "rules"] or groups["-", "filter_peers"]):
                 filter_rules()
 
+        if groups["-", "cni"]:
+            # first of all, so that no pod comes to what is going
+            attempt("CNI", self.cni.apply, groups["-", "cni"])
         bridge_gone = bool(groups["-", "bridges"])
         filter_first = bool(groups["+", "rules"] or groups["+", "filter_peers"])
         links(KBR)
@@ -231,6 +239,8 @@ class Host:
             # obr0 goes with its bridge; without one it is what a switch that died has left
             if step.key != OBR or not bridge_gone:
                 attempt(f"link {step.key}", self.net.del_link, step.key)
+        if groups["+", "cni"]:
+            attempt("CNI", self.cni.apply, groups["+", "cni"])
         return problems
 
     def _set_ports(

@@ -1,7 +1,7 @@
 """From a Mesh, a node's name and its host's facts to the Dataplane that the node should have.
 
 Pure: the same input gives the same output on every node, so two nodes agree on both ends of a
-tunnel without talking. Imports model and filters; never ovs, pyroute2, kubernetes, time, socket.
+tunnel without talking. Imports model, filters and conflist; never ovs, pyroute2, kubernetes, time, socket.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network
 from typing import Any
 
-from ovsmesh import filters
+from ovsmesh import conflist, filters
 from ovsmesh.model import (
     FALLBACK_METRIC,
     KBR,
@@ -255,6 +255,7 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
     for kind, into in grows.items():
         for parts in joined.values():
             into.update(getattr(parts, kind))
+    cidrs = [c for c in me.pod_cidrs if facts.ipv6 or c.version == 4]
     want = Dataplane(
         bridges={OBR: Bridge(facts.datapath_type, mtu_request=w.mtu)},
         links={
@@ -262,8 +263,9 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
             OBR: Link("", w.mtu, master=KBR, quiet=True),
         },
         sysctls=_sysctls(me, facts),
-        addresses={f"{gateway(c)}/{c.prefixlen}": KBR for c in me.pod_cidrs if facts.ipv6 or c.version == 4},
+        addresses={f"{gateway(c)}/{c.prefixlen}": KBR for c in cidrs},
         rules=filters.rules(mesh, me, facts),
+        cni=conflist.wanted(facts.cni, cidrs, [str(gateway(c)) for c in cidrs], w.mtu) if facts.cni else {},
         **grows,
     )
     return want, (*_problems(mesh, me, facts, w.mtu), *refused)

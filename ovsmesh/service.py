@@ -15,7 +15,7 @@ from ovsmesh import __version__
 from ovsmesh.agent import Agent, Publisher
 from ovsmesh.board import Board
 from ovsmesh.host import Host
-from ovsmesh.model import OvsmeshError
+from ovsmesh.model import CNI_BIN_DIR, OvsmeshError
 from ovsmesh.notify import Notifier
 from ovsmesh.sources import FileSource, Source
 from ovsmesh.state import StateDir
@@ -36,6 +36,8 @@ class Options:
     """"" is the service account's."""
     cni_dir: str = ""
     """Where the container runtime reads its networks, e.g. /etc/cni/net.d; "" leaves CNI alone."""
+    cni_bin_dir: str = CNI_BIN_DIR
+    """Where the runtime finds its plugins: directories as in PATH."""
     docker: str = "auto"
     """"auto" keeps a Docker that is on kbr0 there and names one that is not; "replace" puts it there; "off"."""
     docker_config: str = "/etc/docker/daemon.json"
@@ -76,7 +78,7 @@ def _agent(options: Options, state: StateDir, tells: Publisher, patience: float)
     `patience` is for how many seconds a cluster's first word is waited for.
     """
     with contextlib.ExitStack() as ending:
-        host = Host(options.ovsdb)
+        host = Host(options.ovsdb, options.cni_dir, options.cni_bin_dir)
         ending.callback(host.close)
         source: Source
         if options.mesh:
