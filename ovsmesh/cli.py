@@ -95,6 +95,14 @@ def _root() -> None:
 @click.option(
     "--docker-restart", metavar="'ARGV …'", default="systemctl restart docker", show_default=True, help="No shell."
 )
+@click.option(
+    "--docker-timeout",
+    metavar="SECONDS",
+    default=120.0,
+    show_default=True,
+    type=click.FloatRange(1, 3600),
+    help="For the restart command, and again for dockerd to answer.",
+)
 @click.option("--once", is_flag=True, help="Apply until nothing is left to do, then exit: 0 converged, 1 not.")
 @click.option(
     "--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]), show_default=True
@@ -111,6 +119,7 @@ def agent(
     docker_config: str,
     docker_socket: str,
     docker_restart: str,
+    docker_timeout: float,
     once: bool,
     log_level: str,
 ) -> None:
@@ -132,9 +141,10 @@ def agent(
         kubeconfig or "",
         os.path.abspath(cni_dir) if cni_dir else "",
         docker,
-        docker_config,
-        docker_socket,
+        os.path.abspath(docker_config),
+        os.path.abspath(docker_socket),
         docker_restart,
+        docker_timeout,
     )
     if not once:
         room.serve(options, _stop_fd())

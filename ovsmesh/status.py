@@ -79,6 +79,8 @@ class Self:
     mesh_from: str = ""
     mesh_since: float | None = None
     mesh_current: bool = True
+    docker: str = ""
+    """Where Docker's containers are plugged in; "" where there is no Docker, or it is left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +245,11 @@ def _mtu_from(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> str:
     return f"underlay {underlay or mtu + extra}{'' if underlay else ' assumed'} − {extra} of {mesh.encapsulation}"
 
 
-def _self(name: str, mesh: Mesh | None, facts: Facts | None, want: Dataplane | None, runtime: Runtime) -> Self:
+def _self(
+    name: str, mesh: Mesh | None, facts: Facts | None, want: Dataplane | None, docker: str, runtime: Runtime
+) -> Self:
     about = {
+        "docker": docker,
         "ovs_version": runtime.ovs_version,
         "agent_running": runtime.agent_since is not None,
         "agent_since": runtime.agent_since,
@@ -349,7 +354,7 @@ def report(
         runtime.now,
         _headline(self_name, mesh, plan, peers, degraded, converged),
         converged,
-        _self(self_name, mesh, facts, want, runtime),
+        _self(self_name, mesh, facts, want, have.docker, runtime),
         conditions,
         peers,
         tuple(plan.lines()),
