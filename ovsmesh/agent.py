@@ -273,8 +273,13 @@ class Agent:
         """Turns until the plan is empty or nothing more can be done, for `deadline` seconds at most."""
         end = time.monotonic() + deadline
         self._turn_and_publish(publish)
-        while time.monotonic() < end and self.runtime.failures < _ONCE_TRIES:
-            if not self._outdated:
+        while (time.monotonic() < end or self._host.busy) and self.runtime.failures < _ONCE_TRIES:
+            if self._host.busy:
+                self._host.wait(self._source.fds(), SYSCTL_POLL)
+                self._source.drain()
+                if not self._host.drain() and self._host.busy:
+                    continue
+            elif not self._outdated:
                 if self.last.converged or self._retry_at >= end:
                     break
                 self._host.wait(self._source.fds(), max(0.0, self._retry_at - time.monotonic()))

@@ -96,6 +96,14 @@ def _root() -> None:
 @click.option(
     "--docker-restart", metavar="'ARGV …'", default="systemctl restart docker", show_default=True, help="No shell."
 )
+@click.option(
+    "--docker-timeout",
+    metavar="SECONDS",
+    default=120.0,
+    show_default=True,
+    type=click.FloatRange(1, 3600),
+    help="For the restart command, and again for dockerd to answer.",
+)
 @click.option("--once", is_flag=True, help="Apply until nothing is left to do, then exit: 0 converged, 1 not.")
 @click.option(
     "--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]), show_default=True
@@ -113,6 +121,7 @@ def agent(
     docker_config: str,
     docker_socket: str,
     docker_restart: str,
+    docker_timeout: float,
     once: bool,
     log_level: str,
 ) -> None:
@@ -135,9 +144,10 @@ def agent(
         os.path.abspath(cni_dir) if cni_dir else "",
         cni_bin_dir or CNI_BIN_DIR,
         docker,
-        docker_config,
-        docker_socket,
+        os.path.abspath(docker_config),
+        os.path.abspath(docker_socket),
         docker_restart,
+        docker_timeout,
     )
     if not once:
         room.serve(options, _stop_fd())
@@ -226,6 +236,39 @@ def cleanup(state_dir: str, dry_run: bool, **options: str | None) -> None:
     for line in lines:
         click.echo(line)
     sys.exit(0 if clean else 1)
+
+
+@cli.command()
+@_common
+@click.option(
+    "--print", "printed", is_flag=True, help="This host's part of the mesh as a shell script without ovsmesh."
+)
+@click.option("--check", "checked", is_flag=True, help="What a node needs, and whether this host has it; exit 1: not.")
+@click.option("--wait", "waited", type=click.FloatRange(0), metavar="SECONDS", help="Until the agent has converged.")
+def bootstrap(state_dir: str, printed: bool, checked: bool, waited: float | None, **options: str | None) -> None:
+    """Make a host ready: what it needs, its recipe, its first success. scripts/bootstrap.sh does all of it."""
+    from ovsmesh import bootstrap as room
+
+    if [printed, checked, waited is not None].count(True) != 1:
+        raise click.UsageError("give one of --print, --check and --wait SECONDS")
+    _root()
+    told = _options(state_dir, **options)
+    about = {name: told[name] for name in ("mesh", "node", "ovsdb", "state_dir", "listen")}
+    if printed:
+        text, problems = room.script(**about)
+        click.echo(text, nl=False)
+        for problem in problems:
+            click.echo(f"! {problem}", err=True)
+        sys.exit(1 if any(p.fatal for p in problems) else 0)
+    if checked:
+        found = room.check(**about)
+        for line in found:
+            click.echo(str(line))
+        sys.exit(1 if any(c.state == "FAIL" for c in found) else 0)
+    lines, converged = room.await_converged(**about, deadline=waited or 0.0)
+    for text in lines:
+        click.echo(text)
+    sys.exit(0 if converged else 1)
 
 
 @cli.command()

@@ -62,7 +62,7 @@ class Cni:
             return None
         plugins = tuple(self._plugin(name) for name in conflist.PLUGINS)
         kept = ""
-        if conflist.missing(plugins):
+        if not conflist.writable(plugins):
             ours, _, _ = self.observe()
             kept = ours.get(conflist.FILE, "")
         self._known = CniFacts(self._directory, plugins, kept)

@@ -55,12 +55,17 @@ def _used(plugins: Iterable[CniPlugin]) -> list[CniPlugin]:
     return more if versions(more) else used
 
 
+def writable(plugins: Sequence[CniPlugin]) -> bool:
+    """Whether a conflist can be written for these plugins."""
+    return not missing(plugins) and bool(versions(_used(plugins)))
+
+
 def wanted(cni: Cni, pod_cidrs: Sequence[IPNetwork], gateways: Sequence[str], mtu: int) -> dict[str, str]:
     """The conflist by its file name; none where plugins lack.
 
     One that is there stays while they do: without a conflist no pod could even be deleted.
     """
-    if missing(cni.plugins) or not versions(_used(cni.plugins)):
+    if not writable(cni.plugins):
         return {FILE: cni.kept} if cni.kept else {}
     return {FILE: render(_used(cni.plugins), pod_cidrs, gateways, mtu)}
 

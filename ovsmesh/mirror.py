@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterable
+from ipaddress import ip_interface
 
 from ovsmesh import rtnl
 from ovsmesh.model import KBR, MARK, OBR, PROTOCOL, Foreign, IPNetwork, Link, Route, RouteKey
@@ -259,7 +260,15 @@ class Mirror:
 
     def foreign_routes(self) -> list[Foreign]:
         """Routes in the watched ranges that are not ours."""
-        return [Foreign("routes", key[0], text) for key, text in self._foreign_routes.items()]
+        kbr = self._indexes.get(KBR)
+        # Docker routes its IPv6 range into the bridge once more, as the kernel has done already
+        own = {str(ip_interface(a).network) for a, index in self._addresses if index == kbr}
+        twice = {
+            key
+            for key, text in self._foreign_routes.items()
+            if key[2] == kbr and key[0] in own and text.startswith(f"route {key[0]} dev ")
+        }
+        return [Foreign("routes", key[0], text) for key, text in self._foreign_routes.items() if key not in twice]
 
     def carrier(self, address: str) -> rtnl.LinkEntry | None:
         """The link that has this address."""
@@ -269,6 +278,11 @@ class Mirror:
     def ra_links(self) -> tuple[str, ...]:
         """Links whose IPv6 default route came from a router advertisement."""
         return tuple(sorted(self.links[index].name for index in self._ra_links if index in self.links))
+
+    def bridge_ports(self, name: str) -> tuple[str, ...] | None:
+        """The ports of a Linux bridge of any owner; None when there is no such bridge."""
+        entry = self.links.get(self._indexes.get(name, 0))
+        return tuple(self.ports_of(name)) if entry is not None and entry.kind == "bridge" else None
 
     def ports_of(self, name: str) -> list[str]:
         """The names of a bridge's ports."""

@@ -131,6 +131,10 @@ class Facts:
     """"iptables" and/or "ip6tables": whose FORWARD chain holds rules or a policy that may drop."""
     cni: Cni | None = None
     """None: CNI is left alone."""
+    docker: str = ""
+    """"replace": Docker is to be on kbr0; "keep": it is there, and its file is to say so; "": none of our business."""
+    range_shared: bool = False
+    """Whether CNI gives out addresses of the pod CIDR too, so that Docker may have a half of it only."""
 
 
 class Link(NamedTuple):
@@ -252,3 +256,5 @@ class Observed:
     problems: tuple[Problem, ...] = ()
     unknown: frozenset[str] = frozenset()
     """Kinds (fields of Dataplane) that can't be observed now, so nothing is planned for them."""
+    docker: str = ""
+    """Docker here in a few words, for the reader; "" for none."""

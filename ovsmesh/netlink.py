@@ -7,6 +7,7 @@ along silently) and whenever the agent asks. Never imports ovs or kubernetes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -194,6 +195,9 @@ class Netlink:
             # someone was quicker: what they made is seen in the next observation
             self._do({f"delete link {_NEW}": rtnl.del_link(0, index)})
             raise
+        with contextlib.suppress(OvsmeshError):
+            # before it is up and has a link-local address: duplicate detection would be 1 to 2 s of no new neighbours
+            write_sysctl(f"net/ipv6/conf/{KBR}/accept_dad", "0")
         self._do({f"set link {KBR} up": rtnl.set_link(0, index, up=want.up)})
         self._take_back(index)
 

@@ -176,10 +176,10 @@ def _subject(step: Step) -> str:
     want = _words(step.kind, step.want)
     if step.op == "+":
         shown = want[:1] if step.kind == "ports" else want
-        return " ".join([text, *(f"{word} {value}" for word, value in shown if value)])
+        return " ".join([text, *(f"{word} {value}".lstrip() for word, value in shown if value)])
     have = dict(_words(step.kind, step.have))
     changes = [
-        f"{word} {have[word] or _ABSENT.get(word, 'none')} → {value or _ABSENT.get(word, 'none')}"
+        f"{word and word + ' '}{have[word] or _ABSENT.get(word, 'none')} → {value or _ABSENT.get(word, 'none')}"
         for word, value in want
         if have[word] != value
     ]
@@ -243,6 +243,16 @@ def _blocks(step: Step, foreign: dict[tuple[str, Any], Foreign]) -> Foreign | No
         # a foreign route to the same destination wins or loses by its metric: either way one of the two is wrong
         hit = foreign.get(("routes", step.key[0])) if step.want.type == "unicast" else None
     return hit
+
+
+def _all_or_nothing(
+    kind: str, hits: list[tuple[Step, Foreign | None]], removed: list[Step]
+) -> tuple[list[tuple[Step, Foreign | None]], list[Step]]:
+    """Without the steps of a kind of which one is blocked: a Docker that is switched by half is worse than none."""
+    if not any(hit for step, hit in hits if step.kind == kind):
+        return hits, removed
+    left = [(step, hit) for step, hit in hits if hit or step.kind != kind]
+    return left, [step for step in removed if step.kind != kind]
 
 
 def _overruled(want: Dataplane, have: Dataplane, foreign: dict[tuple[str, Any], Foreign]) -> list[Blocked]:
@@ -315,6 +325,7 @@ def plan(want: Dataplane, observed: Observed, confirmed: bool = False) -> Plan:
     blocked = []
     if foreign:
         hits = [(step, _blocks(step, foreign)) for step in added]
+        hits, removed = _all_or_nothing("docker", hits, removed)
         blocked = [Blocked(step, hit) for step, hit in hits if hit]
         added = [step for step, hit in hits if not hit]
         blocked += _overruled(want, have, foreign)

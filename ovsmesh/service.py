@@ -1,6 +1,6 @@
 """An agent as a process: its options, its state directory, where its mesh comes from and where it is seen.
 
-Joins agent, host, board and the sources; what a turn does is agent's. Imports Kubernetes' rooms only
+Joins agent, host, board, notify and the sources; what a turn does is agent's. Imports Kubernetes' rooms only
 when a cluster is asked for.
 """
 
@@ -13,11 +13,14 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ovsmesh import __version__, commands
+from ovsmesh import __version__
 from ovsmesh.agent import Agent, Publisher, readable
 from ovsmesh.board import Board
+from ovsmesh.docker import Docker
+from ovsmesh.dockerswitch import Settings as DockerSettings
 from ovsmesh.host import Host
 from ovsmesh.model import CNI_BIN_DIR, OvsmeshError
+from ovsmesh.notify import Notifier
 from ovsmesh.ovsreplica import run_dir
 from ovsmesh.sources import FileSource, Source
 from ovsmesh.state import StateDir
@@ -58,6 +61,23 @@ class Options:
     docker_socket: str = "/var/run/docker.sock"
     docker_restart: str = "systemctl restart docker"
     """Split as a shell splits words, run without a shell."""
+    docker_timeout: float = 120.0
+    """Seconds for the restart command, and again for the daemon to answer."""
+
+    def docker_room(self, state: StateDir, removing: bool = False, acting: bool = False) -> Docker | None:
+        """What keeps this host's Docker; None where it is to be left alone."""
+        if self.docker == "off":
+            return None
+        about = (self.docker, self.docker_config, self.docker_socket, self.docker_restart, self.docker_timeout)
+        return Docker(DockerSettings(*about), state, removing, acting)
+
+
+def remembered(state: StateDir, ovsdb: str) -> Options:
+    """What the agent that last ran with this state directory was told about Docker and CNI."""
+    told, plain = state.agent(), Options("", "", ovsdb, str(state.path))
+    names = [f.name for f in dataclasses.fields(Options) if f.name.startswith(("docker", "cni"))]
+    good = {name: told[name] for name in names if isinstance(told.get(name), type(getattr(plain, name)))}
+    return dataclasses.replace(plain, **good)
 
 
 class _Quiet:
@@ -94,7 +114,7 @@ def _agent(
     `patience` is for how many seconds a cluster's first word is waited for.
     """
     with contextlib.ExitStack() as ending:
-        host = Host(options.ovsdb, options.cni_dir, options.cni_bin_dir)
+        host = Host(options.ovsdb, options.cni_dir, options.cni_bin_dir, options.docker_room(state, acting=True))
         ending.callback(host.close)
         source: Source
         home = None
@@ -135,7 +155,9 @@ def serve(options: Options, stop_fd: int) -> None:
         with contextlib.ExitStack() as ending:
             board = Board(options.listen, options.node, options.mesh or "MeshSlices", state)
             ending.callback(board.close)
-            agent, tells, home = ending.enter_context(_agent(options, state, board, 1.0))
+            notifier = Notifier()
+            agent, tells, home = ending.enter_context(_agent(options, state, _All(board, notifier), 1.0))
+            ending.callback(notifier.close)
             agent.run([stop_fd, home.fd] if home else [stop_fd], tells)
             leaving = home is not None and home.ask()
         if leaving:
@@ -148,6 +170,8 @@ def _remove(options: Options, state: StateDir, stop_fd: int) -> None:
 
     To end before that would have us started anew.
     """
+    from ovsmesh import commands  # which imports this
+
     told = run_dir(options.ovsdb) / REMOVING
     with contextlib.suppress(OSError):
         told.touch()

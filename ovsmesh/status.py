@@ -81,6 +81,8 @@ class Self:
     mesh_from: str = ""
     mesh_since: float | None = None
     mesh_current: bool = True
+    docker: str = ""
+    """Where Docker's containers are plugged in; "" where there is no Docker, or it is left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +251,7 @@ def _self(
     name: str, mesh: Mesh | None, facts: Facts | None, want: Dataplane | None, have: Observed, runtime: Runtime
 ) -> Self:
     about = {
+        "docker": have.docker,
         "ovs_version": runtime.ovs_version,
         "agent_running": runtime.agent_since is not None,
         "agent_since": runtime.agent_since,

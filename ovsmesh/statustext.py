@@ -66,6 +66,8 @@ def _about(me: Self, now: float) -> Iterator[tuple[str, str]]:
         yield "Open vSwitch", f"{me.ovs_version or 'version not known'}, datapath {me.datapath_type}"
     if me.cni is not None:
         yield "CNI", str(me.cni)
+    if me.docker:
+        yield "Docker", me.docker
     if me.agent_since is None:
         yield "agent", "not running: nothing is kept up to date"
     else:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class Runtime:
     store: Path
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Pod → the result of its ADD."""
+    ports: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def conflist(self) -> dict[str, Any]:
         """The network that a runtime uses: the first file by name. Raises CniError when there is none or it is bad."""
@@ -49,9 +51,13 @@ class Runtime:
             raise CniError(f"{files[0]}: no plugins")
         return found
 
-    def add(self, pod: str) -> dict[str, Any]:
-        """ADD of every plugin of the chain, for a namespace that is there. Raises CniError."""
+    def add(self, pod: str, ports: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
+        """ADD of every plugin of the chain, for a namespace that is there; `ports` are (hostPort, containerPort).
+
+        Raises CniError.
+        """
         conf, result = self.conflist(), None
+        self.ports[pod] = [{"hostPort": h, "containerPort": c, "protocol": "tcp"} for h, c in ports]
         for plugin in conf["plugins"]:
             result = self._call("ADD", conf, plugin, pod, result)
         assert result is not None
@@ -84,7 +90,8 @@ class Runtime:
         if "ipam" in given:
             # the machine's own store is not the test's to fill
             given["ipam"] = {**given["ipam"], "dataDir": str(self.store)}
-        given.pop("capabilities", None)
+        if given.pop("capabilities", {}).get("portMappings") and self.ports.get(pod):
+            given["runtimeConfig"] = {"portMappings": self.ports[pod]}
         if before is not None:
             given["prevResult"] = before
         env = {
