@@ -21,7 +21,19 @@ from typing import Any
 
 from binaries import BinariesError
 
-from benchlib import change, cold, drift, kubebeats, kubejoins, kubescale, kubewatchers, restart, scale, steady
+from benchlib import (
+    change,
+    cold,
+    drift,
+    kubebeats,
+    kubejoins,
+    kubeoutages,
+    kubescale,
+    kubewatchers,
+    restart,
+    scale,
+    steady,
+)
 from benchlib.figures import Figure, table
 from benchlib.stage import Plan
 from ovsmesh import __version__
@@ -42,6 +54,7 @@ BENCHES: dict[str, tuple[Bench, str]] = {
     "kube-1000": (kubescale.bench, "1,000 Nodes: agent's start, memory, joins, a burst of 500"),
     "kube-heartbeats": (kubebeats.bench, "1,000 Nodes' heartbeats, and what of them reaches an agent"),
     "kube-watchers": (kubewatchers.bench, "1,000 and 3,000 watches of the slices: a join to the last one's event"),
+    "kube-outages": (kubeoutages.bench, "the control plane dies, stalls, lies: packets lost, slices, the way back"),
 }
 
 
