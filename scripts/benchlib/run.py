@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import signal
@@ -105,6 +106,8 @@ def main() -> None:
         sys.exit("bench.py: makes network namespaces, which needs root; run it with sudo")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
+    # rooms that a bench uses itself, to watch, have nothing to say here
+    logging.getLogger("ovsmesh").addHandler(logging.NullHandler())
     progress = _Progress(time.monotonic())
     sizes = tuple(chosen.sizes or (100, 300, 1000)) + ((5000,) if chosen.big else ())
     plan = Plan(chosen.quick, sizes, progress)

@@ -124,10 +124,10 @@ class Storm:
         node["status"] = {"addresses": [{"type": "InternalIP", "address": f"198.51.100.{number}"}]}
         began = time.monotonic()
         eventually(lambda: self._call("POST", "/api/v1/nodes", node) in (201, 409), 30)
-        eventually(lambda: all(cidr in self._routes(host) for host in self.lab.hosts), _SILENCE + 30)
+        eventually(lambda: all(cidr in self.routes(host) for host in self.lab.hosts), _SILENCE + 30)
         took = time.monotonic() - began
         self._call("DELETE", f"/api/v1/nodes/{name}")
-        eventually(lambda: not any(cidr in self._routes(host) for host in self.lab.hosts), 30)
+        eventually(lambda: not any(cidr in self.routes(host) for host in self.lab.hosts), 30)
         eventually(self.converged, 60)
         return took
 
@@ -138,7 +138,7 @@ class Storm:
             return 0
 
     @staticmethod
-    def _routes(host: Host) -> str:
+    def routes(host: Host) -> str:
         return host.run(["ip", "route", "show", "proto", "111", "dev", "kbr0"], check=False).stdout
 
     def leader(self, *but: str) -> str:
@@ -220,12 +220,16 @@ class Storm:
     def watch_fault(self, fault: str) -> None:
         assert self.meddler.do(fault) >= len(self.lab.hosts)
 
+    def new_token(self, host: Host) -> None:
+        """A new pod for the agent there, and so a new token; the old one is good for nothing."""
+        path = f"/api/v1/namespaces/ovsmesh/pods/ovsmesh-agent-{host.name}?gracePeriodSeconds=0"
+        assert self._call("DELETE", path) in (200, 404)
+        self.plane.token_file(f"agent-{host.name}").write_text(self.plane.agent_token(host.name))
+
     def tokens_rotate(self) -> None:
-        """Each agent's pod is another, with a new token; the old one is good for nothing, and connections end."""
+        """Each agent's, and all connections end."""
         for host in self.lab.hosts:
-            path = f"/api/v1/namespaces/ovsmesh/pods/ovsmesh-agent-{host.name}?gracePeriodSeconds=0"
-            assert self._call("DELETE", path) == 200
-            self.plane.token_file(f"agent-{host.name}").write_text(self.plane.agent_token(host.name))
+            self.new_token(host)
         self.meddler.cut()
 
 
