@@ -29,6 +29,8 @@ tcpdump|tcpdump|plain|shows what crosses a tunnel
 modprobe|kmod|dev|loads kernel modules in the kernel tests
 openssl|openssl|dev|certificates of the control plane in the Kubernetes tests
 setpriv|util-linux|dev|ends that control plane when the tests die
+mmdebstrap|mmdebstrap|dev|a fresh Debian, for the tests of bootstrap.sh
+shellcheck|shellcheck|dev|reads bootstrap.sh and the scripts that bootstrap --print writes
 linux.uml|user-mode-linux|dev|a kernel with the openvswitch datapath, for the kernel tests'
 
 # The first Python >= 3.11 that really starts (a version manager puts shims on PATH that do not).
