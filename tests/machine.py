@@ -58,10 +58,13 @@ exec env -i container=ovsmesh PATH="$2" /lib/systemd/systemd --system --show-sta
 """
 _UNDERLAY = """\
 [Unit]
-After=openvswitch-switch.service
+After=ovs-vswitchd.service
 [Service]
 Type=oneshot
-ExecStart=ovs-vsctl --may-exist add-br br-phy -- set bridge br-phy datapath_type=netdev -- --may-exist add-port br-phy eth0
+Restart=on-failure
+RestartSec=0.2
+ExecStart=ovs-vsctl --may-exist add-br br-phy -- set bridge br-phy datapath_type=netdev \\
+  -- --may-exist add-port br-phy eth0
 ExecStart=ip addr replace {address} dev br-phy
 ExecStart=ip link set br-phy up
 ExecStart=ip route replace default via 192.0.2.1
@@ -155,7 +158,7 @@ class Machine:
         yes.chmod(0o755)
         units = self.root / "etc/systemd/system"
         (units / "lab-underlay.service").write_text(_UNDERLAY.format(address=address))
-        wants = units / "openvswitch-switch.service.wants"
+        wants = units / "ovs-vswitchd.service.wants"
         wants.mkdir()
         (wants / "lab-underlay.service").symlink_to("../lab-underlay.service")
         (self.root / "etc/hostname").write_text("h2\n")
@@ -197,15 +200,12 @@ class Machine:
             self._process.kill()
             self._process.wait(10)
             self._process = None
-        procs = self._cgroup / "cgroup.procs"
         wait_for("the machine to be dead", lambda: not any(_pids(p) for p in self._cgroup.rglob("cgroup.procs")), 20)
-        assert procs.read_text() == ""
 
     def end(self) -> None:
+        """Leaves nothing of it."""
         self.power_cut()
-        for directory in sorted(self._cgroup.rglob("*/"), reverse=True):
-            directory.rmdir()
-        self._cgroup.rmdir()
+        wait_for("its control groups to go", lambda: _removed(self._cgroup), 20)
         shutil.rmtree(self.root)
 
     def argv(self, *argv: str) -> list[str]:
@@ -259,6 +259,14 @@ def _pids(procs: Path) -> list[str]:
     with contextlib.suppress(OSError):
         return procs.read_text().split()
     return []
+
+
+def _removed(group: Path) -> bool:
+    """Whether a control group and those below it are gone; one is busy until its last process is reaped."""
+    with contextlib.suppress(OSError):
+        for path, _, _ in os.walk(group, topdown=False):
+            os.rmdir(path)
+    return not group.exists()
 
 
 def _tree(pid: int) -> list[int]:

@@ -24,12 +24,24 @@ from ovsmesh.lab import Lab
 from ovsmesh.labhost import Host
 from ovsmesh.labnet import LabError, wait_for
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(400)]
 
 SCRIPT = "/root/dist/bootstrap.sh"
 ARGS = ("--from", "/root/dist/wheels", "--mesh", "/root/mesh.yaml")
 NEW = ("etc/default/ovsmesh", "etc/systemd/system/ovsmesh-agent.service", "usr/local/bin/ovsmesh")
-_RESTLESS = ("proc", "sys", "dev", "run", "tmp", ".old", "var/log", "var/tmp", "var/lib/systemd")
+_RESTLESS = (
+    "proc",
+    "sys",
+    "dev",
+    "run",
+    "tmp",
+    ".old",
+    "var/log",
+    "var/tmp",
+    "var/cache/apt",
+    "var/lib/systemd",
+    "var/lib/libuuid",
+)
 """What a machine writes by itself."""
 
 
@@ -40,7 +52,10 @@ class Stage(NamedTuple):
     machine: Machine
 
     def bootstrap(self, *args: str) -> subprocess.CompletedProcess[str]:
-        return self.machine.run(SCRIPT, *(args or ARGS), check=False, timeout=180)
+        done = self.machine.run(SCRIPT, *(args or ARGS), check=False, timeout=180)
+        if done.returncode:
+            print(self.machine.journal())
+        return done
 
     def main_pid(self) -> int:
         return int(self.machine.show("ovsmesh-agent", "MainPID"))
