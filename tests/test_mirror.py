@@ -224,7 +224,7 @@ def test_an_obr0_that_is_no_ovs_port_is_someone_elses(mirror):
 
 def test_kbr0_deleted_leaves_its_ports_to_be_found_again(mirror):
     feed(mirror, obr(master=0), pod(master=0), kbr(gone=True))
-    assert mirror.lost_ports == {OBR_INDEX, POD}
+    assert mirror.lost_ports.keys() == {OBR_INDEX, POD}
     assert mirror.doubt
     assert mirror.our_links()[0].keys() == {OBR}
     assert mirror.index(KBR) is None
@@ -236,12 +236,12 @@ def test_a_pod_unplugged_long_before_is_not_an_orphan(mirror, monkeypatch):
     feed(mirror, pod(master=0))
     now[0] += 60
     feed(mirror, obr(master=0), kbr(gone=True))
-    assert mirror.lost_ports == {OBR_INDEX}
+    assert mirror.lost_ports.keys() == {OBR_INDEX}
 
 
 def test_a_pod_that_ended_with_kbr0_is_not_an_orphan(mirror):
     feed(mirror, pod(master=0), pod(master=0, gone=True), kbr(gone=True))
-    assert mirror.lost_ports == set()
+    assert not mirror.lost_ports
 
 
 def test_a_link_that_takes_the_name_kbr0(mirror):

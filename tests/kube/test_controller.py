@@ -87,6 +87,10 @@ def test_conditions_and_taint_follow_the_nodes_own_report(kube: Cluster, control
     eventually(lambda: kube.conditions("web1")["NetworkUnavailable"] == ("True", "RouteMissing"))
 
 
+def says(reasons: dict[str, str]) -> dict[str, tuple[str, str]]:
+    return {name: ("False", reason) for name, reason in reasons.items()}
+
+
 def test_what_can_not_be_joined_is_named_and_the_rest_converge(kube: Cluster, controller: Process) -> None:
     three(kube)
     bad = {
@@ -120,12 +124,10 @@ def test_what_can_not_be_joined_is_named_and_the_rest_converge(kube: Cluster, co
         "overlap": "PodCIDRConflict",
         "address": "AddressConflict",
     }
+    eventually(lambda: {n: kube.conditions(n).get("ovsmesh.io/MeshReady") for n in bad | late} == says(reasons))
     for name, reason in reasons.items():
-        eventually(
-            lambda name=name, reason=reason: kube.conditions(name).get("ovsmesh.io/MeshReady") == ("False", reason)
-        )  # type: ignore[misc]
         assert kube.conditions(name)["NetworkUnavailable"] == ("True", reason)
-        eventually(lambda name=name, reason=reason: reason in kube.events(name))  # type: ignore[misc]
+    eventually(lambda: all(reason in kube.events(name) for name, reason in reasons.items()))
     message = next(
         c["message"] for c in kube.node("duplicate")["status"]["conditions"] if c["type"] == "NetworkUnavailable"
     )

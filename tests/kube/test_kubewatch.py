@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from typing import Any
 
 import apikit
@@ -101,7 +102,7 @@ def test_an_empty_answer_in_place_of_a_list_removes_nothing(stub: Stub, watch: W
     eventually(lambda: reflector.look().current)
     stub.answers = [(200, b"{}", {}), (200, b'{"items": [], "metadata": {}}', {}), (200, b'{"items": 3}', {})]
     stub.cut_all()
-    eventually(lambda: not stub.answers and reflector.look().lists == 2, 10)
+    eventually(lambda: not stub.answers and reflector.look().lists == 2, 30)
     assert items(reflector) == {"a": 1}
 
 
@@ -113,8 +114,13 @@ def test_a_list_that_ends_between_two_pages_is_begun_again(stub: Stub, watch: Wa
     ).encode()
     stub.answers = [(200, first, {}), (410, b"{}", {})]
     reflector = watch(limit=2)
-    seen = []
-    eventually(lambda: seen.append(len(items(reflector))) or reflector.look().synced, 5)
+    seen: list[int] = []
+
+    def synced() -> bool:
+        seen.append(len(items(reflector)))
+        return reflector.look().synced
+
+    eventually(synced, 5)
     assert set(seen) <= {0, 5}
     assert len(items(reflector)) == 5
 
@@ -157,10 +163,14 @@ def test_a_real_server_is_listed_and_watched(real: Api) -> None:
     reflector.start()
     eventually(lambda: len(reflector.look().items) == 7 and reflector.look().current)
     times = []
+
+    def has(name: str) -> bool:
+        return name in reflector.look().items
+
     for n in range(7, 27):
         began = time.monotonic()
         api.create(path, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"n{n}"}})
-        eventually(lambda name=f"n{n}": name in reflector.look().items, every=0.001)  # type: ignore[misc]
+        eventually(partial(has, f"n{n}"), every=0.001)
         times.append(time.monotonic() - began)
     uid = reflector.look().items["n3"]
     with pytest.raises(kube.Conflict):
