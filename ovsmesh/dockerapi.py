@@ -179,7 +179,7 @@ class Watch:
             while not select.select([sock], [], [], 0.0)[0]:
                 if self._over() or time.monotonic() > end:
                     raise OSError("dockerd does not answer")
-                select.select([sock, self._told], [], [], max(0.0, end - time.monotonic()))
+                select.select([sock.fileno(), self._told], [], [], max(0.0, end - time.monotonic()))
                 _take(self._told)
         answer = b""
         while not re.search(rb"\r\n\r\nOK", answer):

@@ -1,7 +1,8 @@
 """Starts, stops and restarts the dockerd of one lab host, as systemd would; what tests give as --docker-restart.
 
-Usage: restart.py DIR NETNS stop|start|restart. DIR holds config/daemon.json, docker.sock, docker.pid, dockerd.log and all
-of Docker's data; outside.pid names the process of the tests, argv.json holds further options of dockerd, mode.txt how this script is to misbehave.
+Usage: restart.py DIR NETNS stop|start|restart. DIR holds config/daemon.json, docker.sock, docker.pid, dockerd.log and
+all of Docker's data; outside.pid there names the process of the tests, argv.json holds further options of dockerd,
+mode.txt says how this script is to misbehave.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def stop(directory: Path, how: int = signal.SIGTERM) -> None:
             select.select([fd], [], [], 5.0)
     finally:
         os.close(fd)
+    # a killed daemon leaves it, and where nobody reaps the dead its number is taken for a living one's
+    (directory / "docker.pid").unlink(missing_ok=True)
 
 
 def answers(directory: Path) -> bool:
@@ -96,6 +99,7 @@ def start(directory: Path, netns: str) -> int:
 def main() -> int:
     directory, netns, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     mode = (directory / "mode.txt").read_text().strip() if (directory / "mode.txt").exists() else ""
+    mode = mode if what == "restart" else ""
     with (directory / "restarts.log").open("a") as log:
         log.write(f"{what}\n")
     if mode == "hang":
@@ -110,6 +114,11 @@ def main() -> int:
     if mode == "slow":
         time.sleep(3.0)
     if what in ("start", "restart"):
+        if mode == "die":
+            (directory / "mode.txt").unlink()
+            start(directory, netns)
+            stop(directory, signal.SIGKILL)
+            return 0
         code = start(directory, netns)
         if code:
             lines = (directory / "dockerd.log").read_text(errors="replace").splitlines()
