@@ -32,6 +32,8 @@ openssl|openssl|dev|certificates of the control plane in the Kubernetes tests
 setpriv|util-linux|dev|ends that control plane when the tests die
 containerd|containerd|dev|runs the containers of the nodes in the end to end tests
 buildah|buildah|dev|builds the image where no Docker runs
+mmdebstrap|mmdebstrap|dev|a fresh Debian, for the tests of bootstrap.sh and the base of the image
+shellcheck|shellcheck|dev|reads bootstrap.sh and the scripts that bootstrap --print writes
 dockerd|docker.io|dev|a Docker daemon for each lab host, in the tests of --docker
 runc|runc|dev|starts the containers of those tests
 busybox|busybox-static|dev|all that is in those containers
