@@ -92,6 +92,8 @@ class Cluster:
         self.hub = f"{self.name}-hub"
         self.plane: Plane
         self.nodes: dict[str, KubeNode] = {}
+        self.loaded = 0.0
+        """When the last node had its images (monotonic seconds)."""
         self._before: dict[str, set[str]] = {}
         self._early: dict[str, set[str]] = {}
         self._ending = ExitStack()
@@ -148,8 +150,8 @@ class Cluster:
     def _furnish(self, node: KubeNode) -> None:
         node.await_runtime()
         self._early[node.name] = _state(node) | {"nft table netdev lab"}
-        for image in self._images:
-            node.load(image)
+        node.load(self._images)
+        self.loaded = time.monotonic()
         eventually(lambda: self.node(node.name).get("spec", {}).get("podCIDR"), 60, f"{node.name} to be registered")
         # eth0 is not where the kubelet lives
         self.plane.kubectl("annotate", "node", node.name, f"ovsmesh.io/tunnel-address={node.tunnel_address}")
