@@ -228,10 +228,9 @@ class Cluster:
         name = f"{self.name}-p{uid[:8]}"
         if name in labnet.namespaces():
             return name
-        for found in filter(str.isdigit, os.listdir("/proc")):
-            if f"pod{uid}" in _text(Path(f"/proc/{found}/cgroup")):
-                labnet.ip_batch([f"netns attach {name} {found}"])
-                return name
+        for found in processes(uid):
+            labnet.ip_batch([f"netns attach {name} {found}"])
+            return name
         raise AssertionError(f"no process of pod {pod['metadata']['name']} on {node.name}\n{node.logs()}")
 
 
@@ -250,6 +249,18 @@ def _state(node: KubeNode) -> set[str]:
     run = Path(node.root, "run/openvswitch")
     found |= {f"file run/openvswitch/{path.name}" for path in run.glob("*")}
     return found | {f"file {path}" for path in node.written() if not path.startswith(_OTHERS)}
+
+
+def processes(uid: str) -> list[int]:
+    """Pids, as this process sees them, of the pod with this uid."""
+    pids = filter(str.isdigit, os.listdir("/proc"))
+    return [int(pid) for pid in pids if f"pod{uid}" in _text(Path(f"/proc/{pid}/cgroup"))]
+
+
+def mebibytes(uid: str) -> float:
+    """Resident memory of the pod with this uid, as the sum over its processes."""
+    found = (re.search(r"VmRSS:\s*(\d+) kB", _text(Path(f"/proc/{pid}/status"))) for pid in processes(uid))
+    return sum(int(match[1]) for match in found if match) / 1024
 
 
 def end_orphans() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubecluster import Cluster, eventually
+from kubecluster import Cluster, eventually, mebibytes
 
 from ovsmesh import labnet
 from ovsmesh.labping import Pair, Prober, ping
@@ -161,6 +161,15 @@ def test_every_pod_reaches_every_pod_and_the_service(story: Cluster, figure: Fig
         assert len(answers) > 2, answers
     for track in ping(pairs_across(story, pods), count=5, size=POD_MTU, df=True):
         assert track.lost == 0, f"{track.pair}: packets of {POD_MTU} bytes do not pass whole"
+
+
+def test_what_it_takes(story: Cluster, figure: Figure) -> None:
+    for component in ("agent", "controller", "ovs"):
+        pods = story.pods("ovsmesh", f"app.kubernetes.io/component={component}")
+        sizes = [mebibytes(pod["metadata"]["uid"]) for pod in pods]
+        figure(f"memory of {component}: {', '.join(f'{size:.0f}' for size in sizes)} MiB, no pod restarted")
+        restarts = sum(each["restartCount"] for pod in pods for each in pod["status"]["containerStatuses"])
+        assert restarts == 0, f"{component}: {restarts} restarts"
 
 
 def test_rolling_the_agents_loses_nothing(story: Cluster, figure: Figure) -> None:
