@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ovsmesh import __version__
-from ovsmesh.model import OvsmeshError
+from ovsmesh.model import CNI_BIN_DIR, OvsmeshError
 
 if TYPE_CHECKING:
     from ovsmesh.turn import Turn
@@ -53,21 +53,23 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--mesh", metavar="FILE", help="The mesh file (a Mesh object in YAML)."),
         click.option("--node", metavar="NAME", help="This node's name in the mesh.  [default: the hostname]"),
         click.option("--ovsdb", metavar="unix:PATH", help=f"The OVS database.  [default: {DEFAULT_OVSDB}]"),
+        click.option("--cni-dir", metavar="DIR", help="Holds the CNI conflist, e.g. /etc/cni/net.d.  [default: none]"),
+        click.option("--cni-bin-dir", metavar="DIR:DIR…", help=f"Hold the CNI plugins.  [default: {CNI_BIN_DIR}]"),
         click.option("--state-dir", metavar="DIR", default=DEFAULT_STATE, show_default=True, help="The agent's state."),
     ):
         command = option(command)
     return command
 
 
-def _options(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str) -> dict[str, Any]:
+def _options(state_dir: str, **chosen: str | None) -> dict[str, Any]:
     """What was not said is as the agent that last ran here has it, so `ovsmesh status` needs no option."""
     from ovsmesh.state import StateDir
 
     agent = StateDir(state_dir).agent()
-    chosen = {"mesh": mesh, "node": node, "ovsdb": ovsdb}
     found = {key: value or str(agent.get(key) or "") for key, value in chosen.items()}
     found["node"] = found["node"] or socket.gethostname()
     found["ovsdb"] = found["ovsdb"] or DEFAULT_OVSDB
+    found["cni_bin_dir"] = found["cni_bin_dir"] or CNI_BIN_DIR
     return found | {"state_dir": state_dir, "listen": str(agent.get("listen") or DEFAULT_LISTEN)}
 
 
@@ -82,7 +84,6 @@ def _root() -> None:
     "--listen", metavar="ADDR:PORT", default=DEFAULT_LISTEN, show_default=True, help="/metrics, /healthz, /readyz."
 )
 @click.option("--kubeconfig", metavar="FILE", help="Read the mesh from this cluster.  [default: in a pod, its own]")
-@click.option("--cni-dir", metavar="DIR", help="Put the CNI conflist there, e.g. /etc/cni/net.d.  [default: none]")
 @click.option(
     "--docker",
     default="auto",
@@ -95,6 +96,14 @@ def _root() -> None:
 @click.option(
     "--docker-restart", metavar="'ARGV …'", default="systemctl restart docker", show_default=True, help="No shell."
 )
+@click.option(
+    "--docker-timeout",
+    metavar="SECONDS",
+    default=120.0,
+    show_default=True,
+    type=click.FloatRange(1, 3600),
+    help="For the restart command, and again for dockerd to answer.",
+)
 @click.option("--once", is_flag=True, help="Apply until nothing is left to do, then exit: 0 converged, 1 not.")
 @click.option(
     "--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]), show_default=True
@@ -103,14 +112,16 @@ def agent(
     mesh: str | None,
     node: str | None,
     ovsdb: str | None,
+    cni_dir: str | None,
+    cni_bin_dir: str | None,
     state_dir: str,
     listen: str,
     kubeconfig: str | None,
-    cni_dir: str | None,
     docker: str,
     docker_config: str,
     docker_socket: str,
     docker_restart: str,
+    docker_timeout: float,
     once: bool,
     log_level: str,
 ) -> None:
@@ -131,10 +142,12 @@ def agent(
         "" if once else listen,
         kubeconfig or "",
         os.path.abspath(cni_dir) if cni_dir else "",
+        cni_bin_dir or CNI_BIN_DIR,
         docker,
-        docker_config,
-        docker_socket,
+        os.path.abspath(docker_config),
+        os.path.abspath(docker_socket),
         docker_restart,
+        docker_timeout,
     )
     if not once:
         room.serve(options, _stop_fd())
@@ -174,12 +187,12 @@ def _tell(turn: Turn) -> None:
 
 @cli.command()
 @_common
-def plan(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str) -> None:
+def plan(state_dir: str, **options: str | None) -> None:
     """Print what the agent would change now; exit 0: nothing, 2: changes, 1: an error or something in the way."""
     from ovsmesh import commands
 
     _root()
-    look, failed = commands.look(**_options(mesh, node, ovsdb, state_dir))
+    look, failed = commands.look(**_options(state_dir, **options))
     for line in look.plan.lines():
         click.echo(line)
     for problem in look.problems:
@@ -198,15 +211,7 @@ def plan(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str) 
 @click.option(
     "--kubeconfig", metavar="FILE", help="With --cluster.  [default: $KUBECONFIG, in-cluster, ~/.kube/config]"
 )
-def status(
-    mesh: str | None,
-    node: str | None,
-    ovsdb: str | None,
-    state_dir: str,
-    output: str,
-    cluster: bool,
-    kubeconfig: str | None,
-) -> None:
+def status(state_dir: str, output: str, cluster: bool, kubeconfig: str | None, **options: str | None) -> None:
     """Show this node and each peer: what is there, what is missing and why. Or, with --cluster, all nodes."""
     if cluster:
         from ovsmesh import clusterstatus
@@ -216,21 +221,54 @@ def status(
     from ovsmesh import commands
 
     _root()
-    click.echo(commands.status(output=output, **_options(mesh, node, ovsdb, state_dir)))
+    click.echo(commands.status(output=output, **_options(state_dir, **options)))
 
 
 @cli.command()
 @_common
 @click.option("--dry-run", is_flag=True, help="Print what would be removed and restored.")
-def cleanup(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str, dry_run: bool) -> None:
+def cleanup(state_dir: str, dry_run: bool, **options: str | None) -> None:
     """Remove all of ours and nothing else, put back what was there, and prove it."""
     from ovsmesh import commands
 
     _root()
-    lines, clean = commands.cleanup(dry_run=dry_run, **_options(mesh, node, ovsdb, state_dir))
+    lines, clean = commands.cleanup(dry_run=dry_run, **_options(state_dir, **options))
     for line in lines:
         click.echo(line)
     sys.exit(0 if clean else 1)
+
+
+@cli.command()
+@_common
+@click.option(
+    "--print", "printed", is_flag=True, help="This host's part of the mesh as a shell script without ovsmesh."
+)
+@click.option("--check", "checked", is_flag=True, help="What a node needs, and whether this host has it; exit 1: not.")
+@click.option("--wait", "waited", type=click.FloatRange(0), metavar="SECONDS", help="Until the agent has converged.")
+def bootstrap(state_dir: str, printed: bool, checked: bool, waited: float | None, **options: str | None) -> None:
+    """Make a host ready: what it needs, its recipe, its first success. scripts/bootstrap.sh does all of it."""
+    from ovsmesh import bootstrap as room
+
+    if [printed, checked, waited is not None].count(True) != 1:
+        raise click.UsageError("give one of --print, --check and --wait SECONDS")
+    _root()
+    told = _options(state_dir, **options)
+    about = {name: told[name] for name in ("mesh", "node", "ovsdb", "state_dir", "listen")}
+    if printed:
+        text, problems = room.script(**about)
+        click.echo(text, nl=False)
+        for problem in problems:
+            click.echo(f"! {problem}", err=True)
+        sys.exit(1 if any(p.fatal for p in problems) else 0)
+    if checked:
+        found = room.check(**about)
+        for line in found:
+            click.echo(str(line))
+        sys.exit(1 if any(c.state == "FAIL" for c in found) else 0)
+    lines, converged = room.await_converged(**about, deadline=waited or 0.0)
+    for text in lines:
+        click.echo(text)
+    sys.exit(0 if converged else 1)
 
 
 @cli.command()

@@ -15,29 +15,46 @@ from typing import Any
 import yaml
 
 from ovsmesh import mesh as meshes
+from ovsmesh.docker import Docker
 from ovsmesh.host import Host
 from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Observed, OvsmeshError, Problem
 from ovsmesh.ovsreplica import statistics
 from ovsmesh.plan import Plan, plan
+from ovsmesh.service import remembered
 from ovsmesh.sources import FileSource, Snapshot
 from ovsmesh.state import StateDir
 from ovsmesh.status import Runtime, Traffic
 from ovsmesh.statustext import render_text
 from ovsmesh.turn import Turn, around, report
 
+_FIRST_LOOK = 5.0
+"""Seconds for a Docker daemon to say where it is."""
+_DOCKER_BACK = 3 * 3600.0
+"""Longer than any restart of Docker, which has deadlines of its own."""
 _SETTLE = 10.0
 """Seconds for obr0's device to go: at once for a thousand ports, 5 s and more for five thousand."""
 _PROOF = tuple(kind for kind in KINDS if kind not in ("sysctls", "restore_wait"))
 
 
 @contextlib.contextmanager
-def _host(ovsdb: str) -> Iterator[Host]:
-    host = Host(ovsdb)
+def _host(ovsdb: str, state: StateDir, cni_dir: str, cni_bin_dir: str, removing: bool = False) -> Iterator[Host]:
+    """The host, with its Docker as the agent that last ran here was told to have it."""
+    docker = remembered(state, ovsdb).docker_room(state, removing)
+    host = Host(ovsdb, cni_dir, cni_bin_dir, docker)
     try:
+        _settle(host, _FIRST_LOOK)
         host.ovs.connect()
         yield host
     finally:
         host.close()
+
+
+def _settle(host: Host, patience: float) -> None:
+    """Waits until nothing is under way on this host."""
+    end = time.monotonic() + patience
+    while host.busy and time.monotonic() < end:
+        host.wait((), min(0.2, max(0.0, end - time.monotonic())))
+        host.drain()
 
 
 def _snapshot(mesh: str, node: str, state_dir: str) -> Snapshot:
@@ -68,7 +85,9 @@ def _look(host: Host, snapshot: Snapshot, node: str) -> Turn:
     return Turn(wanted, facts, want, have, todo, problems, converged, snapshot.confirmed, since=snapshot.since)
 
 
-def look(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "") -> tuple[Turn, bool]:
+def look(
+    mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "", cni_dir: str = "", cni_bin_dir: str = ""
+) -> tuple[Turn, bool]:
     """What the agent would change now, and whether something stands in the way of it or of knowing it.
 
     Raises OvsmeshError without a usable mesh.
@@ -76,17 +95,19 @@ def look(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "") -> 
     snapshot = _snapshot(mesh, node, state_dir)
     if snapshot.mesh is None:
         raise OvsmeshError("; ".join(map(str, snapshot.problems)))
-    with _host(ovsdb) as host:
+    with _host(ovsdb, StateDir(state_dir), cni_dir, cni_bin_dir) as host:
         found = _look(host, snapshot, node)
     unclear = found.have is None or bool(found.have.unknown)
     return found, bool(found.plan.blocked) or unclear or not snapshot.confirmed
 
 
-def status(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, output: str) -> str:
+def status(
+    mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, cni_dir: str, cni_bin_dir: str, output: str
+) -> str:
     """The report of this node as text, JSON or YAML."""
     state = StateDir(state_dir)
     snapshot = _snapshot(mesh, node, state_dir)
-    with _host(ovsdb) as host:
+    with _host(ovsdb, state, cni_dir, cni_bin_dir) as host:
         found = _look(host, snapshot, node)
         counted = statistics(ovsdb) if host.ovs.synced else {}
         version = host.ovs.version
@@ -136,18 +157,20 @@ def _traffic(numbers: dict[str, int]) -> Traffic:
     return Traffic(rx_packets, tx_packets, rx_bytes, tx_bytes, errors)
 
 
-def cleanup(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, dry_run: bool) -> tuple[list[str], bool]:
+def cleanup(
+    mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, cni_dir: str, cni_bin_dir: str, dry_run: bool
+) -> tuple[list[str], bool]:
     """Removes all of ours; what it did and the proof, as lines, and whether nothing is left.
 
     Raises OvsmeshError while an agent runs with this state directory: it would put all back.
     """
     state = StateDir(state_dir)
     if dry_run:
-        with _host(ovsdb) as host:
+        with _host(ovsdb, state, cni_dir, cni_bin_dir, removing=True) as host:
             return _cleanup(host, state, dry_run)
     state.lock()
     try:
-        with _host(ovsdb) as host:
+        with _host(ovsdb, state, cni_dir, cni_bin_dir, removing=True) as host:
             return _cleanup(host, state, dry_run)
     finally:
         state.unlock()
@@ -161,9 +184,11 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
     todo = _spared(plan(want, have, confirmed=True), have)
     steps = [str(step._replace(why="")) for step in todo.steps]
     if dry_run:
-        return [*steps, f"{len(steps)} parts would be removed or restored"], True
+        stays = [f"! {text}" for text in [host.docker.stays()] if text] if host.docker else []
+        return [*steps, *stays, f"{len(steps)} parts would be removed or restored"], not stays
+    moved = _restore_docker(host.docker, host) if host.docker else []
     pods = [name for name in host.net.mirror.ports_of(KBR) if name != OBR] if KBR in have.dataplane.links else []
-    failed = host.apply(todo, want) if todo.steps else []
+    failed = [*moved, *(host.apply(todo, want) if todo.steps else [])]
     have, left = _settled(host, want)
     if left.steps and {step.kind for step in left.steps} == {"links"} and not have.unknown:
         failed += host.apply(_spared(left, have), want)
@@ -177,7 +202,7 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
     guests = [f.key for f in have.foreign if f.kind == "ports"]
     if guests:
         lines.append(f"{OBR} stays, as {', '.join(map(str, guests))} in it is not ours: move that, then run this again")
-    clean = not left.steps and not failed and not have.unknown
+    clean = not left.steps and not any(p.fatal for p in failed) and not have.unknown
     if clean:
         lines += [f"left in the state directory: {name}" for name in state.remove()]
         restored = sum(step.kind == "sysctls" for step in todo.steps)
@@ -186,6 +211,18 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
         lines += [f"still there: {step}" for step in left.steps]
         lines += [f"can't be seen: {kind}" for kind in sorted(have.unknown)]
     return lines, clean
+
+
+def _restore_docker(docker: Docker, host: Host) -> list[Problem]:
+    """Docker back to where it was, before the bridge under it goes. Raises OvsmeshError where nothing was changed."""
+    why = docker.stays()
+    if why:
+        raise OvsmeshError(why)
+    told = docker.restore()
+    _settle(host, _DOCKER_BACK)
+    return [Problem("DockerNotRestored", text) for text in [docker.restored()] if text] + [
+        Problem("Docker", text, fatal=False) for text in told
+    ]
 
 
 def _settled(host: Host, want: Dataplane) -> tuple[Observed, Plan]:

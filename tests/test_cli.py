@@ -15,7 +15,7 @@ from meshtext import A, B, text_of
 
 from ovsmesh import __version__, cli, commands
 from ovsmesh import service as room
-from ovsmesh.model import Dataplane, Foreign, OvsmeshError, Problem
+from ovsmesh.model import CNI_BIN_DIR, Dataplane, Foreign, OvsmeshError, Problem
 from ovsmesh.plan import Plan, plan
 from ovsmesh.state import StateDir
 from ovsmesh.turn import Turn
@@ -155,7 +155,8 @@ def test_once_that_is_not_converged_is_exit_1_with_what_is_left(monkeypatch, end
 
 def test_what_the_agent_left_fills_in_for_options(looks, tmp_path):
     state = StateDir(tmp_path)
-    state.write_agent({"mesh": "/m.yaml", "node": "web1", "ovsdb": "unix:/x.sock", "listen": "127.0.0.1:1", "pid": 1})
+    told = {"mesh": "/m.yaml", "node": "web1", "ovsdb": "unix:/x.sock", "listen": "127.0.0.1:1", "pid": 1}
+    state.write_agent(told | {"cni_dir": "/etc/cni/net.d"})
     looks["finds"] = turn(seen(want(first(3)))), False
     assert invoke("plan", "--state-dir", str(tmp_path), "--node", "web2").exit_code == 0
     del looks["finds"]
@@ -165,6 +166,8 @@ def test_what_the_agent_left_fills_in_for_options(looks, tmp_path):
         "ovsdb": "unix:/x.sock",
         "state_dir": str(tmp_path),
         "listen": "127.0.0.1:1",
+        "cni_dir": "/etc/cni/net.d",
+        "cni_bin_dir": CNI_BIN_DIR,
     }
 
 

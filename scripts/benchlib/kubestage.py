@@ -35,6 +35,7 @@ STRATEGIC = "application/strategic-merge-patch+json"
 CLUSTER = "10.0.0.0/8"
 NODE_BYTES = 9000
 _FILLERS = 4
+_PATIENCE = 20.0
 Object = dict[str, Any]
 
 
@@ -69,6 +70,19 @@ class Admin:
     def ask(self, method: str, path: str, body: object = None, kind: str = "application/json") -> Object:
         """Raises LabError where the API server refuses, OSError where there is no answer."""
         data = None if body is None else json.dumps(body).encode()
+        until = time.monotonic() + _PATIENCE
+        while True:
+            status, answer = self._once(method, path, data, kind)
+            if status != 429 or time.monotonic() > until:
+                break
+            # its storage of a new kind is being made ready, or it has too much to do
+            time.sleep(1)
+        if status >= 300:
+            raise LabError(f"{method} {path}: {status} {answer[:300].decode(errors='replace')}")
+        found: Object = json.loads(answer)
+        return found
+
+    def _once(self, method: str, path: str, data: bytes | None, kind: str) -> tuple[int, bytes]:
         for last in (False, True):
             connection = getattr(self._kept, "connection", None)
             if connection is None:
@@ -77,17 +91,13 @@ class Admin:
             try:
                 connection.request(method, path, data, {"Content-Type": kind, "Accept": "application/json"})
                 response = connection.getresponse()
-                answer = response.read()
-                break
+                return response.status, response.read()
             except (OSError, http.client.HTTPException):
                 connection.close()
                 self._kept.connection = None
                 if last:
                     raise
-        if response.status >= 300:
-            raise LabError(f"{method} {path}: {response.status} {answer[:300].decode(errors='replace')}")
-        found: Object = json.loads(answer)
-        return found
+        raise AssertionError("not reached")
 
     def add(self, peer: Peer) -> float:
         """Makes its Node, complete; returns when the request was sent (CLOCK_MONOTONIC)."""

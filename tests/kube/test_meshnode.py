@@ -172,3 +172,27 @@ def test_the_next_run_goes_on_where_the_last_left_off(stub: Stub, writer: Writer
     eventually(lambda: made.writes)
     assert condition(stub, "Converged")["lastTransitionTime"] == stamp
     assert meshnode(stub)["observedSlices"] == {"default-000": "7"}
+
+
+def test_the_meshnode_of_an_earlier_node_is_not_taken_over(stub: Stub, writer: Writer) -> None:
+    """It is about to go with its Node: what is written into it would be lost, and not told again for minutes."""
+    old = {"apiVersion": "v1", "kind": "Node", "name": "n0", "uid": "u-before"}
+    stub.put(f"{MESHNODES}/n0", {}, ownerReferences=[old])
+    made = writer()
+    made.publish(turn(), Runtime())
+    eventually(lambda: stub.count("GET", "/n0") >= 2, 5)
+    assert not meshnode(stub)
+    stub.remove(f"{MESHNODES}/n0")
+    eventually(lambda: condition(stub, "Converged"), 10)
+    assert stub.objects[f"{MESHNODES}/n0"]["metadata"]["ownerReferences"][0]["uid"] == "u0"
+
+
+def test_a_node_made_again_under_a_running_agent_gets_its_own_meshnode_soon(stub: Stub, writer: Writer) -> None:
+    made = writer()
+    made.publish(turn(), Runtime())
+    eventually(lambda: made.writes == 1)
+    stub.remove(f"{MESHNODES}/n0")
+    made.publish(turn(uid="u-new"), Runtime())
+    eventually(lambda: made.writes == 2, 5)
+    assert stub.objects[f"{MESHNODES}/n0"]["metadata"]["ownerReferences"][0]["uid"] == "u-new"
+    assert condition(stub, "Converged")["status"] == "True"
