@@ -22,7 +22,7 @@ ROOTLY = @command -v sudo >/dev/null || { echo 'make: this part makes network na
 	echo 'make: not root, and this part makes network namespaces: using sudo' >&2
 endif
 
-.PHONY: help demo test test-unit test-kube test-lab test-e2e test-kernel image bench lint setup setup-dev clean
+.PHONY: help demo test test-unit test-kube test-lab test-e2e test-kernel image bench lint setup setup-dev dist clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +75,11 @@ setup:
 
 setup-dev:
 	@scripts/setup.sh --dev
+
+dist: setup ## dist/: bootstrap.sh and the wheels that it needs on a host that reaches no package index
+	rm -rf build dist
+	$(BIN)/pip wheel -q --disable-pip-version-check -w dist/wheels .
+	cp scripts/bootstrap.sh scripts/ovsmesh-agent.service dist/
 
 clean: ## removes caches and build results of this checkout
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ovsmesh import daemonjson, dockerrules
+from ovsmesh import dockerrules
 from ovsmesh import dockersettings as settings
 from ovsmesh.dockerapi import Daemon, Watch
 from ovsmesh.dockerfile import Config, DockerFile, Mark, digest
@@ -33,6 +33,8 @@ _AGAIN = (300.0, 3600.0)
 _POKES = 30.0
 _IPTABLES = 10.0
 _RULE = "rule "
+STRANGER = "address "
+"""Key of an address that dockerd gave a kbr0 that had none, when it started."""
 
 
 class Kernel(NamedTuple):
@@ -124,6 +126,7 @@ class Docker:
         if daemon is None:
             return Seen(known=False)
         self._switch.here = _here(kernel.kbr)
+        self._switch.aim = digest(repr(sorted(want.docker.items())).encode())
         try:
             config, mark, file = self._read()
             if mark and mark.step and self._acting and not self._switch.busy and daemon.state != "starting":
@@ -171,7 +174,7 @@ class Docker:
             stops = settings.stops(daemon) if restart else ""
             problems += [Problem("DockerRestart", stops, fatal=False)] if stops else []
         if DAEMON in wanted and daemon.state == "up":
-            problems += self._left_behind(have, kernel, restart)
+            problems += self._left_behind(have, daemon, want.addresses, kernel, restart)
             if not restart and mark and self._acting and mark.seen != self._switch.here:
                 self._cached = None
                 self._switch.keep(replace(mark, seen=self._switch.here))
@@ -203,17 +206,18 @@ class Docker:
             except OvsmeshError as error:
                 texts.append(str(error))
         if mark and mark.refused and mark.stamp == config.stamp and not texts:
-            left = mark.at + min(_AGAIN[0] * 2 ** (mark.times - 1), _AGAIN[1]) - time.time()
-            new = digest(daemonjson.edit(config.data, _changes(wanted, wanted)))
-            if 0 < left <= _AGAIN[1] and mark.refused in (new, config.digest):
-                texts.append(
-                    f"{mark.why}; the old {self._options.config} is in place. Tried again in {left:.0f} s, "
-                    f"or at once after `touch {self._options.config}`"
-                )
+            again = mark.at + min(_AGAIN[0] * 2 ** (mark.times - 1), _AGAIN[1])
+            if 0 < again - time.time() <= _AGAIN[1] and mark.refused == self._switch.aim:
+                when, path = time.strftime("%H:%M:%S UTC", time.gmtime(again)), self._options.config
+                texts.append(f"{mark.why}; the old {path} is in place. Tried again at {when}, or after `touch {path}`")
         return "; ".join(texts)
 
-    def _left_behind(self, have: dict[str, str], kernel: Kernel, restart: bool) -> list[Problem]:
-        """Adds docker0 and the rules that dockerd made for it, where they are to go."""
+    def _left_behind(
+        self, have: dict[str, str], daemon: Daemon, own: Iterable[str], kernel: Kernel, restart: bool
+    ) -> list[Problem]:
+        """Adds docker0, the rules that dockerd made for it and the address it gave to kbr0, where they are to go."""
+        if daemon.bridge == KBR:
+            have |= {f"{STRANGER}{text}": "Docker's own" for text in settings.strangers(daemon, own)}
         if kernel.docker0 is not None and (restart or not kernel.docker0):
             have[DOCKER0] = "bridge"
         if restart:
@@ -320,8 +324,9 @@ class Docker:
 
 
 def _changes(keys: Mapping[str, object], wanted: Mapping[str, str]) -> dict[str, object]:
-    """File settings to write; None for one to take out."""
-    return {k: settings.value(k, wanted[k]) if k in wanted else None for k in keys if k in settings.FILE_KEYS}
+    """File settings to write; None for those to take out, which come first: what is left shows the file's layout."""
+    ours = sorted((k for k in keys if k in settings.FILE_KEYS), key=lambda k: k in wanted)
+    return {k: settings.value(k, wanted[k]) if k in wanted else None for k in ours}
 
 
 def _here(kbr: int) -> str:

@@ -62,7 +62,7 @@ class Mark:
     made_dir: bool = False
     why: str = ""
     refused: str = ""
-    """Digest of the file that dockerd did not come back with."""
+    """Digest of what was wanted when dockerd did not come back."""
     stamp: str = ""
     """The old file's, since that refusal."""
     times: int = 0

@@ -152,6 +152,14 @@ def obstacles(daemon: Daemon, config: str, real: str, want: Mapping[str, str], r
         )
 
 
+def strangers(daemon: Daemon, own: Iterable[str]) -> list[str]:
+    """IPv4 addresses with prefix length that dockerd put on the bridge, which had none of ours at the time."""
+    ours = {text.partition("/")[0] for text in own}
+    lengths = {subnet.partition("/")[2] for subnet in daemon.subnets if ":" not in subnet}
+    found = [g for g in daemon.gateways if ":" not in g and g not in ours]
+    return [f"{gateway}/{length}" for gateway in found for length in lengths]
+
+
 def stops(daemon: Daemon) -> str:
     """What a restart does to the containers that run now; "" for nothing."""
     if daemon.live_restore or not daemon.running:

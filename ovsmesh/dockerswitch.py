@@ -38,6 +38,8 @@ class Switch:
         """"switch" (a file was written), "start" (none was), "rollback" or "restore"."""
         self.here = ""
         """The kbr0 of this moment."""
+        self.aim = ""
+        """Digest of what is wanted of Docker now."""
         self.why = ""
         """Why the last change did not end well; "" when it did."""
         self.trouble: Problem | None = None
@@ -154,7 +156,7 @@ class Switch:
                 step="",
                 child=(0, 0),
                 why=why,
-                refused=mark.new or config.digest,
+                refused=self.aim,
                 stamp=config.stamp,
                 times=mark.times + 1,
                 at=time.time(),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ovsmesh.cni import Cni
-from ovsmesh.docker import Docker, Kernel, Seen
+from ovsmesh.docker import STRANGER, Docker, Kernel, Seen
 from ovsmesh.dockersettings import DOCKER0
 from ovsmesh.firewall import Firewall
 from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Facts, Foreign, Mesh, Node, Observed, OvsmeshError, Problem
@@ -273,7 +273,9 @@ class Host:
             attempt("CNI", self.cni.apply, groups["+", "cni"])
         if self.docker and not any(groups["+", kind] for kind in _DOCKER_NEEDS):
             steps = [*groups["+", "docker"], *groups["-", "docker"]]
-            # at its next start dockerd would find the old bridge's rules as it left them
+            for step in steps:
+                if step.key.startswith(STRANGER):
+                    self.net.batch([(step, self.net.message("-", "addresses", step.key.removeprefix(STRANGER), KBR))])
             if steps and attempt("docker", self.docker.apply, steps, want) and not self.docker.busy:
                 for step in steps:
                     if step.key == DOCKER0:

@@ -157,7 +157,7 @@ def tunnels(mesh: Mesh, me: Node) -> Iterator[Check]:
     """Whether encapsulated packets may leave and come in, as far as that can be told from here."""
     closed = _closed(output("nft", "-j", "list", "ruleset"), mesh.encapsulation)
     if closed:
-        peers = " ".join(str(n.address) for n in mesh.nodes[:3] if n.name != me.name) or "PEER"
+        peers = ",".join(str(n.address) for n in mesh.nodes[:3] if n.name != me.name) or "PEER"
         port = {"gre": "-p gre", "vxlan": "-p udp --dport 4789", "geneve": "-p udp --dport 6081"}[mesh.encapsulation]
         text = (
             f"{', '.join(closed[:_MOST])} refuses by default what comes in and speaks nowhere of {mesh.encapsulation}"

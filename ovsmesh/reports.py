@@ -5,7 +5,7 @@ Pure: the time is an argument. Imports model, roster, status (for the form of ti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -34,12 +34,17 @@ class Report(NamedTuple):
     agent: str = ""
     ovs: str = ""
     kernel: str = ""
+    uid: str = ""
+    """Its own; "" where it belongs to something that is no Node."""
+    created: str = ""
+    """RFC 3339."""
 
 
 def project(found: Mapping[str, Any]) -> Report:
     """A MeshNode object as a Report; the schema has made sure of the shapes."""
     meta, status = found["metadata"], found.get("status") or {}
-    owners = [o.get("uid", "") for o in meta.get("ownerReferences") or () if o.get("kind") == "Node"]
+    owned = meta.get("ownerReferences") or ()
+    owners = [o.get("uid", "") for o in owned if o.get("kind") == "Node"]
     conditions = {
         c["type"]: Condition(
             c.get("status", ""), c.get("reason", ""), c.get("message", ""), c.get("lastTransitionTime") or ""
@@ -60,6 +65,8 @@ def project(found: Mapping[str, Any]) -> Report:
         versions.get("agent") or "",
         versions.get("ovs") or "",
         versions.get("kernel") or "",
+        "" if len(owned) > len(owners) else meta.get("uid", ""),
+        meta.get("creationTimestamp") or "",
     )
 
 
@@ -75,6 +82,17 @@ def silent_for(report: Report, now: float) -> float:
     """Seconds since the agent's last report; 0 where it says no time."""
     at = seconds(report.observed_at)
     return max(0.0, now - at) if at is not None else 0.0
+
+
+def orphans(reports: Iterable[Report], alive: Collection[str], now: float) -> list[Report]:
+    """Those that no Node owns, of no name in `alive`, whose agents have been silent for as long as counts."""
+    found = []
+    for report in reports:
+        last = seconds(report.observed_at or report.created)
+        silent = last is not None and now - last > SILENT
+        if silent and report.uid and not report.owner and report.name not in alive:
+            found.append(report)
+    return found
 
 
 def speaks_for(report: Report | None, node: NodeView) -> bool:

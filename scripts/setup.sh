@@ -30,6 +30,8 @@ modprobe|kmod|dev|loads kernel modules in the kernel tests
 openssl|openssl|dev|certificates of the control plane in the Kubernetes tests
 /usr/lib/cni/bridge|containernetworking-plugins|dev|plugs pods into kbr0 as a container runtime does, in the lab
 setpriv|util-linux|dev|ends that control plane when the tests die
+mmdebstrap|mmdebstrap|dev|a fresh Debian, for the tests of bootstrap.sh
+shellcheck|shellcheck|dev|reads bootstrap.sh and the scripts that bootstrap --print writes
 dockerd|docker.io|dev|a Docker daemon for each lab host, in the tests of --docker
 runc|runc|dev|runs the containers of those daemons
 busybox|busybox-static|dev|all that is in those containers

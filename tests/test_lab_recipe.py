@@ -114,3 +114,55 @@ def test_names_are_never_the_shells(lab: Make) -> None:
     assert (plan.returncode, plan.stdout) == (0, "nothing to change\n"), plan.stdout + plan.stderr
     if shutil.which("shellcheck"):
         host.run(["shellcheck", str(host.state / "recipe.sh")])
+
+
+def test_the_preflight_says_all_that_is_wrong_at_once(lab: Make) -> None:
+    made = lab(3, 0, agents=False)
+    first, second = made.host(1), made.host(2)
+    good = first.ovsmesh("bootstrap", "--check")
+    assert good.returncode == 0 and "FAIL" not in good.stdout, good.stdout
+    assert "arrives at 2 of 2 peers" in good.stdout
+    drop = "table ip f { chain input { type filter hook input priority 0; policy drop; ip protocol icmp accept; }; }"
+    first.run(["nft", "-f", "-"], text=drop)
+    first.run(["ip", "link", "add", "kbr0", "type", "bridge"])
+    first.run(["ip", "route", "add", "10.97.2.128/25", "via", "192.0.2.1"])
+    refuse = ["iptables", "-I", "INPUT", "-p", "gre", "-j", "REJECT", "--reject-with", "icmp-admin-prohibited"]
+    second.run(refuse)
+    before = wiring(first)
+    bad = first.ovsmesh("bootstrap", "--check")
+    assert bad.returncode == 1
+    for words in (
+        "FAIL  ranges",
+        "10.97.2.128/25 dev br-phy (of h2)",
+        "bridge kbr0 is there and not ours",
+        "warn  firewall     table ip f refuses by default",
+        "FAIL  gre          1 of 2 peers: h2 192.0.2.12: a filter on the way",
+    ):
+        assert words in bad.stdout, bad.stdout
+    assert difference(before, wiring(first)) == []
+    first.run(["iptables", "-I", "OUTPUT", "-p", "gre", "-j", "DROP"])
+    assert (
+        "2 of 2 peers: h2 192.0.2.12: can't be sent: a filter of this host"
+        in first.ovsmesh("bootstrap", "--check").stdout
+    )
+
+
+def test_the_wait_tells_who_answers_and_what_is_left(lab: Make) -> None:
+    made = lab(3, 0, agents=False)
+    made.write_mesh(
+        [*(host.node for host in made.hosts), {"name": "away", "address": "192.0.2.99", "podCIDRs": ["10.97.99.0/24"]}]
+    )
+    first = made.host(1)
+    nobody = first.ovsmesh("bootstrap", "--wait", "0")
+    assert nobody.returncode == 1 and "no agent runs" in nobody.stdout
+    for host in made.hosts:
+        host.start_agent()
+    done = first.ovsmesh("bootstrap", "--wait", "30")
+    assert done.returncode == 0 and done.stdout.startswith("h1: converged, 3 peers\n"), done.stdout + done.stderr
+    made.converged(30)
+    done = first.ovsmesh("bootstrap", "--wait", "30")
+    assert "h2 192.0.2.12 gateway 10.97.2.1: answers in" in done.stdout, done.stdout
+    assert "away 192.0.2.99 gateway 10.97.99.1: no answer as yet" in done.stdout
+    first.run(["ip", "route", "add", "10.97.2.0/24", "via", "192.0.2.1"])
+    stuck = first.ovsmesh("bootstrap", "--wait", "1")
+    assert stuck.returncode == 1 and "not converged after 1 s" in stuck.stdout and "10.97.2.0/24" in stuck.stdout

@@ -9,7 +9,6 @@ import os
 import shlex
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -242,8 +241,6 @@ def test_switch_starts_and_a_second_one_leaves_it_alone(
     assert second.wait(10) == 0
     assert _pid(tmp_path) == vswitchd and Path(f"/proc/{vswitchd}").exists()
 
-    start = time.monotonic()
     first.send_signal(signal.SIGTERM)
     assert first.wait(20) == 0
     assert not Path(f"/proc/{vswitchd}").exists()
-    assert time.monotonic() - start < 10
