@@ -13,14 +13,12 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ovsmesh import __version__
+from ovsmesh import __version__, commands
 from ovsmesh.agent import Agent, Publisher, readable
 from ovsmesh.board import Board
-from ovsmesh.docker import Docker
-from ovsmesh.dockerswitch import Settings as DockerSettings
-from ovsmesh.host import Host
-from ovsmesh.model import CNI_BIN_DIR, OvsmeshError
+from ovsmesh.model import OvsmeshError
 from ovsmesh.notify import Notifier
+from ovsmesh.options import Options
 from ovsmesh.ovsreplica import run_dir
 from ovsmesh.sources import FileSource, Source
 from ovsmesh.state import StateDir
@@ -37,47 +35,6 @@ _AGAIN = 2.0
 """Seconds between attempts to remove all of ours."""
 _FOR_EVER = 3600.0
 """Seconds that an agent with nothing left to do waits for its end: a Namespace may take its time."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Options:
-    """How an agent was started; also what `status`, `plan` and `cleanup` take over from it."""
-
-    mesh: str
-    """The mesh file; "" reads MeshSlices."""
-    node: str
-    ovsdb: str
-    state_dir: str
-    listen: str = ""
-    kubeconfig: str = ""
-    """"" is the service account's."""
-    cni_dir: str = ""
-    """Where the container runtime reads its networks, e.g. /etc/cni/net.d; "" leaves CNI alone."""
-    cni_bin_dir: str = CNI_BIN_DIR
-    """Where the runtime finds its plugins: directories as in PATH."""
-    docker: str = "auto"
-    """"auto" keeps a Docker that is on kbr0 there and names one that is not; "replace" puts it there; "off"."""
-    docker_config: str = "/etc/docker/daemon.json"
-    docker_socket: str = "/var/run/docker.sock"
-    docker_restart: str = "systemctl restart docker"
-    """Split as a shell splits words, run without a shell."""
-    docker_timeout: float = 120.0
-    """Seconds for the restart command, and again for the daemon to answer."""
-
-    def docker_room(self, state: StateDir, removing: bool = False, acting: bool = False) -> Docker | None:
-        """What keeps this host's Docker; None where it is to be left alone."""
-        if self.docker == "off":
-            return None
-        about = (self.docker, self.docker_config, self.docker_socket, self.docker_restart, self.docker_timeout)
-        return Docker(DockerSettings(*about), state, removing, acting)
-
-
-def remembered(state: StateDir, ovsdb: str) -> Options:
-    """What the agent that last ran with this state directory was told about Docker and CNI."""
-    told, plain = state.agent(), Options("", "", ovsdb, str(state.path))
-    names = [f.name for f in dataclasses.fields(Options) if f.name.startswith(("docker", "cni"))]
-    good = {name: told[name] for name in names if isinstance(told.get(name), type(getattr(plain, name)))}
-    return dataclasses.replace(plain, **good)
 
 
 class _Quiet:
@@ -114,7 +71,7 @@ def _agent(
     `patience` is for how many seconds a cluster's first word is waited for.
     """
     with contextlib.ExitStack() as ending:
-        host = Host(options.ovsdb, options.cni_dir, options.cni_bin_dir, options.docker_room(state, acting=True))
+        host = options.host(state, acting=True)
         ending.callback(host.close)
         source: Source
         home = None
@@ -170,14 +127,12 @@ def _remove(options: Options, state: StateDir, stop_fd: int) -> None:
 
     To end before that would have us started anew.
     """
-    from ovsmesh import commands  # which imports this
-
     told = run_dir(options.ovsdb) / REMOVING
     with contextlib.suppress(OSError):
         told.touch()
     try:
         while True:
-            lines, clean = commands.remove(state, options.ovsdb, options.cni_dir, options.cni_bin_dir)
+            lines, clean = commands.remove(options, state)
             for line in lines:
                 log.info("%s", line)
             if clean or readable([stop_fd], _AGAIN):
