@@ -1,5 +1,5 @@
-# One image for the agent, the controller and the switch's DaemonSet. Any Debian 12 or Ubuntu 22.04 base or newer
-# with Python 3.11; `make image BASE=… TAG=…`. What the base trusts (/etc/ssl/certs) is what the build trusts,
+# One image for the agent, the controller and the switch's DaemonSet. Any base of Debian 12 or
+# Ubuntu 24.04 or newer; `make image BASE=… TAG=…`. What the base trusts (/etc/ssl/certs) is what the build trusts,
 # so behind a proxy that opens TLS a base that knows its authority is all that is needed.
 ARG BASE=debian:12-slim
 
