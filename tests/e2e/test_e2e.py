@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubecluster import Cluster, eventually, mebibytes
+from kubecluster import Cluster, eventually, mebibytes, processes
 
 from ovsmesh import labnet
 from ovsmesh.labping import Pair, Prober, ping
@@ -170,6 +170,19 @@ def test_what_it_takes(story: Cluster, figure: Figure) -> None:
         figure(f"memory of {component}: {', '.join(f'{size:.0f}' for size in sizes)} MiB, no pod restarted")
         restarts = sum(each["restartCount"] for pod in pods for each in pod["status"]["containerStatuses"])
         assert restarts == 0, f"{component}: {restarts} restarts"
+
+
+def test_the_image_holds_no_more_than_it_needs(story: Cluster) -> None:
+    (one, *_) = story.pods("ovsmesh", "app.kubernetes.io/component=controller")
+    pids = [pid for pid in processes(one["metadata"]["uid"]) if any("ovsmesh" in w for w in labnet.command_line(pid))]
+    assert len(pids) == 1
+    uids = Path(f"/proc/{pids[0]}/status").read_text().split("Uid:")[1].split()[:4]
+    assert set(uids) == {"65534"}, "the controller is nobody"
+    root = Path(f"/proc/{pids[0]}/root")
+    tools = ("usr/bin/gcc", "usr/bin/make", "usr/bin/pip3", "opt/ovsmesh/bin/pip", "var/lib/apt/lists/lock")
+    assert [tool for tool in tools if (root / tool).exists()] == []
+    # one system id for every node of every cluster
+    assert list((root / "etc/openvswitch").glob("*")) == []
 
 
 def test_rolling_the_agents_loses_nothing(story: Cluster, figure: Figure) -> None:
