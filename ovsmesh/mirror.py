@@ -235,13 +235,20 @@ class Mirror:
         return ours, foreign
 
     def _by_plugin(self, entry: rtnl.LinkEntry) -> bool:
-        """Whether a bridge is as the CNI bridge plugin makes it by our conflist: no alias, no address, pods only."""
+        """Whether a bridge is as the CNI bridge plugin makes it by our conflist: no alias, no address, pods only.
+
+        An address with our mark came when ours had just been deleted and this one was there already.
+        """
         ports = [link for link in self.links.values() if link.master == entry.ifindex]
         return (
             entry.kind == "bridge"
             and not entry.alias
             and all(port.kind == "veth" or port.name == OBR for port in ports)
-            and all(a.startswith("fe80:") for a, index in self._addresses if index == entry.ifindex)
+            and all(
+                a.startswith("fe80:") or protocol == PROTOCOL
+                for (a, index), protocol in self._addresses.items()
+                if index == entry.ifindex
+            )
         )
 
     def our_addresses(self) -> dict[str, str]:
