@@ -18,7 +18,8 @@ from typing import Any
 
 from ovsmesh import labnet
 
-BIN = Path("/usr/lib/cni")
+BIN = Path(os.environ.get("OVSMESH_TEST_CNI_BIN", "/usr/lib/cni"))
+"""Debian's plugins, or others to try the tests with."""
 SUFFIXES = (".conf", ".conflist", ".json")
 _TIMEOUT = 60.0
 
@@ -86,7 +87,9 @@ class Runtime:
         return {p.name for p in self.store.rglob("*") if re.fullmatch(r"[0-9.]+|[0-9a-f:]+", p.name)}
 
     def _call(self, verb: str, conf: dict[str, Any], plugin: dict[str, Any], pod: str, before: Any) -> dict[str, Any]:
-        given = {"cniVersion": conf["cniVersion"], "name": conf["name"], **plugin}
+        # as libcni 1.2 and newer: the highest that is offered
+        version = max([conf["cniVersion"], *conf.get("cniVersions", [])])
+        given = {"cniVersion": version, "name": conf["name"], **plugin}
         if "ipam" in given:
             # the machine's own store is not the test's to fill
             given["ipam"] = {**given["ipam"], "dataDir": str(self.store)}

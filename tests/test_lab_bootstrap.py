@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import zipfile
@@ -207,10 +208,11 @@ def test_a_second_run_changes_nothing(stage: Stage) -> None:
     assert difference(before, network(stage.machine)) == [] and stage.main_pid() == pid
 
 
-def test_the_agent_has_two_capabilities_and_says_how_it_is(stage: Stage) -> None:
+def test_the_agent_has_three_capabilities_and_says_how_it_is(stage: Stage) -> None:
     status = Path(f"/proc/{stage.machine.outer(stage.main_pid())}/status").read_text()
-    net_admin, net_raw = 12, 13
-    assert f"CapBnd:\t{1 << net_admin | 1 << net_raw:016x}\n" in status and "NoNewPrivs:\t1\n" in status
+    net_admin, net_raw, sys_ptrace = 12, 13, 19
+    bounds = 1 << net_admin | 1 << net_raw | 1 << sys_ptrace
+    assert f"CapBnd:\t{bounds:016x}\n" in status and "NoNewPrivs:\t1\n" in status
     assert stage.machine.show("ovsmesh-agent", "StatusText") == "1 peer, converged"
     assert "EPERM" not in stage.machine.journal("ovsmesh-agent") and "denied" not in stage.machine.journal(
         "ovsmesh-agent"
@@ -220,6 +222,59 @@ def test_the_agent_has_two_capabilities_and_says_how_it_is(stage: Stage) -> None
     wait_for("the mesh to be let through", lambda: "ovsmesh:" in stage.machine.run("iptables", "-S").stdout, 10)
     stage.all_answer()
     stage.machine.run("iptables", "-P", "FORWARD", "ACCEPT")
+
+
+def test_what_the_unit_lets_its_process_do_and_what_not(stage: Stage) -> None:
+    machine = stage.machine
+    units = machine.root / "etc/systemd/system"
+    docker, probe = units / "docker.service", units / "probe.service"
+    docker.write_text("[Service]\nExecStart=sleep 1000\n")
+    (machine.root / "root/probe.sh").write_text(_PROBE)
+    text = (units / "ovsmesh-agent.service").read_text().replace("Type=notify", "Type=oneshot\nTimeoutStartSec=30")
+    text = re.sub("(?m)^ExecStart=.*", "ExecStart=sh /probe.sh", text).replace("Restart=always", "")
+    text = text.replace("WatchdogSec=180", "").replace("Before=docker.service", "")
+    shutil.move(machine.root / "root/probe.sh", machine.root / "probe.sh")
+    probe.write_text(text)
+    (machine.root / "etc/docker").mkdir()
+    try:
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "start", "docker")
+        first = machine.show("docker", "MainPID")
+        machine.run("systemctl", "start", "probe", check=False)
+        said = (machine.root / "var/lib/ovsmesh/probe").read_text().split()
+        assert said == [
+            "etc-docker:yes",
+            "run:yes",
+            "etc:no",
+            "home:no",
+            "tmp:no",
+            "pid1:yes",
+            "docker:yes",
+            "mknod:no",
+        ]
+        assert machine.show("docker", "MainPID") not in ("0", first)
+    finally:
+        machine.run("systemctl", "stop", "docker", "probe")
+        for path in (docker, probe, machine.root / "probe.sh", machine.root / "var/lib/ovsmesh/probe"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(machine.root / "etc/docker")
+        machine.run("rm", "-rf", "/run/openvswitch/probe", "/tmp/probe")
+        machine.run("systemctl", "daemon-reload")
+
+
+_PROBE = """\
+exec >/var/lib/ovsmesh/probe
+try() { name=$1; shift; if "$@" >/dev/null 2>&1; then echo "$name:yes"; else echo "$name:no"; fi; }
+echo x >/tmp/probe
+try etc-docker touch /etc/docker/daemon.json
+try run touch /run/openvswitch/probe
+try etc touch /etc/probe
+try home ls /root/dist
+try tmp ls /proc/1/root/tmp/probe
+try pid1 readlink /proc/1/ns/net
+try docker systemctl restart docker
+try mknod mknod /var/lib/ovsmesh/null c 1 3
+"""
 
 
 def test_a_loop_that_stands_still_is_ended_and_begun_anew(stage: Stage) -> None:

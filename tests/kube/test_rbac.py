@@ -90,6 +90,13 @@ def test_agent_reads_slices_and_writes_its_own_meshnode(nodes: ControlPlane, age
     assert agent("PATCH", f"{GROUP}/meshnodes/{MINE}/status?fieldManager=t&force=true", applied, APPLY).status == 200
 
 
+def test_agent_sees_its_own_namespace(nodes: ControlPlane, agent: As) -> None:
+    assert agent("GET", "/api/v1/namespaces/ovsmesh").status == 200
+    only = "/api/v1/namespaces?fieldSelector=metadata.name%3Dovsmesh"
+    assert [found["metadata"]["name"] for found in agent("GET", only).body["items"]] == ["ovsmesh"]
+    assert agent("GET", f"{only}&watch=1&timeoutSeconds=1").status == 200
+
+
 def test_agent_cannot_write_another_nodes_meshnode(nodes: ControlPlane, agent: As) -> None:
     assert nodes.call("POST", f"{GROUP}/meshnodes", mesh_node(OTHER)).status == 201
     for method, path, body, kind in (
@@ -121,6 +128,10 @@ def test_token_without_a_node_writes_no_meshnode(nodes: ControlPlane) -> None:
         ("PATCH", f"{NODES}/{MINE}/status"),
         ("GET", "/api/v1/secrets"),
         ("GET", "/api/v1/namespaces/ovsmesh/secrets"),
+        ("GET", "/api/v1/namespaces"),
+        ("GET", "/api/v1/namespaces/default"),
+        ("DELETE", "/api/v1/namespaces/ovsmesh"),
+        ("PATCH", "/api/v1/namespaces/ovsmesh"),
         ("GET", "/api/v1/namespaces/kube-system/secrets/x"),
         ("GET", "/api/v1/pods"),
         ("GET", "/api/v1/namespaces/ovsmesh/configmaps"),
