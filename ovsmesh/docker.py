@@ -21,7 +21,7 @@ from ovsmesh import dockersettings as settings
 from ovsmesh.dockerapi import Daemon, Watch
 from ovsmesh.dockerfile import Config, DockerFile, Mark, digest
 from ovsmesh.dockerjob import command
-from ovsmesh.dockersettings import DAEMON, DOCKER0, DOWN, NOWHERE, daemon_text, some
+from ovsmesh.dockersettings import AWAY, DAEMON, DOCKER0, DOWN, daemon_text, some
 from ovsmesh.dockerswitch import Settings, Switch
 from ovsmesh.inotify import FileBell
 from ovsmesh.model import KBR, Dataplane, Foreign, OvsmeshError, Problem
@@ -32,8 +32,6 @@ _AGAIN = (300.0, 3600.0)
 """Seconds before a file that dockerd refused is tried again; doubled each time."""
 _POKES = 30.0
 _IPTABLES = 10.0
-_NONE = "none"
-_PLACES = ("bip", "bip6", "fixed-cidr", "fixed-cidr-v6", "default-gateway", "default-gateway-v6")
 _RULE = "rule "
 STRANGER = "address "
 """Key of an address that dockerd gave a kbr0 that had none, when it started."""
@@ -135,8 +133,8 @@ class Docker:
             config, mark, file = self._read()
             if mark and mark.step and self._may_resume(daemon, want.docker):
                 self._cached = None
-                good = NOWHERE if file.get("bridge") == _NONE else want.docker.get(DAEMON, "")
-                self._switch.resume(daemon, config, mark, good if DAEMON in want.docker else "")
+                good = want.docker.get(DAEMON, "")
+                self._switch.resume(daemon, config, mark, AWAY if good and file.get("bridge") != KBR else good)
                 config, mark, file = self._read()
         except OvsmeshError as error:
             if not want.docker and not self._removing:
@@ -261,14 +259,15 @@ class Docker:
         if self._switch.busy or self._removing:
             return
         steps = list(steps)
-        config, mark, file = self._read()
+        config, mark, _ = self._read()
         self._cached = None
         changes = _changes({s.key: s.want for s in steps if s.key in settings.FILE_KEYS}, want.docker)
         restart = any(step.key == DAEMON for step in steps)
         daemon, aim = self._watch.daemon, want.docker[DAEMON] if restart else ""
         if restart and daemon and settings.remembers(daemon, aim):
             # the next turn then goes on from there
-            changes, aim = {k: None for k in file if k in _PLACES} | {"bridge": _NONE}, NOWHERE
+            changes, aim = self._file.back(config, mark), AWAY
+            changes |= {"bridge": None} if changes.get("bridge") == KBR else {}
         self._switch.begin(changes, config, mark, aim)
         if restart:
             return

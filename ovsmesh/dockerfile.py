@@ -158,10 +158,14 @@ class DockerFile:
         if config.digest == mark.old or (config.digest == mark.new and not mark.mixed):
             self._put(self._old, mark.old, mark)
             return
-        before = daemonjson.settings(self._saved(self._old, mark.old)) if mark.old else {}
-        ours = self.settings(config)
-        changes = {key: before.get(key) for key in FILE_KEYS if key in before or key in ours}
+        changes = self.back(config, mark)
         self._write(Path(self.real), daemonjson.edit(config.data, changes), config.mode, config.owner)
+
+    def back(self, config: Config, mark: Mark | None) -> dict[str, Any]:
+        """The changes that bring our settings to what they were before ovsmesh; None takes one out."""
+        before = daemonjson.settings(self._saved(self._old, mark.old)) if mark and mark.old else {}
+        ours = self.settings(config)
+        return {key: before.get(key) for key in sorted(FILE_KEYS) if key in before or key in ours}
 
     def forget(self, mark: Mark) -> None:
         """Removes the memory of it, once the file is as it was."""

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 DOCKER0 = "docker0"
 DAEMON = "daemon"
 DOWN = "not running"
-NOWHERE = "on no bridge"
+AWAY = f"anywhere but on {KBR}"
+"""Where dockerd is sent to forget what it remembers of kbr0."""
 _NUMBERS = frozenset({"mtu"})
 _SWITCHES = frozenset({"ipv6"})
 _RANGES = {"bip": 4, "fixed-cidr": 4, "default-gateway": 4, "bip6": 6, "fixed-cidr-v6": 6, "default-gateway-v6": 6}
@@ -70,7 +71,7 @@ def daemon_text(daemon: Daemon) -> str:
     """A running daemon in the words of "daemon"."""
     if daemon.state != "up":
         return DOWN
-    return _daemon_text(daemon.bridge, daemon.subnets, daemon.ipv6, daemon.mtu) if daemon.bridge else NOWHERE
+    return _daemon_text(daemon.bridge, daemon.subnets, daemon.ipv6, daemon.mtu) if daemon.bridge else "on no bridge"
 
 
 def _text(key: str, value: Any) -> str:
@@ -158,9 +159,17 @@ def obstacles(daemon: Daemon, config: str, real: str, want: Mapping[str, str], r
 def remembers(daemon: Daemon, wanted: str) -> bool:
     """Whether dockerd is on kbr0 with a range that is not ours, which at its next start it would put there again.
 
-    It forgets the range of a bridge when it starts without one.
+    It forgets the range of a bridge when it starts with another one. (With none it would forget it too, but also
+    disable the network of each container that it starts, for good.)
     """
     return daemon.bridge == KBR and daemon_text(daemon).split()[:3] != wanted.split()[:3]
+
+
+def reached(daemon: Daemon, aim: str) -> bool:
+    """Whether a daemon is where a restart was to bring it."""
+    if aim == AWAY:
+        return daemon.state == "up" and daemon.bridge != KBR
+    return daemon_text(daemon) == aim
 
 
 def strangers(daemon: Daemon, own: Iterable[str], there: Iterable[str]) -> list[str]:

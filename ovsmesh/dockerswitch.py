@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ovsmesh.dockerapi import Daemon, Watch
 from ovsmesh.dockerfile import Config, DockerFile, Mark
 from ovsmesh.dockerjob import Restart, command, start_time
-from ovsmesh.dockersettings import daemon_text
+from ovsmesh.dockersettings import AWAY, reached
 from ovsmesh.model import KBR, OvsmeshError, Problem
 
 _RESUME = 60.0
@@ -75,7 +75,7 @@ class Switch:
         if changes or (wanted and mark is None):
             mark = self._file.change(config, changes, mark, "switch" if wanted else "")
         if wanted and mark:
-            self._start("switch" if changes else "start", argv, mark, lambda daemon: daemon_text(daemon) == wanted)
+            self._start("switch" if changes else "start", argv, mark, lambda daemon: reached(daemon, wanted))
 
     def await_child(self, mark: Mark) -> None:
         """Waits for the restart command of an agent that was killed meanwhile, so that no two run at once."""
@@ -90,7 +90,7 @@ class Switch:
     def begin_restore(self, mark: Mark) -> None:
         """Restarts a daemon whose old file is back in place. Raises OvsmeshError."""
         argv = command(self._options.restart)
-        self._start("restore", argv, mark, lambda daemon: daemon.state == "up" and daemon.bridge != KBR)
+        self._start("restore", argv, mark, lambda daemon: reached(daemon, AWAY))
 
     def keep(self, mark: Mark) -> Mark:
         """Saves the mark; where that can't be, what was saved last has to do, and says less."""
@@ -203,7 +203,7 @@ class Switch:
             self.keep(replace(mark, step=""))
         else:
             argv = command(self._options.restart)
-            if daemon_text(daemon) == good:
+            if reached(daemon, good):
                 self.keep(replace(mark, step="", child=(0, 0), seen=self.here))
             else:
-                self._start("switch", argv, mark, lambda d: daemon_text(d) == good, mark.child)
+                self._start("switch", argv, mark, lambda d: reached(d, good), mark.child)

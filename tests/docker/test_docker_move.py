@@ -41,6 +41,7 @@ def reaches(one: Docker, name: str, address: str, size: int) -> bool:
 def test_containers_move_into_the_mesh_and_back(fresh: Dockers) -> None:
     lab, dockers = fresh
     for docker in dockers:
+        docker.host.run(["iptables", "-P", "FORWARD", "DROP"])
         docker.again(FILE, mode=0o640)
         docker.run("keeps", "always")
         docker.run("ends")
@@ -281,6 +282,8 @@ def test_what_a_killed_dockerd_leaves_in_iptables_goes(fresh: Dockers) -> None:
     host = docker.host
     old = rules(host)
     docker.stop(signal.SIGKILL)
+    # with what it remembers of docker0 it would clear up itself
+    (docker.dir / "data/network/files/local-kv.db").unlink()
     docker.configure('{"bridge": "none"}')
     docker.start()
     assert "-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE" in rules(host)
