@@ -184,7 +184,9 @@ class Host:
         return Observed(have, relevant, tuple(problems), frozenset(unknown), docker.note)
 
     def _about_bridges(self) -> Kernel:
-        return Kernel(self.net.mirror.index(KBR) or 0, self.net.mirror.bridge_ports(DOCKER0))
+        return Kernel(
+            self.net.mirror.index(KBR) or 0, self.net.mirror.bridge_ports(DOCKER0), self.net.mirror.addresses_of(KBR)
+        )
 
     @property
     def switch_lost(self) -> bool:

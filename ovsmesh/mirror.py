@@ -286,6 +286,11 @@ class Mirror:
         """Links whose IPv6 default route came from a router advertisement."""
         return tuple(sorted(self.links[index].name for index in self._ra_links if index in self.links))
 
+    def addresses_of(self, name: str) -> tuple[str, ...]:
+        """All addresses of a link, ours or not."""
+        index = self._indexes.get(name, 0)
+        return tuple(sorted(address for address, i in self._addresses if i == index))
+
     def bridge_ports(self, name: str) -> tuple[str, ...] | None:
         """The ports of a Linux bridge of any owner; None when there is no such bridge."""
         entry = self.links.get(self._indexes.get(name, 0))
