@@ -233,8 +233,7 @@ class Controller:
         if self._seen is not None:
             pauses.append(self._mesh.tell(seen.mesh, self._roster, self._converged, now))
             if seen.nodes:  # an empty list never means that everyone has left
-                members = {entry.name for entry in self._roster.entries}
-                pauses.append(self._tidier.turn(seen.reports, members | seen.nodes.keys(), now))
+                pauses.append(self._tidier.turn(seen.reports, seen.nodes, self._roster.statics, now))
         pauses += [self._again_at - now, self._survey_at - now]
         return max(0.0, min(pauses))
 

@@ -5,7 +5,7 @@ Pure: the time is an argument. Imports model, roster, status (for the form of ti
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -84,13 +84,18 @@ def silent_for(report: Report, now: float) -> float:
     return max(0.0, now - at) if at is not None else 0.0
 
 
-def orphans(reports: Iterable[Report], alive: Collection[str], now: float) -> list[Report]:
-    """Those that no Node owns, of no name in `alive`, whose agents have been silent for as long as counts."""
+def orphans(reports: Iterable[Report], alive: Mapping[str, str], now: float) -> list[Report]:
+    """Those of an earlier Node of a living one's name; and those that no Node owns, of nobody who is alive, whose
+    agents have been silent for as long as counts. `alive` is name → uid, "" for static members."""
     found = []
     for report in reports:
-        last = seconds(report.observed_at or report.created)
-        silent = last is not None and now - last > SILENT
-        if silent and report.uid and not report.owner and report.name not in alive:
+        uid = alive.get(report.name)
+        if report.owner:
+            gone = bool(uid) and uid != report.owner
+        else:
+            last = seconds(report.observed_at or report.created)
+            gone = uid is None and last is not None and now - last > SILENT
+        if gone and report.uid:
             found.append(report)
     return found
 

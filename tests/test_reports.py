@@ -76,20 +76,27 @@ def test_mesh_status() -> None:
     assert mesh_status(ROSTER, 0, 7, (), {}, NOW)["conditions"][0]["reason"] == "Converging"
 
 
-def test_orphans_are_of_no_node_and_silent() -> None:
+def test_orphans_are_of_an_earlier_node_or_of_none_and_silent() -> None:
     old = Report("gone", "", "2026-05-28T20:00:00Z", uid="m1", created="2026-05-28T19:00:00Z")
-    assert orphans([old], {"web1"}, NOW) == [old]
+    alive = {"web1": "u1", "rack1": ""}
+    assert orphans([old], alive, NOW) == [old]
     never = old._replace(observed_at="")
-    assert orphans([never], {"web1"}, NOW) == [never]
+    assert orphans([never], alive, NOW) == [never]
+    earlier = old._replace(name="web1", owner="u0", observed_at="2026-05-28T20:26:30Z")
+    assert orphans([earlier], alive, NOW) == [earlier]
     for kept in (
         old._replace(name="web1"),
+        old._replace(name="rack1"),
+        old._replace(name="rack1", owner="u9"),
+        earlier._replace(owner="u1"),
+        earlier._replace(uid=""),
         old._replace(owner="u9"),  # the garbage collector's to remove
         old._replace(uid=""),  # someone else's
         old._replace(observed_at="2026-05-28T20:25:00Z"),
         never._replace(created="2026-05-28T20:25:00Z"),
         never._replace(created=""),
     ):
-        assert orphans([kept], {"web1"}, NOW) == []
+        assert orphans([kept], alive, NOW) == []
 
 
 def test_projection() -> None:

@@ -16,7 +16,7 @@ import slicekit
 import yaml
 from controllerkit import Cluster, Object, cluster_of, mesh, node
 from controlplane import ControlPlane
-from kubekit import GROUP, MANIFESTS, eventually
+from kubekit import GROUP, MANIFESTS, NAMESPACE, eventually
 from slicekit import turn
 
 from ovsmesh.kube import JSON, MERGE, Api, load
@@ -249,6 +249,30 @@ def test_a_meshnode_edited_or_deleted_by_hand(kube: Cluster, state: Path) -> Non
             eventually(lambda: kube.plane.call("GET", path).status == 200 and now() == wanted)
             owner = kube.api.get(path)["metadata"]["ownerReferences"][0]
             assert owner["uid"] == made["metadata"]["uid"]
+
+
+def test_a_node_made_again_gets_a_meshnode_of_its_own_soon(kube: Cluster, state: Path) -> None:
+    """The old one is the earlier Node's: it says nothing of this one, and its agent may not remove it."""
+    kube.add(mesh("10.0.0.0/8"))
+    kube.controller()
+
+    def joined(uid: str) -> bool:
+        said = kube.plane.call("GET", f"{GROUP}/meshnodes/n0").body.get("metadata", {}).get("ownerReferences", ())
+        ready = kube.conditions("n0").get("ovsmesh.io/MeshReady")
+        return [owner["uid"] for owner in said] == [uid] and ready == ("True", "MeshConverged")
+
+    first = kube.add(node("n0", "192.0.2.1", "10.0.1.0/24"))["metadata"]["uid"]
+    config = kube.plane.token_kubeconfig("again", kube.plane.agent_token("n0"))
+    with closing(Api(load(config))) as api, closing(MeshNodeWriter(api, "n0", dict)) as writer:
+        writer.publish(turn(uid=first), Runtime())
+        eventually(lambda: joined(first))
+        kube.remove("n0")
+        pod = f"/api/v1/namespaces/{NAMESPACE}/pods/ovsmesh-agent-n0?gracePeriodSeconds=0"
+        assert kube.plane.call("DELETE", pod).status in (200, 404)
+        second = kube.add(node("n0", "192.0.2.1", "10.0.2.0/24"))["metadata"]["uid"]
+        kube.plane.token_file("again").write_text(kube.plane.agent_token("n0"))
+        writer.publish(turn(uid=second), Runtime())
+        eventually(lambda: joined(second), 25)
 
 
 def test_meshnodes_of_nobody_are_removed(kube: Cluster) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import slicekit
+from between import FAULTS, STALL, Meddler
 from controllerkit import Cluster, cluster_of, mesh, node
 from controlplane import ControlPlane
 from kubekit import GROUP, NAMESPACE, eventually
-from meddler import FAULTS, Meddler
 from tenacity import wait_random_exponential
 
 from ovsmesh import kubewatch
@@ -62,18 +62,20 @@ def names(source: KubeSource) -> list[str]:
 def test_whatever_a_watch_does_all_follow(kube: Cluster, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Reflector.__init__.__kwdefaults__ is not None
     monkeypatch.setitem(Reflector.__init__.__kwdefaults__, "silence", SILENCE)
-    # Eight faults one after the other would be backed off from for half a minute.
+    # Some faults one after the other would be backed off from for half a minute.
     monkeypatch.setattr(kubewatch, "_BACKOFF", wait_random_exponential(multiplier=0.2, max=1.0, min=0.05))
     plane = kube.plane
     kube.add(mesh("10.97.0.0/16"))
     for number in range(3):
         kube.add(node(f"web{number}", f"192.0.2.{number + 1}", f"10.97.{number}.0/24"))
     with ExitStack() as ending:
-        meddler = ending.enter_context(closing(Meddler(plane)))
-        config = meddler.kubeconfig("meddled", plane.agent_token("web0", account="ovsmesh-controller"))
-        controller = ending.enter_context(running(config))
-        agent = meddler.kubeconfig("meddled-agent", plane.agent_token("web0"))
-        api = ending.enter_context(closing(Api(load(agent))))
+        meddler = ending.enter_context(Meddler(plane))
+        configs = {
+            account: meddler.config(plane.token_kubeconfig(account, plane.agent_token("web0", account=account)))
+            for account in ("ovsmesh-controller", "ovsmesh-agent")
+        }
+        controller = ending.enter_context(running(configs["ovsmesh-controller"]))
+        api = ending.enter_context(closing(Api(load(configs["ovsmesh-agent"]))))
         source = ending.enter_context(closing(KubeSource(api, state, "web0", silence=SILENCE)))
         wanted = ["web0", "web1", "web2"]
         eventually(lambda: names(source) == wanted)
@@ -84,10 +86,10 @@ def test_whatever_a_watch_does_all_follow(kube: Cluster, state: Path, monkeypatc
             least[0] = min(least[0], len(found))
             return found == wanted and names(source) == wanted
 
-        for number, fault in enumerate(FAULTS, start=3):
+        for number, fault in enumerate((*FAULTS, "cut", STALL), start=3):
             # Meshes, Nodes, MeshSlices and MeshNodes of the controller, MeshSlices of the agent.
-            eventually(lambda: len(meddler.watches) >= 5)
-            meddler.meddle(fault)
+            eventually(lambda: len(meddler.watches()) >= 5)
+            meddler.do(fault)
             kube.add(node(f"web{number}", f"192.0.2.{number + 1}", f"10.97.{number}.0/24"))
             kube.remove(f"web{number - 1}")
             wanted = ["web0", "web1", f"web{number}"]
@@ -109,10 +111,10 @@ def test_tokens_that_rotate(kube: Cluster, state: Path) -> None:
     kube.add(mesh("10.97.0.0/16"))
     kube.add(node("web0", "192.0.2.1", "10.97.0.0/24"))
     with ExitStack() as ending:
-        meddler = ending.enter_context(closing(Meddler(plane)))
+        meddler = ending.enter_context(Meddler(plane))
         accounts = {"rotates": "ovsmesh-controller", "rotates-agent": "ovsmesh-agent"}
         old = {name: plane.agent_token("web0", account=account) for name, account in accounts.items()}
-        configs = {name: meddler.kubeconfig(name, token) for name, token in old.items()}
+        configs = {name: meddler.config(plane.token_kubeconfig(name, token)) for name, token in old.items()}
         controller = ending.enter_context(running(configs["rotates"]))
         api = ending.enter_context(closing(Api(load(configs["rotates-agent"]))))
         source = ending.enter_context(closing(KubeSource(api, state, "web0")))
@@ -128,8 +130,8 @@ def test_tokens_that_rotate(kube: Cluster, state: Path) -> None:
         for token in old.values():
             eventually(lambda token=token: plane.call("GET", f"{GROUP}/meshslices", token=token).status == 401, 30, 0.5)  # type: ignore[misc]
         assert controller.lease.leads
-        eventually(lambda: len(meddler.watches) >= 5)
-        meddler.meddle("cut")
+        eventually(lambda: len(meddler.watches()) >= 5)
+        meddler.cut()
         kube.add(node("web1", "192.0.2.2", "10.97.1.0/24"))
         eventually(lambda: names(source) == ["web0", "web1"], 30)
         assert controller.lease.leads
