@@ -30,7 +30,8 @@ RUN export DEBIAN_FRONTEND=noninteractive && \
         containernetworking-plugins iproute2 iptables kmod nftables openvswitch-switch python3 && \
     find /usr/lib/cni -type f ! -name bridge ! -name host-local ! -name loopback ! -name portmap -delete && \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/* \
-        /etc/openvswitch/* /var/lib/openvswitch/* /usr/share/doc/* /usr/share/man/*
+        /etc/openvswitch /var/lib/openvswitch /usr/share/doc/* /usr/share/man/* && \
+    mkdir /etc/openvswitch /var/lib/openvswitch
 COPY --from=build /opt/ovsmesh /opt/ovsmesh
 ENV PATH=/opt/ovsmesh/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin PYTHONUNBUFFERED=1
 ARG VERSION=dev

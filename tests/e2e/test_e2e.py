@@ -205,6 +205,17 @@ def test_rolling_the_agents_loses_nothing(story: Cluster, figure: Figure) -> Non
     all_reach_all(story, pods)
 
 
+def test_pods_are_back_when_their_bridge_was_deleted(story: Cluster, figure: Figure) -> None:
+    pods = serving(story, 6)
+    with Prober(pairs_across(story, pods), 0.02) as stream:
+        at = time.time()
+        story.nodes["node2"].run(["ip", "link", "del", "kbr0"])
+        assert stream.wait(at, 30.0, run=5), "the pods of node2 have no network any more"
+    longest = max((outage.seconds for track in stream.tracks for outage in track.outages(at)), default=0.0)
+    figure(f"kbr0 of a node deleted: its running pods unreachable for {longest:.2f} s at most")
+    all_reach_all(story, pods)
+
+
 def test_a_node_that_is_deleted_is_gone_from_the_others(story: Cluster, figure: Figure) -> None:
     left = [story.nodes[name] for name in ("node1", "node2")]
     gone = story.nodes["node3"]
