@@ -21,7 +21,7 @@ from ovsmesh import dockersettings as settings
 from ovsmesh.dockerapi import Daemon, Watch
 from ovsmesh.dockerfile import Config, DockerFile, Mark, digest
 from ovsmesh.dockerjob import command
-from ovsmesh.dockersettings import DAEMON, DOCKER0, DOWN, daemon_text, some
+from ovsmesh.dockersettings import AWAY, DAEMON, DOCKER0, DOWN, daemon_text, some
 from ovsmesh.dockerswitch import Settings, Switch
 from ovsmesh.inotify import FileBell
 from ovsmesh.model import KBR, Dataplane, Foreign, OvsmeshError, Problem
@@ -44,6 +44,8 @@ class Kernel(NamedTuple):
     """Index of kbr0; 0 for none."""
     docker0: tuple[str, ...] | None = None
     """Ports of the bridge docker0; None when there is no such bridge."""
+    addresses: tuple[str, ...] = ()
+    """Everyone's on kbr0, with prefix length."""
 
 
 class Seen(NamedTuple):
@@ -129,9 +131,10 @@ class Docker:
         self._switch.aim = digest(repr(sorted(want.docker.items())).encode())
         try:
             config, mark, file = self._read()
-            if mark and mark.step and self._acting and not self._switch.busy and daemon.state != "starting":
+            if mark and mark.step and self._may_resume(daemon, want.docker):
                 self._cached = None
-                self._switch.resume(daemon, config, mark, want.docker)
+                good = want.docker.get(DAEMON, "")
+                self._switch.resume(daemon, config, mark, AWAY if good and file.get("bridge") != KBR else good)
                 config, mark, file = self._read()
         except OvsmeshError as error:
             if not want.docker and not self._removing:
@@ -145,6 +148,11 @@ class Docker:
         if not want.docker:
             return Seen(problems=self._elsewhere(daemon), note=_where(daemon))
         return self._compare(want, kernel, daemon, config, mark, file)
+
+    def _may_resume(self, daemon: Daemon, wanted: Mapping[str, str]) -> bool:
+        # what is wanted may have been told before the daemon was looked at first
+        sure = DAEMON in wanted or self._options.mode != "replace"
+        return sure and self._acting and not self._switch.busy and daemon.state != "starting"
 
     def _compare(
         self,
@@ -209,15 +217,15 @@ class Docker:
             again = mark.at + min(_AGAIN[0] * 2 ** (mark.times - 1), _AGAIN[1])
             if 0 < again - time.time() <= _AGAIN[1] and mark.refused == self._switch.aim:
                 when, path = time.strftime("%H:%M:%S UTC", time.gmtime(again)), self._options.config
-                texts.append(f"{mark.why}; the old {path} is in place. Tried again at {when}, or after `touch {path}`")
+                texts.append(f"{mark.why}. Tried again at {when}, or after `touch {path}`")
         return "; ".join(texts)
 
     def _left_behind(
         self, have: dict[str, str], daemon: Daemon, own: Iterable[str], kernel: Kernel, restart: bool
     ) -> list[Problem]:
         """Adds docker0, the rules that dockerd made for it and the address it gave to kbr0, where they are to go."""
-        if daemon.bridge == KBR:
-            have |= {f"{STRANGER}{text}": "Docker's own" for text in settings.strangers(daemon, own)}
+        if kernel.kbr:
+            have |= {f"{STRANGER}{text}": "Docker's own" for text in settings.strangers(daemon, own, kernel.addresses)}
         if kernel.docker0 is not None and (restart or not kernel.docker0):
             have[DOCKER0] = "bridge"
         if restart:
@@ -255,7 +263,12 @@ class Docker:
         self._cached = None
         changes = _changes({s.key: s.want for s in steps if s.key in settings.FILE_KEYS}, want.docker)
         restart = any(step.key == DAEMON for step in steps)
-        self._switch.begin(changes, config, mark, want.docker[DAEMON] if restart else "")
+        daemon, aim = self._watch.daemon, want.docker[DAEMON] if restart else ""
+        if restart and daemon and settings.remembers(daemon, aim):
+            # the next turn then goes on from there
+            changes, aim = self._file.back(config, mark), AWAY
+            changes |= {"bridge": None} if changes.get("bridge") == KBR else {}
+        self._switch.begin(changes, config, mark, aim)
         if restart:
             return
         rules = [step.key.removeprefix(_RULE) for step in steps if step.key.startswith(_RULE)]
@@ -286,10 +299,12 @@ class Docker:
             )
             return [text] if on_kbr else []
         self._cached = None
+        if mark.step:
+            self._switch.await_child(mark)
         self._file.restore(mark)
         if self._read()[2].get("bridge") == KBR:
             return [f"{self._options.config} had {KBR} before ovsmesh: Docker can't start again before there is one"]
-        if on_kbr:
+        if on_kbr or mark.step:
             self._switch.begin_restore(mark)
         elif daemon is None or daemon.state != "up":
             return ["dockerd does not run: it will be where it was before when somebody starts it"]

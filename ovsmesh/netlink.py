@@ -211,7 +211,8 @@ class Netlink:
                 if hairpin:
                     steps[f"set port {name}"] = rtnl.hairpin_port(0, port)
         self.mirror.lost_ports.clear()
-        self._do(steps)
+        # a pod may end at any moment
+        self._do(steps, but=errno.ENODEV)
 
     def del_link(self, name: str) -> None:
         """Deletes a link of ours."""
@@ -219,8 +220,10 @@ class Netlink:
         if index:
             self._do({f"delete link {name}": rtnl.del_link(0, index)})
 
-    def _do(self, steps: Mapping[str, bytes]) -> None:
-        refused = self.batch(list(steps.items()))
+    def _do(self, steps: Mapping[str, bytes], but: int = 0) -> None:
+        """Raises OvsmeshError for what the kernel refuses, unless with the error `but`."""
+        forgiven = os.strerror(but)
+        refused = {what: why for what, why in self.batch(list(steps.items())).items() if why != forgiven}
         if refused:
             texts = "; ".join(f"{what}: {why}" for what, why in refused.items())
             raise OvsmeshError(f"the kernel refused to {texts}")

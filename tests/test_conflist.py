@@ -218,6 +218,17 @@ def test_whatever_json_lies_there_is_judged_and_told(value, name):
         str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: one}))))
 
 
+@pytest.mark.parametrize("evil", ["\\ud800", "\\u001b[2J", "a\\nb", "x" * 10_000])
+def test_others_words_steer_no_terminal_and_break_no_log(evil):
+    odd = OURS.replace('"1.0.0"', f'"{evil}"').replace('"portmap"', f'"{evil}"').replace("10.97.1.0/24", evil)
+    lines = [*map(str, judged({"00-x.conflist": LIST.replace("cbr0", evil)})[2])]
+    lines += [*map(str, judged({FILE: LIST.replace("cbr0", evil)})[1])]
+    lines.append(str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: odd})))))
+    lines.append(str(standing(cni(), {FILE: OURS}, {FILE: odd})))
+    for line in lines:
+        assert line.isprintable() and len(line.encode()) < 1000, line
+
+
 @given(st.binary(max_size=64))
 def test_whatever_bytes_lie_there_are_judged(data):
     ours, foreign, _ = judged({FILE: File(data)})

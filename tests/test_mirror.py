@@ -271,6 +271,10 @@ def test_a_kbr0_that_the_bridge_plugin_made_by_our_conflist_is_ours_to_mark(mirr
     assert KBR not in links and named.key == KBR
 
 
+def test_our_own_address_on_a_bridge_that_the_plugin_made_just_before_is_no_one_s(mirror):
+    assert by_plugin(mirror, address("10.97.1.1/24", index=7))[0][KBR].unmarked
+
+
 @pytest.mark.parametrize(
     "more",
     [

@@ -124,6 +124,9 @@ class Docker:
 
     def stop(self, how: int = signal.SIGTERM) -> None:
         script.stop(self.dir, how)
+        if how == signal.SIGKILL:
+            # a containerd of its own would hold its socket
+            self.kill_containers()
 
     def alive(self) -> bool:
         return bool(script.running(self.dir))
@@ -217,7 +220,7 @@ class Docker:
     def ping(self, name: str, address: str, size: int = 56, count: int = 1) -> bool:
         """Whether `count` pings of this many bytes (don't-fragment) from within the container are all answered."""
         pid = self.inspect(name)["State"]["Pid"]
-        argv = ["nsenter", f"--net=/proc/{pid}/ns/net", "ping", "-n", "-q", "-c", str(count), "-i", "0.2", "-W", "2"]
+        argv = ["nsenter", f"--net=/proc/{pid}/ns/net", "ping", "-n", "-q", "-c", str(count), "-i", "0.2", "-W", "1"]
         done = subprocess.run(
             [*argv, "-M", "do", "-s", str(size), address], capture_output=True, text=True, timeout=SOON
         )
@@ -236,6 +239,8 @@ class Docker:
                 mine.append(int(entry))
         children = [int(e) for e in os.listdir("/proc") if e.isdigit() and _parent(int(e)) in mine]
         labnet.end([p for p in map(labnet.identity, {*mine, *children} - {os.getpid()}) if p])
+        # where nobody reaps the dead, their numbers are taken for living ones
+        (self.dir / "exec/containerd/containerd.pid").unlink(missing_ok=True)
 
     def end(self) -> None:
         """Nothing is left: containers, the daemon, mounts, files."""

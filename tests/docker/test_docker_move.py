@@ -41,6 +41,7 @@ def reaches(one: Docker, name: str, address: str, size: int) -> bool:
 def test_containers_move_into_the_mesh_and_back(fresh: Dockers) -> None:
     lab, dockers = fresh
     for docker in dockers:
+        docker.host.run(["iptables", "-P", "FORWARD", "DROP"])
         docker.again(FILE, mode=0o640)
         docker.run("keeps", "always")
         docker.run("ends")
@@ -183,7 +184,6 @@ def test_after_a_power_cut_all_comes_back_in_either_order(fresh: Dockers, first:
     host = one.host
     host.start_ovsdb()
     host.start_vswitchd()
-    host.create_underlay_again()
     replace(one)
     settled(lab, [one])
     assert one.restarts() == restarts + 1, "it did not run, and was started once"
@@ -282,6 +282,8 @@ def test_what_a_killed_dockerd_leaves_in_iptables_goes(fresh: Dockers) -> None:
     host = docker.host
     old = rules(host)
     docker.stop(signal.SIGKILL)
+    # with what it remembers of docker0 it would clear up itself
+    (docker.dir / "data/network/files/local-kv.db").unlink()
     docker.configure('{"bridge": "none"}')
     docker.start()
     assert "-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE" in rules(host)
@@ -309,9 +311,32 @@ def test_a_dockerd_that_came_before_the_address_is_put_right(fresh: Dockers) -> 
     host.stop_agent()
     docker.stop()
     host.run(["ip", "addr", "flush", "dev", "kbr0"])
+    # else it remembers what it had there
+    (docker.dir / "data/network/files/local-kv.db").unlink()
     docker.start()
     assert "172.17.0.1" in links(host)["kbr0"][1], links(host)
     replace(docker)
     until("the right range", lambda: docker.run_again("a1").startswith("10.97.1."))
     lab.converged(SOON, [host], thorough=True)
     assert links(host)["kbr0"][1] == ["10.97.1.1"]
+
+
+def test_a_node_that_is_renumbered_takes_its_docker_along(fresh: Dockers) -> None:
+    """dockerd remembers the range it had on a bridge, and at its next start puts it there in place of ours."""
+    lab, (docker, _) = fresh
+    nodes = [host.node for host in lab.hosts]
+    replace(docker)
+    settled(lab, [docker])
+    docker.run("keeps", "always")
+    lab.write_mesh([nodes[0] | {"podCIDRs": ["10.97.77.0/24", "fd00:97:77::/64"]}, nodes[1]])
+    try:
+        until(
+            "the new range", lambda: docker.on("kbr0") and docker.running() and "10.97.77." in docker.address("keeps")
+        )
+        lab.converged(SOON, [docker.host], thorough=True)
+        assert links(docker.host)["kbr0"][1] == ["10.97.77.1"]
+        docker.host.stop_agent()
+        assert docker.host.ovsmesh("cleanup", timeout=90).returncode == 0
+    finally:
+        lab.write_mesh()
+    assert docker.config.read_text() == "{}\n" and docker.on("docker0")

@@ -92,6 +92,8 @@ class Cluster:
         self.hub = f"{self.name}-hub"
         self.plane: Plane
         self.nodes: dict[str, KubeNode] = {}
+        self.loaded = 0.0
+        """When the last node had its images (monotonic seconds)."""
         self._before: dict[str, set[str]] = {}
         self._early: dict[str, set[str]] = {}
         self._ending = ExitStack()
@@ -148,8 +150,8 @@ class Cluster:
     def _furnish(self, node: KubeNode) -> None:
         node.await_runtime()
         self._early[node.name] = _state(node) | {"nft table netdev lab"}
-        for image in self._images:
-            node.load(image)
+        node.load(self._images)
+        self.loaded = time.monotonic()
         eventually(lambda: self.node(node.name).get("spec", {}).get("podCIDR"), 60, f"{node.name} to be registered")
         # eth0 is not where the kubelet lives
         self.plane.kubectl("annotate", "node", node.name, f"ovsmesh.io/tunnel-address={node.tunnel_address}")
@@ -226,10 +228,9 @@ class Cluster:
         name = f"{self.name}-p{uid[:8]}"
         if name in labnet.namespaces():
             return name
-        for found in filter(str.isdigit, os.listdir("/proc")):
-            if f"pod{uid}" in _text(Path(f"/proc/{found}/cgroup")):
-                labnet.ip_batch([f"netns attach {name} {found}"])
-                return name
+        for found in processes(uid):
+            labnet.ip_batch([f"netns attach {name} {found}"])
+            return name
         raise AssertionError(f"no process of pod {pod['metadata']['name']} on {node.name}\n{node.logs()}")
 
 
@@ -248,6 +249,18 @@ def _state(node: KubeNode) -> set[str]:
     run = Path(node.root, "run/openvswitch")
     found |= {f"file run/openvswitch/{path.name}" for path in run.glob("*")}
     return found | {f"file {path}" for path in node.written() if not path.startswith(_OTHERS)}
+
+
+def processes(uid: str) -> list[int]:
+    """Pids, as this process sees them, of the pod with this uid."""
+    pids = filter(str.isdigit, os.listdir("/proc"))
+    return [int(pid) for pid in pids if f"pod{uid}" in _text(Path(f"/proc/{pid}/cgroup"))]
+
+
+def mebibytes(uid: str) -> float:
+    """Resident memory of the pod with this uid, as the sum over its processes."""
+    found = (re.search(r"VmRSS:\s*(\d+) kB", _text(Path(f"/proc/{pid}/status"))) for pid in processes(uid))
+    return sum(int(match[1]) for match in found if match) / 1024
 
 
 def end_orphans() -> None:

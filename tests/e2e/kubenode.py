@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,11 @@ class KubeNode:
     def await_runtime(self) -> None:
         self._until("containerd", lambda: (self.folder / "ready").exists())
 
-    def load(self, archive: Path) -> None:
-        """Brings an image into its containerd."""
-        self.run(["ctr", "-n", "k8s.io", "images", "import", str(archive)], _IMPORT_SECONDS)
+    def load(self, archives: Sequence[Path]) -> None:
+        """Brings images into its containerd; the node goes on starting when it has them."""
+        for archive in archives:
+            self.run(["ctr", "-n", "k8s.io", "images", "import", str(archive)], _IMPORT_SECONDS)
+        (self.folder / "loaded").touch()
 
     def end(self) -> None:
         """As a machine that loses its power; nothing of it stays but its log files."""

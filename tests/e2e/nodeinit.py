@@ -27,6 +27,7 @@ _ROOMY_KIB = 6 << 20
 """Memory from which images are kept there, which is faster than the disk; a node's take 1 GiB."""
 _SOCKET = "/run/containerd/containerd.sock"
 _START_SECONDS = 40.0
+_LOAD_SECONDS = 150.0
 _REBOOT = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -91,15 +92,24 @@ def _answers(address: str) -> None:
             time.sleep(0.02)
 
 
+def _await(path: Path) -> None:
+    deadline = time.monotonic() + _LOAD_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            sys.exit(f"{path}: not there after {_LOAD_SECONDS:.0f} s")
+        time.sleep(0.02)
+
+
 def _hold(about: dict[str, Any], folder: Path) -> None:
     """Starts the node's programs, and takes in whoever loses its parent, until it is told to end."""
     names: dict[int, str] = {}
     for name, argv in about["programs"].items():
         names[_start(folder, name, argv)] = name
         if name == "containerd":
-            # a kubelet without one gives up
+            # a kubelet without one gives up, and one without images asks a registry that is not there
             _answers(_SOCKET)
-    (folder / "ready").touch()
+            (folder / "ready").touch()
+            _await(folder / "loaded")
     for number in _REBOOT:
         signal.signal(number, lambda *_: sys.exit(0))
     while True:

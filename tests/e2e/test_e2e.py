@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubecluster import Cluster, eventually
+from kubecluster import Cluster, eventually, mebibytes
 
 from ovsmesh import labnet
 from ovsmesh.labping import Pair, Prober, ping
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
-MESH = MANIFESTS / "mesh.yaml"
 POD_MTU = 1462
 WEB = {
     "apiVersion": "apps/v1",
@@ -30,8 +29,7 @@ WEB = {
     "spec": {
         "replicas": 6,
         "selector": {"matchLabels": {"app": "web"}},
-        # one at a time in place, so that the spread over nodes holds all the while
-        "strategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+        "strategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 3}},
         "template": {
             "metadata": {"labels": {"app": "web"}},
             "spec": {
@@ -43,6 +41,7 @@ WEB = {
                         "topologyKey": "kubernetes.io/hostname",
                         "whenUnsatisfiable": "DoNotSchedule",
                         "labelSelector": {"matchLabels": {"app": "web"}},
+                        "matchLabelKeys": ["pod-template-hash"],
                     }
                 ],
                 "containers": [
@@ -135,7 +134,6 @@ def test_apply_makes_all_nodes_ready(story: Cluster, figure: Figure) -> None:
     story.remember()
     began = time.monotonic()
     story.plane.kubectl("apply", "-k", str(MANIFESTS))
-    story.plane.kubectl("apply", "-f", str(MESH))
     for node in nodes:
         if not node.own_switch:
             story.underlay(node)
@@ -163,6 +161,15 @@ def test_every_pod_reaches_every_pod_and_the_service(story: Cluster, figure: Fig
         assert len(answers) > 2, answers
     for track in ping(pairs_across(story, pods), count=5, size=POD_MTU, df=True):
         assert track.lost == 0, f"{track.pair}: packets of {POD_MTU} bytes do not pass whole"
+
+
+def test_what_it_takes(story: Cluster, figure: Figure) -> None:
+    for component in ("agent", "controller", "ovs"):
+        pods = story.pods("ovsmesh", f"app.kubernetes.io/component={component}")
+        sizes = [mebibytes(pod["metadata"]["uid"]) for pod in pods]
+        figure(f"memory of {component}: {', '.join(f'{size:.0f}' for size in sizes)} MiB, no pod restarted")
+        restarts = sum(each["restartCount"] for pod in pods for each in pod["status"]["containerStatuses"])
+        assert restarts == 0, f"{component}: {restarts} restarts"
 
 
 def test_rolling_the_agents_loses_nothing(story: Cluster, figure: Figure) -> None:
@@ -211,13 +218,10 @@ def test_a_node_that_is_deleted_is_gone_from_the_others(story: Cluster, figure: 
 
 
 def test_a_new_node_joins(story: Cluster, figure: Figure) -> None:
-    began = time.monotonic()
     (node,) = story.add(4)
-    loaded = time.monotonic()
     story.underlay(node)
     eventually(lambda: story.ready("node4"), 120, "node4 to be ready")
-    ready = time.monotonic()
-    figure(f"a new node: its images loaded in {loaded - began:.1f} s, Ready {ready - loaded:.1f} s after that")
+    figure(f"a new node: from its kubelet's start to Ready: {time.monotonic() - story.loaded:.1f} s")
     story.plane.kubectl("rollout", "restart", "deployment/web")
     story.plane.kubectl("rollout", "status", "deployment/web", "--timeout=90s", timeout=100.0)
     pods = serving(story, 6)
