@@ -44,7 +44,7 @@ test-lab: setup-dev ## tests on real Open vSwitch in network namespaces (root)
 test-kernel: setup-dev ## tests on the kernel datapath, inside User-mode Linux (no root needed)
 	$(PYTEST) -m kernel tests/kernel
 
-bench: setup ## the figures that README shows, as a table and as JSON (root)
+bench: setup-dev ## the figures that README shows, as a table and as JSON (root)
 	$(ROOTLY)
 	$(ROOT) $(BIN)/python scripts/bench.py
 

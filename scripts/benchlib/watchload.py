@@ -2,7 +2,7 @@
 
     watchload.py KUBECONFIG      commands on stdin, one answer a line on stdout, JSON
 
-    more N      opens watches until there are N       → {"open": N, "seconds": …}
+    more N      opens watches until there are N       → {"open": N, "seconds": …, "refused": …}
     expect NAME the next member                       → {"ready": NAME}, then, when every watch has had an event
                                                         with it, {"name": NAME, "times": [seconds, …]} (sorted)
 
@@ -64,7 +64,7 @@ class Load:
         return found.split(b'"resourceVersion":"', 1)[1].split(b'"', 1)[0].decode()
 
     def more(self, count: int) -> None:
-        began, version = time.monotonic(), self.version()
+        began, version, refused = time.monotonic(), self.version(), 0
         while len(self.open) < count:
             sock = self._connect()
             found = self._request(sock, f"{_PATH}?{_QUERY}&resourceVersion={version}")
@@ -73,6 +73,7 @@ class Load:
                 if time.monotonic() - began > 120:
                     self.tell({"error": found[:300].decode(errors="replace")})
                     return
+                refused += 1
                 time.sleep(0.2)
                 continue
             sock.setblocking(False)
@@ -80,7 +81,7 @@ class Load:
             self.epoll.register(sock.fileno(), select.EPOLLIN)
             if len(self.open) % 100 == 0:
                 self.look(0)
-        self.tell({"open": len(self.open), "seconds": time.monotonic() - began})
+        self.tell({"open": len(self.open), "seconds": time.monotonic() - began, "refused": refused})
 
     def tell(self, found: dict[str, Any]) -> None:
         print(json.dumps(found), flush=True)
