@@ -15,8 +15,10 @@ from typing import Any
 import yaml
 
 from ovsmesh import mesh as meshes
+from ovsmesh.docker import Docker
 from ovsmesh.host import Host
 from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Observed, OvsmeshError, Problem
+from ovsmesh.options import Options
 from ovsmesh.ovsreplica import statistics
 from ovsmesh.plan import Plan, plan
 from ovsmesh.sources import FileSource, Snapshot
@@ -25,34 +27,49 @@ from ovsmesh.status import Runtime, Traffic
 from ovsmesh.statustext import render_text
 from ovsmesh.turn import Turn, around, report
 
+_FIRST_LOOK = 5.0
+"""Seconds for a Docker daemon to say where it is."""
+_DOCKER_BACK = 3 * 3600.0
+"""Longer than any restart of Docker, which has deadlines of its own."""
 _SETTLE = 10.0
 """Seconds for obr0's device to go: at once for a thousand ports, 5 s and more for five thousand."""
 _PROOF = tuple(kind for kind in KINDS if kind not in ("sysctls", "restore_wait"))
 
 
 @contextlib.contextmanager
-def _host(ovsdb: str) -> Iterator[Host]:
-    host = Host(ovsdb)
+def opened(options: Options, state: StateDir, removing: bool = False) -> Iterator[Host]:
+    """The host, connected, with whatever was under way on it settled."""
+    host = options.host(state, removing=removing)
     try:
+        _settle(host, _FIRST_LOOK)
         host.ovs.connect()
         yield host
     finally:
         host.close()
 
 
-def _snapshot(mesh: str, node: str, state_dir: str) -> Snapshot:
-    if not mesh:
-        raise OvsmeshError(f"no mesh: no agent has left its options in {state_dir}; give --mesh FILE")
-    source = FileSource(mesh, state_dir, node)
+def _settle(host: Host, patience: float) -> None:
+    """Waits until nothing is under way on this host."""
+    end = time.monotonic() + patience
+    while host.busy and time.monotonic() < end:
+        host.wait((), min(0.2, max(0.0, end - time.monotonic())))
+        host.drain()
+
+
+def snapshot(options: Options) -> Snapshot:
+    """The mesh that the file holds now, or the last good one. Raises OvsmeshError where no file is known."""
+    if not options.mesh:
+        raise OvsmeshError(f"no mesh: no agent has left its options in {options.state_dir}; give --mesh FILE")
+    source = FileSource(options.mesh, options.state_dir, options.node)
     try:
         return source.snapshot()
     finally:
         source.close()
 
 
-def _look(host: Host, snapshot: Snapshot, node: str) -> Turn:
+def _look(host: Host, source: Snapshot, node: str) -> Turn:
     """What an agent's turn would find now, with nothing done about it."""
-    wanted, problems = snapshot.mesh, snapshot.problems
+    wanted, problems = source.mesh, source.problems
     me = wanted.node(node) if wanted else None
     if wanted is None or me is None:
         return Turn(None, None, None, None, Plan(), problems, False)
@@ -65,30 +82,30 @@ def _look(host: Host, snapshot: Snapshot, node: str) -> Turn:
     fatal = any(p.fatal for p in have.problems)
     converged = not (todo.steps or todo.blocked or todo.held or fatal)
     problems = (*problems, *refused, *have.problems, *around(have, todo))
-    return Turn(wanted, facts, want, have, todo, problems, converged, snapshot.confirmed, since=snapshot.since)
+    return Turn(wanted, facts, want, have, todo, problems, converged, source.confirmed, since=source.since)
 
 
-def look(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "") -> tuple[Turn, bool]:
+def look(options: Options) -> tuple[Turn, bool]:
     """What the agent would change now, and whether something stands in the way of it or of knowing it.
 
     Raises OvsmeshError without a usable mesh.
     """
-    snapshot = _snapshot(mesh, node, state_dir)
-    if snapshot.mesh is None:
-        raise OvsmeshError("; ".join(map(str, snapshot.problems)))
-    with _host(ovsdb) as host:
-        found = _look(host, snapshot, node)
+    wanted = snapshot(options)
+    if wanted.mesh is None:
+        raise OvsmeshError("; ".join(map(str, wanted.problems)))
+    with opened(options, StateDir(options.state_dir)) as host:
+        found = _look(host, wanted, options.node)
     unclear = found.have is None or bool(found.have.unknown)
-    return found, bool(found.plan.blocked) or unclear or not snapshot.confirmed
+    return found, bool(found.plan.blocked) or unclear or not wanted.confirmed
 
 
-def status(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, output: str) -> str:
+def status(options: Options, output: str) -> str:
     """The report of this node as text, JSON or YAML."""
-    state = StateDir(state_dir)
-    snapshot = _snapshot(mesh, node, state_dir)
-    with _host(ovsdb) as host:
-        found = _look(host, snapshot, node)
-        counted = statistics(ovsdb) if host.ovs.synced else {}
+    state = StateDir(options.state_dir)
+    wanted = snapshot(options)
+    with opened(options, state) as host:
+        found = _look(host, wanted, options.node)
+        counted = statistics(options.ovsdb) if host.ovs.synced else {}
         version = host.ovs.version
     told: dict[str, Any] = {}
     with contextlib.suppress(OvsmeshError):
@@ -105,12 +122,12 @@ def status(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, output
         agent_since=_number(told.get("since")) if running else None,
         agent_version=str(told.get("version") or "") if running else "",
         ovs_version=version,
-        mesh_from=mesh,
-        mesh_since=snapshot.since or None,
-        mesh_current=snapshot.confirmed,
+        mesh_from=options.mesh,
+        mesh_since=wanted.since or None,
+        mesh_current=wanted.confirmed,
         last_change=_changes(changes) if isinstance(changes, dict) else {},
     )
-    made = report(found, node, {name: _traffic(numbers) for name, numbers in counted.items()}, about)
+    made = report(found, options.node, {name: _traffic(numbers) for name, numbers in counted.items()}, about)
     if output == "json":
         return json.dumps(made.to_dict(), indent=2, ensure_ascii=False)
     if output == "yaml":
@@ -136,21 +153,25 @@ def _traffic(numbers: dict[str, int]) -> Traffic:
     return Traffic(rx_packets, tx_packets, rx_bytes, tx_bytes, errors)
 
 
-def cleanup(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, dry_run: bool) -> tuple[list[str], bool]:
+def cleanup(options: Options, dry_run: bool) -> tuple[list[str], bool]:
     """Removes all of ours; what it did and the proof, as lines, and whether nothing is left.
 
     Raises OvsmeshError while an agent runs with this state directory: it would put all back.
     """
-    state = StateDir(state_dir)
+    state = StateDir(options.state_dir)
     if dry_run:
-        with _host(ovsdb) as host:
-            return _cleanup(host, state, dry_run)
+        return remove(options, state, dry_run)
     state.lock()
     try:
-        with _host(ovsdb) as host:
-            return _cleanup(host, state, dry_run)
+        return remove(options, state)
     finally:
         state.unlock()
+
+
+def remove(options: Options, state: StateDir, dry_run: bool = False) -> tuple[list[str], bool]:
+    """As cleanup, for who holds the state directory already."""
+    with opened(options, state, removing=True) as host:
+        return _cleanup(host, state, dry_run)
 
 
 def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], bool]:
@@ -161,9 +182,11 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
     todo = _spared(plan(want, have, confirmed=True), have)
     steps = [str(step._replace(why="")) for step in todo.steps]
     if dry_run:
-        return [*steps, f"{len(steps)} parts would be removed or restored"], True
+        stays = [f"! {text}" for text in [host.docker.stays()] if text] if host.docker else []
+        return [*steps, *stays, f"{len(steps)} parts would be removed or restored"], not stays
+    moved = _restore_docker(host.docker, host) if host.docker else []
     pods = [name for name in host.net.mirror.ports_of(KBR) if name != OBR] if KBR in have.dataplane.links else []
-    failed = host.apply(todo, want) if todo.steps else []
+    failed = [*moved, *(host.apply(todo, want) if todo.steps else [])]
     have, left = _settled(host, want)
     if left.steps and {step.kind for step in left.steps} == {"links"} and not have.unknown:
         failed += host.apply(_spared(left, have), want)
@@ -177,7 +200,7 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
     guests = [f.key for f in have.foreign if f.kind == "ports"]
     if guests:
         lines.append(f"{OBR} stays, as {', '.join(map(str, guests))} in it is not ours: move that, then run this again")
-    clean = not left.steps and not failed and not have.unknown
+    clean = not left.steps and not any(p.fatal for p in failed) and not have.unknown
     if clean:
         lines += [f"left in the state directory: {name}" for name in state.remove()]
         restored = sum(step.kind == "sysctls" for step in todo.steps)
@@ -186,6 +209,18 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
         lines += [f"still there: {step}" for step in left.steps]
         lines += [f"can't be seen: {kind}" for kind in sorted(have.unknown)]
     return lines, clean
+
+
+def _restore_docker(docker: Docker, host: Host) -> list[Problem]:
+    """Docker back to where it was, before the bridge under it goes. Raises OvsmeshError where nothing was changed."""
+    why = docker.stays()
+    if why:
+        raise OvsmeshError(why)
+    told = docker.restore()
+    _settle(host, _DOCKER_BACK)
+    return [Problem("DockerNotRestored", text) for text in [docker.restored()] if text] + [
+        Problem("Docker", text, fatal=False) for text in told
+    ]
 
 
 def _settled(host: Host, want: Dataplane) -> tuple[Observed, Plan]:

@@ -1,4 +1,4 @@
-"""This host: the rooms that act (ovsdb, openflow, netlink, firewall) as one thing to observe and change.
+"""This host: the rooms that act (ovsdb, openflow, netlink, firewall, cni) as one thing to observe and change.
 
 The only place, with agent, that joins them. It decides nothing: what to change comes as a Plan,
 and the order of its steps is kept as far as one transaction or one bundle for many steps allows.
@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ovsmesh.cni import Cni
+from ovsmesh.docker import STRANGER, Docker, Kernel, Seen
+from ovsmesh.dockersettings import DOCKER0
 from ovsmesh.firewall import Firewall
 from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Facts, Foreign, Mesh, Node, Observed, OvsmeshError, Problem
 from ovsmesh.netlink import Netlink, write_sysctl
@@ -24,6 +27,8 @@ from ovsmesh.ovsreplica import run_dir
 from ovsmesh.plan import Plan, Step
 
 _KERNEL_TABLES = ("addresses", "neighbours", "fdb", "routes")
+_DOCKER_NEEDS = ("bridges", "links", "addresses")
+"""Kinds that must be in place before Docker is touched: dockerd gives a kbr0 without an address one of its own."""
 _GENL_FAMILY = b"ovs_datapath"
 """Name of the kernel datapath's generic netlink family (linux/openvswitch.h)."""
 OTHERS_GRACE = 5.0
@@ -33,21 +38,30 @@ OTHERS_GRACE = 5.0
 class Host:
     """Everything of ovsmesh on this host. Not thread-safe; one a process."""
 
-    def __init__(self, ovsdb: str) -> None:
+    def __init__(self, ovsdb: str, cni_dir: str = "", cni_bin_dir: str = "", docker: Docker | None = None) -> None:
+        self.docker = docker
+        self._range_shared = bool(cni_dir)
         self.ovs = Ovs(ovsdb)
         self.net = Netlink()
         self.flows = FlowTable(run_dir(ovsdb))
         self.firewall = Firewall()
+        self.cni = Cni(cni_dir, cni_bin_dir)
         self.switch_up = False
         self._waiting_since: float | None = None
         self._carriers: dict[str, bool] = {}
 
     def close(self) -> None:
-        for room in (self.flows, self.ovs, self.net, self.firewall):
+        for room in (self.flows, self.ovs, self.net, self.firewall, self.cni):
             room.close()
+        for more in self._rooms():
+            more.close()
+
+    def _rooms(self) -> tuple[Docker, ...]:
+        return (self.docker,) if self.docker else ()
 
     def fds(self) -> list[int]:
-        return [*self.net.fds(), *self.flows.fds(), *self.firewall.fds()]
+        fds = [*self.net.fds(), *self.flows.fds(), *self.firewall.fds(), *self.cni.fds()]
+        return [*fds, *(fd for room in self._rooms() for fd in room.fds())]
 
     def wait(self, fds: Iterable[int], timeout: float) -> None:
         """Sleeps until a bell rings, one of `fds` is readable, or `timeout` seconds are over."""
@@ -56,14 +70,21 @@ class Host:
     def drain(self) -> bool:
         """Takes in what the bells brought; True if something of ours may have changed."""
         # each must run, so no short circuit
-        rang = [self.ovs.run(), self.net.drain(), self.flows.drain(), self.firewall.drain()]
-        return any(rang)
+        rang = [self.ovs.run(), self.net.drain(), self.flows.drain(), self.firewall.drain(), self.cni.drain()]
+        return any(rang + [room.drain() for room in self._rooms()])
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way here whose end rings a bell."""
+        return any(room.busy for room in self._rooms())
 
     def dirty(self) -> None:
         """Makes the next observation read the system whole instead of trusting notifications."""
         self.net.dirty()
         self.flows.dirty()
         self.firewall.resync()
+        for room in self._rooms():
+            room.dirty()
 
     def retry(self) -> None:
         """Before a turn that tries again what failed: reads all anew, and has the switch try again."""
@@ -86,6 +107,9 @@ class Host:
             ipv6=Path("/proc/sys/net/ipv6").exists(),
             ra_links=self.net.ra_links(),
             forward_drop=self.firewall.forward_drop(),
+            cni=self.cni.facts(),
+            docker=self.docker.wanted() if self.docker else "",
+            range_shared=self._range_shared,
         )
 
     def _carried(self, link: str) -> bool:
@@ -103,8 +127,9 @@ class Host:
 
     def observe(self, want: Dataplane) -> Observed:
         """Reads back all that is ours, and what stands in its way; `want` says which sysctls matter."""
-        kernel, foreign = self.net.observe(want.sysctls)
-        problems: list[Problem] = []
+        conflists, unplugged, problems = self.cni.observe()
+        kernel, foreign = self.net.observe(want.sysctls, plugged=bool(conflists))
+        foreign += unplugged
         unknown: set[str] = set()
         rules, peers, filter_problems = self.firewall.observe(want.rules)
         problems += filter_problems
@@ -135,6 +160,10 @@ class Host:
             unknown |= {"bridges", "ports", "restore_wait"} | (set() if found else {"flows"})
             text = f"ovsdb-server does not answer at {self.ovs.remote}, so ports can't be kept; is it running?"
             problems.append(Problem("DatabaseDown", text))
+        docker = self.docker.observe(want, self._about_bridges()) if self.docker else Seen()
+        foreign += docker.foreign
+        problems += docker.problems
+        unknown |= set() if docker.known else {"docker"}
         have = Dataplane(
             bridges=bridges,
             links=kernel["links"],
@@ -148,8 +177,16 @@ class Host:
             fdb=kernel["fdb"],
             routes=kernel["routes"],
             restore_wait=restore,
+            docker=docker.settings,
+            cni=conflists,
         )
-        return Observed(have, tuple(_relevant(foreign, want)), tuple(problems), frozenset(unknown))
+        relevant = tuple(_relevant(foreign, want))
+        return Observed(have, relevant, tuple(problems), frozenset(unknown), docker.note)
+
+    def _about_bridges(self) -> Kernel:
+        return Kernel(
+            self.net.mirror.index(KBR) or 0, self.net.mirror.bridge_ports(DOCKER0), self.net.mirror.addresses_of(KBR)
+        )
 
     @property
     def switch_lost(self) -> bool:
@@ -195,10 +232,14 @@ class Host:
                 return False
             return True
 
-        def links(name: str) -> None:
+        def links(name: str) -> bool:
+            """Whether the link is there."""
+            there = True
             for step in groups["+", "links"]:
                 if step.key == name:
-                    attempt(f"link {name}", self.net.set_link, step.key, step.want, step.have)
+                    done = attempt(f"link {name}", self.net.set_link, step.key, step.want, step.have)
+                    there = done or step.op != "+"
+            return there
 
         def filter_rules() -> None:
             held = {s.key: s.have for s in todo.held if s.kind == "filter_peers"}
@@ -211,16 +252,21 @@ class Host:
             if not filter_first and (groups["-", "rules"] or groups["-", "filter_peers"]):
                 filter_rules()
 
+        if groups["-", "cni"]:
+            # first of all, so that no pod comes to what is going
+            attempt("CNI", self.cni.apply, groups["-", "cni"])
         bridge_gone = bool(groups["-", "bridges"])
         filter_first = bool(groups["+", "rules"] or groups["+", "filter_peers"])
-        links(KBR)
+        kbr = links(KBR)
         late = self._set_ports(groups, attempt, filter_rules if filter_first else lambda: None)
         adds = {s.key: s.want for s in groups["+", "flows"]}
         restored = not adds or attempt("flows", self._set_flows, adds, [])
         links(OBR)
         for step in groups["+", "sysctls"]:
             attempt(f"sysctl {step.key}", write_sysctl, step.key, step.want)
-        problems += self._kernel(groups)
+        if kbr:
+            # else whatever has the name meanwhile is not ours as yet
+            problems += self._kernel(groups)
         clear = bool(groups["-", "restore_wait"]) and (restored or self._waited())
         if late or bridge_gone or clear:
             # while the switch closes ports, what leads to them goes too: neither waits for the other
@@ -231,6 +277,17 @@ class Host:
             # obr0 goes with its bridge; without one it is what a switch that died has left
             if step.key != OBR or not bridge_gone:
                 attempt(f"link {step.key}", self.net.del_link, step.key)
+        if groups["+", "cni"]:
+            attempt("CNI", self.cni.apply, groups["+", "cni"])
+        if self.docker and not any(groups["+", kind] for kind in _DOCKER_NEEDS):
+            steps = [*groups["+", "docker"], *groups["-", "docker"]]
+            for step in steps:
+                if step.key.startswith(STRANGER):
+                    self.net.batch([(step, self.net.message("-", "addresses", step.key.removeprefix(STRANGER), KBR))])
+            if steps and attempt("docker", self.docker.apply, steps, want) and not self.docker.busy:
+                for step in steps:
+                    if step.key == DOCKER0:
+                        attempt(f"link {DOCKER0}", self.net.del_link, DOCKER0)
         return problems
 
     def _set_ports(

@@ -118,6 +118,8 @@ class Host:
         path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
         state = str(self.state)
         ours = {f"OVSMESH_{c}_STATE_DIR": f"{state}/agent" for c in ("PLAN", "STATUS", "CLEANUP")}
+        # the machine's own Docker is none of a lab's business
+        ours["OVSMESH_AGENT_DOCKER"] = "off"
         return {"OVS_RUNDIR": state, "OVS_LOGDIR": state, "OVS_DBDIR": state, "PYTHONPATH": path, **ours}
 
     def run(

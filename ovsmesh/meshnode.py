@@ -29,6 +29,9 @@ AT_LEAST = 30.0
 """Seconds between writes unless a condition flips."""
 _FLIP = 1.0
 """Seconds between writes even then: a node that flaps must not write whenever it does."""
+CHECK = 30.0
+"""Seconds after which it is read whether what was written still is there: it may be deleted or edited by hand.
+Read, not watched: an agent may read MeshNodes by name only, and its API server has watches enough."""
 _BACKOFF = (0.5, 60.0)
 _GONE = 4.0
 """Seconds between two looks whether an earlier Node's MeshNode is gone, at most."""
@@ -55,10 +58,12 @@ class MeshNodeWriter:
         every: float = EVERY,
         at_least: float = AT_LEAST,
         flip: float = _FLIP,
+        check: float = CHECK,
     ) -> None:
         self._api, self._node, self._observed = api, node, observed
         # a thousand agents that started together must not write together for ever
         self._every, self._at_least, self._flip = every * random.uniform(0.8, 1.0), at_least, flip
+        self._check_every, self._check_at = check * random.uniform(0.8, 1.0), float("inf")
         self._path = path_of(MESHNODES, node)
         self._wake = threading.Condition()
         self._turn: _Told | None = None
@@ -107,6 +112,8 @@ class MeshNodeWriter:
                 self._seen = self._turn
             if self._seen is not None:
                 self._step(self._seen)
+            if time.monotonic() >= self._check_at:
+                self._check()
 
     def _step(self, now: _Told) -> None:
         me = now[0].mesh.node(self._node) if now[0].mesh else None
@@ -142,7 +149,8 @@ class MeshNodeWriter:
 
     def _pause(self) -> float | None:
         """Seconds until there may be something to do without a new turn; None: there is not."""
-        times = [self._due(self._made)] if self._made else []
+        times = [self._check_at] if self._check_at != float("inf") else []
+        times += [self._due(self._made)] if self._made else []
         if self._seen is not self._made_of:
             times.append(self._routine())
         return max(0.0, min(times) - time.monotonic()) if times else None
@@ -176,7 +184,7 @@ class MeshNodeWriter:
                 self._look()
             now = status.timestamp(time.time())
             body = {**made, "observedAt": now, "conditions": _dated(made, self._written, now)}
-            gone = dict.fromkeys(self._written.get("observedSlices", {}).keys() - made["observedSlices"].keys())
+            gone = dict.fromkeys((self._written.get("observedSlices") or {}).keys() - made["observedSlices"].keys())
             sent = {**body, "observedSlices": {**made["observedSlices"], **gone}}
             self._api.patch(path_of(self._path, "status"), {"status": sent})
         except NotFound as error:
@@ -191,9 +199,28 @@ class MeshNodeWriter:
         else:
             self.writes += 1
             self._written, self._written_at, self._wait = body, time.monotonic(), 0.0
+            self._check_at = self._written_at + self._check_every
             if self._told:
                 log.info("no longer: %s", self._told)
             self._told = ""
+
+    def _check(self) -> None:
+        """Has it written again, at once, where it is gone or says something else than we wrote."""
+        self._check_at = time.monotonic() + self._check_every
+        try:
+            found = self._api.get(self._path).get("status")
+        except NotFound:
+            log.warning("MeshNode: is gone, and is made again")
+            self._known, self._written = False, {}
+        except OvsmeshError:
+            return  # the next write tells of it, if it is still so
+        else:
+            there: Object = found if isinstance(found, dict) else {}
+            if all(there.get(key) == value for key, value in self._written.items()):
+                return
+            log.warning("MeshNode: says something else than was written, and is written again")
+            self._written = there
+        self._written_at = float("-inf")
 
     def _failed(self, error: OvsmeshError, least: float, most: float = _BACKOFF[1]) -> None:
         asked = error.retry_after if isinstance(error, ApiError) else 0.0

@@ -1,6 +1,6 @@
 """The ordered difference between the desired and the observed dataplane, and the brake on mass removal.
 
-Pure: imports model only. An empty plan is convergence. `str(step)` is what CLI, log and golden
+Pure: imports model and conflist only. An empty plan is convergence. `str(step)` is what CLI, log and golden
 tests show alike.
 
     in want  in have   equal    foreign there   outcome
@@ -13,16 +13,20 @@ tests show alike.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Foreign, Observed, Route
+from ovsmesh import conflist
+from ovsmesh.model import KBR, KINDS, MARK, OBR, Dataplane, Foreign, Observed, Problem, Route
 
 BRAKE_PEERS = 2
 BRAKE_SHARE = 3
 """A snapshot that removes more than 2 peers and more than a third of them at once is held."""
 
 _PEER_KINDS = frozenset({"filter_peers", "ports", "flows", "neighbours", "fdb", "routes"})
+_CONTAINERS = ("docker", "cni")
+"""Kinds that plug containers into what the others are."""
+_CONTAINER_REASONS = ("Docker", "CNI")
 _NAMES = {
     "sysctls": "sysctl",
     "bridges": "bridge",
@@ -41,7 +45,7 @@ _NAMES = {
 }
 
 
-_ABSENT = {"state": "up", "flooding": "off", "protected": "yes"}
+_ABSENT = {"state": "up", "flooding": "off", "protected": "yes", "alias": MARK}
 """What it means that a word has no value: the usual is not said."""
 
 
@@ -125,6 +129,7 @@ def _words(kind: str, value: Any) -> list[tuple[str, str]]:
         words += [
             ("state", "" if value.up else "down"),
             ("flooding", "" if value.quiet or not value.master else "on"),
+            ("alias", "none" if value.unmarked else ""),
         ]
     elif kind == "bridges":
         words = [
@@ -139,6 +144,8 @@ def _words(kind: str, value: Any) -> list[tuple[str, str]]:
             ("dev", value.dev),
         ]
         words += [("mtu", str(value.mtu or ""))]
+    elif kind == "cni":
+        words = conflist.words(value)
     else:
         words = [
             (
@@ -169,14 +176,14 @@ def _subject(step: Step) -> str:
     want = _words(step.kind, step.want)
     if step.op == "+":
         shown = want[:1] if step.kind == "ports" else want
-        return " ".join([text, *(f"{word} {value}" for word, value in shown if value)])
+        return " ".join([text, *(f"{word} {value}".lstrip() for word, value in shown if value)])
     have = dict(_words(step.kind, step.have))
     changes = [
-        f"{word} {have[word] or _ABSENT.get(word, 'none')} → {value or _ABSENT.get(word, 'none')}"
+        f"{word and word + ' '}{have[word] or _ABSENT.get(word, 'none')} → {value or _ABSENT.get(word, 'none')}"
         for word, value in want
         if have[word] != value
     ]
-    return " ".join([text, ", ".join(changes)])
+    return " ".join([text, ", ".join(changes) or "text differs"])
 
 
 def _owners(have: Dataplane) -> dict[str, str]:
@@ -238,6 +245,18 @@ def _blocks(step: Step, foreign: dict[tuple[str, Any], Foreign]) -> Foreign | No
     return hit
 
 
+def _all_or_nothing(
+    kind: str, foreign: Iterable[Foreign], added: list[Step], removed: list[Step]
+) -> tuple[list[Blocked], list[Step], list[Step]]:
+    """Where one thing stands in the way of a kind: a Docker that is switched by half is worse than none."""
+    hit = next((f for f in foreign if f.kind == kind), None)
+    first = next((step for step in (*added, *removed) if step.kind == kind), None)
+    if hit is None or first is None:
+        return [], added, removed
+    left = [[step for step in steps if step.kind != kind] for steps in (added, removed)]
+    return [Blocked(first, hit)], left[0], left[1]
+
+
 def _overruled(want: Dataplane, have: Dataplane, foreign: dict[tuple[str, Any], Foreign]) -> list[Blocked]:
     """Routes of ours that are in place, with a foreign one to the same destination beside them."""
     beside = [(key, value) for key, value in want.routes.items() if ("routes", key[0]) in foreign]
@@ -285,18 +304,33 @@ def _braked(want: Dataplane, have: Dataplane) -> tuple[str, ...]:
     return ()
 
 
+def due(todo: Plan, problems: Iterable[Problem]) -> Plan:
+    """What of a plan is to be done now: a conflist lets pods in, so it comes when all else is true.
+
+    A Docker that does not obey keeps no pod out, and neither does another network's conflist.
+    """
+    rest = tuple(step for step in todo.steps if step.kind != "cni" or step.op == "-")
+    if len(rest) == len(todo.steps):
+        return todo
+    waits = any(step.kind not in _CONTAINERS for step in rest)
+    waits |= any(blocked.step.kind not in _CONTAINERS for blocked in todo.blocked)
+    waits |= any(problem.fatal and not problem.reason.startswith(_CONTAINER_REASONS) for problem in problems)
+    return replace(todo, steps=rest) if waits else todo
+
+
 def plan(want: Dataplane, observed: Observed, confirmed: bool = False) -> Plan:
     """What is to be done so that `observed` becomes `want`; `confirmed` lifts the brake."""
     have = observed.dataplane
     kinds = [kind for kind in KINDS if kind not in observed.unknown]
     added, removed = _differences(want, have, kinds)
     foreign = {(f.kind, f.key): f for f in observed.foreign if f.blocks}
-    blocked = []
+    blocked: list[Blocked] = []
     if foreign:
+        docker, added, removed = _all_or_nothing("docker", foreign.values(), added, removed)
         hits = [(step, _blocks(step, foreign)) for step in added]
         blocked = [Blocked(step, hit) for step, hit in hits if hit]
         added = [step for step, hit in hits if not hit]
-        blocked += _overruled(want, have, foreign)
+        blocked += _overruled(want, have, foreign) + docker
         if (("links", KBR) in foreign and KBR in want.links) or (("bridges", OBR) in foreign and OBR in want.bridges):
             # everything hangs on these two; half a dataplane around someone else's bridge would touch theirs
             return Plan(blocked=tuple(blocked))

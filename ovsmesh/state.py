@@ -20,6 +20,8 @@ from typing import Any
 
 from ovsmesh.model import OvsmeshError, Problem
 
+DOCKER_FILES = ("docker.json", "daemon.json.old", "daemon.json.last")
+"""What dockerfile keeps here: its mark, and daemon.json as it was before ovsmesh, and before the last change."""
 MAX_BYTES = 16 << 20
 """Bytes that any file read here may have."""
 
@@ -36,15 +38,23 @@ _KINDS = (
 )
 
 
-def write_atomic(path: str | os.PathLike[str], data: str | bytes, mode: int = 0o600, sync: bool = True) -> None:
+def write_atomic(
+    path: str | os.PathLike[str],
+    data: str | bytes,
+    mode: int = 0o600,
+    sync: bool = True,
+    owner: tuple[int, int] | None = None,
+) -> None:
     """Puts `data` at `path` so that a reader sees the old content or the new, never a part. Raises OSError.
 
-    `sync` also makes it survive a power cut; leave it out for what is worth nothing after one.
+    `sync` also makes it survive a power cut; leave it out for what is worth nothing after one. `owner`: uid, gid.
     """
     target = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with open(handle, "wb") as file:
+            if owner is not None:
+                os.fchown(file.fileno(), *owner)
             os.fchmod(file.fileno(), mode)
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
@@ -260,6 +270,7 @@ class StateDir:
             "agent.json",
             "status.json",
             "confirm",
+            *DOCKER_FILES,
             "agent.lock",
         ):
             with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
 """The report of one node: what CLI, status page, metrics and MeshNode show, from what is wanted and what is there.
 
-Pure: the time comes as an argument. Imports model, mesh and plan only. The text puts what is worst first.
+Pure: the time comes as an argument. Imports model, mesh, conflist and plan only. The text puts what is worst first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from ovsmesh import conflist
 from ovsmesh import mesh as meshes
 from ovsmesh.model import KBR, Dataplane, Facts, Foreign, Mesh, Node, Observed, Problem
 from ovsmesh.plan import Plan, Step
@@ -72,6 +73,7 @@ class Self:
     mtu: int = 0
     mtu_from: str = ""
     datapath_type: str = ""
+    cni: conflist.Standing | None = None
     ovs_version: str = ""
     agent_running: bool = False
     agent_since: float | None = None
@@ -79,6 +81,8 @@ class Self:
     mesh_from: str = ""
     mesh_since: float | None = None
     mesh_current: bool = True
+    docker: str = ""
+    """Where Docker's containers are plugged in; "" where there is no Docker, or it is left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +247,11 @@ def _mtu_from(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> str:
     return f"underlay {underlay or mtu + extra}{'' if underlay else ' assumed'} − {extra} of {mesh.encapsulation}"
 
 
-def _self(name: str, mesh: Mesh | None, facts: Facts | None, want: Dataplane | None, runtime: Runtime) -> Self:
+def _self(
+    name: str, mesh: Mesh | None, facts: Facts | None, want: Dataplane | None, have: Observed, runtime: Runtime
+) -> Self:
     about = {
+        "docker": have.docker,
         "ovs_version": runtime.ovs_version,
         "agent_running": runtime.agent_since is not None,
         "agent_since": runtime.agent_since,
@@ -267,6 +274,7 @@ def _self(name: str, mesh: Mesh | None, facts: Facts | None, want: Dataplane | N
         mtu,
         _mtu_from(mesh, me, facts, mtu),
         facts.datapath_type,
+        conflist.standing(facts.cni, want.cni, have.dataplane.cni) if facts.cni and want else None,
         **about,  # type: ignore[arg-type]
     )
 
@@ -349,7 +357,7 @@ def report(
         runtime.now,
         _headline(self_name, mesh, plan, peers, degraded, converged),
         converged,
-        _self(self_name, mesh, facts, want, runtime),
+        _self(self_name, mesh, facts, want, have, runtime),
         conditions,
         peers,
         tuple(plan.lines()),

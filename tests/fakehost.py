@@ -30,6 +30,7 @@ class FakeHost:
         self.unknown = frozenset()
         self.switch_up = True
         self.switch_lost = False
+        self.busy = False
         self.ovs = SimpleNamespace(version="3.1.0")
         self.plans = []
         self.fails = 0
@@ -200,7 +201,7 @@ def run(agent, host, clock, stop, seconds, at=()):
         assert len(host.waits) < 20_000, "the loop does not rest"
 
     host.on_wait = pass_time
-    agent.run(stop.fd, shown)
+    agent.run([stop.fd], shown)
     return shown
 
 

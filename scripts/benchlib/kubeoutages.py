@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from meddler import FAULTS, STALL
+from between import FAULTS, STALL
 from outagekit import Storm, storm
 
 from benchlib.figures import Figure

@@ -16,10 +16,10 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from between import Meddler
 from clusterlab import ClusterLab
 from controlplane import APISERVER, ETCD
 from kubekit import GROUP, eventually
-from meddler import Meddler
 
 from ovsmesh import labnet
 from ovsmesh.kube import Api, load

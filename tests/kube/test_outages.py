@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from between import FAULTS
 from clusterlab import ClusterLab
 from controlplane import ControlPlane
 from kubekit import GROUP, eventually
-from meddler import FAULTS
 from outagekit import Storm, storm
 
 from ovsmesh import labnet

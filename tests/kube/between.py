@@ -14,13 +14,16 @@ import select
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from controlplane import ControlPlane
 
 from ovsmesh import labnet
 
 EXPIRED = b'{"type":"ERROR","object":{"kind":"Status","code":410,"reason":"Expired","message":"too old"}}\n'
+T = TypeVar("T")
 FAULTS = {
     "410": EXPIRED,
     "garbage": b'{"type": "ADD\xff\xfe}\n',
@@ -36,16 +39,14 @@ class Meddler:
 
     def __init__(self, plane: ControlPlane) -> None:
         self._server = (plane.address, plane.port)
-        certificate, key = plane.authority.sign("meddler", "/CN=meddler", f"IP:{plane.address}")
-        self._inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._inside.load_cert_chain(certificate, key)
+        self._inside = plane.authority.server("meddler", plane.address)
         self._outside = ssl.create_default_context(cafile=str(plane.ca))
         self._lock = threading.Lock()
         self._ways: set[_Way] = set()
-        self._listener = labnet.within(plane.ns, lambda: socket.create_server((plane.address, 0), backlog=64))
+        self._listener = _within(plane.ns, lambda: socket.create_server((plane.address, 0), backlog=64))
         self.url = f"https://{plane.address}:{self._listener.getsockname()[1]}"
         # threads that are started inside the namespace stay in it, and so do those that they start
-        labnet.within(plane.ns, threading.Thread(target=self._accept, daemon=True).start)
+        _within(plane.ns, threading.Thread(target=self._accept, daemon=True).start)
 
     def __enter__(self) -> Meddler:
         return self
@@ -66,11 +67,15 @@ class Meddler:
 
     def do(self, fault: str) -> int:
         """Does one of FAULTS or STALL to each open watch; how many there were."""
-        with self._lock:
-            watches = [way for way in self._ways if way.watches]
-        for way in watches:
+        found = self.watches()
+        for way in found:
             way.tell(fault)
-        return len(watches)
+        return len(found)
+
+    def watches(self) -> list[_Way]:
+        """The open ones, but for those that are stalled."""
+        with self._lock:
+            return [way for way in self._ways if way.watches and not way.stalled]
 
     def cut(self) -> None:
         """Ends all connections."""
@@ -112,7 +117,7 @@ class _Way:
         self._client, self._server = client, server
         self._told: list[str] = []
         self._bell = os.eventfd(0)
-        self._stalled = False
+        self.stalled = False
         self.watches = False
 
     def tell(self, fault: str) -> None:
@@ -149,18 +154,22 @@ class _Way:
                 return False
             if source is self._client:
                 self.watches = self.watches or b"watch=1" in data.split(b"\r\n", 1)[0]
-            if source is self._client or not self._stalled:
+            if source is self._client or not self.stalled:
                 _send(target, data)
 
     def _do(self, fault: str) -> bool:
         if fault == STALL:
-            self._stalled = True
+            self.stalled = True
             return True
         if fault == "cut":
             return False
         data = FAULTS[fault]
         _send(self._client, b"%x\r\n%s\r\n" % (len(data), data))
         return data.endswith(b"\n")
+
+
+def _within(ns: str, make: Callable[[], T]) -> T:
+    return labnet.within(ns, make) if ns else make()
 
 
 def _send(sock: ssl.SSLSocket, data: bytes) -> None:
