@@ -6,11 +6,12 @@
     expect NAME the next member                       → {"ready": NAME}, then, when every watch has had an event
                                                         with it, {"name": NAME, "times": [seconds, …]} (sorted)
 
-Times are CLOCK_MONOTONIC at which this process read the bytes, so its own queue is in them. Imports kubeconfig only.
+Times are CLOCK_MONOTONIC at which this process read the bytes, so its own queue is in them. Imports kube only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import select
@@ -20,7 +21,7 @@ import sys
 import time
 from typing import Any
 
-from ovsmesh.kubeconfig import load
+from ovsmesh.kube import Api, load
 
 _PATH = "/apis/ovsmesh.io/v1alpha1/meshslices"
 _QUERY = "labelSelector=ovsmesh.io%2Fmesh%3Ddefault&allowWatchBookmarks=true&timeoutSeconds=3600&watch=1"
@@ -56,12 +57,9 @@ class Load:
         return found
 
     def version(self) -> str:
-        sock = self._connect()
-        found = self._request(sock, f"{_PATH}?limit=1")
-        while b'"resourceVersion":"' not in found:
-            found += sock.recv(65536)
-        sock.close()
-        return found.split(b'"resourceVersion":"', 1)[1].split(b'"', 1)[0].decode()
+        """Of the whole list, so that a watch from there begins with nothing."""
+        with contextlib.closing(Api(self.config)) as api:
+            return list(api.pages(_PATH))[-1].version
 
     def more(self, count: int) -> None:
         began, version, refused = time.monotonic(), self.version(), 0
