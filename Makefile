@@ -62,7 +62,7 @@ TOOL ?=
 image: ## the container image, by docker, podman or buildah: BASE=debian:12-slim TAG=ovsmesh:dev
 	@scripts/image.sh '$(BASE)' '$(TAG)' $(TOOL)
 
-bench: setup ## the figures that README shows, as a table and as JSON (root)
+bench: setup-dev ## the figures that README shows, as a table and as JSON (root)
 	$(ROOTLY)
 	$(ROOT) $(BIN)/python scripts/bench.py
 
