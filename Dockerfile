@@ -28,6 +28,7 @@ RUN export DEBIAN_FRONTEND=noninteractive && \
     apt-get -q -o Acquire::Retries=3 update && \
     apt-get -qy --no-install-recommends install \
         containernetworking-plugins iproute2 iptables kmod nftables openvswitch-switch python3 && \
+    find /usr/lib/cni -type f ! -name bridge ! -name host-local ! -name loopback ! -name portmap -delete && \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/* \
         /etc/openvswitch/* /var/lib/openvswitch/* /usr/share/doc/* /usr/share/man/*
 COPY --from=build /opt/ovsmesh /opt/ovsmesh

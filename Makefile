@@ -34,7 +34,7 @@ demo: setup ## five hosts in network namespaces: ping matrix, live faults, repai
 test: setup-dev lint test-unit test-kube test-lab test-kernel test-e2e ## everything: lint, types, contracts, and all tests (root for the lab)
 
 test-unit: setup-dev ## tests that need neither root nor Open vSwitch in namespaces
-	$(PYTEST) -n 2 -m 'not lab and not kernel and not kube'
+	$(PYTEST) -n 2 -m 'not lab and not kernel and not kube and not e2e'
 
 # Built first and on its own, so that nobody waits in silence. Labs come after the rest: one at a time.
 test-kube: setup-dev ## tests on a real Kubernetes control plane, built once with Go (10 minutes; root for some)
@@ -51,6 +51,7 @@ test-kernel: setup-dev ## tests on the kernel datapath, inside User-mode Linux (
 	$(PYTEST) -m kernel tests/kernel
 
 test-e2e: setup-dev ## the image and the manifests on real kubelets with real containers (root)
+	@$(BIN)/python tests/kube/binaries.py --ahead --all
 	$(ROOTLY)
 	$(ROOT) $(PYTEST) -m e2e tests/e2e
 
@@ -68,6 +69,7 @@ lint: setup-dev ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/e2e
 	$(BIN)/lint-imports
 
 setup:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import random
+import select
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from ovsmesh import mesh
@@ -208,8 +208,8 @@ class Agent:
 
     # for ever
 
-    def run(self, stop_fd: int, publish: Publisher) -> None:
-        """Turns whenever a bell rings, until `stop_fd` is readable. The dataplane stays in place."""
+    def run(self, stop_fds: Sequence[int], publish: Publisher) -> None:
+        """Turns whenever a bell rings, until one of `stop_fds` is readable. The dataplane stays in place."""
         self._turn_and_publish(publish)
         now = time.monotonic()
         resync, look = now + RESYNC * random.uniform(0.8, 1.0), now + SYSCTL_POLL
@@ -220,8 +220,8 @@ class Agent:
             waiting = self._waiting()
             if waiting or self._host.switch_lost:
                 timeout = min(timeout, SWITCH_POLL)
-            self._host.wait([stop_fd, *self._source.fds()], max(0.0, timeout))
-            if _readable(stop_fd):
+            self._host.wait([*stop_fds, *self._source.fds()], max(0.0, timeout))
+            if readable(stop_fds):
                 return
             rang = self._source.drain()
             rang |= self._host.drain()
@@ -315,8 +315,9 @@ def _some(things: Iterable[object], most: int = _LOG_LINES) -> list[str]:
     return [*map(str, every[:most]), *more]
 
 
-def _readable(fd: int) -> bool:
-    try:
-        return bool(os.read(fd, 64))
-    except BlockingIOError:
-        return False
+def readable(fds: Sequence[int], timeout: float = 0.0) -> bool:
+    """Whether one of them is, within `timeout` seconds; nothing is taken out of it."""
+    asked = select.poll()
+    for fd in fds:
+        asked.register(fd, select.POLLIN)
+    return bool(asked.poll(timeout * 1000))

@@ -5,17 +5,18 @@ Joins the same rooms as commands, and changes nothing.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from ovsmesh import commands, preflight, probe, recipe
 from ovsmesh import mesh as meshes
 from ovsmesh.host import Host, kernel_datapath
 from ovsmesh.model import Facts, Mesh, Node, OvsmeshError, Problem
+from ovsmesh.options import Options
 from ovsmesh.ovsreplica import run_dir
 from ovsmesh.preflight import FAIL, OK, WARN, Check
-from ovsmesh.sources import FileSource
 from ovsmesh.state import StateDir
 
 _USUAL = ("/var/run/openvswitch", "/run/openvswitch")
@@ -24,38 +25,28 @@ _TOLD = ("TunnelAddressMissing", "DatapathMissing")
 """Problems of the mesh that preflight has told in its own words."""
 
 
-@contextlib.contextmanager
-def _host(ovsdb: str) -> Iterator[Host]:
-    host = Host(ovsdb)
-    try:
-        host.ovs.connect()
-        yield host
-    finally:
-        host.close()
-
-
-def _mesh(mesh: str, node: str, state_dir: str) -> tuple[Mesh, Node, tuple[Problem, ...]]:
+def _mesh(options: Options) -> tuple[Mesh, Node, tuple[Problem, ...]]:
     """The mesh that the file holds now, and self in it. Raises OvsmeshError."""
-    if not mesh:
-        raise OvsmeshError(f"no mesh: no agent has left its options in {state_dir}; give --mesh FILE")
-    source = FileSource(mesh, state_dir, node)
-    try:
-        found = source.snapshot()
-    finally:
-        source.close()
-    me = found.mesh.node(node) if found.mesh else None
+    found = commands.snapshot(options)
+    me = found.mesh.node(options.node) if found.mesh else None
     if found.mesh is None or me is None or not found.confirmed:
-        raise OvsmeshError("; ".join(map(str, found.problems)) or f"{mesh}: has no node {node}")
+        raise OvsmeshError("; ".join(map(str, found.problems)) or f"{options.mesh}: has no node {options.node}")
     return found.mesh, me, found.problems
 
 
-def script(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "") -> tuple[str, tuple[Problem, ...]]:
+def _open(options: Options) -> AbstractContextManager[Host]:
+    # what plugs containers in is none of the recipe's business
+    bare = dataclasses.replace(options, cni_dir="", docker="off")
+    return commands.opened(bare, StateDir(options.state_dir))
+
+
+def script(options: Options) -> tuple[str, tuple[Problem, ...]]:
     """This host's part of the mesh as a shell script, and what is wrong with it. Raises OvsmeshError."""
-    wanted, me, problems = _mesh(mesh, node, state_dir)
-    with _host(ovsdb) as host:
+    wanted, me, problems = _mesh(options)
+    with _open(options) as host:
         host.drain()
         facts = host.facts(wanted, me)
-        want, refused = meshes.dataplane(wanted, node, facts)
+        want, refused = meshes.dataplane(wanted, me.name, facts)
         want = host.possible(want)
         lacking = host.firewall.observe(want.rules).problems
     notes = [
@@ -63,26 +54,27 @@ def script(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "") -
         f"and MTU {meshes.pod_mtu(wanted, me, facts)}",
         *map(str, (*problems, *refused, *lacking)),
     ]
-    where = str(run_dir(ovsdb))
-    title = f"node {node}, tunnel address {me.address}, of the mesh in {mesh}"
+    where = str(run_dir(options.ovsdb))
+    title = f"node {me.name}, tunnel address {me.address}, of the mesh in {options.mesh}"
     return recipe.recipe(want, title, notes, "" if where in _USUAL else where), (*problems, *refused)
 
 
-def check(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "") -> list[Check]:
+def check(options: Options) -> list[Check]:
     """Everything that a node needs, and whether this host has it."""
     found = [*preflight.kernel(), *preflight.tools()]
     wanted: Mesh | None = None
     try:
-        wanted, me, problems = _mesh(mesh, node, state_dir)
+        wanted, me, problems = _mesh(options)
     except OvsmeshError as error:
         found.append(Check(FAIL, "mesh", str(error)))
-    with _host(ovsdb) as host:
+    ovsdb = options.ovsdb
+    with _open(options) as host:
         datapath = kernel_datapath()
         if wanted is None:
             found += preflight.switch(host.ovs.synced, host.ovs.version, ovsdb, datapath, not datapath, "gre")
             return found
         found += [Check(FAIL if p.fatal else WARN, "mesh", str(p)) for p in problems]
-        found += [Check(OK, "mesh", f"{len(wanted.nodes)} nodes, this one is {node}")] if not problems else []
+        found += [Check(OK, "mesh", f"{len(wanted.nodes)} nodes, this one is {me.name}")] if not problems else []
         host.drain()
         facts = host.facts(wanted, me)
         carried = host.ovs.synced and facts.datapath_type == "netdev" and facts.datapath_carried
@@ -91,7 +83,7 @@ def check(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "") ->
         found += _underlay(wanted, me, facts)
         found += preflight.ranges(wanted, preflight.routes())
         if host.ovs.synced:
-            want, _ = meshes.dataplane(wanted, node, facts)
+            want, _ = meshes.dataplane(wanted, me.name, facts)
             have = host.observe(want)
             found += [Check(FAIL, "foreign", f.detail) for f in have.foreign if f.kind in ("links", "bridges")]
     if facts.underlay_mtu is not None:
@@ -111,29 +103,26 @@ def _underlay(mesh: Mesh, me: Node, facts: Facts) -> Iterator[Check]:
         yield Check(OK, "mtu", f"{facts.underlay_mtu} below, {mtu} for containers")
 
 
-def await_converged(
-    mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "", *, deadline: float
-) -> tuple[list[str], bool]:
+def await_converged(options: Options, deadline: float) -> tuple[list[str], bool]:
     """Waits until an agent runs and has nothing left to do; then each peer and whether it answers, as lines.
 
     When that takes longer than `deadline` seconds: what is left, and why.
     """
     end = time.monotonic() + deadline
-    state = StateDir(state_dir)
     while True:
-        left = _left(state, mesh, node, ovsdb, state_dir)
+        left = _left(options)
         if not left:
             break
         if time.monotonic() > end:
             return [f"not converged after {deadline:g} s:", *(f"  {line}" for line in left)], False
         # an agent that comes and a plan that empties ring no bell outside of it
         time.sleep(_LOOK)
-    wanted, me, _ = _mesh(mesh, node, state_dir)
+    wanted, me, _ = _mesh(options)
     peers = [n for n in wanted.nodes if n.name != me.name]
     versions = {c.version for c in me.pod_cidrs}
     gateways = {n.name: [str(meshes.gateway(c)) for c in n.pod_cidrs if c.version in versions] for n in peers}
     answered = probe.ping([g for found in gateways.values() for g in found])
-    lines = [f"{node}: converged, {len(peers)} peer{'' if len(peers) == 1 else 's'}"]
+    lines = [f"{me.name}: converged, {len(peers)} peer{'' if len(peers) == 1 else 's'}"]
     for peer in peers:
         for address in gateways[peer.name]:
             ms = answered[address]
@@ -143,10 +132,10 @@ def await_converged(
     return lines, True
 
 
-def _left(state: StateDir, mesh: str, node: str, ovsdb: str, state_dir: str) -> list[str]:
-    if not state.held():
-        return [f"no agent runs with the state directory {state_dir}; journalctl -u ovsmesh-agent"]
-    found, unclear = commands.look(mesh, node, ovsdb, state_dir)
+def _left(options: Options) -> list[str]:
+    if not StateDir(options.state_dir).held():
+        return [f"no agent runs with the state directory {options.state_dir}; journalctl -u ovsmesh-agent"]
+    found, unclear = commands.look(options)
     if found.converged and not unclear:
         return []
     return [*found.plan.lines(), *(str(p) for p in found.problems if p.fatal)] or ["something can't be seen as yet"]

@@ -62,7 +62,7 @@ class Cni:
             return None
         plugins = tuple(self._plugin(name) for name in conflist.PLUGINS)
         kept = ""
-        if conflist.missing(plugins):
+        if not conflist.writable(plugins):
             ours, _, _ = self.observe()
             kept = ours.get(conflist.FILE, "")
         self._known = CniFacts(self._directory, plugins, kept)
@@ -115,7 +115,7 @@ class Cni:
             path = os.path.join(self._directory, name)
             # a runtime passes over directories, and over nothing else
             if not os.path.isdir(path) or os.path.islink(path):
-                files[os.fsencode(name).decode(errors="replace")] = _read(path, name == conflist.FILE)
+                files[conflist.plain(name, 255)] = _read(path, name == conflist.FILE)
         ours, foreign, problems = conflist.judge(self._directory, files)
         return ours, foreign, [*conflist.problems(self._known), *problems] if self._known else []
 
@@ -175,10 +175,10 @@ def _version(path: str) -> _Copy:
             check=False,
         )
         found = json.loads(done.stdout)["supportedVersions"]
-        versions = tuple(str(v) for v in found)
+        versions = tuple(conflist.plain(v, 20) for v in found[:50])
     except subprocess.TimeoutExpired:
         return (), f"{path} did not answer VERSION within {_TIMEOUT:g} s"
     except (ValueError, KeyError, TypeError, RecursionError):
-        said = (done.stderr or done.stdout)[:120].decode(errors="replace").strip()
+        said = conflist.plain((done.stderr or done.stdout).decode(errors="replace").strip(), 120)
         return (), f"{path} gave no answer to VERSION (exit {done.returncode}): {said or 'silence'}"
     return (versions, "") if versions else ((), f"{path} supports no version")

@@ -36,6 +36,11 @@ class File(NamedTuple):
     why: str = ""
 
 
+def plain(text: object, most: int = 80) -> str:
+    """Someone else's text, fit for a log and a terminal: printable, and not too long."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
+
+
 def missing(plugins: Iterable[CniPlugin]) -> list[CniPlugin]:
     """The plugins that a conflist can't do without, and that are not usable."""
     return [plugin for plugin in plugins if plugin.name in REQUIRED and plugin.why]
@@ -55,12 +60,17 @@ def _used(plugins: Iterable[CniPlugin]) -> list[CniPlugin]:
     return more if versions(more) else used
 
 
+def writable(plugins: Sequence[CniPlugin]) -> bool:
+    """Whether a conflist can be written for these plugins."""
+    return not missing(plugins) and bool(versions(_used(plugins)))
+
+
 def wanted(cni: Cni, pod_cidrs: Sequence[IPNetwork], gateways: Sequence[str], mtu: int) -> dict[str, str]:
     """The conflist by its file name; none where plugins lack.
 
     One that is there stays while they do: without a conflist no pod could even be deleted.
     """
-    if missing(cni.plugins) or not versions(_used(cni.plugins)):
+    if not writable(cni.plugins):
         return {FILE: cni.kept} if cni.kept else {}
     return {FILE: render(_used(cni.plugins), pod_cidrs, gateways, mtu)}
 
@@ -162,7 +172,7 @@ def _network(name: str, file: File) -> tuple[str, str, dict[str, Any] | None]:
     if not isinstance(found, dict):
         return "", "is no JSON object", None
     network = found.get("name")
-    network = network[:80] if isinstance(network, str) else ""
+    network = plain(network) if isinstance(network, str) else ""
     if name.endswith(".conflist"):
         plugins = found.get("plugins")
         chain = [p.get("type") for p in plugins if isinstance(p, dict)] if isinstance(plugins, list) else []
@@ -217,14 +227,14 @@ def words(conf: str) -> list[tuple[str, str]]:
     ipam = chain[0].get("ipam")
     sets = ipam.get("ranges") if isinstance(ipam, dict) else None
     every = [r for one in sets if isinstance(one, list) for r in one] if isinstance(sets, list) else []
-    subnets = [str(r.get("subnet")) for r in every if isinstance(r, dict)]
+    subnets = [plain(r.get("subnet")) for r in every if isinstance(r, dict)]
     return [
         ("network", network),
-        ("version", str(found.get("cniVersion") or "")),
-        ("mtu", str(mtu if mtu is not None else "")),
+        ("version", plain(found.get("cniVersion") or "")),
+        ("mtu", plain(mtu if mtu is not None else "")),
         ("ranges", ",".join(subnets)),
         (
             "plugins",
-            ",".join(str(p["type"]) for p in (chain[0], ipam, *chain[1:]) if isinstance(p, dict) and "type" in p),
+            ",".join(plain(p["type"]) for p in (chain[0], ipam, *chain[1:]) if isinstance(p, dict) and "type" in p),
         ),
     ]

@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ovsmesh import daemonjson, dockerrules
+from ovsmesh import dockerrules
 from ovsmesh import dockersettings as settings
 from ovsmesh.dockerapi import Daemon, Watch
 from ovsmesh.dockerfile import Config, DockerFile, Mark, digest
 from ovsmesh.dockerjob import command
-from ovsmesh.dockersettings import DAEMON, DOCKER0, DOWN, daemon_text, some
+from ovsmesh.dockersettings import AWAY, DAEMON, DOCKER0, DOWN, daemon_text, some
 from ovsmesh.dockerswitch import Settings, Switch
 from ovsmesh.inotify import FileBell
 from ovsmesh.model import KBR, Dataplane, Foreign, OvsmeshError, Problem
@@ -33,6 +33,8 @@ _AGAIN = (300.0, 3600.0)
 _POKES = 30.0
 _IPTABLES = 10.0
 _RULE = "rule "
+STRANGER = "address "
+"""Key of an address that dockerd gave a kbr0 that had none, when it started."""
 
 
 class Kernel(NamedTuple):
@@ -42,6 +44,8 @@ class Kernel(NamedTuple):
     """Index of kbr0; 0 for none."""
     docker0: tuple[str, ...] | None = None
     """Ports of the bridge docker0; None when there is no such bridge."""
+    addresses: tuple[str, ...] = ()
+    """Everyone's on kbr0, with prefix length."""
 
 
 class Seen(NamedTuple):
@@ -124,11 +128,13 @@ class Docker:
         if daemon is None:
             return Seen(known=False)
         self._switch.here = _here(kernel.kbr)
+        self._switch.aim = digest(repr(sorted(want.docker.items())).encode())
         try:
             config, mark, file = self._read()
-            if mark and mark.step and self._acting and not self._switch.busy and daemon.state != "starting":
+            if mark and mark.step and self._may_resume(daemon, want.docker):
                 self._cached = None
-                self._switch.resume(daemon, config, mark, want.docker)
+                good = want.docker.get(DAEMON, "")
+                self._switch.resume(daemon, config, mark, AWAY if good and file.get("bridge") != KBR else good)
                 config, mark, file = self._read()
         except OvsmeshError as error:
             if not want.docker and not self._removing:
@@ -142,6 +148,11 @@ class Docker:
         if not want.docker:
             return Seen(problems=self._elsewhere(daemon), note=_where(daemon))
         return self._compare(want, kernel, daemon, config, mark, file)
+
+    def _may_resume(self, daemon: Daemon, wanted: Mapping[str, str]) -> bool:
+        # what is wanted may have been told before the daemon was looked at first
+        sure = DAEMON in wanted or self._options.mode != "replace"
+        return sure and self._acting and not self._switch.busy and daemon.state != "starting"
 
     def _compare(
         self,
@@ -171,7 +182,7 @@ class Docker:
             stops = settings.stops(daemon) if restart else ""
             problems += [Problem("DockerRestart", stops, fatal=False)] if stops else []
         if DAEMON in wanted and daemon.state == "up":
-            problems += self._left_behind(have, kernel, restart)
+            problems += self._left_behind(have, daemon, want.addresses, kernel, restart)
             if not restart and mark and self._acting and mark.seen != self._switch.here:
                 self._cached = None
                 self._switch.keep(replace(mark, seen=self._switch.here))
@@ -203,17 +214,18 @@ class Docker:
             except OvsmeshError as error:
                 texts.append(str(error))
         if mark and mark.refused and mark.stamp == config.stamp and not texts:
-            left = mark.at + min(_AGAIN[0] * 2 ** (mark.times - 1), _AGAIN[1]) - time.time()
-            new = digest(daemonjson.edit(config.data, _changes(wanted, wanted)))
-            if 0 < left <= _AGAIN[1] and mark.refused in (new, config.digest):
-                texts.append(
-                    f"{mark.why}; the old {self._options.config} is in place. Tried again in {left:.0f} s, "
-                    f"or at once after `touch {self._options.config}`"
-                )
+            again = mark.at + min(_AGAIN[0] * 2 ** (mark.times - 1), _AGAIN[1])
+            if 0 < again - time.time() <= _AGAIN[1] and mark.refused == self._switch.aim:
+                when, path = time.strftime("%H:%M:%S UTC", time.gmtime(again)), self._options.config
+                texts.append(f"{mark.why}. Tried again at {when}, or after `touch {path}`")
         return "; ".join(texts)
 
-    def _left_behind(self, have: dict[str, str], kernel: Kernel, restart: bool) -> list[Problem]:
-        """Adds docker0 and the rules that dockerd made for it, where they are to go."""
+    def _left_behind(
+        self, have: dict[str, str], daemon: Daemon, own: Iterable[str], kernel: Kernel, restart: bool
+    ) -> list[Problem]:
+        """Adds docker0, the rules that dockerd made for it and the address it gave to kbr0, where they are to go."""
+        if kernel.kbr:
+            have |= {f"{STRANGER}{text}": "Docker's own" for text in settings.strangers(daemon, own, kernel.addresses)}
         if kernel.docker0 is not None and (restart or not kernel.docker0):
             have[DOCKER0] = "bridge"
         if restart:
@@ -251,7 +263,12 @@ class Docker:
         self._cached = None
         changes = _changes({s.key: s.want for s in steps if s.key in settings.FILE_KEYS}, want.docker)
         restart = any(step.key == DAEMON for step in steps)
-        self._switch.begin(changes, config, mark, want.docker[DAEMON] if restart else "")
+        daemon, aim = self._watch.daemon, want.docker[DAEMON] if restart else ""
+        if restart and daemon and settings.remembers(daemon, aim):
+            # the next turn then goes on from there
+            changes, aim = self._file.back(config, mark), AWAY
+            changes |= {"bridge": None} if changes.get("bridge") == KBR else {}
+        self._switch.begin(changes, config, mark, aim)
         if restart:
             return
         rules = [step.key.removeprefix(_RULE) for step in steps if step.key.startswith(_RULE)]
@@ -282,10 +299,12 @@ class Docker:
             )
             return [text] if on_kbr else []
         self._cached = None
+        if mark.step:
+            self._switch.await_child(mark)
         self._file.restore(mark)
         if self._read()[2].get("bridge") == KBR:
             return [f"{self._options.config} had {KBR} before ovsmesh: Docker can't start again before there is one"]
-        if on_kbr:
+        if on_kbr or mark.step:
             self._switch.begin_restore(mark)
         elif daemon is None or daemon.state != "up":
             return ["dockerd does not run: it will be where it was before when somebody starts it"]
@@ -320,8 +339,9 @@ class Docker:
 
 
 def _changes(keys: Mapping[str, object], wanted: Mapping[str, str]) -> dict[str, object]:
-    """File settings to write; None for one to take out."""
-    return {k: settings.value(k, wanted[k]) if k in wanted else None for k in keys if k in settings.FILE_KEYS}
+    """File settings to write; None for those to take out, which come first: what is left shows the file's layout."""
+    ours = sorted((k for k in keys if k in settings.FILE_KEYS), key=lambda k: k in wanted)
+    return {k: settings.value(k, wanted[k]) if k in wanted else None for k in ours}
 
 
 def _here(kbr: int) -> str:

@@ -52,7 +52,6 @@ class Daemon:
     """The default bridge; "" for none."""
     mtu: int = 0
     subnets: tuple[str, ...] = ()
-    gateways: tuple[str, ...] = ()
     ipv6: bool = False
     live_restore: bool = False
     running: tuple[str, ...] = ()
@@ -220,7 +219,6 @@ def _read(path: str, began: float) -> Daemon:
         bridge=_NAME.sub("", str(options.get("com.docker.network.bridge.name") or ("docker0" if bridge else "")))[:15],
         mtu=int(mtu) if mtu.isascii() and mtu.isdigit() and len(mtu) < 6 else 0,
         subnets=tuple(str(c.get("Subnet"))[:64] for c in configs[:8] if c.get("Subnet")),
-        gateways=tuple(str(c.get("Gateway"))[:64] for c in configs[:8] if c.get("Gateway")),
         ipv6=bridge.get("EnableIPv6") is True,
         live_restore=info.get("LiveRestoreEnabled") is True,
         running=tuple(sorted(names)),

@@ -60,9 +60,11 @@ class Mark:
     seen: str = ""
     """The kbr0 (boot and index) on which dockerd was seen up."""
     made_dir: bool = False
+    mixed: bool = False
+    """Whether somebody else has changed the file after ovsmesh had."""
     why: str = ""
     refused: str = ""
-    """Digest of the file that dockerd did not come back with."""
+    """Digest of what was wanted when dockerd did not come back."""
     stamp: str = ""
     """The old file's, since that refusal."""
     times: int = 0
@@ -132,9 +134,11 @@ class DockerFile:
             self._write(self._old, config.data, config.mode, config.owner)
             made = not config.exists and not os.path.isdir(os.path.dirname(self.real))
             kept = mark or Mark(self.real, "")
-            mark = replace(
-                kept, old=config.digest, mode=config.mode, owner=config.owner, made_dir=made or kept.made_dir
-            )
+            made = made or kept.made_dir
+            mark = replace(kept, old=config.digest, mode=config.mode, owner=config.owner, made_dir=made)
+            mark = replace(mark, mixed=False)
+        elif config.digest != mark.new:
+            mark = replace(mark, mixed=True)
         self._write(self._last, config.data, config.mode, config.owner)
         mark = self.save(replace(mark, config=self.real, last=config.digest, new=digest(new), step=step, child=(0, 0)))
         if mark.made_dir:
@@ -151,13 +155,17 @@ class DockerFile:
     def restore(self, mark: Mark) -> None:
         """The file as it was before ovsmesh; what someone else has changed in it since then stays changed."""
         config = self.read()
-        if config.digest in (mark.new, mark.old):
+        if config.digest == mark.old or (config.digest == mark.new and not mark.mixed):
             self._put(self._old, mark.old, mark)
             return
-        before = daemonjson.settings(self._saved(self._old, mark.old)) if mark.old else {}
-        ours = self.settings(config)
-        changes = {key: before.get(key) for key in FILE_KEYS if key in before or key in ours}
+        changes = self.back(config, mark)
         self._write(Path(self.real), daemonjson.edit(config.data, changes), config.mode, config.owner)
+
+    def back(self, config: Config, mark: Mark | None) -> dict[str, Any]:
+        """The changes that bring our settings to what they were before ovsmesh; None takes one out."""
+        before = daemonjson.settings(self._saved(self._old, mark.old)) if mark and mark.old else {}
+        ours = self.settings(config)
+        return {key: before.get(key) for key in sorted(FILE_KEYS) if key in before or key in ours}
 
     def forget(self, mark: Mark) -> None:
         """Removes the memory of it, once the file is as it was."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 DOCKER0 = "docker0"
 DAEMON = "daemon"
 DOWN = "not running"
+AWAY = f"anywhere but on {KBR}"
+"""Where dockerd is sent to forget what it remembers of kbr0."""
 _NUMBERS = frozenset({"mtu"})
 _SWITCHES = frozenset({"ipv6"})
 _RANGES = {"bip": 4, "fixed-cidr": 4, "default-gateway": 4, "bip6": 6, "fixed-cidr-v6": 6, "default-gateway-v6": 6}
@@ -26,6 +28,8 @@ _RANGES = {"bip": 4, "fixed-cidr": 4, "default-gateway": 4, "bip6": 6, "fixed-ci
 _NEVER = ("bip", "bip6")
 """Refused by dockerd beside `bridge`."""
 FILE_KEYS = frozenset({"bridge", "mtu", "ipv6", *_RANGES})
+_DEFAULTS = frozenset(f"172.{n}.0.1/16" for n in range(17, 32))
+"""What dockerd gives a bridge of its own (its default address pools)."""
 _FLAGS = {"-b": "bridge"}
 
 
@@ -104,7 +108,7 @@ def found(
 
 def _within(text: str, ranges: Iterable[str]) -> bool:
     try:
-        inner = ip_network(text) if "/" in text else ip_network(ip_address(text))
+        inner = ip_network(text, strict=False) if "/" in text else ip_network(ip_address(text))
         nets = [ip_network(r, strict=False) for r in ranges]
     except ValueError:
         return False
@@ -150,6 +154,33 @@ def obstacles(daemon: Daemon, config: str, real: str, want: Mapping[str, str], r
             f"dockerd has live-restore, and keeps to {daemon.bridge or 'no bridge'} while containers run: "
             f"stop {some(daemon.running)}, then it goes on by itself"
         )
+
+
+def remembers(daemon: Daemon, wanted: str) -> bool:
+    """Whether dockerd is on kbr0 with a range that is not ours, which at its next start it would put there again.
+
+    It forgets the range of a bridge when it starts with another one. (With none it would forget it too, but also
+    disable the network of each container that it starts, for good.)
+    """
+    return daemon.bridge == KBR and daemon_text(daemon).split()[:3] != wanted.split()[:3]
+
+
+def reached(daemon: Daemon, aim: str) -> bool:
+    """Whether a daemon is where a restart was to bring it."""
+    if aim == AWAY:
+        return daemon.state == "up" and daemon.bridge != KBR
+    return daemon_text(daemon) == aim
+
+
+def strangers(daemon: Daemon, own: Iterable[str], there: Iterable[str]) -> list[str]:
+    """Of the addresses that are on kbr0, those that dockerd put there, as it had none of ours at the time.
+
+    It puts the one that it remembers there once more when it has moved on to ours.
+    """
+    ours = set(own)
+    others = [text for text in there if text not in ours and ":" not in text]
+    its = daemon.subnets if daemon.bridge == KBR else ()
+    return [text for text in others if text in _DEFAULTS or _within(text, its)]
 
 
 def stops(daemon: Daemon) -> str:

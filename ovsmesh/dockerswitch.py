@@ -6,6 +6,9 @@ dies at any moment is gone on from by the next one. Never imports ovs, pyroute2 
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,9 +16,12 @@ from typing import NamedTuple
 
 from ovsmesh.dockerapi import Daemon, Watch
 from ovsmesh.dockerfile import Config, DockerFile, Mark
-from ovsmesh.dockerjob import Restart, command
-from ovsmesh.dockersettings import DAEMON, daemon_text
+from ovsmesh.dockerjob import Restart, command, start_time
+from ovsmesh.dockersettings import AWAY, reached
 from ovsmesh.model import KBR, OvsmeshError, Problem
+
+_RESUME = 60.0
+"""Seconds before a file that could not be put back is tried again."""
 
 
 class Settings(NamedTuple):
@@ -38,9 +44,12 @@ class Switch:
         """"switch" (a file was written), "start" (none was), "rollback" or "restore"."""
         self.here = ""
         """The kbr0 of this moment."""
+        self.aim = ""
+        """Digest of what is wanted of Docker now."""
         self.why = ""
         """Why the last change did not end well; "" when it did."""
         self.trouble: Problem | None = None
+        self._resume_at = 0.0
 
     def close(self) -> None:
         if self._job:
@@ -66,12 +75,22 @@ class Switch:
         if changes or (wanted and mark is None):
             mark = self._file.change(config, changes, mark, "switch" if wanted else "")
         if wanted and mark:
-            self._start("switch" if changes else "start", argv, mark, lambda daemon: daemon_text(daemon) == wanted)
+            self._start("switch" if changes else "start", argv, mark, lambda daemon: reached(daemon, wanted))
+
+    def await_child(self, mark: Mark) -> None:
+        """Waits for the restart command of an agent that was killed meanwhile, so that no two run at once."""
+        end = time.monotonic() + self._options.timeout
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(mark.child[0]) if mark.child[0] else -1
+            if pidfd >= 0 and start_time(mark.child[0]) == mark.child[1]:
+                select.select([pidfd], [], [], max(0.0, end - time.monotonic()))
+            if pidfd >= 0:
+                os.close(pidfd)
 
     def begin_restore(self, mark: Mark) -> None:
         """Restarts a daemon whose old file is back in place. Raises OvsmeshError."""
         argv = command(self._options.restart)
-        self._start("restore", argv, mark, lambda daemon: daemon.state == "up" and daemon.bridge != KBR)
+        self._start("restore", argv, mark, lambda daemon: reached(daemon, AWAY))
 
     def keep(self, mark: Mark) -> Mark:
         """Saves the mark; where that can't be, what was saved last has to do, and says less."""
@@ -122,8 +141,10 @@ class Switch:
         """The daemon is not as it should be: puts the file back and, unless the old daemon still runs, restarts it."""
         before = self._job.before if self._job else None
         self._end(why)
+        if self._kind == "restore":
+            return
         if self._kind == "rollback":
-            self._refused(mark, f"{mark.why}; nor did it come back with the old file: {why}")
+            self._refused(mark, f"{mark.why}; nor did dockerd come back then: {why}")
             return
         if self._kind == "start":
             self._refused(mark, f"dockerd did not start: {why}")
@@ -136,42 +157,53 @@ class Switch:
             self._file.roll_back(mark)
             argv = command(self._options.restart)
         except OvsmeshError as error:
-            text = f"{mark.why}; and it can't be put back: {error}"
+            text = f"{mark.why}; and the old {self._options.config} can't be put back: {error}"
             self.trouble = Problem("DockerRollbackFailed", text)
+            self._resume_at = time.monotonic() + _RESUME
             return
+        mark = replace(mark, why=f"{mark.why}; the old {self._options.config} is back in place")
         now = self._watch.daemon
         if before and now and now.state == before.state == "up" and now.instance == before.instance:
+            # it was never restarted
             self._refused(mark, mark.why)
             return
         self._start("rollback", argv, mark, lambda daemon: daemon.state == "up")
 
     def _refused(self, mark: Mark, why: str) -> None:
         self._end(why)
-        config = self._file.read()
+        stamp = ""
+        with contextlib.suppress(OvsmeshError):
+            stamp = self._file.read().stamp
         self.keep(
             replace(
                 mark,
                 step="",
                 child=(0, 0),
                 why=why,
-                refused=mark.new or config.digest,
-                stamp=config.stamp,
+                refused=self.aim,
+                stamp=stamp,
                 times=mark.times + 1,
                 at=time.time(),
             )
         )
 
-    def resume(self, daemon: Daemon, config: Config, mark: Mark, wanted: Mapping[str, str]) -> None:
+    def resume(self, daemon: Daemon, config: Config, mark: Mark, good: str) -> None:
         """Goes on with what an agent before us, or a full disk, left half done. Raises OvsmeshError."""
-        if mark.step == "rollback":
-            self._roll_back(mark, daemon)
+        if time.monotonic() < self._resume_at:
+            return
+        if not good:
+            # nobody wants Docker restarted any more
+            if mark.step == "rollback":
+                self._file.roll_back(mark)
+            self.keep(replace(mark, step=""))
+        elif mark.step == "rollback":
+            self._roll_back(mark, daemon if daemon.bridge != KBR else None)
         elif config.digest != mark.new:
             # it was never written, or is another by now
             self.keep(replace(mark, step=""))
         else:
             argv = command(self._options.restart)
-            good = wanted.get(DAEMON, "")
-            if daemon_text(daemon) == good:
+            if reached(daemon, good):
                 self.keep(replace(mark, step="", child=(0, 0), seen=self.here))
             else:
-                self._start("switch", argv, mark, lambda d: daemon_text(d) == good, mark.child)
+                self._start("switch", argv, mark, lambda d: reached(d, good), mark.child)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ovsmesh.cni import Cni
-from ovsmesh.docker import Docker, Kernel, Seen
+from ovsmesh.docker import STRANGER, Docker, Kernel, Seen
 from ovsmesh.dockersettings import DOCKER0
 from ovsmesh.firewall import Firewall
 from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Facts, Foreign, Mesh, Node, Observed, OvsmeshError, Problem
@@ -184,7 +184,9 @@ class Host:
         return Observed(have, relevant, tuple(problems), frozenset(unknown), docker.note)
 
     def _about_bridges(self) -> Kernel:
-        return Kernel(self.net.mirror.index(KBR) or 0, self.net.mirror.bridge_ports(DOCKER0))
+        return Kernel(
+            self.net.mirror.index(KBR) or 0, self.net.mirror.bridge_ports(DOCKER0), self.net.mirror.addresses_of(KBR)
+        )
 
     @property
     def switch_lost(self) -> bool:
@@ -230,10 +232,14 @@ class Host:
                 return False
             return True
 
-        def links(name: str) -> None:
+        def links(name: str) -> bool:
+            """Whether the link is there."""
+            there = True
             for step in groups["+", "links"]:
                 if step.key == name:
-                    attempt(f"link {name}", self.net.set_link, step.key, step.want, step.have)
+                    done = attempt(f"link {name}", self.net.set_link, step.key, step.want, step.have)
+                    there = done or step.op != "+"
+            return there
 
         def filter_rules() -> None:
             held = {s.key: s.have for s in todo.held if s.kind == "filter_peers"}
@@ -251,14 +257,16 @@ class Host:
             attempt("CNI", self.cni.apply, groups["-", "cni"])
         bridge_gone = bool(groups["-", "bridges"])
         filter_first = bool(groups["+", "rules"] or groups["+", "filter_peers"])
-        links(KBR)
+        kbr = links(KBR)
         late = self._set_ports(groups, attempt, filter_rules if filter_first else lambda: None)
         adds = {s.key: s.want for s in groups["+", "flows"]}
         restored = not adds or attempt("flows", self._set_flows, adds, [])
         links(OBR)
         for step in groups["+", "sysctls"]:
             attempt(f"sysctl {step.key}", write_sysctl, step.key, step.want)
-        problems += self._kernel(groups)
+        if kbr:
+            # else whatever has the name meanwhile is not ours as yet
+            problems += self._kernel(groups)
         clear = bool(groups["-", "restore_wait"]) and (restored or self._waited())
         if late or bridge_gone or clear:
             # while the switch closes ports, what leads to them goes too: neither waits for the other
@@ -273,7 +281,9 @@ class Host:
             attempt("CNI", self.cni.apply, groups["+", "cni"])
         if self.docker and not any(groups["+", kind] for kind in _DOCKER_NEEDS):
             steps = [*groups["+", "docker"], *groups["-", "docker"]]
-            # at its next start dockerd would find the old bridge's rules as it left them
+            for step in steps:
+                if step.key.startswith(STRANGER):
+                    self.net.batch([(step, self.net.message("-", "addresses", step.key.removeprefix(STRANGER), KBR))])
             if steps and attempt("docker", self.docker.apply, steps, want) and not self.docker.busy:
                 for step in steps:
                     if step.key == DOCKER0:

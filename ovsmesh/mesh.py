@@ -194,6 +194,8 @@ def _sysctls(me: Node, facts: Facts) -> dict[str, str]:
     if facts.ipv6:
         if v6:
             values[f"net/ipv6/conf/{KBR}/disable_ipv6"] = "0"
+            # no pod is looked for until the link-local address has been through duplicate detection
+            values[f"net/ipv6/conf/{KBR}/accept_dad"] = "0"
         # else a pod could send the host a router
         values |= {
             f"net/ipv6/conf/{KBR}/accept_ra": "0",

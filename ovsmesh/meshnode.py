@@ -33,6 +33,8 @@ CHECK = 30.0
 """Seconds after which it is read whether what was written still is there: it may be deleted or edited by hand.
 Read, not watched: an agent may read MeshNodes by name only, and its API server has watches enough."""
 _BACKOFF = (0.5, 60.0)
+_GONE = 4.0
+"""Seconds between two looks whether an earlier Node's MeshNode is gone, at most."""
 _CONDITIONS = ("Converged", "Degraded")
 
 
@@ -189,6 +191,9 @@ class MeshNodeWriter:
             # deleted by hand, or with the Node of an earlier uid: made again at once, later if that is no use
             self._failed(error, 0.0 if self._known else _BACKOFF[0])
             self._known, self._written = False, {}
+        except Conflict as error:
+            # no trouble, but a wait for Kubernetes' garbage collector
+            self._failed(error, _BACKOFF[0], _GONE)
         except OvsmeshError as error:
             self._failed(error, _BACKOFF[0])
         else:
@@ -217,9 +222,9 @@ class MeshNodeWriter:
             self._written = there
         self._written_at = float("-inf")
 
-    def _failed(self, error: OvsmeshError, least: float) -> None:
+    def _failed(self, error: OvsmeshError, least: float, most: float = _BACKOFF[1]) -> None:
         asked = error.retry_after if isinstance(error, ApiError) else 0.0
-        self._wait = max(asked, min(_BACKOFF[1], max(least, self._wait * 2)) * random.uniform(0.5, 1.0))
+        self._wait = max(asked, min(most, max(least, self._wait * 2)) * random.uniform(0.5, 1.0))
         self._written_at = time.monotonic()
         if str(error) != self._told:
             self._told = str(error)

@@ -235,13 +235,20 @@ class Mirror:
         return ours, foreign
 
     def _by_plugin(self, entry: rtnl.LinkEntry) -> bool:
-        """Whether a bridge is as the CNI bridge plugin makes it by our conflist: no alias, no address, pods only."""
+        """Whether a bridge is as the CNI bridge plugin makes it by our conflist: no alias, no address, pods only.
+
+        An address with our mark came when ours had just been deleted and this one was there already.
+        """
         ports = [link for link in self.links.values() if link.master == entry.ifindex]
         return (
             entry.kind == "bridge"
             and not entry.alias
             and all(port.kind == "veth" or port.name == OBR for port in ports)
-            and all(a.startswith("fe80:") for a, index in self._addresses if index == entry.ifindex)
+            and all(
+                a.startswith("fe80:") or protocol == PROTOCOL
+                for (a, index), protocol in self._addresses.items()
+                if index == entry.ifindex
+            )
         )
 
     def our_addresses(self) -> dict[str, str]:
@@ -278,6 +285,11 @@ class Mirror:
     def ra_links(self) -> tuple[str, ...]:
         """Links whose IPv6 default route came from a router advertisement."""
         return tuple(sorted(self.links[index].name for index in self._ra_links if index in self.links))
+
+    def addresses_of(self, name: str) -> tuple[str, ...]:
+        """All addresses of a link, ours or not."""
+        index = self._indexes.get(name, 0)
+        return tuple(sorted(address for address, i in self._addresses if i == index))
 
     def bridge_ports(self, name: str) -> tuple[str, ...] | None:
         """The ports of a Linux bridge of any owner; None when there is no such bridge."""

@@ -34,6 +34,10 @@ FALLBACK_METRIC = 4278198272
 CNI_BIN_DIR = "/opt/cni/bin:/usr/lib/cni:/usr/libexec/cni"
 """Where container runtimes look for CNI plugins: upstream's, Debian's, Fedora's default."""
 
+DEFAULT_OVSDB = "unix:/var/run/openvswitch/db.sock"
+DEFAULT_STATE = "/var/lib/ovsmesh"
+DEFAULT_LISTEN = "127.0.0.1:9474"
+
 ENCAPSULATIONS = ("gre", "vxlan", "geneve")
 
 

@@ -7,6 +7,7 @@ along silently) and whenever the agent asks. Never imports ovs or kubernetes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -194,6 +195,9 @@ class Netlink:
             # someone was quicker: what they made is seen in the next observation
             self._do({f"delete link {_NEW}": rtnl.del_link(0, index)})
             raise
+        with contextlib.suppress(OvsmeshError):
+            # before it is up and has a link-local address: duplicate detection would be 1 to 2 s of no new neighbours
+            write_sysctl(f"net/ipv6/conf/{KBR}/accept_dad", "0")
         self._do({f"set link {KBR} up": rtnl.set_link(0, index, up=want.up)})
         self._take_back(index)
 
@@ -207,7 +211,8 @@ class Netlink:
                 if hairpin:
                     steps[f"set port {name}"] = rtnl.hairpin_port(0, port)
         self.mirror.lost_ports.clear()
-        self._do(steps)
+        # a pod may end at any moment
+        self._do(steps, but=errno.ENODEV)
 
     def del_link(self, name: str) -> None:
         """Deletes a link of ours."""
@@ -215,8 +220,10 @@ class Netlink:
         if index:
             self._do({f"delete link {name}": rtnl.del_link(0, index)})
 
-    def _do(self, steps: Mapping[str, bytes]) -> None:
-        refused = self.batch(list(steps.items()))
+    def _do(self, steps: Mapping[str, bytes], but: int = 0) -> None:
+        """Raises OvsmeshError for what the kernel refuses, unless with the error `but`."""
+        forgiven = os.strerror(but)
+        refused = {what: why for what, why in self.batch(list(steps.items())).items() if why != forgiven}
         if refused:
             texts = "; ".join(f"{what}: {why}" for what, why in refused.items())
             raise OvsmeshError(f"the kernel refused to {texts}")

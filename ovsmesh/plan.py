@@ -246,13 +246,15 @@ def _blocks(step: Step, foreign: dict[tuple[str, Any], Foreign]) -> Foreign | No
 
 
 def _all_or_nothing(
-    kind: str, hits: list[tuple[Step, Foreign | None]], removed: list[Step]
-) -> tuple[list[tuple[Step, Foreign | None]], list[Step]]:
-    """Without the steps of a kind of which one is blocked: a Docker that is switched by half is worse than none."""
-    if not any(hit for step, hit in hits if step.kind == kind):
-        return hits, removed
-    left = [(step, hit) for step, hit in hits if hit or step.kind != kind]
-    return left, [step for step in removed if step.kind != kind]
+    kind: str, foreign: Iterable[Foreign], added: list[Step], removed: list[Step]
+) -> tuple[list[Blocked], list[Step], list[Step]]:
+    """Where one thing stands in the way of a kind: a Docker that is switched by half is worse than none."""
+    hit = next((f for f in foreign if f.kind == kind), None)
+    first = next((step for step in (*added, *removed) if step.kind == kind), None)
+    if hit is None or first is None:
+        return [], added, removed
+    left = [[step for step in steps if step.kind != kind] for steps in (added, removed)]
+    return [Blocked(first, hit)], left[0], left[1]
 
 
 def _overruled(want: Dataplane, have: Dataplane, foreign: dict[tuple[str, Any], Foreign]) -> list[Blocked]:
@@ -322,13 +324,13 @@ def plan(want: Dataplane, observed: Observed, confirmed: bool = False) -> Plan:
     kinds = [kind for kind in KINDS if kind not in observed.unknown]
     added, removed = _differences(want, have, kinds)
     foreign = {(f.kind, f.key): f for f in observed.foreign if f.blocks}
-    blocked = []
+    blocked: list[Blocked] = []
     if foreign:
+        docker, added, removed = _all_or_nothing("docker", foreign.values(), added, removed)
         hits = [(step, _blocks(step, foreign)) for step in added]
-        hits, removed = _all_or_nothing("docker", hits, removed)
         blocked = [Blocked(step, hit) for step, hit in hits if hit]
         added = [step for step, hit in hits if not hit]
-        blocked += _overruled(want, have, foreign)
+        blocked += _overruled(want, have, foreign) + docker
         if (("links", KBR) in foreign and KBR in want.links) or (("bridges", OBR) in foreign and OBR in want.bridges):
             # everything hangs on these two; half a dataplane around someone else's bridge would touch theirs
             return Plan(blocked=tuple(blocked))

@@ -1,8 +1,8 @@
 """Knows how the members of the mesh are spread over MeshSlices, and which writes bring the slices there.
 
 Invariants that agents rely on: slice 0 carries the current count, no other a larger one; the slices of equal
-settings carry an equal meshGeneration, never lower than any before; a name stands in one place, for life. The last
-slice is not empty.
+settings carry an equal meshGeneration, never lower than any before; a name stands in one place, for life; the last
+slice is empty only where it is slice 0.
 Pure: no clock, no Kubernetes client. Imports model only.
 """
 

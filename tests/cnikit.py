@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 
 from ovsmesh import labnet
 
-BIN = Path("/usr/lib/cni")
+BIN = Path(os.environ.get("OVSMESH_TEST_CNI_BIN", "/usr/lib/cni"))
+"""Debian's plugins, or others to try the tests with."""
 SUFFIXES = (".conf", ".conflist", ".json")
 _TIMEOUT = 60.0
 
@@ -35,6 +37,7 @@ class Runtime:
     store: Path
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Pod → the result of its ADD."""
+    ports: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def conflist(self) -> dict[str, Any]:
         """The network that a runtime uses: the first file by name. Raises CniError when there is none or it is bad."""
@@ -49,9 +52,13 @@ class Runtime:
             raise CniError(f"{files[0]}: no plugins")
         return found
 
-    def add(self, pod: str) -> dict[str, Any]:
-        """ADD of every plugin of the chain, for a namespace that is there. Raises CniError."""
+    def add(self, pod: str, ports: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
+        """ADD of every plugin of the chain, for a namespace that is there; `ports` are (hostPort, containerPort).
+
+        Raises CniError.
+        """
         conf, result = self.conflist(), None
+        self.ports[pod] = [{"hostPort": h, "containerPort": c, "protocol": "tcp"} for h, c in ports]
         for plugin in conf["plugins"]:
             result = self._call("ADD", conf, plugin, pod, result)
         assert result is not None
@@ -80,11 +87,14 @@ class Runtime:
         return {p.name for p in self.store.rglob("*") if re.fullmatch(r"[0-9.]+|[0-9a-f:]+", p.name)}
 
     def _call(self, verb: str, conf: dict[str, Any], plugin: dict[str, Any], pod: str, before: Any) -> dict[str, Any]:
-        given = {"cniVersion": conf["cniVersion"], "name": conf["name"], **plugin}
+        # as libcni 1.2 and newer: the highest that is offered
+        version = max([conf["cniVersion"], *conf.get("cniVersions", [])])
+        given = {"cniVersion": version, "name": conf["name"], **plugin}
         if "ipam" in given:
             # the machine's own store is not the test's to fill
             given["ipam"] = {**given["ipam"], "dataDir": str(self.store)}
-        given.pop("capabilities", None)
+        if given.pop("capabilities", {}).get("portMappings") and self.ports.get(pod):
+            given["runtimeConfig"] = {"portMappings": self.ports[pod]}
         if before is not None:
             given["prevResult"] = before
         env = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import signal
@@ -21,7 +22,19 @@ from typing import Any
 
 from binaries import BinariesError
 
-from benchlib import change, cold, drift, kubebeats, kubejoins, kubescale, kubewatchers, restart, scale, steady
+from benchlib import (
+    change,
+    cold,
+    drift,
+    kubebeats,
+    kubejoins,
+    kubeoutages,
+    kubescale,
+    kubewatchers,
+    restart,
+    scale,
+    steady,
+)
 from benchlib.figures import Figure, table
 from benchlib.stage import Plan
 from ovsmesh import __version__
@@ -42,6 +55,7 @@ BENCHES: dict[str, tuple[Bench, str]] = {
     "kube-1000": (kubescale.bench, "1,000 Nodes: agent's start, memory, joins, a burst of 500"),
     "kube-heartbeats": (kubebeats.bench, "1,000 Nodes' heartbeats, and what of them reaches an agent"),
     "kube-watchers": (kubewatchers.bench, "1,000 and 3,000 watches of the slices: a join to the last one's event"),
+    "kube-outages": (kubeoutages.bench, "the control plane dies, stalls, lies: packets lost, slices, the way back"),
 }
 
 
@@ -92,6 +106,8 @@ def main() -> None:
         sys.exit("bench.py: makes network namespaces, which needs root; run it with sudo")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
+    # rooms that a bench uses itself, to watch, have nothing to say here
+    logging.getLogger("ovsmesh").addHandler(logging.NullHandler())
     progress = _Progress(time.monotonic())
     sizes = tuple(chosen.sizes or (100, 300, 1000)) + ((5000,) if chosen.big else ())
     plan = Plan(chosen.quick, sizes, progress)

@@ -1,4 +1,4 @@
-"""Two lab hosts, each with a real dockerd, shared by the tests of a module."""
+"""Two lab hosts, each with a real dockerd, shared by the tests of a module; each test begins on docker0."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ovsmesh.lab import Lab
 
 @pytest.fixture(scope="module")
 def dockers(module_lab: Callable[..., Lab]) -> Iterator[tuple[Lab, list[Docker]]]:
-    """The lab without agents, and a Docker a host that is not started yet."""
+    """The lab without agents, and a Docker a host that has an image and runs on docker0."""
     if shutil.which("dockerd") is None:
         pytest.fail("no dockerd: scripts/setup.sh --dev installs docker.io")
     made = module_lab(2, 1, dual_stack=True, agents=False)
@@ -27,10 +27,22 @@ def dockers(module_lab: Callable[..., Lab]) -> Iterator[tuple[Lab, list[Docker]]
         for host in made.hosts:
             docker = Docker(host, base / host.name)
             docker.prepare()
-            docker.configure("{}\n")
             found.append(docker)
+            docker.start()
+            docker.load()
         yield made, found
     finally:
         for docker in found:
             docker.end()
         shutil.rmtree(base, ignore_errors=True)
+
+
+@pytest.fixture
+def fresh(dockers: tuple[Lab, list[Docker]]) -> Iterator[tuple[Lab, list[Docker]]]:
+    """No agent, no container, Docker on docker0 by a file that says nothing; after the test so again."""
+    made, found = dockers
+    for docker in found:
+        docker.reset()
+    yield made, found
+    for docker in found:
+        docker.reset()

@@ -27,7 +27,8 @@ from ovsmesh import labnet
 from ovsmesh.labhost import Host
 from ovsmesh.labnet import wait_for
 
-SOON = 20.0
+SOON = 45.0
+PLAIN = "{}\n"
 SCRIPT = Path(script.__file__)
 BUSYBOX = shutil.which("busybox") or "/bin/busybox"
 
@@ -63,28 +64,69 @@ class Docker:
         """What the agent of this host is to be given."""
         return [
             *("--docker-config", str(self.config), "--docker-socket", str(self.dir / "docker.sock")),
-            *("--docker-restart", self.restart, "--docker-timeout", "8"),
+            *("--docker-restart", self.restart, "--docker-timeout", "30"),
         ]
 
     def prepare(self) -> None:
         self.dir.mkdir()
         (self.dir / "outside.pid").write_text(str(os.getpid()))
+        self.configure(PLAIN)
+
+    def reset(self) -> None:
+        """Without agent, mesh and containers, on docker0, whatever a test has left."""
+        host = self.host
+        self.misbehave("")
+        (self.dir / "argv.json").unlink(missing_ok=True)
+        host.stop_agent(signal.SIGKILL)
+        if (host.state / "agent").exists() and "kbr0" in links(host):
+            if self.alive():
+                self.clear()
+            host.ovsmesh("cleanup", timeout=60)
+        shutil.rmtree(host.state / "agent", ignore_errors=True)
+        (self.dir / "restarts.log").unlink(missing_ok=True)
+        if self.alive():
+            self.clear()
+        if not (self.config.is_file() and self.config.read_text() == PLAIN and self.on("docker0")):
+            self.again(PLAIN)
+        (self.dir / "restarts.log").unlink(missing_ok=True)
+
+    def again(self, text: str | bytes, mode: int = 0o644) -> None:
+        """Docker anew with this file."""
+        self.stop()
+        self.configure(text, mode)
+        self.start()
+
+    def touch(self) -> None:
+        os.utime(self.config)
+
+    def clear(self) -> None:
+        with contextlib.suppress(OSError, AssertionError, http.client.HTTPException):
+            for container in self.api("GET", "/containers/json?all=1"):
+                self.remove(container["Id"])
+
+    def once(self, *more: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """`ovsmesh agent --once --docker replace`."""
+        return self.host.ovsmesh("agent", "--once", "--docker", "replace", *self.options, *more, timeout=timeout)
 
     def configure(self, text: str | bytes | None, mode: int = 0o644) -> None:
-        self.config.parent.mkdir(parents=True, exist_ok=True)
         if text is None:
             self.config.unlink(missing_ok=True)
             return
+        self.config.parent.mkdir(parents=True, exist_ok=True)
         self.config.write_bytes(text.encode() if isinstance(text, str) else text)
         self.config.chmod(mode)
 
     def start(self, check: bool = True) -> int:
-        code = script.start(self.dir, self.host.ns)
+        argv = [sys.executable, str(SCRIPT), str(self.dir), self.host.ns, "start"]
+        code = subprocess.run(argv, stderr=subprocess.DEVNULL, timeout=60, check=False).returncode
         assert not (check and code), f"dockerd did not start: {self.log()}"
         return code
 
     def stop(self, how: int = signal.SIGTERM) -> None:
         script.stop(self.dir, how)
+        if how == signal.SIGKILL:
+            # a containerd of its own would hold its socket
+            self.kill_containers()
 
     def alive(self) -> bool:
         return bool(script.running(self.dir))
@@ -95,7 +137,7 @@ class Docker:
     def restarts(self) -> int:
         """How often the agent ran --docker-restart."""
         path = self.dir / "restarts.log"
-        return len(path.read_text().splitlines()) if path.exists() else 0
+        return path.read_text().count("restart") if path.exists() else 0
 
     def misbehave(self, how: str) -> None:
         (self.dir / "mode.txt").write_text(how)
@@ -147,6 +189,14 @@ class Docker:
         self.api("POST", f"/containers/{name}/start")
         return self.address(name)
 
+    def run_again(self, name: str) -> str:
+        """A new container of that name; "" while Docker can't make one."""
+        with contextlib.suppress(OSError, AssertionError, http.client.HTTPException):
+            with contextlib.suppress(AssertionError):
+                self.remove(name)
+            return self.run(name)
+        return ""
+
     def begin(self, name: str) -> str:
         self.api("POST", f"/containers/{name}/start")
         return self.address(name)
@@ -170,7 +220,7 @@ class Docker:
     def ping(self, name: str, address: str, size: int = 56, count: int = 1) -> bool:
         """Whether `count` pings of this many bytes (don't-fragment) from within the container are all answered."""
         pid = self.inspect(name)["State"]["Pid"]
-        argv = ["nsenter", f"--net=/proc/{pid}/ns/net", "ping", "-n", "-q", "-c", str(count), "-i", "0.2", "-W", "2"]
+        argv = ["nsenter", f"--net=/proc/{pid}/ns/net", "ping", "-n", "-q", "-c", str(count), "-i", "0.2", "-W", "1"]
         done = subprocess.run(
             [*argv, "-M", "do", "-s", str(size), address], capture_output=True, text=True, timeout=SOON
         )
@@ -181,20 +231,33 @@ class Docker:
         argv = ["nsenter", f"--net=/proc/{pid}/ns/net", "ip", "-j", "link", "show", "eth0"]
         return int(json.loads(subprocess.run(argv, capture_output=True, check=True).stdout)[0]["mtu"])
 
+    def kill_containers(self) -> None:
+        """Those of a daemon that was killed, with its containerd."""
+        mine = []
+        for entry in os.listdir("/proc"):
+            if entry.isdigit() and str(self.dir) in " ".join(labnet.command_line(int(entry))):
+                mine.append(int(entry))
+        children = [int(e) for e in os.listdir("/proc") if e.isdigit() and _parent(int(e)) in mine]
+        labnet.end([p for p in map(labnet.identity, {*mine, *children} - {os.getpid()}) if p])
+        # where nobody reaps the dead, their numbers are taken for living ones
+        (self.dir / "exec/containerd/containerd.pid").unlink(missing_ok=True)
+
     def end(self) -> None:
         """Nothing is left: containers, the daemon, mounts, files."""
         if self.alive():
-            with contextlib.suppress(OSError, AssertionError):
-                for container in self.api("GET", "/containers/json?all=1"):
-                    self.remove(container["Id"])
+            self.clear()
         self.stop()
-        # containers of a daemon that was killed
-        left = [p for p in labnet.inhabitants([self.host.ns]) if str(self.dir) in " ".join(labnet.command_line(p.pid))]
-        labnet.end(left)
+        self.kill_containers()
         for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
             if line.split()[1].startswith(f"{self.dir}/"):
                 subprocess.run(["umount", "-l", line.split()[1]], check=False)
         shutil.rmtree(self.dir, ignore_errors=True)
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
 def rules(host: Host) -> str:

@@ -50,6 +50,8 @@ def stop(directory: Path, how: int = signal.SIGTERM) -> None:
             select.select([fd], [], [], 5.0)
     finally:
         os.close(fd)
+    # a killed daemon leaves it, and where nobody reaps the dead its number is taken for a living one's
+    (directory / "docker.pid").unlink(missing_ok=True)
 
 
 def answers(directory: Path) -> bool:

@@ -41,6 +41,7 @@ sysctl -q -w net/ipv4/conf/kbr0/send_redirects=0
 sysctl -q -w net/ipv4/conf/kbr0/rp_filter=2
 sysctl -q -w net/ipv4/conf/kbr0/accept_redirects=0
 sysctl -q -w net/ipv6/conf/kbr0/disable_ipv6=0
+sysctl -q -w net/ipv6/conf/kbr0/accept_dad=0
 sysctl -q -w net/ipv6/conf/kbr0/accept_ra=0
 sysctl -q -w net/ipv6/conf/kbr0/accept_redirects=0
 

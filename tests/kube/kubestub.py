@@ -11,7 +11,6 @@ import errno
 import json
 import random
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -70,9 +69,7 @@ class Stub:
                     finally:
                         stub._open.discard(secure)
 
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.sslsocket_class = _Socket
-        context.load_cert_chain(*self.authority.sign("stub", "/CN=stub", "IP:127.0.0.1"))
+        context = self.authority.server("stub", "127.0.0.1")
         self._server = self._listen(lambda port: Server(("127.0.0.1", port), Handler))
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -140,17 +137,6 @@ class Stub:
 
     def count(self, method: str, part: str = "") -> int:
         return sum(m == method and part in target for _, m, target in self.log)
-
-
-class _Socket(ssl.SSLSocket):
-    """Closed where the client has gone before TLS began: Python leaves it open then, to nobody."""
-
-    def getpeername(self) -> Any:
-        try:
-            return super().getpeername()
-        except OSError:
-            self.close()
-            raise ConnectionResetError from None
 
 
 class _Handler(BaseHTTPRequestHandler):

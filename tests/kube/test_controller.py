@@ -77,7 +77,7 @@ def test_conditions_and_taint_follow_the_nodes_own_report(kube: Cluster, control
     kube.report("web1", True)
     eventually(lambda: kube.conditions("web1")["ovsmesh.io/MeshReady"] == ("True", "MeshConverged"))
     eventually(lambda: TAINT not in [t["key"] for t in kube.node("web1")["spec"]["taints"]])
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 15  # a survey of all would come after 30 s
     found = kube.conditions("web1")
     assert found["NetworkUnavailable"] == ("False", "MeshConverged")
     assert found["Ready"] == ("True", "KubeletReady")  # the kubelet's own stays

@@ -160,4 +160,4 @@ def test_what_is_built_from_is_what_kubernetes_itself_names() -> None:
 def test_ready_programs_cost_nothing(programs: None) -> None:
     start = time.monotonic()
     assert binaries.ready()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30

