@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import random
+import select
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from ovsmesh import mesh
@@ -19,7 +19,7 @@ from ovsmesh.board import RETRIED
 from ovsmesh.host import Host
 from ovsmesh.model import Dataplane, Facts, Mesh, Observed, OvsmeshError, Problem
 from ovsmesh.netlink import read_sysctls
-from ovsmesh.plan import Plan, plan
+from ovsmesh.plan import Plan, due, plan
 from ovsmesh.sources import Source
 from ovsmesh.state import StateDir
 from ovsmesh.turn import Runtime, Turn, around
@@ -101,11 +101,12 @@ class Agent:
             self._tell_drift(todo)
         failed: list[Problem] = []
         for _ in range(_ROUNDS):
-            if not todo.steps:
+            now = due(todo, have.problems)
+            if not now.steps:
                 break
-            self._remember(todo)
-            failed = self._host.apply(todo, want)
-            self._count(todo)
+            self._remember(now)
+            failed = self._host.apply(now, want)
+            self._count(now)
             want, _ = self._desired(snapshot.mesh)
             have = self._host.observe(want)
             before, todo = todo, self._plan(want, have)
@@ -114,7 +115,7 @@ class Agent:
         # what changed while we worked has rung its bell already
         me = snapshot.mesh.node(self._node)
         self._outdated = me is not None and self._host.facts(snapshot.mesh, me) != self._facts
-        if todo.steps and not failed:
+        if due(todo, have.problems).steps and not failed:
             failed = [Problem("NotConverged", f"{len(todo.steps)} changes did not take, the first: {todo.steps[0]}")]
         # what is wrong with the mesh is its writer's to mend, and does not keep the rest from being in place
         fatal = any(p.fatal for p in (*have.problems, *failed))
@@ -207,8 +208,8 @@ class Agent:
 
     # for ever
 
-    def run(self, stop_fd: int, publish: Publisher) -> None:
-        """Turns whenever a bell rings, until `stop_fd` is readable. The dataplane stays in place."""
+    def run(self, stop_fds: Sequence[int], publish: Publisher) -> None:
+        """Turns whenever a bell rings, until one of `stop_fds` is readable. The dataplane stays in place."""
         self._turn_and_publish(publish)
         now = time.monotonic()
         resync, look = now + RESYNC * random.uniform(0.8, 1.0), now + SYSCTL_POLL
@@ -219,8 +220,8 @@ class Agent:
             waiting = self._waiting()
             if waiting or self._host.switch_lost:
                 timeout = min(timeout, SWITCH_POLL)
-            self._host.wait([stop_fd, *self._source.fds()], max(0.0, timeout))
-            if _readable(stop_fd):
+            self._host.wait([*stop_fds, *self._source.fds()], max(0.0, timeout))
+            if readable(stop_fds):
                 return
             rang = self._source.drain()
             rang |= self._host.drain()
@@ -314,8 +315,9 @@ def _some(things: Iterable[object], most: int = _LOG_LINES) -> list[str]:
     return [*map(str, every[:most]), *more]
 
 
-def _readable(fd: int) -> bool:
-    try:
-        return bool(os.read(fd, 64))
-    except BlockingIOError:
-        return False
+def readable(fds: Sequence[int], timeout: float = 0.0) -> bool:
+    """Whether one of them is, within `timeout` seconds; nothing is taken out of it."""
+    asked = select.poll()
+    for fd in fds:
+        asked.register(fd, select.POLLIN)
+    return bool(asked.poll(timeout * 1000))

@@ -1,11 +1,12 @@
-"""Knows what an agent in a cluster needs more than one with a file: its API server, its slices, its MeshNode.
+"""Knows what an agent in a cluster needs more than one with a file: its API server, its slices, its MeshNode, its home.
 
-Imported only where there is a cluster. Imports kube, sourcekube and meshnode; never ovs or pyroute2.
+Imported only where there is a cluster. Imports kube, kubehome, sourcekube and meshnode; never ovs or pyroute2.
 """
 
 from __future__ import annotations
 
 from ovsmesh.kube import Api, in_cluster, load
+from ovsmesh.kubehome import Home
 from ovsmesh.meshnode import MeshNodeWriter
 from ovsmesh.model import OvsmeshError
 from ovsmesh.sourcekube import KubeSource
@@ -17,13 +18,17 @@ START = 1.0
 class Cluster:
     """An agent's end of its cluster."""
 
-    def __init__(self, api: Api, state_dir: str, node: str, patience: float) -> None:
+    def __init__(self, api: Api, state_dir: str, node: str, patience: float, pod: bool) -> None:
         self._api = api
         self.source = KubeSource(api, state_dir, node)
         self.source.settled(patience)
         self.writer = MeshNodeWriter(api, node, self.source.observed)
+        self.home = Home(api, api.config.namespace) if pod else None
+        """What is taken away with its Namespace; None outside of a pod, where it belongs to none."""
 
     def close(self) -> None:
+        if self.home:
+            self.home.close()
         self.writer.close()
         self.source.close()
         self._api.close()
@@ -38,4 +43,4 @@ def connect(kubeconfig: str, state_dir: str, node: str, patience: float = START)
     config = load(kubeconfig) if kubeconfig else in_cluster()
     if config is None:
         raise OvsmeshError("no cluster: there is no service account here; give --kubeconfig FILE")
-    return Cluster(Api(config, "ovsmesh-agent"), state_dir, node, patience)
+    return Cluster(Api(config, "ovsmesh-agent"), state_dir, node, patience, pod=not kubeconfig)

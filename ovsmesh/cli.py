@@ -9,22 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ovsmesh import __version__
-from ovsmesh.model import OvsmeshError
+from ovsmesh.model import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_STATE, OvsmeshError
 
 if TYPE_CHECKING:
+    from ovsmesh.options import Options
     from ovsmesh.turn import Turn
 
-DEFAULT_OVSDB = "unix:/var/run/openvswitch/db.sock"
-DEFAULT_STATE = "/var/lib/ovsmesh"
-DEFAULT_LISTEN = "127.0.0.1:9474"
 CONTROLLER_LISTEN = "127.0.0.1:9475"
 
 
@@ -49,6 +46,7 @@ def cli() -> None:
 
 
 def _common(command: Callable[..., None]) -> Callable[..., None]:
+    """What names a node and its mesh. None means: as the agent that ran here last, or the default."""
     for option in (
         click.option("--mesh", metavar="FILE", help="The mesh file (a Mesh object in YAML)."),
         click.option("--node", metavar="NAME", help="This node's name in the mesh.  [default: the hostname]"),
@@ -59,16 +57,46 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _options(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str) -> dict[str, Any]:
-    """What was not said is as the agent that last ran here has it, so `ovsmesh status` needs no option."""
-    from ovsmesh.state import StateDir
+def _containers(command: Callable[..., None]) -> Callable[..., None]:
+    """What plugs containers in."""
+    for option in (
+        click.option("--cni-dir", metavar="DIR", help="Holds the CNI conflist, e.g. /etc/cni/net.d.  [default: none]"),
+        click.option("--cni-bin-dir", metavar="DIR:DIR…", help=f"Hold the CNI plugins.  [default: {CNI_BIN_DIR}]"),
+        click.option(
+            "--docker",
+            type=click.Choice(["auto", "replace", "off"]),
+            help="replace: docker0 gives way to kbr0. auto: never restarts Docker; says what to do.  [default: auto]",
+        ),
+        click.option("--docker-config", metavar="FILE", help="[default: /etc/docker/daemon.json]"),
+        click.option("--docker-socket", metavar="PATH", help="[default: /var/run/docker.sock]"),
+        click.option(
+            "--docker-restart", metavar="'ARGV …'", help="Without a shell.  [default: systemctl restart docker]"
+        ),
+        click.option(
+            "--docker-timeout",
+            metavar="SECONDS",
+            type=click.FloatRange(1, 3600),
+            help="For the restart command, and again for dockerd to answer.  [default: 120]",
+        ),
+    ):
+        command = option(command)
+    return command
 
-    agent = StateDir(state_dir).agent()
-    chosen = {"mesh": mesh, "node": node, "ovsdb": ovsdb}
-    found = {key: value or str(agent.get(key) or "") for key, value in chosen.items()}
-    found["node"] = found["node"] or socket.gethostname()
-    found["ovsdb"] = found["ovsdb"] or DEFAULT_OVSDB
-    return found | {"state_dir": state_dir, "listen": str(agent.get("listen") or DEFAULT_LISTEN)}
+
+_PATHS = ("mesh", "cni_dir", "docker_config", "docker_socket")
+
+
+def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What was said, with paths that mean the same from anywhere."""
+    said = {name: value for name, value in options.items() if value is not None and value != ""}
+    return said | {name: os.path.abspath(said[name]) for name in _PATHS if name in said}
+
+
+def _options(state_dir: str, options: Mapping[str, Any]) -> Options:
+    """What was not said is as the agent that last ran here has it, so `ovsmesh status` needs no option."""
+    from ovsmesh.options import remembered
+
+    return remembered(state_dir, _chosen(options))
 
 
 def _root() -> None:
@@ -78,78 +106,32 @@ def _root() -> None:
 
 @cli.command()
 @_common
+@_containers
 @click.option(
     "--listen", metavar="ADDR:PORT", default=DEFAULT_LISTEN, show_default=True, help="/metrics, /healthz, /readyz."
 )
 @click.option("--kubeconfig", metavar="FILE", help="Read the mesh from this cluster.  [default: in a pod, its own]")
-@click.option("--cni-dir", metavar="DIR", help="Put the CNI conflist there, e.g. /etc/cni/net.d.  [default: none]")
-@click.option(
-    "--docker",
-    default="auto",
-    type=click.Choice(["auto", "replace", "off"]),
-    show_default=True,
-    help="replace: docker0 gives way to kbr0. auto: never restarts Docker; says what is to be done.",
-)
-@click.option("--docker-config", metavar="FILE", default="/etc/docker/daemon.json", show_default=True)
-@click.option("--docker-socket", metavar="PATH", default="/var/run/docker.sock", show_default=True)
-@click.option(
-    "--docker-restart", metavar="'ARGV …'", default="systemctl restart docker", show_default=True, help="No shell."
-)
-@click.option(
-    "--docker-timeout",
-    metavar="SECONDS",
-    default=120.0,
-    show_default=True,
-    type=click.FloatRange(1, 3600),
-    help="For the restart command, and again for dockerd to answer.",
-)
 @click.option("--once", is_flag=True, help="Apply until nothing is left to do, then exit: 0 converged, 1 not.")
 @click.option(
     "--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]), show_default=True
 )
-def agent(
-    mesh: str | None,
-    node: str | None,
-    ovsdb: str | None,
-    state_dir: str,
-    listen: str,
-    kubeconfig: str | None,
-    cni_dir: str | None,
-    docker: str,
-    docker_config: str,
-    docker_socket: str,
-    docker_restart: str,
-    docker_timeout: float,
-    once: bool,
-    log_level: str,
-) -> None:
+def agent(listen: str, once: bool, log_level: str, **options: Any) -> None:
     """Keep this node's part of the mesh true, until SIGTERM; what is in place then stays."""
     from ovsmesh import service as room
+    from ovsmesh.options import Options
 
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    if mesh and kubeconfig:
+    chosen = _chosen(options)
+    if "mesh" in chosen and "kubeconfig" in chosen:
         raise OvsmeshError("--mesh and --kubeconfig: give one of them, the mesh comes from a file or from a cluster")
-    if not mesh and not kubeconfig:
+    if "mesh" not in chosen and "kubeconfig" not in chosen:
         _in_pod()
     _root()
-    options = room.Options(
-        os.path.abspath(mesh) if mesh else "",
-        node or socket.gethostname(),
-        ovsdb or DEFAULT_OVSDB,
-        state_dir,
-        "" if once else listen,
-        kubeconfig or "",
-        os.path.abspath(cni_dir) if cni_dir else "",
-        docker,
-        os.path.abspath(docker_config),
-        os.path.abspath(docker_socket),
-        docker_restart,
-        docker_timeout,
-    )
+    told = Options(listen="" if once else listen, **chosen)
     if not once:
-        room.serve(options, _stop_fd())
+        room.serve(told, _stop_fd())
         return
-    turn = room.once(options)
+    turn = room.once(told)
     _tell(turn)
     if not (turn.converged and turn.whole):
         sys.exit(1)
@@ -184,12 +166,13 @@ def _tell(turn: Turn) -> None:
 
 @cli.command()
 @_common
-def plan(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str) -> None:
+@_containers
+def plan(state_dir: str, **options: Any) -> None:
     """Print what the agent would change now; exit 0: nothing, 2: changes, 1: an error or something in the way."""
     from ovsmesh import commands
 
     _root()
-    look, failed = commands.look(**_options(mesh, node, ovsdb, state_dir))
+    look, failed = commands.look(_options(state_dir, options))
     for line in look.plan.lines():
         click.echo(line)
     for problem in look.problems:
@@ -203,20 +186,13 @@ def plan(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str) 
 
 @cli.command()
 @_common
+@_containers
 @click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
 @click.option("--cluster", is_flag=True, help="One line a node, as the Kubernetes API has it; needs no root.")
 @click.option(
     "--kubeconfig", metavar="FILE", help="With --cluster.  [default: $KUBECONFIG, in-cluster, ~/.kube/config]"
 )
-def status(
-    mesh: str | None,
-    node: str | None,
-    ovsdb: str | None,
-    state_dir: str,
-    output: str,
-    cluster: bool,
-    kubeconfig: str | None,
-) -> None:
+def status(state_dir: str, output: str, cluster: bool, kubeconfig: str | None, **options: Any) -> None:
     """Show this node and each peer: what is there, what is missing and why. Or, with --cluster, all nodes."""
     if cluster:
         from ovsmesh import clusterstatus
@@ -226,21 +202,54 @@ def status(
     from ovsmesh import commands
 
     _root()
-    click.echo(commands.status(output=output, **_options(mesh, node, ovsdb, state_dir)))
+    click.echo(commands.status(_options(state_dir, options), output))
 
 
 @cli.command()
 @_common
+@_containers
 @click.option("--dry-run", is_flag=True, help="Print what would be removed and restored.")
-def cleanup(mesh: str | None, node: str | None, ovsdb: str | None, state_dir: str, dry_run: bool) -> None:
+def cleanup(state_dir: str, dry_run: bool, **options: Any) -> None:
     """Remove all of ours and nothing else, put back what was there, and prove it."""
     from ovsmesh import commands
 
     _root()
-    lines, clean = commands.cleanup(dry_run=dry_run, **_options(mesh, node, ovsdb, state_dir))
+    lines, clean = commands.cleanup(_options(state_dir, options), dry_run)
     for line in lines:
         click.echo(line)
     sys.exit(0 if clean else 1)
+
+
+@cli.command()
+@_common
+@click.option(
+    "--print", "printed", is_flag=True, help="This host's part of the mesh as a shell script without ovsmesh."
+)
+@click.option("--check", "checked", is_flag=True, help="What a node needs, and whether this host has it; exit 1: not.")
+@click.option("--wait", "waited", type=click.FloatRange(0), metavar="SECONDS", help="Until the agent has converged.")
+def bootstrap(state_dir: str, printed: bool, checked: bool, waited: float | None, **options: Any) -> None:
+    """Make a host ready: what it needs, its recipe, its first success. scripts/bootstrap.sh does all of it."""
+    from ovsmesh import bootstrap as room
+
+    if [printed, checked, waited is not None].count(True) != 1:
+        raise click.UsageError("give one of --print, --check and --wait SECONDS")
+    _root()
+    told = _options(state_dir, options)
+    if printed:
+        text, problems = room.script(told)
+        click.echo(text, nl=False)
+        for problem in problems:
+            click.echo(f"! {problem}", err=True)
+        sys.exit(1 if any(p.fatal for p in problems) else 0)
+    if checked:
+        found = room.check(told)
+        for line in found:
+            click.echo(str(line))
+        sys.exit(1 if any(c.state == "FAIL" for c in found) else 0)
+    lines, converged = room.await_converged(told, waited or 0.0)
+    for text in lines:
+        click.echo(text)
+    sys.exit(0 if converged else 1)
 
 
 @cli.command()

@@ -113,7 +113,10 @@ def render(cluster: Cluster, output: str = "table") -> str:
     good = sum(row["state"] == "converged" for row in made)
     lines = [f"{good} of {len(made)} nodes converged"]
     if cluster.mesh is None:
-        lines = [f"there is no Mesh {MESH}: apply one (see manifests/mesh.yaml)"]
+        lines = [
+            f"there is no Mesh {MESH}: the controller makes one from the Nodes' podCIDRs; where it can't,"
+            " `kubectl get events` says why, and you apply one (see manifests/mesh.yaml)"
+        ]
     for condition in status.get("conditions") or ():
         if (condition["type"], condition["status"]) in (("Degraded", "True"), ("Ready", "False")):
             line = f"! {condition['reason']}: {condition['message']}"

@@ -18,9 +18,9 @@ from ovsmesh import mesh as meshes
 from ovsmesh.docker import Docker
 from ovsmesh.host import Host
 from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Observed, OvsmeshError, Problem
+from ovsmesh.options import Options
 from ovsmesh.ovsreplica import statistics
 from ovsmesh.plan import Plan, plan
-from ovsmesh.service import remembered
 from ovsmesh.sources import FileSource, Snapshot
 from ovsmesh.state import StateDir
 from ovsmesh.status import Runtime, Traffic
@@ -37,10 +37,9 @@ _PROOF = tuple(kind for kind in KINDS if kind not in ("sysctls", "restore_wait")
 
 
 @contextlib.contextmanager
-def _host(ovsdb: str, state: StateDir, removing: bool = False) -> Iterator[Host]:
-    """The host, with its Docker as the agent that last ran here was told to have it."""
-    options = remembered(state, ovsdb)
-    host = Host(ovsdb, options.docker_room(state, removing), bool(options.cni_dir))
+def opened(options: Options, state: StateDir, removing: bool = False) -> Iterator[Host]:
+    """The host, connected, with whatever was under way on it settled."""
+    host = options.host(state, removing=removing)
     try:
         _settle(host, _FIRST_LOOK)
         host.ovs.connect()
@@ -57,19 +56,20 @@ def _settle(host: Host, patience: float) -> None:
         host.drain()
 
 
-def _snapshot(mesh: str, node: str, state_dir: str) -> Snapshot:
-    if not mesh:
-        raise OvsmeshError(f"no mesh: no agent has left its options in {state_dir}; give --mesh FILE")
-    source = FileSource(mesh, state_dir, node)
+def snapshot(options: Options) -> Snapshot:
+    """The mesh that the file holds now, or the last good one. Raises OvsmeshError where no file is known."""
+    if not options.mesh:
+        raise OvsmeshError(f"no mesh: no agent has left its options in {options.state_dir}; give --mesh FILE")
+    source = FileSource(options.mesh, options.state_dir, options.node)
     try:
         return source.snapshot()
     finally:
         source.close()
 
 
-def _look(host: Host, snapshot: Snapshot, node: str) -> Turn:
+def _look(host: Host, source: Snapshot, node: str) -> Turn:
     """What an agent's turn would find now, with nothing done about it."""
-    wanted, problems = snapshot.mesh, snapshot.problems
+    wanted, problems = source.mesh, source.problems
     me = wanted.node(node) if wanted else None
     if wanted is None or me is None:
         return Turn(None, None, None, None, Plan(), problems, False)
@@ -82,30 +82,30 @@ def _look(host: Host, snapshot: Snapshot, node: str) -> Turn:
     fatal = any(p.fatal for p in have.problems)
     converged = not (todo.steps or todo.blocked or todo.held or fatal)
     problems = (*problems, *refused, *have.problems, *around(have, todo))
-    return Turn(wanted, facts, want, have, todo, problems, converged, snapshot.confirmed, since=snapshot.since)
+    return Turn(wanted, facts, want, have, todo, problems, converged, source.confirmed, since=source.since)
 
 
-def look(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str = "") -> tuple[Turn, bool]:
+def look(options: Options) -> tuple[Turn, bool]:
     """What the agent would change now, and whether something stands in the way of it or of knowing it.
 
     Raises OvsmeshError without a usable mesh.
     """
-    snapshot = _snapshot(mesh, node, state_dir)
-    if snapshot.mesh is None:
-        raise OvsmeshError("; ".join(map(str, snapshot.problems)))
-    with _host(ovsdb, StateDir(state_dir)) as host:
-        found = _look(host, snapshot, node)
+    wanted = snapshot(options)
+    if wanted.mesh is None:
+        raise OvsmeshError("; ".join(map(str, wanted.problems)))
+    with opened(options, StateDir(options.state_dir)) as host:
+        found = _look(host, wanted, options.node)
     unclear = found.have is None or bool(found.have.unknown)
-    return found, bool(found.plan.blocked) or unclear or not snapshot.confirmed
+    return found, bool(found.plan.blocked) or unclear or not wanted.confirmed
 
 
-def status(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, output: str) -> str:
+def status(options: Options, output: str) -> str:
     """The report of this node as text, JSON or YAML."""
-    state = StateDir(state_dir)
-    snapshot = _snapshot(mesh, node, state_dir)
-    with _host(ovsdb, state) as host:
-        found = _look(host, snapshot, node)
-        counted = statistics(ovsdb) if host.ovs.synced else {}
+    state = StateDir(options.state_dir)
+    wanted = snapshot(options)
+    with opened(options, state) as host:
+        found = _look(host, wanted, options.node)
+        counted = statistics(options.ovsdb) if host.ovs.synced else {}
         version = host.ovs.version
     told: dict[str, Any] = {}
     with contextlib.suppress(OvsmeshError):
@@ -122,12 +122,12 @@ def status(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, output
         agent_since=_number(told.get("since")) if running else None,
         agent_version=str(told.get("version") or "") if running else "",
         ovs_version=version,
-        mesh_from=mesh,
-        mesh_since=snapshot.since or None,
-        mesh_current=snapshot.confirmed,
+        mesh_from=options.mesh,
+        mesh_since=wanted.since or None,
+        mesh_current=wanted.confirmed,
         last_change=_changes(changes) if isinstance(changes, dict) else {},
     )
-    made = report(found, node, {name: _traffic(numbers) for name, numbers in counted.items()}, about)
+    made = report(found, options.node, {name: _traffic(numbers) for name, numbers in counted.items()}, about)
     if output == "json":
         return json.dumps(made.to_dict(), indent=2, ensure_ascii=False)
     if output == "yaml":
@@ -153,21 +153,25 @@ def _traffic(numbers: dict[str, int]) -> Traffic:
     return Traffic(rx_packets, tx_packets, rx_bytes, tx_bytes, errors)
 
 
-def cleanup(mesh: str, node: str, ovsdb: str, state_dir: str, listen: str, dry_run: bool) -> tuple[list[str], bool]:
+def cleanup(options: Options, dry_run: bool) -> tuple[list[str], bool]:
     """Removes all of ours; what it did and the proof, as lines, and whether nothing is left.
 
     Raises OvsmeshError while an agent runs with this state directory: it would put all back.
     """
-    state = StateDir(state_dir)
+    state = StateDir(options.state_dir)
     if dry_run:
-        with _host(ovsdb, state, removing=True) as host:
-            return _cleanup(host, state, dry_run)
+        return remove(options, state, dry_run)
     state.lock()
     try:
-        with _host(ovsdb, state, removing=True) as host:
-            return _cleanup(host, state, dry_run)
+        return remove(options, state)
     finally:
         state.unlock()
+
+
+def remove(options: Options, state: StateDir, dry_run: bool = False) -> tuple[list[str], bool]:
+    """As cleanup, for who holds the state directory already."""
+    with opened(options, state, removing=True) as host:
+        return _cleanup(host, state, dry_run)
 
 
 def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], bool]:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from ovsmesh import reports, slices
 from ovsmesh.allocator import Allocator
 from ovsmesh.controllerhealth import ControllerHealth, Counts
-from ovsmesh.kube import GROUP, Api, ApiError, Conflict, NotLeader, path_of
+from ovsmesh.kube import Api, ApiError, Conflict, NotLeader, path_of
 from ovsmesh.kubeevents import Events
 from ovsmesh.kubelease import Lease, Times
 from ovsmesh.kubewatch import Bell, Reflector
@@ -29,19 +29,21 @@ from ovsmesh.reports import speaks_for
 from ovsmesh.roster import MEMBERSHIP, NodeView, Roster, roster
 from ovsmesh.roster import project as project_node
 from ovsmesh.slicewriter import SLICES, SliceWriter
+from ovsmesh.tidier import MESHNODES, Tidier
 
 log = logging.getLogger("ovsmesh")
 
 NAMESPACE = "ovsmesh"
 LEASE = "ovsmesh-controller"
 NODES = "/api/v1/nodes"
-MESHNODES = f"{GROUP}/meshnodes"
 _NODE_WORK = 0.03
 """Seconds that a turn may spend on Nodes' conditions before slices are looked at again."""
 _REST = 2.0
 """A look at all rests for so many times what it took: it takes a third of a core at most."""
 _CATCH_UP = 5.0
 """Seconds that a new leader gives its watch of Nodes to come as far as a list; then it is begun anew."""
+_WIDENED = 0.2
+"""Seconds until Nodes are looked at again after the Mesh was changed for them; a bell comes sooner."""
 _FEW = 2
 _REFUSED = 5.0
 """Seconds until a slice that the API server has refused is written again."""
@@ -84,6 +86,7 @@ class Controller:
         """How many terms have begun, and in which we have taken over; 0 for none."""
         self._caught_up: tuple[Mapping[str, NodeView], Mapping[str, NodeView], float] | None = None
         self._mesh = MeshObject(fenced, self.events)
+        self._tidier = Tidier(fenced)
         self._seen: _Seen | None = None
         self._again_at = float("inf")
         """When slices that are not as wanted yet are to be looked at again."""
@@ -213,7 +216,8 @@ class Controller:
         now = time.monotonic()
         seen = _Seen(self)
         if seen.mesh is None:
-            return IDLE
+            used = any(one.mesh == MESH and one.nodes for one in self._slice_writer.now(seen.slices).values())
+            return self._mesh.make(seen.nodes.values(), used, now)
         pauses = [IDLE]
         if seen.parts != (self._seen.parts if self._seen else ()) or now >= min(self._again_at, self._survey_at):
             if now < self._look_at:
@@ -228,12 +232,18 @@ class Controller:
         now = time.monotonic()
         if self._seen is not None:
             pauses.append(self._mesh.tell(seen.mesh, self._roster, self._converged, now))
+            if seen.nodes:  # an empty list never means that everyone has left
+                pauses.append(self._tidier.turn(seen.reports, seen.nodes, self._roster.statics, now))
         pauses += [self._again_at - now, self._survey_at - now]
         return max(0.0, min(pauses))
 
     def _look(self, seen: _Seen, now: float) -> None:
         """Who is a member now; writes the slices, and finds what Nodes should say."""
         assert seen.mesh is not None
+        if self._mesh.widen(seen.mesh, seen.nodes.values(), now):
+            # the watch brings it back within moments; until then the new Nodes would be refused
+            self._look_at = self._survey_at = self._again_at = now + _WIDENED
+            return
         there = self._slice_writer.now(seen.slices)
         # Of a Node only the first fields count here: the rest are the echoes of our own writes.
         basis = (seen.mesh, {name: node[:MEMBERSHIP] for name, node in seen.nodes.items()}, self._lacking, there)

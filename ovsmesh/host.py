@@ -1,4 +1,4 @@
-"""This host: the rooms that act (ovsdb, openflow, netlink, firewall) as one thing to observe and change.
+"""This host: the rooms that act (ovsdb, openflow, netlink, firewall, cni) as one thing to observe and change.
 
 The only place, with agent, that joins them. It decides nothing: what to change comes as a Plan,
 and the order of its steps is kept as far as one transaction or one bundle for many steps allows.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ovsmesh.cni import Cni
 from ovsmesh.docker import STRANGER, Docker, Kernel, Seen
 from ovsmesh.dockersettings import DOCKER0
 from ovsmesh.firewall import Firewall
@@ -37,19 +38,20 @@ OTHERS_GRACE = 5.0
 class Host:
     """Everything of ovsmesh on this host. Not thread-safe; one a process."""
 
-    def __init__(self, ovsdb: str, docker: Docker | None = None, range_shared: bool = False) -> None:
+    def __init__(self, ovsdb: str, cni_dir: str = "", cni_bin_dir: str = "", docker: Docker | None = None) -> None:
         self.docker = docker
-        self._range_shared = range_shared
+        self._range_shared = bool(cni_dir)
         self.ovs = Ovs(ovsdb)
         self.net = Netlink()
         self.flows = FlowTable(run_dir(ovsdb))
         self.firewall = Firewall()
+        self.cni = Cni(cni_dir, cni_bin_dir)
         self.switch_up = False
         self._waiting_since: float | None = None
         self._carriers: dict[str, bool] = {}
 
     def close(self) -> None:
-        for room in (self.flows, self.ovs, self.net, self.firewall):
+        for room in (self.flows, self.ovs, self.net, self.firewall, self.cni):
             room.close()
         for more in self._rooms():
             more.close()
@@ -58,7 +60,7 @@ class Host:
         return (self.docker,) if self.docker else ()
 
     def fds(self) -> list[int]:
-        fds = [*self.net.fds(), *self.flows.fds(), *self.firewall.fds()]
+        fds = [*self.net.fds(), *self.flows.fds(), *self.firewall.fds(), *self.cni.fds()]
         return [*fds, *(fd for room in self._rooms() for fd in room.fds())]
 
     def wait(self, fds: Iterable[int], timeout: float) -> None:
@@ -68,7 +70,7 @@ class Host:
     def drain(self) -> bool:
         """Takes in what the bells brought; True if something of ours may have changed."""
         # each must run, so no short circuit
-        rang = [self.ovs.run(), self.net.drain(), self.flows.drain(), self.firewall.drain()]
+        rang = [self.ovs.run(), self.net.drain(), self.flows.drain(), self.firewall.drain(), self.cni.drain()]
         return any(rang + [room.drain() for room in self._rooms()])
 
     @property
@@ -105,6 +107,7 @@ class Host:
             ipv6=Path("/proc/sys/net/ipv6").exists(),
             ra_links=self.net.ra_links(),
             forward_drop=self.firewall.forward_drop(),
+            cni=self.cni.facts(),
             docker=self.docker.wanted() if self.docker else "",
             range_shared=self._range_shared,
         )
@@ -124,8 +127,9 @@ class Host:
 
     def observe(self, want: Dataplane) -> Observed:
         """Reads back all that is ours, and what stands in its way; `want` says which sysctls matter."""
-        kernel, foreign = self.net.observe(want.sysctls)
-        problems: list[Problem] = []
+        conflists, unplugged, problems = self.cni.observe()
+        kernel, foreign = self.net.observe(want.sysctls, plugged=bool(conflists))
+        foreign += unplugged
         unknown: set[str] = set()
         rules, peers, filter_problems = self.firewall.observe(want.rules)
         problems += filter_problems
@@ -174,6 +178,7 @@ class Host:
             routes=kernel["routes"],
             restore_wait=restore,
             docker=docker.settings,
+            cni=conflists,
         )
         relevant = tuple(_relevant(foreign, want))
         return Observed(have, relevant, tuple(problems), frozenset(unknown), docker.note)
@@ -227,10 +232,14 @@ class Host:
                 return False
             return True
 
-        def links(name: str) -> None:
+        def links(name: str) -> bool:
+            """Whether the link is there."""
+            there = True
             for step in groups["+", "links"]:
                 if step.key == name:
-                    attempt(f"link {name}", self.net.set_link, step.key, step.want, step.have)
+                    done = attempt(f"link {name}", self.net.set_link, step.key, step.want, step.have)
+                    there = done or step.op != "+"
+            return there
 
         def filter_rules() -> None:
             held = {s.key: s.have for s in todo.held if s.kind == "filter_peers"}
@@ -243,16 +252,21 @@ class Host:
             if not filter_first and (groups["-", "rules"] or groups["-", "filter_peers"]):
                 filter_rules()
 
+        if groups["-", "cni"]:
+            # first of all, so that no pod comes to what is going
+            attempt("CNI", self.cni.apply, groups["-", "cni"])
         bridge_gone = bool(groups["-", "bridges"])
         filter_first = bool(groups["+", "rules"] or groups["+", "filter_peers"])
-        links(KBR)
+        kbr = links(KBR)
         late = self._set_ports(groups, attempt, filter_rules if filter_first else lambda: None)
         adds = {s.key: s.want for s in groups["+", "flows"]}
         restored = not adds or attempt("flows", self._set_flows, adds, [])
         links(OBR)
         for step in groups["+", "sysctls"]:
             attempt(f"sysctl {step.key}", write_sysctl, step.key, step.want)
-        problems += self._kernel(groups)
+        if kbr:
+            # else whatever has the name meanwhile is not ours as yet
+            problems += self._kernel(groups)
         clear = bool(groups["-", "restore_wait"]) and (restored or self._waited())
         if late or bridge_gone or clear:
             # while the switch closes ports, what leads to them goes too: neither waits for the other
@@ -263,6 +277,8 @@ class Host:
             # obr0 goes with its bridge; without one it is what a switch that died has left
             if step.key != OBR or not bridge_gone:
                 attempt(f"link {step.key}", self.net.del_link, step.key)
+        if groups["+", "cni"]:
+            attempt("CNI", self.cni.apply, groups["+", "cni"])
         if self.docker and not any(groups["+", kind] for kind in _DOCKER_NEEDS):
             steps = [*groups["+", "docker"], *groups["-", "docker"]]
             for step in steps:

@@ -18,6 +18,7 @@ _UNMOUNT, _OVERFLOW, _IGNORED = 0x2000, 0x4000, 0x8000
 _ONLYDIR, _MASK_ADD = 0x01000000, 0x20000000
 _ON_DIRECTORY = _CREATE | _DELETE | _MOVED_FROM | _MOVED_TO | _DELETE_SELF | _MOVE_SELF | _ONLYDIR
 _ON_FILE = _MODIFY | _ATTRIB | _CLOSE_WRITE | _DELETE_SELF | _MOVE_SELF
+_ON_ENTRIES = _CREATE | _DELETE | _MOVED_FROM | _MOVED_TO
 _GONE = _DELETE_SELF | _MOVE_SELF | _IGNORED | _UNMOUNT
 _EVENT = struct.Struct("iIII")
 _MAX_LINKS = 40
@@ -27,12 +28,14 @@ _MAX_LINKS = 40
 class FileBell:
     """Rings when the file that `path` leads to is written, replaced, removed, made, or a link to it is changed.
 
-    Where inotify can't be had (no instances left), it never rings: `why_silent` says so, and reading again now
-    and then has to do.
+    There may be more paths than one. With `entries` they lead to directories, and a change to anything in them
+    rings too. Where inotify can't be had (no instances left), it never rings: `why_silent` says so, and reading
+    again now and then has to do.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.path.abspath(path)
+    def __init__(self, *paths: str | os.PathLike[str], entries: bool = False) -> None:
+        self.paths = [os.path.abspath(path) for path in paths]
+        self._on_last = _ON_FILE | (_ON_ENTRIES if entries else 0)
         self.why_silent = ""
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._handle = -1
@@ -102,14 +105,14 @@ class FileBell:
         self._files.clear()
         self._writing = 0.0
         # Twice, as the path may change between looking at it and watching it; what comes later rings.
-        for _ in range(2):
-            links, last = _trail(self.path)
+        for path in self.paths * 2:
+            links, last = _trail(path)
             for directory, name in links:
                 watch = self._watch(directory, _ON_DIRECTORY)
                 if watch >= 0:
                     self._names.setdefault(watch, set()).add(os.fsencode(name))
             if last:
-                watch = self._watch(last, _ON_FILE)
+                watch = self._watch(last, self._on_last)
                 if watch >= 0:
                     self._files.add(watch)
 

@@ -6,6 +6,7 @@ Imports model only; kube is the door to all of it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
 import socket
@@ -91,11 +92,23 @@ def parse_object(data: bytes, path: str) -> Object:
     return found
 
 
+class _Socket(ssl.SSLSocket):
+    """Closed where the peer has reset the connection before TLS began: Python leaves it open then, to nobody."""
+
+    def getpeername(self) -> Any:
+        try:
+            return super().getpeername()
+        except OSError as error:
+            self.close()
+            raise ConnectionResetError(errno.ECONNRESET, "reset before TLS began") from error
+
+
 class Connection(http.client.HTTPSConnection):
     """HTTPS with keep-alives, whose certificate may be for another name than the address we connect to."""
 
     def __init__(self, host: str, port: int, name: str, timeout: float, context: ssl.SSLContext) -> None:
         super().__init__(host, port, timeout=timeout, context=context)
+        context.sslsocket_class = _Socket
         self._name, self._tls = name, context
 
     def connect(self) -> None:

@@ -152,10 +152,11 @@ class _Endpoint:
         if self.family == socket.AF_INET6:
             return struct.pack("!BBHHH", 128, 0, 0, self.id, number & 0xFFFF) + body
         packet = struct.pack("!BBHHH", 8, 0, 0, self.id, number & 0xFFFF) + body
-        return packet[:2] + struct.pack("!H", _checksum(packet)) + packet[4:]
+        return packet[:2] + struct.pack("!H", checksum(packet)) + packet[4:]
 
 
-def _checksum(data: bytes) -> int:
+def checksum(data: bytes) -> int:
+    """The Internet checksum (RFC 1071) of `data`."""
     if len(data) % 2:
         data += b"\0"
     total = sum(int.from_bytes(data[n : n + 2], "big") for n in range(0, len(data), 2))

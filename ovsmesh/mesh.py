@@ -1,7 +1,8 @@
 """From a Mesh, a node's name and its host's facts to the Dataplane that the node should have.
 
 Pure: the same input gives the same output on every node, so two nodes agree on both ends of a
-tunnel without talking. Imports model, filters and dockersettings; never ovs, pyroute2, kubernetes, time, socket.
+tunnel without talking. Imports model, filters, conflist and dockersettings; never ovs, pyroute2, kubernetes, time,
+socket.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network
 from typing import Any
 
-from ovsmesh import dockersettings, filters
+from ovsmesh import conflist, dockersettings, filters
 from ovsmesh.model import (
     FALLBACK_METRIC,
     KBR,
@@ -193,6 +194,8 @@ def _sysctls(me: Node, facts: Facts) -> dict[str, str]:
     if facts.ipv6:
         if v6:
             values[f"net/ipv6/conf/{KBR}/disable_ipv6"] = "0"
+            # no pod is looked for until the link-local address has been through duplicate detection
+            values[f"net/ipv6/conf/{KBR}/accept_dad"] = "0"
         # else a pod could send the host a router
         values |= {
             f"net/ipv6/conf/{KBR}/accept_ra": "0",
@@ -258,6 +261,7 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
     for kind, into in grows.items():
         for parts in joined.values():
             into.update(getattr(parts, kind))
+    cidrs = [c for c in me.pod_cidrs if facts.ipv6 or c.version == 4]
     want = Dataplane(
         bridges={OBR: Bridge(facts.datapath_type, mtu_request=w.mtu)},
         links={
@@ -265,9 +269,10 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
             OBR: Link("", w.mtu, master=KBR, quiet=True),
         },
         sysctls=_sysctls(me, facts),
-        addresses={f"{gateway(c)}/{c.prefixlen}": KBR for c in me.pod_cidrs if facts.ipv6 or c.version == 4},
+        addresses={f"{gateway(c)}/{c.prefixlen}": KBR for c in cidrs},
         rules=filters.rules(mesh, me, facts),
         docker=dockersettings.desired(me, facts, w.mtu),
+        cni=conflist.wanted(facts.cni, cidrs, [str(gateway(c)) for c in cidrs], w.mtu) if facts.cni else {},
         **grows,
     )
     return want, (*_problems(mesh, me, facts, w.mtu), *refused)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ovsmesh import __version__, status
-from ovsmesh.kube import GROUP, AlreadyExists, Api, NotFound, Object, path_of
+from ovsmesh.kube import GROUP, AlreadyExists, Api, Conflict, NotFound, Object, path_of
 from ovsmesh.kubewire import ApiError
 from ovsmesh.model import OvsmeshError
 from ovsmesh.turn import Runtime, Turn, report
@@ -29,7 +29,12 @@ AT_LEAST = 30.0
 """Seconds between writes unless a condition flips."""
 _FLIP = 1.0
 """Seconds between writes even then: a node that flaps must not write whenever it does."""
+CHECK = 30.0
+"""Seconds after which it is read whether what was written still is there: it may be deleted or edited by hand.
+Read, not watched: an agent may read MeshNodes by name only, and its API server has watches enough."""
 _BACKOFF = (0.5, 60.0)
+_GONE = 4.0
+"""Seconds between two looks whether an earlier Node's MeshNode is gone, at most."""
 _CONDITIONS = ("Converged", "Degraded")
 
 
@@ -53,10 +58,12 @@ class MeshNodeWriter:
         every: float = EVERY,
         at_least: float = AT_LEAST,
         flip: float = _FLIP,
+        check: float = CHECK,
     ) -> None:
         self._api, self._node, self._observed = api, node, observed
         # a thousand agents that started together must not write together for ever
         self._every, self._at_least, self._flip = every * random.uniform(0.8, 1.0), at_least, flip
+        self._check_every, self._check_at = check * random.uniform(0.8, 1.0), float("inf")
         self._path = path_of(MESHNODES, node)
         self._wake = threading.Condition()
         self._turn: _Told | None = None
@@ -68,6 +75,8 @@ class MeshNodeWriter:
         self._written: Object = {}
         self._written_at = float("-inf")
         self._known = False
+        self._uid = ""
+        """Of our Node, as the mesh has it."""
         self._told = ""
         self._wait = 0.0
         self.writes = 0
@@ -103,8 +112,15 @@ class MeshNodeWriter:
                 self._seen = self._turn
             if self._seen is not None:
                 self._step(self._seen)
+            if time.monotonic() >= self._check_at:
+                self._check()
 
     def _step(self, now: _Told) -> None:
+        me = now[0].mesh.node(self._node) if now[0].mesh else None
+        if me is not None and me.uid != self._uid:
+            # a Node made again with this name: the MeshNode of the one before goes with it
+            self._uid, self._known, self._written = me.uid, False, {}
+            self._mood = None
         # the report of a thousand peers costs the loop's time too, so it is made only for a write that may be due
         if now is not self._made_of and (_mood(now[0]) != self._mood or time.monotonic() >= self._routine()):
             self._make(now)
@@ -112,7 +128,7 @@ class MeshNodeWriter:
             if now is not self._made_of:
                 self._make(now)
             if time.monotonic() >= self._due(self._made):
-                self._write(self._made, now[0])
+                self._write(self._made)
 
     def _make(self, now: _Told) -> None:
         self._made, self._made_of, self._mood = self._status(*now), now, _mood(now[0])
@@ -133,7 +149,8 @@ class MeshNodeWriter:
 
     def _pause(self) -> float | None:
         """Seconds until there may be something to do without a new turn; None: there is not."""
-        times = [self._due(self._made)] if self._made else []
+        times = [self._check_at] if self._check_at != float("inf") else []
+        times += [self._due(self._made)] if self._made else []
         if self._seen is not self._made_of:
             times.append(self._routine())
         return max(0.0, min(times) - time.monotonic()) if times else None
@@ -161,54 +178,88 @@ class MeshNodeWriter:
             "conditions": conditions,
         }
 
-    def _write(self, made: Object, turn: Turn) -> None:
+    def _write(self, made: Object) -> None:
         try:
             if not self._known:
-                self._look(turn)
+                self._look()
             now = status.timestamp(time.time())
             body = {**made, "observedAt": now, "conditions": _dated(made, self._written, now)}
-            gone = dict.fromkeys(self._written.get("observedSlices", {}).keys() - made["observedSlices"].keys())
+            gone = dict.fromkeys((self._written.get("observedSlices") or {}).keys() - made["observedSlices"].keys())
             sent = {**body, "observedSlices": {**made["observedSlices"], **gone}}
             self._api.patch(path_of(self._path, "status"), {"status": sent})
         except NotFound as error:
             # deleted by hand, or with the Node of an earlier uid: made again at once, later if that is no use
             self._failed(error, 0.0 if self._known else _BACKOFF[0])
             self._known, self._written = False, {}
+        except Conflict as error:
+            # no trouble, but a wait for Kubernetes' garbage collector
+            self._failed(error, _BACKOFF[0], _GONE)
         except OvsmeshError as error:
             self._failed(error, _BACKOFF[0])
         else:
             self.writes += 1
             self._written, self._written_at, self._wait = body, time.monotonic(), 0.0
+            self._check_at = self._written_at + self._check_every
             if self._told:
                 log.info("no longer: %s", self._told)
             self._told = ""
 
-    def _failed(self, error: OvsmeshError, least: float) -> None:
+    def _check(self) -> None:
+        """Has it written again, at once, where it is gone or says something else than we wrote."""
+        self._check_at = time.monotonic() + self._check_every
+        try:
+            found = self._api.get(self._path).get("status")
+        except NotFound:
+            log.warning("MeshNode: is gone, and is made again")
+            self._known, self._written = False, {}
+        except OvsmeshError:
+            return  # the next write tells of it, if it is still so
+        else:
+            there: Object = found if isinstance(found, dict) else {}
+            if all(there.get(key) == value for key, value in self._written.items()):
+                return
+            log.warning("MeshNode: says something else than was written, and is written again")
+            self._written = there
+        self._written_at = float("-inf")
+
+    def _failed(self, error: OvsmeshError, least: float, most: float = _BACKOFF[1]) -> None:
         asked = error.retry_after if isinstance(error, ApiError) else 0.0
-        self._wait = max(asked, min(_BACKOFF[1], max(least, self._wait * 2)) * random.uniform(0.5, 1.0))
+        self._wait = max(asked, min(most, max(least, self._wait * 2)) * random.uniform(0.5, 1.0))
         self._written_at = time.monotonic()
         if str(error) != self._told:
             self._told = str(error)
             log.warning("MeshNode: %s", error)
 
-    def _look(self, turn: Turn) -> None:
+    def _look(self) -> None:
         """Learns what an earlier run wrote, as the conditions' times go on from there; makes a MeshNode if need be."""
-        me = turn.mesh.node(self._node) if turn.mesh else None
         try:
             found = self._api.get(self._path)
         except NotFound:
             metadata: dict[str, Any] = {"name": self._node}
-            if me is not None and me.uid:
+            if self._uid:
                 # the MeshNode goes with its Node
-                metadata["ownerReferences"] = [{"apiVersion": "v1", "kind": "Node", "name": me.name, "uid": me.uid}]
+                metadata["ownerReferences"] = [_owner(self._node, self._uid)]
             made = {"apiVersion": "ovsmesh.io/v1alpha1", "kind": "MeshNode", "metadata": metadata, "spec": {}}
             try:
                 found = self._api.create(MESHNODES, made)
             except AlreadyExists:
                 found = self._api.get(self._path)
+        if _is_of_another(found, self._uid):
+            message = f"{self._path} belongs to an earlier Node of this name: to be made anew once it is gone"
+            raise Conflict(f"{message} (Kubernetes removes it; or `kubectl delete meshnode {self._node}`)")
         before = found.get("status")
         self._written = before if isinstance(before, dict) else {}
         self._known = True
+
+
+def _owner(node: str, uid: str) -> dict[str, str]:
+    return {"apiVersion": "v1", "kind": "Node", "name": node, "uid": uid}
+
+
+def _is_of_another(found: Object, uid: str) -> bool:
+    """Whether all its owners are other objects than the Node with this uid: then it is about to be removed."""
+    owners = found.get("metadata", {}).get("ownerReferences") or ()
+    return bool(uid and owners) and all(owner.get("uid") != uid for owner in owners if isinstance(owner, dict))
 
 
 def _mood(turn: Turn) -> tuple[bool, ...]:

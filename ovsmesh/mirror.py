@@ -33,10 +33,10 @@ class Mirror:
         """Something that we read may be another."""
         self.reread: set[int] = set()
         """Links of which only a bridge's part was told."""
-        self.lost_ports: set[int] = set()
-        """Ports that a deleted kbr0 left behind."""
+        self.lost_ports: dict[int, bool] = {}
+        """Ports that a deleted kbr0 left behind → whether they were hairpins."""
         self._ranges: list[tuple[int, int, int]] = []
-        self._orphans: dict[int, float] = {}
+        self._orphans: dict[int, tuple[float, bool]] = {}
         self.links: dict[int, rtnl.LinkEntry] = {}
         self._indexes: dict[str, int] = {}
         self.clear()
@@ -62,8 +62,9 @@ class Mirror:
         kbr, links = self._before
         self._before = (None, {})
         if kbr is not None and kbr not in self.links:
-            ports = {i for i, link in links.items() if link.master == kbr} | set(self._orphans)
-            self.lost_ports |= {i for i in ports if i in self.links and not self.links[i].master}
+            ports = {i: link.hairpin for i, link in links.items() if link.master == kbr}
+            ports |= {i: hairpin for i, (_, hairpin) in self._orphans.items()}
+            self.lost_ports |= {i: h for i, h in ports.items() if i in self.links and not self.links[i].master}
         self._orphans.clear()
 
     def watch(self, cidrs: Iterable[IPNetwork]) -> None:
@@ -98,6 +99,8 @@ class Mirror:
             if link.family == rtnl.AF_BRIDGE:
                 if link.ifindex == self._indexes.get(OBR):
                     self.reread.add(link.ifindex)
+                elif kind == rtnl.NEWLINK and link.ifindex in self.links:
+                    self.links[link.ifindex] = self.links[link.ifindex]._replace(hairpin=link.hairpin)
             else:
                 self._link(link, kind == rtnl.NEWLINK)
         elif kind in (rtnl.NEWNETCONF, rtnl.DELNETCONF):
@@ -180,7 +183,7 @@ class Mirror:
             self.links[entry.ifindex] = entry
             self._indexes[entry.name] = entry.ifindex
             if old is not None and kbr is not None and old.master == kbr != entry.master:
-                self._orphans[entry.ifindex] = now
+                self._orphans[entry.ifindex] = now, old.hairpin
         else:
             self.links.pop(entry.ifindex, None)
             self._orphans.pop(entry.ifindex, None)
@@ -188,7 +191,7 @@ class Mirror:
                 del self._indexes[entry.name]
             if entry.name == KBR:
                 # its ports are told masterless before its end is: they are whom it leaves behind
-                self.lost_ports |= {i for i, since in self._orphans.items() if now - since < _ORPHANED}
+                self.lost_ports |= {i: h for i, (since, h) in self._orphans.items() if now - since < _ORPHANED}
                 self._orphans.clear()
         if {entry.name, old.name if old else ""} & {KBR, OBR}:
             if entry != old:
@@ -207,15 +210,19 @@ class Mirror:
     def index(self, name: str) -> int | None:
         return self._indexes.get(name)
 
-    def our_links(self) -> tuple[dict[str, Link], list[Foreign]]:
-        """kbr0 and obr0 where they are ours, and what stands in their place where not."""
+    def our_links(self, plugged: bool = False) -> tuple[dict[str, Link], list[Foreign]]:
+        """kbr0 and obr0 where they are ours, and what stands in their place where not.
+
+        `plugged`: a conflist of ours has the CNI bridge plugin plug pods into kbr0, and make one that is not there.
+        """
         ours: dict[str, Link] = {}
         foreign = []
         for name in (KBR, OBR):
             entry = self.links.get(self._indexes.get(name, 0))
             if entry is None:
                 continue
-            if name == KBR and entry.alias != MARK:
+            marked = name == OBR or entry.alias == MARK
+            if not marked and not (plugged and self._by_plugin(entry)):
                 text = f"{entry.kind or 'device'} {KBR} is there and not ours (no alias {MARK}); rename or delete it"
                 foreign.append(Foreign("links", KBR, text))
             elif name == OBR and entry.kind not in _OVS_KINDS:
@@ -224,8 +231,25 @@ class Mirror:
             else:
                 kind, mac = (entry.kind, entry.mac) if name == KBR else ("", "")
                 quiet = entry.quiet and name == OBR
-                ours[name] = Link(kind, entry.mtu, entry.up, self.name(entry.master), mac, quiet)
+                ours[name] = Link(kind, entry.mtu, entry.up, self.name(entry.master), mac, quiet, not marked)
         return ours, foreign
+
+    def _by_plugin(self, entry: rtnl.LinkEntry) -> bool:
+        """Whether a bridge is as the CNI bridge plugin makes it by our conflist: no alias, no address, pods only.
+
+        An address with our mark came when ours had just been deleted and this one was there already.
+        """
+        ports = [link for link in self.links.values() if link.master == entry.ifindex]
+        return (
+            entry.kind == "bridge"
+            and not entry.alias
+            and all(port.kind == "veth" or port.name == OBR for port in ports)
+            and all(
+                a.startswith("fe80:") or protocol == PROTOCOL
+                for (a, index), protocol in self._addresses.items()
+                if index == entry.ifindex
+            )
+        )
 
     def our_addresses(self) -> dict[str, str]:
         """The addresses of kbr0 that are ours."""

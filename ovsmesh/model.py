@@ -31,6 +31,13 @@ ROUTE_METRIC = 111
 FALLBACK_METRIC = 4278198272
 """Metric of the unreachable routes: behind everything that anyone adds on purpose."""
 
+CNI_BIN_DIR = "/opt/cni/bin:/usr/lib/cni:/usr/libexec/cni"
+"""Where container runtimes look for CNI plugins: upstream's, Debian's, Fedora's default."""
+
+DEFAULT_OVSDB = "unix:/var/run/openvswitch/db.sock"
+DEFAULT_STATE = "/var/lib/ovsmesh"
+DEFAULT_LISTEN = "127.0.0.1:9474"
+
 ENCAPSULATIONS = ("gre", "vxlan", "geneve")
 
 
@@ -91,6 +98,25 @@ class Mesh:
         return next((n for n in self.nodes if n.name == name), None)
 
 
+class CniPlugin(NamedTuple):
+    """A CNI plugin, as every copy of it that was found answers."""
+
+    name: str
+    versions: tuple[str, ...] = ()
+    """CNI versions that all copies support."""
+    why: str = ""
+    """Why it can't be used; "" when it can."""
+
+
+class Cni(NamedTuple):
+    """What the CNI conflist depends on."""
+
+    directory: str
+    plugins: tuple[CniPlugin, ...]
+    kept: str = ""
+    """Our conflist as it lies there, where a plugin that it needs is away."""
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What the desired dataplane depends on and only this host can tell."""
@@ -107,6 +133,8 @@ class Facts:
     """Links whose IPv6 default route came from a router advertisement."""
     forward_drop: tuple[str, ...] = ()
     """"iptables" and/or "ip6tables": whose FORWARD chain holds rules or a policy that may drop."""
+    cni: Cni | None = None
+    """None: CNI is left alone."""
     docker: str = ""
     """"replace": Docker is to be on kbr0; "keep": it is there, and its file is to say so; "": none of our business."""
     range_shared: bool = False
@@ -124,6 +152,8 @@ class Link(NamedTuple):
     """Lower case; "" where we do not mind."""
     quiet: bool = False
     """Bridge port that neither learns nor is flooded to."""
+    unmarked: bool = False
+    """It has no mark of ours as yet, but our own conflist had the CNI bridge plugin make it."""
 
 
 class Bridge(NamedTuple):

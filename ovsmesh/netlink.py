@@ -7,6 +7,7 @@ along silently) and whenever the agent asks. Never imports ovs or kubernetes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -122,10 +123,13 @@ class Netlink:
             self._seq += 1
             self._request(rtnl.get_link(self._seq, self.mirror.reread.pop()), self.mirror.take)
 
-    def observe(self, sysctls: Iterable[str]) -> tuple[dict[str, dict[Any, Any]], list[Foreign]]:
-        """What the kernel holds of ours, by field of Dataplane, the given sysctls, and foreign things."""
+    def observe(self, sysctls: Iterable[str], plugged: bool = False) -> tuple[dict[str, dict[Any, Any]], list[Foreign]]:
+        """What the kernel holds of ours, by field of Dataplane, the given sysctls, and foreign things.
+
+        `plugged`: whether a kbr0 may be the CNI bridge plugin's, see Mirror.our_links.
+        """
         self._read()
-        links, foreign = self.mirror.our_links()
+        links, foreign = self.mirror.our_links(plugged)
         found: dict[str, dict[Any, Any]] = {
             "sysctls": read_sysctls(sysctls),
             "links": dict(links),
@@ -165,8 +169,11 @@ class Netlink:
             mtu=want.mtu if want.mtu != have.mtu else 0,
             up=want.up if want.up != have.up else None,
             master=_index(want.master) if want.master != have.master else None,
+            alias=MARK if have.unmarked else "",
         )
         self._do({f"set link {name}": changes})
+        if name == KBR:
+            self._take_back(index)
         if want.quiet and not (have.quiet and have.master == want.master):
             self._do({f"set port {name}": rtnl.quiet_port(0, index)})
 
@@ -177,17 +184,35 @@ class Netlink:
         self._do({f"add link {KBR}": rtnl.new_bridge(0, _NEW, want.mac, want.mtu)})
         # marked before it has its name: a kbr0 without our mark would be someone else's for ever
         index = _index(_NEW)
-        steps = {
-            f"mark link {KBR}": rtnl.set_link(0, index, alias=MARK),
-            f"name link {KBR}": rtnl.set_link(0, index, name=KBR),
-            f"set link {KBR} up": rtnl.set_link(0, index, up=want.up),
-        }
-        for port in self.mirror.lost_ports:
-            # pods that the deleted bridge left behind
+        try:
+            self._do(
+                {
+                    f"mark link {KBR}": rtnl.set_link(0, index, alias=MARK),
+                    f"name link {KBR}": rtnl.set_link(0, index, name=KBR),
+                }
+            )
+        except OvsmeshError:
+            # someone was quicker: what they made is seen in the next observation
+            self._do({f"delete link {_NEW}": rtnl.del_link(0, index)})
+            raise
+        with contextlib.suppress(OvsmeshError):
+            # before it is up and has a link-local address: duplicate detection would be 1 to 2 s of no new neighbours
+            write_sysctl(f"net/ipv6/conf/{KBR}/accept_dad", "0")
+        self._do({f"set link {KBR} up": rtnl.set_link(0, index, up=want.up)})
+        self._take_back(index)
+
+    def _take_back(self, kbr: int) -> None:
+        """Plugs the pods in again that a deleted kbr0 left behind, as they were."""
+        steps = {}
+        for port, hairpin in self.mirror.lost_ports.items():
             if port in self.mirror.links and not self.mirror.links[port].master:
-                steps[f"enslave {self.mirror.name(port)}"] = rtnl.set_link(0, port, master=index)
+                name = self.mirror.name(port)
+                steps[f"enslave {name}"] = rtnl.set_link(0, port, master=kbr)
+                if hairpin:
+                    steps[f"set port {name}"] = rtnl.hairpin_port(0, port)
         self.mirror.lost_ports.clear()
-        self._do(steps)
+        # a pod may end at any moment
+        self._do(steps, but=errno.ENODEV)
 
     def del_link(self, name: str) -> None:
         """Deletes a link of ours."""
@@ -195,8 +220,10 @@ class Netlink:
         if index:
             self._do({f"delete link {name}": rtnl.del_link(0, index)})
 
-    def _do(self, steps: Mapping[str, bytes]) -> None:
-        refused = self.batch(list(steps.items()))
+    def _do(self, steps: Mapping[str, bytes], but: int = 0) -> None:
+        """Raises OvsmeshError for what the kernel refuses, unless with the error `but`."""
+        forgiven = os.strerror(but)
+        refused = {what: why for what, why in self.batch(list(steps.items())).items() if why != forgiven}
         if refused:
             texts = "; ".join(f"{what}: {why}" for what, why in refused.items())
             raise OvsmeshError(f"the kernel refused to {texts}")

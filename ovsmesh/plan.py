@@ -1,6 +1,6 @@
 """The ordered difference between the desired and the observed dataplane, and the brake on mass removal.
 
-Pure: imports model only. An empty plan is convergence. `str(step)` is what CLI, log and golden
+Pure: imports model and conflist only. An empty plan is convergence. `str(step)` is what CLI, log and golden
 tests show alike.
 
     in want  in have   equal    foreign there   outcome
@@ -13,16 +13,20 @@ tests show alike.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ovsmesh.model import KBR, KINDS, OBR, Dataplane, Foreign, Observed, Route
+from ovsmesh import conflist
+from ovsmesh.model import KBR, KINDS, MARK, OBR, Dataplane, Foreign, Observed, Problem, Route
 
 BRAKE_PEERS = 2
 BRAKE_SHARE = 3
 """A snapshot that removes more than 2 peers and more than a third of them at once is held."""
 
 _PEER_KINDS = frozenset({"filter_peers", "ports", "flows", "neighbours", "fdb", "routes"})
+_CONTAINERS = ("docker", "cni")
+"""Kinds that plug containers into what the others are."""
+_CONTAINER_REASONS = ("Docker", "CNI")
 _NAMES = {
     "sysctls": "sysctl",
     "bridges": "bridge",
@@ -41,7 +45,7 @@ _NAMES = {
 }
 
 
-_ABSENT = {"state": "up", "flooding": "off", "protected": "yes"}
+_ABSENT = {"state": "up", "flooding": "off", "protected": "yes", "alias": MARK}
 """What it means that a word has no value: the usual is not said."""
 
 
@@ -125,6 +129,7 @@ def _words(kind: str, value: Any) -> list[tuple[str, str]]:
         words += [
             ("state", "" if value.up else "down"),
             ("flooding", "" if value.quiet or not value.master else "on"),
+            ("alias", "none" if value.unmarked else ""),
         ]
     elif kind == "bridges":
         words = [
@@ -139,6 +144,8 @@ def _words(kind: str, value: Any) -> list[tuple[str, str]]:
             ("dev", value.dev),
         ]
         words += [("mtu", str(value.mtu or ""))]
+    elif kind == "cni":
+        words = conflist.words(value)
     else:
         words = [
             (
@@ -176,7 +183,7 @@ def _subject(step: Step) -> str:
         for word, value in want
         if have[word] != value
     ]
-    return " ".join([text, ", ".join(changes)])
+    return " ".join([text, ", ".join(changes) or "text differs"])
 
 
 def _owners(have: Dataplane) -> dict[str, str]:
@@ -295,6 +302,20 @@ def _braked(want: Dataplane, have: Dataplane) -> tuple[str, ...]:
         if len(gone) > BRAKE_PEERS and len(gone) * BRAKE_SHARE > there:
             return tuple(sorted(gone))
     return ()
+
+
+def due(todo: Plan, problems: Iterable[Problem]) -> Plan:
+    """What of a plan is to be done now: a conflist lets pods in, so it comes when all else is true.
+
+    A Docker that does not obey keeps no pod out, and neither does another network's conflist.
+    """
+    rest = tuple(step for step in todo.steps if step.kind != "cni" or step.op == "-")
+    if len(rest) == len(todo.steps):
+        return todo
+    waits = any(step.kind not in _CONTAINERS for step in rest)
+    waits |= any(blocked.step.kind not in _CONTAINERS for blocked in todo.blocked)
+    waits |= any(problem.fatal and not problem.reason.startswith(_CONTAINER_REASONS) for problem in problems)
+    return replace(todo, steps=rest) if waits else todo
 
 
 def plan(want: Dataplane, observed: Observed, confirmed: bool = False) -> Plan:

@@ -34,12 +34,17 @@ class Report(NamedTuple):
     agent: str = ""
     ovs: str = ""
     kernel: str = ""
+    uid: str = ""
+    """Its own; "" where it belongs to something that is no Node."""
+    created: str = ""
+    """RFC 3339."""
 
 
 def project(found: Mapping[str, Any]) -> Report:
     """A MeshNode object as a Report; the schema has made sure of the shapes."""
     meta, status = found["metadata"], found.get("status") or {}
-    owners = [o.get("uid", "") for o in meta.get("ownerReferences") or () if o.get("kind") == "Node"]
+    owned = meta.get("ownerReferences") or ()
+    owners = [o.get("uid", "") for o in owned if o.get("kind") == "Node"]
     conditions = {
         c["type"]: Condition(
             c.get("status", ""), c.get("reason", ""), c.get("message", ""), c.get("lastTransitionTime") or ""
@@ -60,6 +65,8 @@ def project(found: Mapping[str, Any]) -> Report:
         versions.get("agent") or "",
         versions.get("ovs") or "",
         versions.get("kernel") or "",
+        "" if len(owned) > len(owners) else meta.get("uid", ""),
+        meta.get("creationTimestamp") or "",
     )
 
 
@@ -75,6 +82,22 @@ def silent_for(report: Report, now: float) -> float:
     """Seconds since the agent's last report; 0 where it says no time."""
     at = seconds(report.observed_at)
     return max(0.0, now - at) if at is not None else 0.0
+
+
+def orphans(reports: Iterable[Report], alive: Mapping[str, str], now: float) -> list[Report]:
+    """Those of an earlier Node of a living one's name; and those that no Node owns, of nobody who is alive, whose
+    agents have been silent for as long as counts. `alive` is name → uid, "" for static members."""
+    found = []
+    for report in reports:
+        uid = alive.get(report.name)
+        if report.owner:
+            gone = bool(uid) and uid != report.owner
+        else:
+            last = seconds(report.observed_at or report.created)
+            gone = uid is None and last is not None and now - last > SILENT
+        if gone and report.uid:
+            found.append(report)
+    return found
 
 
 def speaks_for(report: Report | None, node: NodeView) -> bool:

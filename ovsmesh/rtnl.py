@@ -43,6 +43,8 @@ _TYPE_NAMES = {
 _NODAD = 0x02
 _UP = 1
 _NESTED = 0x8000
+_HAIRPIN = 4
+"""IFLA_BRPORT_MODE."""
 _NOISE = (8, 9, 27, 30)
 """IFLA_BRPORT_ LEARNING, UNICAST_FLOOD, MCAST_FLOOD, BCAST_FLOOD."""
 
@@ -89,7 +91,8 @@ class AddressEntry(NamedTuple):
 
 
 class LinkEntry(NamedTuple):
-    """A network device. `quiet` is a bridge port that neither learns nor is flooded to; MTU in bytes."""
+    """A network device. MTU in bytes. `quiet` is a bridge port that neither learns nor is flooded to;
+    `hairpin` is one that is sent back what comes from it."""
 
     ifindex: int
     name: str
@@ -101,6 +104,7 @@ class LinkEntry(NamedTuple):
     alias: str
     quiet: bool
     family: int
+    hairpin: bool = False
 
 
 class Message(NamedTuple):
@@ -276,7 +280,8 @@ def parse_link(payload: memoryview) -> LinkEntry | None:
     family, _, ifindex, flags, _ = _IFINFO.unpack_from(payload)
     attrs = _attrs(payload, _IFINFO.size)
     info = _attrs(memoryview(attrs.get(18, b"")), 0)
-    port = _attrs(memoryview(info.get(5, b"")), 0)
+    # of a bridge's port: in a message about the link, and in one about the port alone
+    port = _attrs(memoryview(info.get(5, b"") if family != AF_BRIDGE else attrs.get(12, b"")), 0)
     return LinkEntry(
         ifindex,
         _text(attrs.get(3, b"")),
@@ -288,6 +293,7 @@ def parse_link(payload: memoryview) -> LinkEntry | None:
         _text(attrs.get(20, b"")),
         bool(port) and not any(port.get(flag, b"\0")[0] for flag in _NOISE),
         family,
+        port.get(_HAIRPIN, b"\0")[0] != 0,
     )
 
 
@@ -334,6 +340,13 @@ def quiet_port(seq: int, ifindex: int) -> bytes:
     """A message that stops a bridge port from learning and from being flooded to."""
     flags = b"".join(_attr(flag, b"\0") for flag in _NOISE)
     return _pack(SETLINK, 0, seq, _IFINFO.pack(AF_BRIDGE, 0, ifindex, 0, 0) + _attr(12 | _NESTED, flags))
+
+
+def hairpin_port(seq: int, ifindex: int) -> bytes:
+    """A message that has a bridge port sent back what comes from it."""
+    return _pack(
+        SETLINK, 0, seq, _IFINFO.pack(AF_BRIDGE, 0, ifindex, 0, 0) + _attr(12 | _NESTED, _attr(_HAIRPIN, b"\1"))
+    )
 
 
 def del_link(seq: int, ifindex: int) -> bytes:

@@ -1,6 +1,6 @@
 """An agent as a process: its options, its state directory, where its mesh comes from and where it is seen.
 
-Joins agent, host, board and the sources; what a turn does is agent's. Imports Kubernetes' rooms only
+Joins agent, host, board, notify and the sources; what a turn does is agent's. Imports Kubernetes' rooms only
 when a cluster is asked for.
 """
 
@@ -8,58 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from ovsmesh import __version__
-from ovsmesh.agent import Agent, Publisher
+from ovsmesh import __version__, commands
+from ovsmesh.agent import Agent, Publisher, readable
 from ovsmesh.board import Board
-from ovsmesh.docker import Docker
-from ovsmesh.dockerswitch import Settings as DockerSettings
-from ovsmesh.host import Host
 from ovsmesh.model import OvsmeshError
+from ovsmesh.notify import Notifier
+from ovsmesh.options import Options
+from ovsmesh.ovsreplica import run_dir
 from ovsmesh.sources import FileSource, Source
 from ovsmesh.state import StateDir
 from ovsmesh.turn import Runtime, Turn
 
+if TYPE_CHECKING:
+    from ovsmesh.kubehome import Home
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Options:
-    """How an agent was started; also what `status`, `plan` and `cleanup` take over from it."""
+log = logging.getLogger("ovsmesh")
 
-    mesh: str
-    """The mesh file; "" reads MeshSlices."""
-    node: str
-    ovsdb: str
-    state_dir: str
-    listen: str = ""
-    kubeconfig: str = ""
-    """"" is the service account's."""
-    cni_dir: str = ""
-    """Where the container runtime reads its networks, e.g. /etc/cni/net.d; "" leaves CNI alone."""
-    docker: str = "auto"
-    """"auto" keeps a Docker that is on kbr0 there and names one that is not; "replace" puts it there; "off"."""
-    docker_config: str = "/etc/docker/daemon.json"
-    docker_socket: str = "/var/run/docker.sock"
-    docker_restart: str = "systemctl restart docker"
-    """Split as a shell splits words, run without a shell."""
-    docker_timeout: float = 120.0
-    """Seconds for the restart command, and again for the daemon to answer."""
-
-    def docker_room(self, state: StateDir, removing: bool = False, acting: bool = False) -> Docker | None:
-        """What keeps this host's Docker; None where it is to be left alone."""
-        if self.docker == "off":
-            return None
-        about = (self.docker, self.docker_config, self.docker_socket, self.docker_restart, self.docker_timeout)
-        return Docker(DockerSettings(*about), state, removing, acting)
-
-
-def remembered(state: StateDir, ovsdb: str) -> Options:
-    """What the agent that last ran with this state directory was told about Docker and CNI."""
-    told, plain = state.agent(), Options("", "", ovsdb, str(state.path))
-    names = [f.name for f in dataclasses.fields(Options) if f.name.startswith(("docker", "cni"))]
-    good = {name: told[name] for name in names if isinstance(told.get(name), type(getattr(plain, name)))}
-    return dataclasses.replace(plain, **good)
+REMOVING = "ovsmesh.removing"
+"""File beside the database's socket while all of ours is removed: the switch's own pod waits for its end."""
+_AGAIN = 2.0
+"""Seconds between attempts to remove all of ours."""
+_FOR_EVER = 3600.0
+"""Seconds that an agent with nothing left to do waits for its end: a Namespace may take its time."""
 
 
 class _Quiet:
@@ -88,15 +63,18 @@ class _All:
 
 
 @contextlib.contextmanager
-def _agent(options: Options, state: StateDir, tells: Publisher, patience: float) -> Iterator[tuple[Agent, Publisher]]:
-    """An agent, and where it publishes its turns: to `tells`, and in its MeshNode where there is one.
+def _agent(
+    options: Options, state: StateDir, tells: Publisher, patience: float
+) -> Iterator[tuple[Agent, Publisher, Home | None]]:
+    """An agent, where it publishes its turns (to `tells`, and in its MeshNode where there is one), and its home.
 
     `patience` is for how many seconds a cluster's first word is waited for.
     """
     with contextlib.ExitStack() as ending:
-        host = Host(options.ovsdb, options.docker_room(state, acting=True), bool(options.cni_dir))
+        host = options.host(state, acting=True)
         ending.callback(host.close)
         source: Source
+        home = None
         if options.mesh:
             source = FileSource(options.mesh, options.state_dir, options.node)
             ending.callback(source.close)
@@ -105,9 +83,9 @@ def _agent(options: Options, state: StateDir, tells: Publisher, patience: float)
 
             cluster = connect(options.kubeconfig, options.state_dir, options.node, patience)
             ending.callback(cluster.close)
-            source, tells = cluster.source, _All(tells, cluster.writer)
+            source, tells, home = cluster.source, _All(tells, cluster.writer), cluster.home
         host.ovs.connect()
-        yield Agent(options.node, source, host, state), tells
+        yield Agent(options.node, source, host, state), tells, home
 
 
 @contextlib.contextmanager
@@ -126,15 +104,45 @@ def _locked(options: Options) -> Iterator[StateDir]:
 
 
 def serve(options: Options, stop_fd: int) -> None:
-    """Runs the agent until `stop_fd` is readable. Raises OvsmeshError when it can't start."""
-    with _locked(options) as state, contextlib.ExitStack() as ending:
-        board = Board(options.listen, options.node, options.mesh or "MeshSlices", state)
-        ending.callback(board.close)
-        agent, tells = ending.enter_context(_agent(options, state, board, 1.0))
-        agent.run(stop_fd, tells)
+    """Runs the agent until `stop_fd` is readable. Raises OvsmeshError when it can't start.
+
+    What is in place stays, unless the cluster says that all of ovsmesh is to go.
+    """
+    with _locked(options) as state:
+        with contextlib.ExitStack() as ending:
+            board = Board(options.listen, options.node, options.mesh or "MeshSlices", state)
+            ending.callback(board.close)
+            notifier = Notifier()
+            agent, tells, home = ending.enter_context(_agent(options, state, _All(board, notifier), 1.0))
+            ending.callback(notifier.close)
+            agent.run([stop_fd, home.fd] if home else [stop_fd], tells)
+            leaving = home is not None and home.ask()
+        if leaving:
+            log.warning("the Namespace that this agent is of is being deleted: removing all of ours from this node")
+            _remove(options, state, stop_fd)
+
+
+def _remove(options: Options, state: StateDir, stop_fd: int) -> None:
+    """Removes all of ours, again until nothing is left or there is no more time; then waits to be told to end.
+
+    To end before that would have us started anew.
+    """
+    told = run_dir(options.ovsdb) / REMOVING
+    with contextlib.suppress(OSError):
+        told.touch()
+    try:
+        while True:
+            lines, clean = commands.remove(options, state)
+            for line in lines:
+                log.info("%s", line)
+            if clean or readable([stop_fd], _AGAIN):
+                break
+    finally:
+        told.unlink(missing_ok=True)
+    readable([stop_fd], _FOR_EVER)
 
 
 def once(options: Options) -> Turn:
     """Applies until nothing is left to do or nothing more can be done. Raises OvsmeshError when it can't start."""
-    with _locked(options) as state, _agent(options, state, _Quiet(), 10.0) as (agent, tells):
+    with _locked(options) as state, _agent(options, state, _Quiet(), 10.0) as (agent, tells, _):
         return agent.once(tells)

@@ -1,7 +1,8 @@
 """Knows how the members of the mesh are spread over MeshSlices, and which writes bring the slices there.
 
 Invariants that agents rely on: slice 0 carries the current count, no other a larger one; the slices of equal
-settings carry an equal meshGeneration, never lower than any before; a name stands in one place, for life.
+settings carry an equal meshGeneration, never lower than any before; a name stands in one place, for life; the last
+slice is empty only where it is slice 0.
 Pure: no clock, no Kubernetes client. Imports model only.
 """
 
@@ -185,6 +186,12 @@ def assign(
     if not places:
         places[0] = []
         dirty.add(0)
+    # An empty slice at the end goes: in the order below no agent misses it, as slice 0 no longer counts it then.
+    while not places[last := max(places)] and last > 0:
+        del places[last]
+        dirty.discard(last)
+        if last in own:
+            strays.append(own.pop(last))
     count = max(places) + 1
     since = _generation(settings, generation, own.values())
     for index, found in own.items():

@@ -1,6 +1,6 @@
 """The report of one node: what CLI, status page, metrics and MeshNode show, from what is wanted and what is there.
 
-Pure: the time comes as an argument. Imports model, mesh and plan only. The text puts what is worst first.
+Pure: the time comes as an argument. Imports model, mesh, conflist and plan only. The text puts what is worst first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from ovsmesh import conflist
 from ovsmesh import mesh as meshes
 from ovsmesh.model import KBR, Dataplane, Facts, Foreign, Mesh, Node, Observed, Problem
 from ovsmesh.plan import Plan, Step
@@ -72,6 +73,7 @@ class Self:
     mtu: int = 0
     mtu_from: str = ""
     datapath_type: str = ""
+    cni: conflist.Standing | None = None
     ovs_version: str = ""
     agent_running: bool = False
     agent_since: float | None = None
@@ -246,10 +248,10 @@ def _mtu_from(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> str:
 
 
 def _self(
-    name: str, mesh: Mesh | None, facts: Facts | None, want: Dataplane | None, docker: str, runtime: Runtime
+    name: str, mesh: Mesh | None, facts: Facts | None, want: Dataplane | None, have: Observed, runtime: Runtime
 ) -> Self:
     about = {
-        "docker": docker,
+        "docker": have.docker,
         "ovs_version": runtime.ovs_version,
         "agent_running": runtime.agent_since is not None,
         "agent_since": runtime.agent_since,
@@ -272,6 +274,7 @@ def _self(
         mtu,
         _mtu_from(mesh, me, facts, mtu),
         facts.datapath_type,
+        conflist.standing(facts.cni, want.cni, have.dataplane.cni) if facts.cni and want else None,
         **about,  # type: ignore[arg-type]
     )
 
@@ -354,7 +357,7 @@ def report(
         runtime.now,
         _headline(self_name, mesh, plan, peers, degraded, converged),
         converged,
-        _self(self_name, mesh, facts, want, have.docker, runtime),
+        _self(self_name, mesh, facts, want, have, runtime),
         conditions,
         peers,
         tuple(plan.lines()),

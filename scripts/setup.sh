@@ -28,10 +28,15 @@ ping|iputils-ping|plain|the ping matrix
 tcpdump|tcpdump|plain|shows what crosses a tunnel
 modprobe|kmod|dev|loads kernel modules in the kernel tests
 openssl|openssl|dev|certificates of the control plane in the Kubernetes tests
+/usr/lib/cni/bridge|containernetworking-plugins|dev|plugs pods into kbr0 as a container runtime does, in the lab
 setpriv|util-linux|dev|ends that control plane when the tests die
+mmdebstrap|mmdebstrap|dev|a fresh Debian: for the tests of bootstrap.sh, and as the base of the image where no registry is
+shellcheck|shellcheck|dev|reads bootstrap.sh and the scripts that bootstrap --print writes
 dockerd|docker.io|dev|a Docker daemon for each lab host, in the tests of --docker
-runc|runc|dev|runs the containers of those daemons
-busybox|busybox-static|dev|all that is in those containers
+containerd|containerd|dev|runs the containers of the nodes in the end to end tests
+runc|runc|dev|starts the containers of both
+buildah|buildah|dev|builds the image where no Docker runs
+busybox|busybox-static|dev|all that is in the containers of the tests
 linux.uml|user-mode-linux|dev|a kernel with the openvswitch datapath, for the kernel tests'
 
 # The first Python >= 3.11 that really starts (a version manager puts shims on PATH that do not).
@@ -141,6 +146,11 @@ if ! python=$(find_python); then
     break
   done
   python=$(find_python) || die "Python 3.11 or newer is needed, this machine has $(python3 -V 2>/dev/null || echo none) and its packages hold no newer one; put a python3.11 on PATH and try again"
+fi
+
+# Go comes from no package of ours: Debian's is too old. What is missing is said by what would build with it.
+if [ $flavour = dev ] && ! missing=$("$python" tests/kube/binaries.py --check 2>&1); then
+  say "the Kubernetes tests will be skipped (in CI: fail): ${missing#kube: error: }"
 fi
 
 venv=$(venv_path "$python")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+pytest_plugins = ("firewallkit",)
+
 if TYPE_CHECKING:
     from ovsmesh.lab import Lab
 

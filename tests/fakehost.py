@@ -201,7 +201,7 @@ def run(agent, host, clock, stop, seconds, at=()):
         assert len(host.waits) < 20_000, "the loop does not rest"
 
     host.on_wait = pass_time
-    agent.run(stop.fd, shown)
+    agent.run([stop.fd], shown)
     return shown
 
 

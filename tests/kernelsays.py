@@ -16,14 +16,29 @@ def message(kind, data):
     return found._replace(type=kind)
 
 
-def link(index, name, gone=False, kind="", mtu=1500, up=True, master=0, mac="", alias="", quiet=False, family=0):
+def link(
+    index,
+    name,
+    gone=False,
+    kind="",
+    mtu=1500,
+    up=True,
+    master=0,
+    mac="",
+    alias="",
+    quiet=False,
+    family=0,
+    hairpin=False,
+):
     attr = rtnl._attr
     body = rtnl._IFINFO.pack(family, 1, index, int(up), 0) + attr(3, name.encode() + b"\0")
     body += attr(4, mtu.to_bytes(4, "little")) + (attr(10, master.to_bytes(4, "little")) if master else b"")
     body += attr(1, rtnl._mac(mac)) + attr(20, alias.encode())
     info = attr(1, kind.encode() + b"\0")
     if master:
-        info += attr(5, b"".join(attr(flag, bytes([not quiet])) for flag in (8, 9, 27, 30)))
+        port = b"".join(attr(flag, bytes([not quiet])) for flag in (8, 9, 27, 30)) + attr(4, bytes([hairpin]))
+        info += attr(5, port)
+        body += attr(12, port) if family else b""
     return message(rtnl.DELLINK if gone else rtnl.NEWLINK, rtnl._pack(16, 0, 1, body + attr(18, info)))
 
 

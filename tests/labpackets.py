@@ -18,7 +18,7 @@ from labtools import SOON
 from ovsmesh import labnet
 from ovsmesh.lab import Lab
 from ovsmesh.labnet import LabError, wait_for
-from ovsmesh.labping import Pair, Track, ping
+from ovsmesh.labping import Pair, Track, checksum, ping
 
 
 def assert_whole(tracks: Sequence[Track]) -> None:
@@ -94,14 +94,6 @@ class Sniffer:
 
     def await_marker(self, marker: bytes, timeout: float = SOON) -> None:
         wait_for(f"a frame with {marker!r}", lambda: self.count(marker) > 0, timeout)
-
-
-def checksum(data: bytes) -> int:
-    data += b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
 
 
 def datagram(source: str, target: str, payload: bytes, protocol: int = socket.IPPROTO_UDP) -> bytes:

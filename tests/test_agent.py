@@ -12,7 +12,7 @@ from meshkit import FACTS, first, mesh_of, numbered, want
 
 from ovsmesh import agent as room
 from ovsmesh.agent import Agent, held_digest
-from ovsmesh.model import Dataplane, Foreign, OvsmeshError, Problem
+from ovsmesh.model import Cni, CniPlugin, Dataplane, Foreign, OvsmeshError, Problem
 
 host = pytest.fixture(fakehost.make_host)
 source = pytest.fixture(fakehost.make_source)
@@ -22,6 +22,50 @@ clock = pytest.fixture(fakehost.make_clock)
 
 
 # one turn
+
+CNI = dataclasses.replace(
+    FACTS, cni=Cni("/etc/cni/net.d", tuple(CniPlugin(n, ("1.0.0",)) for n in ("bridge", "host-local")))
+)
+
+
+def test_pods_are_let_in_when_all_else_is_true(agent, host):
+    host.known = CNI
+    assert agent.turn().converged
+    first_plan, last_plan = host.plans
+    assert {s.kind for s in last_plan.steps} == {"cni"} and not {s for s in first_plan.steps if s.kind == "cni"}
+
+
+def test_no_pod_is_let_in_while_something_fails(agent, host):
+    host.known, host.fails = CNI, 1
+    turn = agent.turn()
+    assert not turn.converged and not host.dataplane.cni
+    assert agent.turn().converged and host.dataplane.cni
+
+
+def test_no_pod_is_let_in_while_something_can_t_be_seen_and_that_is_no_failure(agent, host):
+    host.known, host.problems, host.unknown = CNI, (Problem("DatabaseDown", "no"),), frozenset({"ports"})
+    turn = agent.turn()
+    assert not turn.converged and not host.dataplane.cni
+    assert [s.kind for s in turn.plan.steps] == ["cni"]
+    assert {p.reason for p in turn.problems} == {"DatabaseDown"} and agent.runtime.failures == 0
+    host.problems, host.unknown = (), frozenset()
+    assert agent.turn().converged and host.dataplane.cni
+
+
+def test_a_conflist_stays_when_something_breaks(agent, host):
+    host.known = CNI
+    agent.turn()
+    host.lose("links", "kbr0")
+    host.deaf = True
+    assert not agent.turn().converged and host.dataplane.cni
+
+
+def test_a_conflist_that_someone_removes_is_drift(agent, host):
+    host.known = CNI
+    agent.turn()
+    host.lose("cni", *host.dataplane.cni)
+    assert agent.turn().converged and host.dataplane.cni
+    assert agent.runtime.drift == {"cni": 1}
 
 
 def test_a_turn_brings_the_host_to_what_the_mesh_wants(agent, host):

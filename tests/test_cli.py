@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -16,6 +16,7 @@ from meshtext import A, B, text_of
 from ovsmesh import __version__, cli, commands
 from ovsmesh import service as room
 from ovsmesh.model import Dataplane, Foreign, OvsmeshError, Problem
+from ovsmesh.options import Options
 from ovsmesh.plan import Plan, plan
 from ovsmesh.state import StateDir
 from ovsmesh.turn import Turn
@@ -46,8 +47,8 @@ def looks(monkeypatch):
     """What commands.look finds, and what it was asked."""
     asked = {}
 
-    def look(**options):
-        asked.update(options)
+    def look(options):
+        asked.update(dataclasses.asdict(options))
         if isinstance(asked.get("finds"), Exception):
             raise asked["finds"]
         return asked["finds"]
@@ -102,7 +103,7 @@ def test_each_option_of_agent_by_environment(agents, tmp_path):
         OVSMESH_AGENT_LOG_LEVEL="error",
     )
     assert found.exit_code == 0, found.output
-    assert agents == [room.Options("/m.yaml", "web1", "unix:/x.sock", str(tmp_path), "127.0.0.1:0")]
+    assert agents == [Options("/m.yaml", "web1", "unix:/x.sock", str(tmp_path), "127.0.0.1:0")]
 
 
 def test_the_command_line_wins_over_the_environment(agents):
@@ -119,7 +120,7 @@ def test_defaults_of_agent(agents, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "web7")
     invoke("agent", "--mesh", "/m.yaml")
     assert agents == [
-        room.Options("/m.yaml", "web7", "unix:/var/run/openvswitch/db.sock", "/var/lib/ovsmesh", "127.0.0.1:9474")
+        Options("/m.yaml", "web7", "unix:/var/run/openvswitch/db.sock", "/var/lib/ovsmesh", "127.0.0.1:9474")
     ]
 
 
@@ -141,12 +142,12 @@ def test_once_by_environment(monkeypatch, agents):
     ("ended", "last"),
     [
         (turn(seen(Dataplane())), "not converged"),
-        (replace(turn(seen(want(first(3)))), whole=False), "not converged"),
+        (dataclasses.replace(turn(seen(want(first(3)))), whole=False), "not converged"),
         (turn(seen(Dataplane(), Foreign("links", "kbr0", "bridge kbr0 is not ours"))), "not converged"),
     ],
 )
 def test_once_that_is_not_converged_is_exit_1_with_what_is_left(monkeypatch, ended, last):
-    monkeypatch.setattr(room, "once", lambda options: replace(ended, problems=(Problem("R", "said so"),)))
+    monkeypatch.setattr(room, "once", lambda options: dataclasses.replace(ended, problems=(Problem("R", "said so"),)))
     found = invoke("agent", "--once", "--mesh", "/m.yaml")
     assert found.exit_code == 1
     lines = found.stderr.splitlines()
@@ -155,17 +156,15 @@ def test_once_that_is_not_converged_is_exit_1_with_what_is_left(monkeypatch, end
 
 def test_what_the_agent_left_fills_in_for_options(looks, tmp_path):
     state = StateDir(tmp_path)
-    state.write_agent({"mesh": "/m.yaml", "node": "web1", "ovsdb": "unix:/x.sock", "listen": "127.0.0.1:1", "pid": 1})
+    told = {"mesh": "/m.yaml", "node": "web1", "ovsdb": "unix:/x.sock", "listen": "127.0.0.1:1", "pid": 1}
+    state.write_agent(told | {"cni_dir": "/etc/cni/net.d", "docker": "replace", "docker_timeout": "soon"})
     looks["finds"] = turn(seen(want(first(3)))), False
     assert invoke("plan", "--state-dir", str(tmp_path), "--node", "web2").exit_code == 0
     del looks["finds"]
-    assert looks == {
-        "mesh": "/m.yaml",
-        "node": "web2",
-        "ovsdb": "unix:/x.sock",
-        "state_dir": str(tmp_path),
-        "listen": "127.0.0.1:1",
-    }
+    known = Options(
+        "/m.yaml", "web2", "unix:/x.sock", str(tmp_path), "127.0.0.1:1", cni_dir="/etc/cni/net.d", docker="replace"
+    )
+    assert looks == dataclasses.asdict(known)
 
 
 def test_garbage_in_the_state_directory_is_only_a_hint_lost(looks, tmp_path):
@@ -199,14 +198,14 @@ def test_exit_codes_of_plan(looks, found, in_the_way, code):
 
 def test_exit_code_of_cleanup(monkeypatch):
     for clean, code in ((True, 0), (False, 1)):
-        monkeypatch.setattr(commands, "cleanup", lambda clean=clean, **_: (["- port gre-web2", "proof"], clean))
+        monkeypatch.setattr(commands, "cleanup", lambda *_, clean=clean: (["- port gre-web2", "proof"], clean))
         found = invoke("cleanup", "--dry-run")
         assert (found.exit_code, found.stdout) == (code, "- port gre-web2\nproof\n")
 
 
 @pytest.mark.parametrize(("argv", "output"), [([], "table"), (["-o", "json"], "json"), (["--output", "yaml"], "yaml")])
 def test_status_is_printed_as_asked(monkeypatch, argv, output):
-    monkeypatch.setattr(commands, "status", lambda output, **_: f"as {output}")
+    monkeypatch.setattr(commands, "status", lambda _, output: f"as {output}")
     assert invoke("status", *argv).stdout == f"as {output}\n"
 
 

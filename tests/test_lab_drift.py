@@ -176,6 +176,7 @@ SYSCTLS = {
     "net/ipv6/conf/kbr0/accept_ra": "1",
     "net/ipv6/conf/kbr0/accept_redirects": "1",
     "net/ipv6/conf/kbr0/disable_ipv6": "1",
+    "net/ipv6/conf/kbr0/accept_dad": "1",
 }
 FAULTS |= {
     f"sysctl {path}": Fault(lambda host, p=path, v=value: labnet.sysctl(host.ns, {p: v}), _kinds("sysctls"))  # type: ignore[misc]

@@ -241,7 +241,12 @@ V4 = {
     "net/ipv4/conf/kbr0/accept_redirects": "0",
 }
 QUIET_V6 = {"net/ipv6/conf/kbr0/accept_ra": "0", "net/ipv6/conf/kbr0/accept_redirects": "0"}
-FULL_V6 = {"net/ipv6/conf/all/forwarding": "1", "net/ipv6/conf/kbr0/disable_ipv6": "0", **QUIET_V6}
+FULL_V6 = {
+    "net/ipv6/conf/all/forwarding": "1",
+    "net/ipv6/conf/kbr0/disable_ipv6": "0",
+    "net/ipv6/conf/kbr0/accept_dad": "0",
+    **QUIET_V6,
+}
 V4_ALONE = node("web1", "192.0.2.11", "10.97.1.0/24")
 
 

@@ -224,10 +224,72 @@ def test_an_obr0_that_is_no_ovs_port_is_someone_elses(mirror):
 
 def test_kbr0_deleted_leaves_its_ports_to_be_found_again(mirror):
     feed(mirror, obr(master=0), pod(master=0), kbr(gone=True))
-    assert mirror.lost_ports == {OBR_INDEX, POD}
+    assert mirror.lost_ports.keys() == {OBR_INDEX, POD}
     assert mirror.doubt
     assert mirror.our_links()[0].keys() == {OBR}
     assert mirror.index(KBR) is None
+
+
+def test_a_port_left_behind_is_known_as_the_hairpin_that_it_was(mirror):
+    """The CNI bridge plugin plugs first and makes a hairpin of it then, which is told of the port alone."""
+    feed(mirror, link(POD, "veth1", kind="veth", master=KBR_INDEX, family=rtnl.AF_BRIDGE, hairpin=True))
+    assert not mirror.changed
+    feed(mirror, obr(master=0), pod(master=0), kbr(gone=True))
+    assert mirror.lost_ports == {OBR_INDEX: False, POD: True}
+
+
+def test_a_port_left_behind_unnoticed_is_known_as_a_hairpin_too(mirror):
+    feed(mirror, pod(hairpin=True))
+    mirror.clear()
+    feed(mirror, link(ETH0, "eth0"), pod(master=0))
+    mirror.whole()
+    assert mirror.lost_ports == {POD: True}
+
+
+MADE = {"alias": "", "mac": "02:00:00:00:00:07"}
+"""As the CNI bridge plugin makes kbr0."""
+
+
+def by_plugin(mirror, *more):
+    """A kbr0 without a mark, with a pod and a link-local address, and what else is told."""
+    feed(
+        mirror,
+        address(gone=True),
+        kbr(gone=True),
+        kbr(7, **MADE),
+        pod(master=7),
+        address("fe80::7/64", index=7, protocol=0),
+    )
+    feed(mirror, *more)
+    return mirror.our_links(plugged=True)
+
+
+def test_a_kbr0_that_the_bridge_plugin_made_by_our_conflist_is_ours_to_mark(mirror):
+    links, foreign = by_plugin(mirror)
+    assert links[KBR] == Link("bridge", 1462, mac="02:00:00:00:00:07", unmarked=True) and not foreign
+    links, (named,) = mirror.our_links(plugged=False)
+    assert KBR not in links and named.key == KBR
+
+
+def test_our_own_address_on_a_bridge_that_the_plugin_made_just_before_is_no_one_s(mirror):
+    assert by_plugin(mirror, address("10.97.1.1/24", index=7))[0][KBR].unmarked
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        kbr(7, **MADE | {"alias": "mine"}),
+        kbr(7, **MADE | {"kind": "openvswitch"}),
+        address("192.168.1.1/24", index=7, protocol=0),
+        address("172.17.0.1/16", index=7, protocol=0),
+        address("2001:db8::1/64", index=7, protocol=0),
+        link(9, "eth1", master=7),
+        link(9, "tap1", kind="tun", master=7),
+    ],
+)
+def test_a_kbr0_that_the_bridge_plugin_would_not_make_is_someone_s(mirror, more):
+    links, foreign = by_plugin(mirror, more)
+    assert KBR not in links and [f.key for f in foreign] == [KBR]
 
 
 def test_a_pod_unplugged_long_before_is_not_an_orphan(mirror, monkeypatch):
@@ -236,12 +298,12 @@ def test_a_pod_unplugged_long_before_is_not_an_orphan(mirror, monkeypatch):
     feed(mirror, pod(master=0))
     now[0] += 60
     feed(mirror, obr(master=0), kbr(gone=True))
-    assert mirror.lost_ports == {OBR_INDEX}
+    assert mirror.lost_ports.keys() == {OBR_INDEX}
 
 
 def test_a_pod_that_ended_with_kbr0_is_not_an_orphan(mirror):
     feed(mirror, pod(master=0), pod(master=0, gone=True), kbr(gone=True))
-    assert mirror.lost_ports == set()
+    assert not mirror.lost_ports
 
 
 def test_a_link_that_takes_the_name_kbr0(mirror):

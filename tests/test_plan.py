@@ -7,8 +7,8 @@ import pytest
 from meshkit import first, golden, node, numbered, seen, want
 from meshkit import mesh_of as mesh
 
-from ovsmesh.model import FALLBACK_METRIC, KBR, KINDS, OBR, Dataplane, Foreign, Port, Route, Rule
-from ovsmesh.plan import plan
+from ovsmesh.model import FALLBACK_METRIC, KBR, KINDS, OBR, Dataplane, Foreign, Port, Problem, Route, Rule
+from ovsmesh.plan import due, plan
 
 EMPTY = Dataplane()
 FULL = want(first(3, key=7))
@@ -343,3 +343,53 @@ def test_nothing_is_planned_for_what_can_not_be_seen(kind):
         assert [s for s in known.steps if s.kind != kind] and not [s for s in blind.steps if s.kind == kind]
         # the words that say whose a part was may be lost with it, the steps not
         assert [s[:5] for s in blind.steps] == [s[:5] for s in known.steps if s.kind != kind]
+
+
+# what waits
+
+CNI = replace(FULL, cni={"10-ovsmesh.conflist": "{}"})
+FATAL, MILD = Problem("DatabaseDown", "no"), Problem("FilterUnavailable", "no", fatal=False)
+
+
+def kinds(todo):
+    return {step.kind for step in todo.steps}
+
+
+def test_a_conflist_waits_for_all_else():
+    todo = plan(CNI, seen(EMPTY))
+    assert [s.kind for s in todo.steps][-1] == "cni"
+    assert kinds(due(todo, ())) == kinds(todo) - {"cni"}
+    alone = plan(CNI, seen(FULL))
+    assert due(alone, ()) is alone and kinds(alone) == {"cni"}
+
+
+@pytest.mark.parametrize(
+    ("problem", "waits"),
+    [(FATAL, True), (MILD, False), (Problem("CNIOverruled", "x"), False), (Problem("DockerX", "x"), False)],
+)
+def test_a_conflist_waits_for_what_is_fatal_and_not_of_containers(problem, waits):
+    alone = plan(CNI, seen(FULL))
+    assert due(alone, (problem,)).steps == (() if waits else alone.steps)
+
+
+def test_a_conflist_waits_for_what_is_blocked():
+    key = next(k for k, r in FULL.routes.items() if r.type == "unicast")
+    blocked = plan(CNI, seen(without(FULL, "routes", key), Foreign("routes", key[0], "theirs")))
+    assert blocked.blocked and kinds(blocked) == {"cni"} and not due(blocked, ()).steps
+
+
+def test_a_conflist_does_not_wait_for_docker():
+    todo = plan(replace(CNI, docker={"bridge": KBR}), seen(FULL))
+    assert kinds(due(todo, ())) == {"docker", "cni"}
+
+
+def test_a_conflist_is_changed_last_and_removed_first():
+    old = replace(FULL, cni={"10-ovsmesh.conflist": "old"})
+    assert not due(plan(CNI, seen(without(old, "sysctls", "net/ipv4/ip_forward"))), ()).steps[1:]
+    gone = plan(EMPTY, seen(CNI), confirmed=True)
+    assert gone.steps[0].kind == "cni" and due(gone, (FATAL,)) is gone
+
+
+def test_a_kbr0_that_the_bridge_plugin_made_is_told():
+    (line,) = lines(FULL, seen(changed(FULL, "links", KBR, unmarked=True, mac="02:00:00:00:00:01")))
+    assert line == "~ link kbr0 mac 02:00:00:00:00:01 → 0a:58:0a:61:01:01, alias none → ovsmesh"

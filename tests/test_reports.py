@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ovsmesh.model import Problem
-from ovsmesh.reports import Report, changes, judge, mesh_status, project
+from ovsmesh.reports import Report, changes, judge, mesh_status, orphans, project
 from ovsmesh.roster import Condition, NodeView, Roster
 from ovsmesh.slices import Entry
 
@@ -76,6 +76,29 @@ def test_mesh_status() -> None:
     assert mesh_status(ROSTER, 0, 7, (), {}, NOW)["conditions"][0]["reason"] == "Converging"
 
 
+def test_orphans_are_of_an_earlier_node_or_of_none_and_silent() -> None:
+    old = Report("gone", "", "2026-05-28T20:00:00Z", uid="m1", created="2026-05-28T19:00:00Z")
+    alive = {"web1": "u1", "rack1": ""}
+    assert orphans([old], alive, NOW) == [old]
+    never = old._replace(observed_at="")
+    assert orphans([never], alive, NOW) == [never]
+    earlier = old._replace(name="web1", owner="u0", observed_at="2026-05-28T20:26:30Z")
+    assert orphans([earlier], alive, NOW) == [earlier]
+    for kept in (
+        old._replace(name="web1"),
+        old._replace(name="rack1"),
+        old._replace(name="rack1", owner="u9"),
+        earlier._replace(owner="u1"),
+        earlier._replace(uid=""),
+        old._replace(owner="u9"),  # the garbage collector's to remove
+        old._replace(uid=""),  # someone else's
+        old._replace(observed_at="2026-05-28T20:25:00Z"),
+        never._replace(created="2026-05-28T20:25:00Z"),
+        never._replace(created=""),
+    ):
+        assert orphans([kept], alive, NOW) == []
+
+
 def test_projection() -> None:
     assert project({"metadata": {"name": "web1"}}) == Report("web1")
     status = {
@@ -86,8 +109,10 @@ def test_projection() -> None:
         "conditions": [{"type": "Converged", "status": "True", "reason": "R", "message": "m"}],
     }
     found = project(
-        {"metadata": {"name": "web1", "ownerReferences": [{"kind": "Node", "uid": "u1"}]}, "status": status}
+        {"metadata": {"name": "web1", "ownerReferences": [{"kind": "Node", "uid": "u1"}], "uid": "m"}, "status": status}
     )
     assert found == Report(
-        "web1", "u1", "2026-05-28T20:26:30Z", Condition("True", "R", "m"), None, 3, 2, 1, 1462, "1", "3.1.0", "6.1"
+        "web1", "u1", "2026-05-28T20:26:30Z", Condition("True", "R", "m"), None, 3, 2, 1, 1462, "1", "3.1.0", "6.1", "m"
     )
+    other = {"name": "web1", "uid": "m", "ownerReferences": [{"kind": "Pod", "uid": "p"}]}
+    assert project({"metadata": other}) == Report("web1")

@@ -259,6 +259,21 @@ def test_a_link_of_pyroute2():
     )
 
 
+def test_hairpin_of_pyroute2():
+    data = witness(
+        ifinfmsg,
+        16,
+        {"family": 7, "index": 6, "flags": 0x1043},
+        ("IFLA_IFNAME", "veth1"),
+        ("IFLA_MASTER", 4),
+        ("IFLA_PROTINFO", {"attrs": [("IFLA_BRPORT_MODE", 1)]}),
+    )
+    found = rtnl.parse_link(payload(data))
+    assert found is not None and found.hairpin and found.family == rtnl.AF_BRIDGE
+    attrs = rtnl._attrs(payload(rtnl.hairpin_port(1, 6)), rtnl._IFINFO.size)
+    assert rtnl._attrs(memoryview(attrs[12]), 0) == {4: b"\1"}
+
+
 def port_flags(*values):
     """A link message of a bridge port with LEARNING, UNICAST_FLOOD, MCAST_FLOOD and BCAST_FLOOD as given."""
     attr = rtnl._attr

@@ -61,6 +61,7 @@ class Store:
         assert all(len(s.nodes) <= MOST for s in self.slices())
         indexes = sorted(s.index for s in self.slices())
         assert indexes == list(range(len(indexes)))
+        assert len(indexes) == 1 or all(s.nodes for s in self.slices() if s.index == indexes[-1])
         counts = {s.index: s.count for s in self.slices()}
         assert counts[0] == len(indexes) == max(counts.values())
         assert len({s.generation for s in self.slices()}) == 1
@@ -106,6 +107,33 @@ def test_a_node_that_leaves_makes_room_for_the_next() -> None:
     store.bring(entries(*range(200)))
     assert len(store.bring(entries(*range(1, 201)))) == 1
     assert store.places()["n0200"] == "default-000"
+
+
+def test_the_last_slice_goes_with_its_last_node() -> None:
+    store = Store()
+    store.bring(entries(*range(250)))
+    before = store.places()
+    writes = store.bring(entries(*range(200)))
+    assert [w.name for w in writes if w.spec] == ["default-001", "default-000"]  # the first one told of three
+    assert [w.name for w in writes if not w.spec] == ["default-002"]
+    assert store.places().items() <= before.items()
+    # One between others stays, as those behind it keep their numbers; it goes once it is the last.
+    store.bring(entries(*range(300)))
+    store.bring(entries(*range(100), *range(200, 300)))
+    assert sorted(store.objects) == ["default-000", "default-001", "default-002"]
+    store.bring(entries(*range(100)))
+    assert sorted(store.objects) == ["default-000"]
+    store.bring([])
+    assert sorted(store.objects) == ["default-000"]
+
+
+def test_a_slice_left_over_from_a_shrink_that_broke_off_is_taken_away() -> None:
+    store = Store()
+    store.bring(entries(*range(150)))
+    (first, gone) = assign("default", entries(*range(100)), SETTINGS, 1, store.slices())
+    assert gone.spec is None
+    store.apply([first])
+    assert [w.name for w in store.bring(entries(*range(100)))] == ["default-001"]
 
 
 def test_a_node_made_again_takes_the_place_of_the_old_in_one_write() -> None:
@@ -257,6 +285,7 @@ def test_any_history_ends_right_with_few_writes(steps: list[tuple[set[int], int 
         before = store.places()
         removed = store.objects.pop(f"default-{gone:03d}", None)
         was = {s.name: s.nodes for s in store.slices()}
+        told = [s.count for s in store.slices()]
         want = entries(*wanted)
         writes = store.bring(want, SETTINGS._replace(mtu=mtu))
         names = {e.name for e in want}
@@ -272,5 +301,6 @@ def test_any_history_ends_right_with_few_writes(steps: list[tuple[set[int], int 
             while need > 0:
                 need -= room.pop() if room else MOST
                 touched += 1
-            assert len(writes) <= touched + 1  # the count in slice 0
+            # the count in slice 0; where the last slices went, each that tells of more than there are
+            assert len(writes) <= touched + 1 + sum(count > len(store.objects) for count in told)
         setting = mtu

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import signal
@@ -19,7 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchlib import change, cold, drift, restart, scale, steady
+from binaries import BinariesError
+
+from benchlib import (
+    change,
+    cold,
+    drift,
+    kubebeats,
+    kubejoins,
+    kubeoutages,
+    kubescale,
+    kubewatchers,
+    restart,
+    scale,
+    steady,
+)
 from benchlib.figures import Figure, table
 from benchlib.stage import Plan
 from ovsmesh import __version__
@@ -36,6 +51,11 @@ BENCHES: dict[str, tuple[Bench, str]] = {
     "drift": (drift.bench, "each drift: time to its repair, packets lost"),
     "restart": (restart.switch, "ovsdb-server, ovs-vswitchd, both dead for ten seconds"),
     "lab": (scale.bench, "n² pings of 10 hosts × 3 pods, a lab of 20 hosts"),
+    "kube-joins": (kubejoins.bench, "three hosts: a Node joins, leaves, changes its address"),
+    "kube-1000": (kubescale.bench, "1,000 Nodes: agent's start, memory, joins, a burst of 500"),
+    "kube-heartbeats": (kubebeats.bench, "1,000 Nodes' heartbeats, and what of them reaches an agent"),
+    "kube-watchers": (kubewatchers.bench, "1,000 and 3,000 watches of the slices: a join to the last one's event"),
+    "kube-outages": (kubeoutages.bench, "the control plane dies, stalls, lies: packets lost, slices, the way back"),
 }
 
 
@@ -61,7 +81,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _arguments() -> argparse.Namespace:
-    listed = "\n".join(f"  {name:8} {about}" for name, (_, about) in BENCHES.items())
+    listed = "\n".join(f"  {name:15} {about}" for name, (_, about) in BENCHES.items())
     parser = argparse.ArgumentParser(
         prog="bench.py",
         description=f"Measures ovsmesh in network namespaces of its own (root). Benches:\n{listed}",
@@ -86,6 +106,8 @@ def main() -> None:
         sys.exit("bench.py: makes network namespaces, which needs root; run it with sudo")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
+    # rooms that a bench uses itself, to watch, have nothing to say here
+    logging.getLogger("ovsmesh").addHandler(logging.NullHandler())
     progress = _Progress(time.monotonic())
     sizes = tuple(chosen.sizes or (100, 300, 1000)) + ((5000,) if chosen.big else ())
     plan = Plan(chosen.quick, sizes, progress)
@@ -102,7 +124,7 @@ def main() -> None:
                 # one by one: what a bench found before it failed is kept
                 for figure in bench(plan):
                     figures.append(figure)
-            except OvsmeshError as error:
+            except (OvsmeshError, BinariesError, AssertionError) as error:
                 failed[name] = str(error)
                 progress(f"{name}: FAILED: {error}")
     finally:

@@ -69,7 +69,7 @@ def main() -> None:
             owner = getattr(owner, step)
         if call := getattr(owner, name, None):
             setattr(owner, name, _clocked(part, call))
-    turn = _clocked("the rest", room.once)(room.Options(*options))
+    turn = _clocked("the rest", room.once)(importlib.import_module("ovsmesh.options").Options(*options))
     if not turn.converged:
         sys.exit(f"not converged: {'; '.join(map(str, turn.problems))}")
     print(json.dumps(dict(seconds) | {"the whole run": time.monotonic() - float(start)}))

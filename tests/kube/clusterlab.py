@@ -7,6 +7,7 @@ their node) and how to put Nodes into the API as kubelets do. Drives ovsmesh by 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,11 +84,21 @@ class ClusterLab:
 
     # ------------------------------------------------------------ processes
 
-    def start_agent(self, host: Host) -> None:
-        """As ovsmesh-agent's pod on this node; the Node must be in the API."""
-        config = self.plane.token_kubeconfig(f"agent-{host.name}", self.plane.agent_token(host.name))
+    def start_agent(self, host: Host, config: Path | None = None) -> None:
+        """As ovsmesh-agent's pod on this node; the Node must be in the API, unless it has a `config` already."""
+        config = config or self.agent_config(host)
         options = [f"--kubeconfig={config}", f"--node={host.name}", f"--ovsdb={host.ovsdb}"]
         self._start(host.name, host.ns, "agent", *options, f"--state-dir={self.state(host)}", "--listen=127.0.0.1:9474")
+
+    def agent_config(self, host: Host) -> Path:
+        """A kubeconfig with a new token for the agent there."""
+        return self.plane.token_kubeconfig(f"agent-{host.name}", self.plane.agent_token(host.name))
+
+    def clean(self, host: Host) -> None:
+        """Removes all that an agent, which has ended, made and knew on this host."""
+        argv = [sys.executable, "-m", "ovsmesh", "cleanup", f"--ovsdb={host.ovsdb}", f"--state-dir={self.state(host)}"]
+        host.run(argv, timeout=60)
+        shutil.rmtree(self.state(host), ignore_errors=True)
 
     def start_controller(self, number: int = 1) -> str:
         """As pod `number` of ovsmesh-controller, beside the API server; the name to end it by."""

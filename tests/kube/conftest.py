@@ -17,6 +17,7 @@ from controlplane import APISERVER, ETCD, NAMES, ControlPlane
 from kubekit import install, wipe
 
 _FIXTURES = {"plane", "cluster", "own_plane"}
+_TROUBLE = pytest.StashKey[BinariesError]()
 _live: list[ControlPlane] = []
 
 
@@ -39,23 +40,27 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     ):
         return
     capture = session.config.pluginmanager.getplugin("capturemanager")
+    # What can't be built is for the fixture to say: a failure in CI, else a skip.
     with capture.global_and_fixture_disabled() if capture else ExitStack():
         try:
             binaries()
         except BinariesError as error:
-            if os.environ.get("CI"):
-                pytest.exit(str(error), returncode=1)
+            session.config.stash[_TROUBLE] = error
 
 
 @pytest.fixture(scope="session")
-def programs() -> None:
+def programs(pytestconfig: pytest.Config) -> None:
     """Skips, outside CI, where there is no control plane to be had."""
-    try:
-        binaries()
-    except BinariesError as error:
-        if os.environ.get("CI"):
-            pytest.fail(str(error), pytrace=False)
-        pytest.skip(str(error))
+    trouble = pytestconfig.stash.get(_TROUBLE, None)
+    if trouble is None:
+        try:
+            binaries()
+        except BinariesError as error:
+            trouble = error
+    if trouble is not None and os.environ.get("CI"):
+        pytest.fail(str(trouble), pytrace=False)
+    if trouble is not None:
+        pytest.skip(str(trouble))
 
 
 Make = Callable[..., ControlPlane]

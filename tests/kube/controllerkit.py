@@ -8,7 +8,6 @@ from __future__ import annotations
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from controlplane import ControlPlane
+from controlplane import ControlPlane, free_ports
 from kubekit import GROUP, eventually
 
 from ovsmesh.kube import MERGE, Api, load
@@ -156,9 +155,7 @@ class Process:
         self.plane = plane
         self.config = plane.token_kubeconfig(name, plane.token("ovsmesh-controller"))
         self.log = plane.folder / f"{name}.log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         argv = [sys.executable, "-m", "ovsmesh", "controller", f"--kubeconfig={self.config}"]
         argv += [f"--listen=127.0.0.1:{self.port}", "--log-level=debug"]
         with self.log.open("ab") as log:

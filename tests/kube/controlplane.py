@@ -62,7 +62,7 @@ class ControlPlane(Reach):
         apiserver_options: Sequence[str] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        ports = _free_ports(4, address, ns)
+        ports = free_ports(4, address, ns)
         super().__init__(folder, address, ports[0], ns)
         self._etcd_port, self._peer_port, self._manager_port = ports[1:]
         self._pod_cidrs = pod_cidrs
@@ -241,7 +241,7 @@ class ControlPlane(Reach):
             connection.close()
 
 
-def _free_ports(count: int, address: str, ns: str) -> list[int]:
+def free_ports(count: int, address: str = "127.0.0.1", ns: str = "") -> list[int]:
     def find() -> list[int]:
         found: list[int] = []
         family = socket.AF_INET6 if ":" in address else socket.AF_INET

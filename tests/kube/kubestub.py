@@ -7,9 +7,10 @@ wrong is taken from `faults`, one for each watch that is opened. Imports nothing
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import random
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from urllib.parse import parse_qs, urlsplit
 from pki import Authority, kubeconfig
 
 Object = dict[str, Any]
+_PORTS = range(10000, 20000)
+"""Below what Linux gives to connections."""
 
 
 class Stub:
@@ -66,11 +69,20 @@ class Stub:
                     finally:
                         stub._open.discard(secure)
 
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*self.authority.sign("stub", "/CN=stub", "IP:127.0.0.1"))
-        self._server = Server(("127.0.0.1", self.port), Handler)
+        context = self.authority.server("stub", "127.0.0.1")
+        self._server = self._listen(lambda port: Server(("127.0.0.1", port), Handler))
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def _listen(self, server: Callable[[int], ThreadingHTTPServer]) -> ThreadingHTTPServer:
+        """At the port it had; the first time, at one that nobody's outgoing connection takes while it is down."""
+        for port in [self.port] if self.port else random.sample(_PORTS, 100):
+            try:
+                return server(port)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+        raise AssertionError(f"no free port for the stub, tried {self.port or _PORTS}")
 
     def down(self) -> None:
         """Refuses connections and cuts those that are open."""

@@ -78,7 +78,7 @@ def reasons(snapshot: Snapshot) -> list[str]:
     return [problem.reason for problem in snapshot.problems]
 
 
-def becomes(source: KubeSource, names: str, confirmed: bool = True, within: float = 5.0) -> Snapshot:
+def becomes(source: KubeSource, names: str, confirmed: bool = True, within: float = 20.0) -> Snapshot:
     """Waits at the bell, as the loop does, until the snapshot is this."""
     end = time.monotonic() + within
     while True:

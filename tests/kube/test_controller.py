@@ -77,7 +77,7 @@ def test_conditions_and_taint_follow_the_nodes_own_report(kube: Cluster, control
     kube.report("web1", True)
     eventually(lambda: kube.conditions("web1")["ovsmesh.io/MeshReady"] == ("True", "MeshConverged"))
     eventually(lambda: TAINT not in [t["key"] for t in kube.node("web1")["spec"]["taints"]])
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 15  # a survey of all would come after 30 s
     found = kube.conditions("web1")
     assert found["NetworkUnavailable"] == ("False", "MeshConverged")
     assert found["Ready"] == ("True", "KubeletReady")  # the kubelet's own stays
@@ -85,6 +85,10 @@ def test_conditions_and_taint_follow_the_nodes_own_report(kube: Cluster, control
     assert TAINT in [t["key"] for t in kube.node("web2")["spec"]["taints"]]
     kube.report("web1", False, "RouteMissing")
     eventually(lambda: kube.conditions("web1")["NetworkUnavailable"] == ("True", "RouteMissing"))
+
+
+def says(reasons: dict[str, str]) -> dict[str, tuple[str, str]]:
+    return {name: ("False", reason) for name, reason in reasons.items()}
 
 
 def test_what_can_not_be_joined_is_named_and_the_rest_converge(kube: Cluster, controller: Process) -> None:
@@ -120,12 +124,10 @@ def test_what_can_not_be_joined_is_named_and_the_rest_converge(kube: Cluster, co
         "overlap": "PodCIDRConflict",
         "address": "AddressConflict",
     }
+    eventually(lambda: {n: kube.conditions(n).get("ovsmesh.io/MeshReady") for n in bad | late} == says(reasons))
     for name, reason in reasons.items():
-        eventually(
-            lambda name=name, reason=reason: kube.conditions(name).get("ovsmesh.io/MeshReady") == ("False", reason)
-        )  # type: ignore[misc]
         assert kube.conditions(name)["NetworkUnavailable"] == ("True", reason)
-        eventually(lambda name=name, reason=reason: reason in kube.events(name))  # type: ignore[misc]
+    eventually(lambda: all(reason in kube.events(name) for name, reason in reasons.items()))
     message = next(
         c["message"] for c in kube.node("duplicate")["status"]["conditions"] if c["type"] == "NetworkUnavailable"
     )

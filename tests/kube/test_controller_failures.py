@@ -93,8 +93,8 @@ def test_a_leader_that_ends_hands_over_at_once(kube: Cluster) -> None:
     began = time.monotonic()
     assert first.end() == 0
     kube.add(numbered(1))
-    eventually(lambda: len(kube.members()) == 1, 10)
-    assert time.monotonic() - began < 5
+    eventually(lambda: len(kube.members()) == 1, 30)
+    assert time.monotonic() - began < 14  # a lease that is not given back runs for 15 s
 
 
 @pytest.mark.timeout(150)

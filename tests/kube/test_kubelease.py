@@ -16,6 +16,7 @@ from ovsmesh import kube
 from ovsmesh.kube import Api
 from ovsmesh.kubeconfig import load
 from ovsmesh.kubeevents import About, Events
+from ovsmesh.kubelease import Times
 
 stub = pytest.fixture(apikit.make_stub)
 api = pytest.fixture(apikit.make_api)
@@ -27,19 +28,18 @@ real = pytest.fixture(apikit.make_real)
 
 def test_one_leads_and_the_next_takes_over_when_it_is_given_back(stub: Stub, api: Api) -> None:
     told: list[str] = []
-    a, b = lease_of(api, "a", told), lease_of(api, "b", told)
+    times = Times(duration=30, deadline=20, retry=0.2)
+    a, b = lease_of(api, "a", told, times), lease_of(api, "b", told, times)
     a.start()
-    eventually(lambda: told == ["a on"], 2)
+    eventually(lambda: told == ["a on"], 10)
     b.start()
+    eventually(lambda: b.holder == "a", 10)
     time.sleep(1.0)
     assert told == ["a on"]
-    assert b.holder == "a"
     assert not b.leads
-    began = time.monotonic()
     a.close()
     assert a.remaining() == 0
-    eventually(lambda: told == ["a on", "a off", "b on"], 2)
-    assert time.monotonic() - began < 1.0
+    eventually(lambda: told == ["a on", "a off", "b on"], 15)  # long before it would run out
     b.close()
 
 
@@ -50,12 +50,12 @@ def test_who_can_t_renew_is_out_before_another_is_in(stub: Stub, api: Api, tmp_p
     a = lease_of(Api(load(cut_off.kubeconfig()), timeout=1.0), "a", told)
     b = lease_of(api, "b", told)
     a.start()
-    eventually(lambda: told == ["a on"], 2)
+    eventually(lambda: told == ["a on"], 20)
     b.start()
     time.sleep(0.5)
     stub.version = cut_off.version
     cut_off.down()
-    eventually(lambda: len(told) == 3, 6)
+    eventually(lambda: len(told) == 3, 20)
     assert told == ["a on", "a off", "b on"]
     assert not (a.leads and b.leads)
     a.close()
@@ -67,14 +67,14 @@ def test_a_holder_that_stalls_is_fenced_off_by_the_clock_alone(stub: Stub, api: 
     a = lease_of(api, "a", told)
     fenced = api.fenced(a.remaining)
     a.start()
-    eventually(lambda: told == ["a on"], 2)
+    eventually(lambda: told == ["a on"], 20)
     fenced.create(THINGS, {"metadata": {"name": "x"}})
     stub.delay = 3.0  # the renewal hangs
     time.sleep(1.5)
     with pytest.raises(kube.NotLeader):
         fenced.create(THINGS, {"metadata": {"name": "y"}})
     stub.delay = 0.0
-    eventually(lambda: told == ["a on", "a off", "a on"], 6)
+    eventually(lambda: told == ["a on", "a off", "a on"], 20)
     a.close()
 
 
@@ -89,7 +89,7 @@ def test_repeats_are_counted_and_floods_are_cut_off(stub: Stub, api: Api) -> Non
     node = About("v1", "Node", "n1", "uid-1")
     for _ in range(50):
         events.emit(node, "PodCIDRMissing", "give it one")
-    eventually(lambda: [e["count"] for p, e in stub.objects.items() if p.startswith(EVENTS)] == [50], 3)
+    eventually(lambda: [e["count"] for p, e in stub.objects.items() if p.startswith(EVENTS)] == [50], 20)
     assert stub.count("POST") == 1
     assert stub.count("PATCH") <= 2
     for n in range(100):
@@ -106,7 +106,7 @@ def test_events_never_hold_anyone_up(stub: Stub, api: Api) -> None:
     began = time.monotonic()
     for n in range(3000):
         events.emit(About("v1", "Node", f"n{n}"), "Reason", "text")
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 10  # a wait for each would take 25 minutes
     events.close(0.1)
 
 
@@ -118,11 +118,11 @@ def test_a_real_lease_changes_hands(real: Api) -> None:
     told: list[str] = []
     a, b = lease_of(real, "a", told), lease_of(real, "b", told)
     a.start()
-    eventually(lambda: told == ["a on"], 5)
+    eventually(lambda: told == ["a on"], 20)
     b.start()
     time.sleep(1.0)
     a.close()
-    eventually(lambda: told == ["a on", "a off", "b on"], 5)
+    eventually(lambda: told == ["a on", "a off", "b on"], 20)
     b.close()
     spec = real.get("/apis/coordination.k8s.io/v1/namespaces/ovsmesh/leases/ovsmesh-controller")["spec"]
     assert spec["leaseTransitions"] == 1

@@ -66,32 +66,34 @@ def test_writes_are_few(stub: Stub, writer: Writer) -> None:
         made.publish(turn(), Runtime(ovs_version=f"2.{n}"))
         time.sleep(0.02)
     assert made.writes == 1
-    eventually(lambda: made.writes == 2, 2)
+    eventually(lambda: made.writes == 2, 20)
     assert meshnode(stub)["versions"]["ovs"] == "2.19"
     time.sleep(1.2)
     assert made.writes == 2
-    since = condition(stub, "Degraded")["lastTransitionTime"]
-    began = time.monotonic()
+
+
+def test_a_condition_that_flips_is_written_long_before_the_rest(stub: Stub, writer: Writer) -> None:
+    made = writer(at_least=300.0, every=300.0, flip=0.1)
+    made.publish(turn(), Runtime())
+    eventually(lambda: made.writes == 1)
     made.publish(turn(False), Runtime())
-    eventually(lambda: condition(stub, "Converged")["status"] == "False", 1, 0.005)
-    assert time.monotonic() - began < 0.5
+    eventually(lambda: condition(stub, "Converged")["status"] == "False", 20, 0.005)
     assert condition(stub, "Converged")["reason"] == "Pending"
-    assert since
 
 
 def test_nothing_new_is_written_now_and_then_all_the_same(stub: Stub, writer: Writer) -> None:
     made = writer(at_least=0.1, every=0.5, flip=0.1)
     made.publish(turn(), Runtime())
-    eventually(lambda: made.writes == 4, 4)
+    eventually(lambda: made.writes == 4, 20)
 
 
 def test_a_flapping_node_does_not_write_at_each_flap(stub: Stub, writer: Writer) -> None:
-    made = writer(flip=0.5)
+    made, began = writer(flip=0.5), time.monotonic()
     for n in range(100):
         made.publish(turn(bool(n % 2)), Runtime())
         time.sleep(0.01)
-    assert made.writes <= 4
-    eventually(lambda: condition(stub, "Converged")["status"] == "True", 2)
+    assert made.writes <= 2 + (time.monotonic() - began) / 0.5
+    eventually(lambda: condition(stub, "Converged")["status"] == "True", 20)
 
 
 def test_a_meshnode_deleted_by_hand_is_made_again(stub: Stub, writer: Writer) -> None:
@@ -99,7 +101,52 @@ def test_a_meshnode_deleted_by_hand_is_made_again(stub: Stub, writer: Writer) ->
     made.publish(turn(), Runtime())
     eventually(lambda: meshnode(stub))
     stub.remove(f"{MESHNODES}/n0")
-    eventually(lambda: meshnode(stub), 3)
+    eventually(lambda: meshnode(stub))
+
+
+def test_a_meshnode_deleted_by_hand_is_back_long_before_the_next_routine_write(stub: Stub, writer: Writer) -> None:
+    made = writer(check=0.3)
+    made.publish(turn(), Runtime())
+    eventually(lambda: meshnode(stub))
+    stub.remove(f"{MESHNODES}/n0")
+    eventually(lambda: meshnode(stub))
+    assert stub.objects[f"{MESHNODES}/n0"]["metadata"]["ownerReferences"]
+    time.sleep(0.5)
+    assert made.writes == 2
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"mtu": 9},
+        {"peers": {"wanted": 7, "installed": 7, "up": 7}},
+        {"conditions": []},
+        {"observedSlices": {"default-000": "7", "default-999": "1"}},
+        {"observedSlices": None},
+        {"versions": None},
+        {"observedAt": "2020-01-01T00:00:00Z"},
+    ],
+    ids=lambda edit: next(iter(edit)),
+)
+def test_a_meshnode_edited_by_hand_is_put_right(stub: Stub, writer: Writer, edit: Object) -> None:
+    made = writer(check=0.3)
+    made.publish(turn(), Runtime())
+    eventually(lambda: meshnode(stub))
+    before = meshnode(stub)
+    found = stub.objects[f"{MESHNODES}/n0"]
+    found["status"] = {key: value for key, value in {**before, **edit}.items() if value is not None}
+    eventually(lambda: made.writes == 2)
+    same = {"observedAt": "", "conditions": ""}
+    assert meshnode(stub) | same == before | same
+    states = [{c["type"]: c["status"] for c in told["conditions"]} for told in (meshnode(stub), before)]
+    assert states[0] == states[1]
+
+
+def test_what_is_as_it_was_written_is_not_written_again(stub: Stub, writer: Writer) -> None:
+    made = writer(check=0.1)
+    made.publish(turn(), Runtime())
+    eventually(lambda: stub.count("GET") > 5, 5)
+    assert made.writes == 1
 
 
 def test_an_api_server_away_holds_nobody_up_and_is_told_later(stub: Stub, writer: Writer) -> None:
@@ -108,7 +155,7 @@ def test_an_api_server_away_holds_nobody_up_and_is_told_later(stub: Stub, writer
     began = time.monotonic()
     made.publish(turn(), Runtime())
     made.flush()
-    assert time.monotonic() - began < 0.1
+    assert time.monotonic() - began < 1.5  # the API's own time limit is 2 s
     time.sleep(0.5)
     stub.up()
     eventually(lambda: meshnode(stub), 10)
@@ -125,3 +172,27 @@ def test_the_next_run_goes_on_where_the_last_left_off(stub: Stub, writer: Writer
     eventually(lambda: made.writes)
     assert condition(stub, "Converged")["lastTransitionTime"] == stamp
     assert meshnode(stub)["observedSlices"] == {"default-000": "7"}
+
+
+def test_the_meshnode_of_an_earlier_node_is_not_taken_over(stub: Stub, writer: Writer) -> None:
+    """It is about to go with its Node: what is written into it would be lost, and not told again for minutes."""
+    old = {"apiVersion": "v1", "kind": "Node", "name": "n0", "uid": "u-before"}
+    stub.put(f"{MESHNODES}/n0", {}, ownerReferences=[old])
+    made = writer()
+    made.publish(turn(), Runtime())
+    eventually(lambda: stub.count("GET", "/n0") >= 2, 5)
+    assert not meshnode(stub)
+    stub.remove(f"{MESHNODES}/n0")
+    eventually(lambda: condition(stub, "Converged"), 10)
+    assert stub.objects[f"{MESHNODES}/n0"]["metadata"]["ownerReferences"][0]["uid"] == "u0"
+
+
+def test_a_node_made_again_under_a_running_agent_gets_its_own_meshnode_soon(stub: Stub, writer: Writer) -> None:
+    made = writer()
+    made.publish(turn(), Runtime())
+    eventually(lambda: made.writes == 1)
+    stub.remove(f"{MESHNODES}/n0")
+    made.publish(turn(uid="u-new"), Runtime())
+    eventually(lambda: made.writes == 2, 5)
+    assert stub.objects[f"{MESHNODES}/n0"]["metadata"]["ownerReferences"][0]["uid"] == "u-new"
+    assert condition(stub, "Converged")["status"] == "True"

@@ -90,6 +90,13 @@ def test_agent_reads_slices_and_writes_its_own_meshnode(nodes: ControlPlane, age
     assert agent("PATCH", f"{GROUP}/meshnodes/{MINE}/status?fieldManager=t&force=true", applied, APPLY).status == 200
 
 
+def test_agent_sees_its_own_namespace(nodes: ControlPlane, agent: As) -> None:
+    assert agent("GET", "/api/v1/namespaces/ovsmesh").status == 200
+    only = "/api/v1/namespaces?fieldSelector=metadata.name%3Dovsmesh"
+    assert [found["metadata"]["name"] for found in agent("GET", only).body["items"]] == ["ovsmesh"]
+    assert agent("GET", f"{only}&watch=1&timeoutSeconds=1").status == 200
+
+
 def test_agent_cannot_write_another_nodes_meshnode(nodes: ControlPlane, agent: As) -> None:
     assert nodes.call("POST", f"{GROUP}/meshnodes", mesh_node(OTHER)).status == 201
     for method, path, body, kind in (
@@ -121,6 +128,10 @@ def test_token_without_a_node_writes_no_meshnode(nodes: ControlPlane) -> None:
         ("PATCH", f"{NODES}/{MINE}/status"),
         ("GET", "/api/v1/secrets"),
         ("GET", "/api/v1/namespaces/ovsmesh/secrets"),
+        ("GET", "/api/v1/namespaces"),
+        ("GET", "/api/v1/namespaces/default"),
+        ("DELETE", "/api/v1/namespaces/ovsmesh"),
+        ("PATCH", "/api/v1/namespaces/ovsmesh"),
         ("GET", "/api/v1/namespaces/kube-system/secrets/x"),
         ("GET", "/api/v1/pods"),
         ("GET", "/api/v1/namespaces/ovsmesh/configmaps"),
@@ -233,6 +244,61 @@ def test_controller_writes_slices_events_and_its_lease(nodes: ControlPlane, cont
     assert controller("PUT", f"{leases}/other", lease("other")).status == 403
 
 
+NOTE = "ovsmesh.io/derived-cluster-cidrs"
+
+
+def a_mesh(note: str = "10.97.0.0/24", **spec: Any) -> dict[str, Any]:
+    meta = {"name": "default"} | ({"annotations": {NOTE: note}} if note else {})
+    spec = {"clusterCIDRs": ["10.97.0.0/24"]} | spec
+    return {"apiVersion": "ovsmesh.io/v1alpha1", "kind": "Mesh", "metadata": meta, "spec": spec}
+
+
+def test_controller_makes_a_mesh_and_widens_what_it_has_derived(nodes: ControlPlane, controller: As) -> None:
+    meshes = f"{GROUP}/meshes"
+    static = [{"name": "rack1", "address": "198.51.100.1", "podCIDRs": ["10.97.0.0/25"]}]
+    for refused in (
+        a_mesh(""),
+        a_mesh("10.97.0.0/16"),
+        a_mesh(key=1),
+        a_mesh(nodes=static),
+        a_mesh(allocatePodCIDRs=True),
+        a_mesh(nodeSubnetLength=26),
+        a_mesh(encapsulation="vxlan"),
+    ):
+        answer = controller("POST", meshes, refused)
+        assert (answer.status, answer.reason) == (403, "Forbidden"), (refused, answer)
+    assert controller("POST", meshes, a_mesh()).status == 201
+
+    def change(cidrs: list[str], note: str = "", **spec: Any) -> dict[str, Any]:
+        told = note or ",".join(cidrs)
+        return {"metadata": {"annotations": {NOTE: told}}, "spec": {"clusterCIDRs": cidrs} | spec}
+
+    wider = ["10.97.0.0/16", "fd00:97::/48"]
+    for refused in (
+        change(wider, "10.97.0.0/16"),
+        change(["10.98.0.0/16"]),
+        change(["10.97.0.0/25"]),
+        change(wider, mtu=1400),
+        change(wider, key=1),
+        change(wider, nodes=static),
+        change(wider, allocatePodCIDRs=True),
+        change(wider, encapsulation="geneve"),
+    ):
+        answer = controller("PATCH", f"{meshes}/default", refused, MERGE)
+        assert (answer.status, answer.reason) == (403, "Forbidden"), (refused, answer)
+    assert controller("PATCH", f"{meshes}/default", change(wider), MERGE).status == 200
+    # Once someone has edited it, it is theirs.
+    theirs = {"spec": {"clusterCIDRs": ["10.97.0.0/17"]}}
+    assert nodes.call("PATCH", f"{meshes}/default", theirs, content_type=MERGE).status == 200
+    answer = controller("PATCH", f"{meshes}/default", change(["10.97.0.0/16"]), MERGE)
+    assert answer.status == 403 and "has not derived itself" in answer.message
+
+
+def test_controller_removes_meshnodes(nodes: ControlPlane, controller: As) -> None:
+    assert nodes.call("POST", f"{GROUP}/meshnodes", mesh_node("gone")).status == 201
+    assert controller("DELETE", f"{GROUP}/meshnodes/gone").status == 200
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -242,7 +308,10 @@ def test_controller_writes_slices_events_and_its_lease(nodes: ControlPlane, cont
         ("GET", "/api/v1/secrets"),
         ("GET", "/api/v1/namespaces/ovsmesh/secrets"),
         ("GET", "/api/v1/pods"),
-        ("POST", f"{GROUP}/meshes"),
+        ("PUT", f"{GROUP}/meshes/default"),
+        ("DELETE", f"{GROUP}/meshes/default"),
+        ("PATCH", f"{GROUP}/meshes/other"),
+        ("PATCH", f"{GROUP}/meshnodes/{MINE}"),
         ("PATCH", f"{GROUP}/meshnodes/{MINE}/status"),
         ("POST", f"{GROUP}/meshnodes"),
         ("POST", "/apis/coordination.k8s.io/v1/namespaces/default/leases"),

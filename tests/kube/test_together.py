@@ -27,8 +27,8 @@ def lost(three: ClusterLab) -> list[str]:
 
 
 def test_nodes_become_a_mesh_and_it_outlives_the_api(three: ClusterLab) -> None:
+    """Nobody makes a Mesh: the controller does, out of the Nodes' podCIDRs."""
     hosts = three.lab.hosts
-    three.mesh()
     for host in hosts:
         three.add_node(host)
     three.start_controller()

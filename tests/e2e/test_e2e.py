@@ -1,0 +1,252 @@
+"""What a user of Kubernetes does, from `kubectl apply -k manifests` to `kubectl delete -k manifests`.
+
+Real kubelets, real containers, the image as `make image` builds it. The tests are the steps of one story, in the
+order they stand here. node1 runs an Open vSwitch of its own, as a host may; the others get the DaemonSet's.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubecluster import Cluster, eventually, mebibytes
+
+from ovsmesh import labnet
+from ovsmesh.labping import Pair, Prober, ping
+
+MANIFESTS = Path(__file__).parents[2] / "manifests"
+POD_MTU = 1462
+WEB = {
+    "apiVersion": "apps/v1",
+    "kind": "Deployment",
+    "metadata": {"name": "web"},
+    "spec": {
+        "replicas": 6,
+        "selector": {"matchLabels": {"app": "web"}},
+        "strategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 3}},
+        "template": {
+            "metadata": {"labels": {"app": "web"}},
+            "spec": {
+                "terminationGracePeriodSeconds": 1,
+                "automountServiceAccountToken": False,
+                "topologySpreadConstraints": [
+                    {
+                        "maxSkew": 1,
+                        "topologyKey": "kubernetes.io/hostname",
+                        "whenUnsatisfiable": "DoNotSchedule",
+                        "labelSelector": {"matchLabels": {"app": "web"}},
+                        "matchLabelKeys": ["pod-template-hash"],
+                    }
+                ],
+                "containers": [
+                    {
+                        "name": "web",
+                        "image": "ovsmesh.test/pod:1",
+                        "args": ["hostname >/www/index.html; exec httpd -f -p 8080 -h /www"],
+                        "ports": [{"containerPort": 8080}],
+                        "readinessProbe": {"httpGet": {"path": "/", "port": 8080}, "periodSeconds": 1},
+                    }
+                ],
+            },
+        },
+    },
+}
+SERVICE = {
+    "apiVersion": "v1",
+    "kind": "Service",
+    "metadata": {"name": "web"},
+    "spec": {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]},
+}
+STAYS = {f"file opt/cni/bin/{name}" for name in ("bridge", "host-local", "loopback", "portmap")}
+STAYS |= {f"file var/lib/cni/networks/ovsmesh/{name}" for name in ("lock", "last_reserved_ip.0")}
+"""Plugins are the node's: others may have come to use them. So is what one of them notes of addresses given."""
+pytestmark = [pytest.mark.usefixtures("step"), pytest.mark.timeout(420)]
+Figure = Callable[[str], None]
+
+
+def get(ns: str, address: str, port: int) -> str:
+    """What is answered there to a request from inside the namespace; "" for no answer within two seconds."""
+    connection = http.client.HTTPConnection(address, port, timeout=2.0)
+    try:
+        labnet.within(ns, connection.connect)
+        connection.request("GET", "/")
+        return connection.getresponse().read().decode().strip()
+    except (OSError, http.client.HTTPException):
+        return ""
+    finally:
+        connection.close()
+
+
+def web(story: Cluster) -> list[dict[str, Any]]:
+    """The pods that serve."""
+    return [pod for pod in story.pods("default", "app=web") if "deletionTimestamp" not in pod["metadata"]]
+
+
+def serving(story: Cluster, count: int) -> list[dict[str, Any]]:
+    """All pods of the service, once they are ready."""
+
+    def check() -> list[dict[str, Any]] | None:
+        pods = web(story)
+        good = [
+            p for p in pods if any(c["type"] == "Ready" and c["status"] == "True" for c in p["status"]["conditions"])
+        ]
+        return good if len(good) == len(pods) == count else None
+
+    return list(eventually(check, 90, f"{count} pods that serve"))
+
+
+def place(pod: dict[str, Any]) -> str:
+    return str(pod["spec"]["nodeName"])
+
+
+def all_reach_all(story: Cluster, pods: list[dict[str, Any]]) -> None:
+    for source in pods:
+        ns = story.attach(source)
+        for target in pods:
+            said = get(ns, target["status"]["podIP"], 8080)
+            names = source["metadata"]["name"], target["metadata"]["name"]
+            assert said == names[1], f"{names[0]} on {place(source)} asked {names[1]} on {place(target)}: {said!r}"
+
+
+def pairs_across(story: Cluster, pods: list[dict[str, Any]]) -> list[Pair]:
+    """One pod of each node to one of each other node."""
+    one = {place(pod): pod for pod in pods}
+    return [
+        Pair(story.attach(a), b["status"]["podIP"], a["metadata"]["name"], b["metadata"]["name"])
+        for a in one.values()
+        for b in one.values()
+        if a is not b
+    ]
+
+
+# ---------------------------------------------------------------- the story
+
+
+def test_apply_makes_all_nodes_ready(story: Cluster, figure: Figure) -> None:
+    nodes = story.add(1, 2, 3, own_switch=(1,))
+    assert not any(story.ready(node.name) for node in nodes), "without ovsmesh no node has a network"
+    story.remember()
+    began = time.monotonic()
+    story.plane.kubectl("apply", "-k", str(MANIFESTS))
+    for node in nodes:
+        if not node.own_switch:
+            story.underlay(node)
+    for node in nodes:
+        eventually(lambda name=node.name: story.ready(name), 120, f"{node.name} to be ready")  # type: ignore[misc]
+    figure(f"kubectl apply to all 3 Nodes Ready: {time.monotonic() - began:.1f} s")
+    for name in ("daemonset/ovsmesh-agent", "deployment/ovsmesh-controller"):
+        story.plane.kubectl("rollout", "status", "--namespace=ovsmesh", "--timeout=60s", name, timeout=70.0)
+
+
+def test_every_pod_reaches_every_pod_and_the_service(story: Cluster, figure: Figure) -> None:
+    for made in (WEB, SERVICE):
+        story.plane.kubectl("apply", "-f", "-", text=json.dumps(made))
+    pods = serving(story, 6)
+    assert Counter(map(place, pods)) == {"node1": 2, "node2": 2, "node3": 2}
+    all_reach_all(story, pods)
+    address = story.plane.call("GET", "/api/v1/namespaces/default/services/web").body["spec"]["clusterIP"]
+    names = {pod["metadata"]["name"] for pod in pods}
+    for pod in pods:
+        ns = story.attach(pod)
+        eventually(lambda ns=ns: get(ns, address, 80), 20, "the service's first answer")  # type: ignore[misc]
+        answers = Counter(get(ns, address, 80) for _ in range(30))
+        assert set(answers) <= names, f"{pod['metadata']['name']} asked the service: {answers}"
+        # 30 answers that all come from the two pods of one node: once in 10^13 runs
+        assert len(answers) > 2, answers
+    for track in ping(pairs_across(story, pods), count=5, size=POD_MTU, df=True):
+        assert track.lost == 0, f"{track.pair}: packets of {POD_MTU} bytes do not pass whole"
+
+
+def test_what_it_takes(story: Cluster, figure: Figure) -> None:
+    for component in ("agent", "controller", "ovs"):
+        pods = story.pods("ovsmesh", f"app.kubernetes.io/component={component}")
+        sizes = [mebibytes(pod["metadata"]["uid"]) for pod in pods]
+        figure(f"memory of {component}: {', '.join(f'{size:.0f}' for size in sizes)} MiB, no pod restarted")
+        restarts = sum(each["restartCount"] for pod in pods for each in pod["status"]["containerStatuses"])
+        assert restarts == 0, f"{component}: {restarts} restarts"
+
+
+def test_rolling_the_agents_loses_nothing(story: Cluster, figure: Figure) -> None:
+    pods = serving(story, 6)
+    before = {pod["metadata"]["uid"] for pod in story.pods("ovsmesh", "app.kubernetes.io/component=agent")}
+    with Prober(pairs_across(story, pods), 0.006) as stream:
+        began = time.monotonic()
+        story.plane.kubectl("rollout", "restart", "--namespace=ovsmesh", "daemonset/ovsmesh-agent")
+        wait = ["--namespace=ovsmesh", "daemonset/ovsmesh-agent", "--timeout=150s"]
+        story.plane.kubectl("rollout", "status", *wait, timeout=170.0)
+        took = time.monotonic() - began
+    after = {pod["metadata"]["uid"] for pod in story.pods("ovsmesh", "app.kubernetes.io/component=agent")}
+    assert len(after) == 3
+    assert not before & after
+    sent = sum(len(track.sent) for track in stream.tracks)
+    lost = {track.pair: track.outages() for track in stream.tracks if track.lost}
+    figure(f"agents rolled in {took:.1f} s: {sum(t.lost for t in stream.tracks)} of {sent} packets lost")
+    assert not lost
+    assert sent > 1000
+    all_reach_all(story, pods)
+
+
+def test_a_node_that_is_deleted_is_gone_from_the_others(story: Cluster, figure: Figure) -> None:
+    left = [story.nodes[name] for name in ("node1", "node2")]
+    gone = story.nodes["node3"]
+    cidr = story.node("node3")["spec"]["podCIDR"]
+    story.plane.kubectl(
+        "drain", "node3", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=60s", timeout=80.0
+    )
+    gone.end()
+    began = time.monotonic()
+    story.plane.kubectl("delete", "node", "node3")
+
+    def traces() -> list[str]:
+        found = []
+        for node in left:
+            for what in (node.run(["ip", "route"]), story.ovs(node, "--columns=options", "list", "interface")):
+                found += [f"{node.name}: {each}" for each in (cidr, gone.tunnel_address) if each in what]
+        return found
+
+    eventually(lambda: not traces(), 30, "node3 to be gone from the others")
+    figure(f"node deleted, gone from the others after {time.monotonic() - began:.1f} s")
+    pods = serving(story, 6)
+    assert Counter(map(place, pods)) == {"node1": 3, "node2": 3}
+    all_reach_all(story, pods)
+
+
+def test_a_new_node_joins(story: Cluster, figure: Figure) -> None:
+    (node,) = story.add(4)
+    story.underlay(node)
+    eventually(lambda: story.ready("node4"), 120, "node4 to be ready")
+    figure(f"a new node: from its kubelet's start to Ready: {time.monotonic() - story.loaded:.1f} s")
+    story.plane.kubectl("rollout", "restart", "deployment/web")
+    story.plane.kubectl("rollout", "status", "deployment/web", "--timeout=90s", timeout=100.0)
+    pods = serving(story, 6)
+    assert Counter(map(place, pods)) == {"node1": 2, "node2": 2, "node4": 2}
+    all_reach_all(story, pods)
+
+
+def test_delete_leaves_nothing(story: Cluster, figure: Figure) -> None:
+    story.plane.kubectl("delete", "deployment/web", "service/web", "--timeout=60s", timeout=70.0)
+    eventually(lambda: not story.pods("default"), 60, "the pods of the service to end")
+    nodes = [story.nodes[name] for name in ("node1", "node2", "node4")]
+    for node in nodes:
+        if not node.own_switch:
+            # it is the administrator's, and so would be the database that holds it
+            story.ovs(node, "del-br", "br-phy")
+    began = time.monotonic()
+    story.plane.kubectl("delete", "-k", str(MANIFESTS), "--timeout=120s", timeout=130.0)
+    figure(f"kubectl delete -k: {time.monotonic() - began:.1f} s")
+    left: dict[str, set[str]] = {}
+
+    def clean() -> bool:
+        left.update({node.name: story.traces(node) - STAYS for node in nodes})
+        return not any(left.values())
+
+    eventually(clean, 30, "all of ovsmesh to be gone from the nodes", lambda: left)
+    figure(f"kubectl delete to the last trace gone: {time.monotonic() - began:.1f} s")
+    kinds = "crd,clusterroles,clusterrolebindings,validatingadmissionpolicies,validatingadmissionpolicybindings,ns"
+    assert "ovsmesh" not in story.plane.kubectl("get", kinds, "--output=name")

@@ -1,0 +1,127 @@
+#!/bin/sh
+# node web1 of the mesh in /etc/ovsmesh/mesh.yaml
+# The dataplane of one host as plain commands: no ovsmesh in it, none needed to run it.
+# It may be run again: it adds and corrects, and removes nothing. Links, routes and filter rules do not
+# outlive a reboot: run it at each boot, once Open vSwitch runs. `ovsmesh agent` takes over what it made,
+# and `ovsmesh cleanup` removes it.
+# Note: a note
+set -eu
+export LC_ALL=C PATH="${PATH:-/usr/bin:/bin}:/usr/sbin:/sbin"
+
+
+# --- what it needs, and what must not stand in its way
+die() { echo "$0: $*" >&2; exit 1; }
+[ "$(id -u)" = 0 ] || die 'run it as root'
+for tool in ip bridge sysctl ovs-vsctl ovs-ofctl nft; do
+  command -v "$tool" >/dev/null || die "$tool is not there: install iproute2, procps, nftables, openvswitch-switch"
+done
+there() { ip link show dev "$1" >/dev/null 2>&1; }
+marked() { ip link show dev "$1" | grep -qx ' *alias ovsmesh'; }
+if there kbr0 && ! marked kbr0; then die 'kbr0 is there and not ours (no alias ovsmesh): rename or delete it'; fi
+if ovs-vsctl --timeout=30 br-exists obr0 && [ -z "$(ovs-vsctl --timeout=30 br-get-external-id obr0 ovsmesh)" ]; then
+  die 'obr0 is there and not ours (no external_ids:ovsmesh): rename or delete it'
+fi
+
+# --- kbr0: the bridge that containers plug into
+if ! there kbr0; then
+  # Marked before it has its name, so that a half-made one is not taken for someone else's.
+  if there ovsmesh-new; then ip link del dev ovsmesh-new; fi
+  ip link add name ovsmesh-new address 0a:58:0a:61:01:01 mtu 1458 type bridge
+  ip link set dev ovsmesh-new alias ovsmesh
+  ip link set dev ovsmesh-new name kbr0
+fi
+ip link show dev kbr0 | grep -q 'link/ether 0a:58:0a:61:01:01 ' || ip link set dev kbr0 address 0a:58:0a:61:01:01
+ip link set dev kbr0 mtu 1458 up
+
+# --- a router for them, that sends no redirects and believes none
+sysctl -q -w net/ipv4/ip_forward=1
+sysctl -q -w net/ipv6/conf/all/forwarding=1
+sysctl -q -w net/ipv4/conf/all/send_redirects=0
+sysctl -q -w net/ipv4/conf/kbr0/send_redirects=0
+sysctl -q -w net/ipv4/conf/kbr0/rp_filter=2
+sysctl -q -w net/ipv4/conf/kbr0/accept_redirects=0
+sysctl -q -w net/ipv6/conf/kbr0/disable_ipv6=0
+sysctl -q -w net/ipv6/conf/kbr0/accept_dad=0
+sysctl -q -w net/ipv6/conf/kbr0/accept_ra=0
+sysctl -q -w net/ipv6/conf/kbr0/accept_redirects=0
+
+# --- what may come in, and what is masqueraded
+nft -f - <<'END'
+add table inet ovsmesh
+delete table inet ovsmesh
+table inet ovsmesh {
+  set peers4 { type ipv4_addr; elements = { 192.0.2.12 }; }
+  chain postrouting {
+    type nat hook postrouting priority 100; policy accept;
+    ip saddr { 10.97.1.0/24 } ip daddr != { 10.97.0.0/16, 224.0.0.0/4, 255.255.255.255 } oifname != "kbr0" masquerade fully-random comment "masquerade-v4 049ad25c"
+    ip6 saddr { fd00:97:1::/64 } ip6 daddr != { fd00:97::/32, ff00::/8 } oifname != "kbr0" masquerade fully-random comment "masquerade-v6 5d29163e"
+  }
+  chain input {
+    type filter hook input priority -5; policy accept;
+    iifname "kbr0" ip daddr 192.0.2.11 meta l4proto gre @th,16,16 0x6558 drop comment "tunnel-from-pod f9f5c707"
+    ip daddr 192.0.2.11 meta l4proto gre @th,16,16 0x6558 ip saddr != @peers4 drop comment "tunnel-not-peer cb0b6af3"
+  }
+  chain forward {
+    type filter hook forward priority -5; policy accept;
+    iifname "kbr0" ip daddr @peers4 meta l4proto gre @th,16,16 0x6558 drop comment "tunnel-from-pod 5a7a9d2d"
+  }
+}
+END
+nft -f - <<'END'
+add table bridge ovsmesh
+delete table bridge ovsmesh
+table bridge ovsmesh {
+  set peers4 { type ipv4_addr; elements = { 192.0.2.12 }; }
+  chain prerouting {
+    type filter hook prerouting priority -300; policy accept;
+    meta ibrname "kbr0" iifname != "obr0" ip saddr { 10.97.0.0/16 } ip saddr != { 10.97.1.0/24 } drop comment "spoof-range-v4 432d4d6c"
+    meta ibrname "kbr0" iifname != "obr0" ip saddr { 10.97.1.1 } drop comment "spoof-gateway-v4 315b0585"
+    meta ibrname "kbr0" iifname != "obr0" ip saddr 192.0.2.11 drop comment "spoof-tunnel-v4 e245a1ed"
+    meta ibrname "kbr0" iifname != "obr0" ip saddr @peers4 drop comment "spoof-peer-v4 f16b4e90"
+    meta ibrname "kbr0" iifname != "obr0" arp saddr ip { 10.97.0.0/16 } arp saddr ip != { 10.97.1.0/24 } drop comment "spoof-range-arp 00fd89b8"
+    meta ibrname "kbr0" iifname != "obr0" arp saddr ip { 10.97.1.1 } drop comment "spoof-gateway-arp e2dc977d"
+    meta ibrname "kbr0" iifname != "obr0" arp saddr ip 192.0.2.11 drop comment "spoof-tunnel-arp 81d06e6f"
+    meta ibrname "kbr0" iifname != "obr0" arp saddr ip @peers4 drop comment "spoof-peer-arp 1fc08af2"
+    meta ibrname "kbr0" iifname != "obr0" ip6 saddr { fd00:97::/32 } ip6 saddr != { fd00:97:1::/64 } drop comment "spoof-range-v6 7a7ff105"
+    meta ibrname "kbr0" iifname != "obr0" ip6 saddr { fd00:97:1::1 } drop comment "spoof-gateway-v6 e4eafe58"
+    meta ibrname "kbr0" iifname != "obr0" icmpv6 type nd-neighbor-advert @th,64,128 0xfd000097000100000000000000000001 drop comment "spoof-gateway-nd 789e5e32"
+  }
+}
+END
+
+# --- obr0: the switch, and one tunnel port for each peer, protected: never from peer to peer
+ovs-vsctl --timeout=30 --may-exist add-br obr0 \
+  -- set Bridge obr0 datapath_type=system fail_mode=standalone external_ids:ovsmesh=1 \
+  -- set Interface obr0 mtu_request=1458
+ovs-vsctl --timeout=60 \
+  -- --may-exist add-port obr0 gre-web2 -- set Port gre-web2 protected=true 'external_ids={ovsmesh="web2"}' -- set Interface gre-web2 type=gre 'options={remote_ip="192.0.2.12", local_ip="192.0.2.11", key="7"}'
+
+# --- to each peer by its MAC; from each peer only what it owns; nothing else
+ovs-ofctl --bundle add-flows obr0 - <<'END'
+cookie=0x6f76736d,priority=0,actions=drop
+cookie=0x6f76736d,priority=100,dl_dst=0a:58:0a:61:02:01,in_port=LOCAL,actions=output:"gre-web2"
+cookie=0x6f76736d,priority=100,dl_dst=0a:58:0a:61:01:01,in_port="gre-web2",ip,nw_src=10.97.2.0/24,actions=LOCAL
+cookie=0x6f76736d,priority=100,dl_dst=0a:58:0a:61:01:01,in_port="gre-web2",ipv6,ipv6_src=fd00:97:2::/64,actions=LOCAL
+cookie=0x6f76736d,priority=100,dl_dst=0a:58:0a:61:01:01,in_port="gre-web2",ip,nw_src=192.0.2.12,actions=LOCAL
+END
+
+# --- obr0 into kbr0, where nothing is flooded to it
+ip link set dev obr0 master kbr0 up
+bridge link set dev obr0 learning off flood off mcast_flood off bcast_flood off
+
+# --- addresses, and the way to each peer: no ARP crosses a tunnel
+ip -batch - <<'END'
+address replace 10.97.1.1/24 dev kbr0
+address replace fd00:97:1::1/64 dev kbr0 nodad
+neighbour replace 10.97.2.1 lladdr 0a:58:0a:61:02:01 dev kbr0 nud permanent protocol 111
+neighbour replace fd00:97:2::1 lladdr 0a:58:0a:61:02:01 dev kbr0 nud permanent protocol 111
+END
+bridge -batch - <<'END'
+fdb replace 0a:58:0a:61:02:01 dev obr0 master static
+END
+ip -batch - <<'END'
+route replace unreachable 10.97.0.0/16 proto 111 metric 4278198272
+route replace unreachable fd00:97::/32 proto 111 metric 4278198272
+route replace 10.97.2.0/24 via 10.97.2.1 dev kbr0 onlink proto 111 metric 111 mtu 1458
+route replace fd00:97:2::/64 via fd00:97:2::1 dev kbr0 onlink proto 111 metric 111 mtu 1458
+END
