@@ -40,7 +40,6 @@ class Host:
 
     def __init__(self, ovsdb: str, cni_dir: str = "", cni_bin_dir: str = "", docker: Docker | None = None) -> None:
         self.docker = docker
-        self._range_shared = bool(cni_dir)
         self.ovs = Ovs(ovsdb)
         self.net = Netlink()
         self.flows = FlowTable(run_dir(ovsdb))
@@ -109,7 +108,6 @@ class Host:
             forward_drop=self.firewall.forward_drop(),
             cni=self.cni.facts(),
             docker=self.docker.wanted() if self.docker else "",
-            range_shared=self._range_shared,
         )
 
     def _carried(self, link: str) -> bool:
