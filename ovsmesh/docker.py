@@ -97,9 +97,14 @@ class Docker:
 
     @property
     def busy(self) -> bool:
-        """Whether what is under way will ring when it ends."""
+        """Whether a restart is under way; it has deadlines of its own."""
+        return self._switch.busy
+
+    @property
+    def expecting(self) -> bool:
+        """Whether the daemon was not looked at yet, or is about to answer."""
         daemon = self._watch.daemon
-        return self._switch.busy or daemon is None or daemon.state == "starting"
+        return daemon is None or daemon.state == "starting"
 
     # reading
 

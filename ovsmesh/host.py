@@ -74,8 +74,13 @@ class Host:
 
     @property
     def busy(self) -> bool:
-        """Whether something is under way here whose end rings a bell."""
+        """Whether something is under way here that ends by itself, and rings then."""
         return any(room.busy for room in self._rooms())
+
+    @property
+    def expecting(self) -> bool:
+        """Whether something here is about to be known."""
+        return any(room.expecting for room in self._rooms())
 
     def dirty(self) -> None:
         """Makes the next observation read the system whole instead of trusting notifications."""

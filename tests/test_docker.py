@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import select
+import socket
+import threading
+import time
 
 import pytest
 from meshkit import FACTS, first, mesh_of, node, seen, want
 
 from ovsmesh import dockerrules, dockersettings
-from ovsmesh.dockerapi import Daemon
+from ovsmesh.dockerapi import Daemon, Watch
 from ovsmesh.mesh import dataplane
 from ovsmesh.model import Cni, CniPlugin, Dataplane, Foreign
 from ovsmesh.plan import plan
@@ -180,3 +185,121 @@ def test_only_dockers_own_rules_of_that_bridge_go() -> None:
     script = dockerrules.removal(left)
     assert script.startswith("*filter\n-D FORWARD -o docker0 -m") and script.count("COMMIT") == 2
     assert dockerrules.left({"filter": "", "nat": ""}, "docker0") == [] and dockerrules.removal([]) == ""
+
+
+class Listener:
+    """What holds a socket as a Docker daemon does, and answers each request with what a test says."""
+
+    def __init__(self, path, answers):
+        self.answers, self.asked = answers, []
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.bind(str(path))
+        self.sock.listen(20)
+        self.held = []
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            try:
+                there, _ = self.sock.accept()
+            except OSError:
+                return
+            self.held.append(there)
+            threading.Thread(target=self.talk, args=(there,), daemon=True).start()
+
+    def talk(self, there):
+        with contextlib.suppress(OSError):
+            while request := there.recv(4096):
+                path = request.split()[1].decode().partition("?")[0]
+                self.asked.append(path)
+                body = self.answers.get(path, b"{}")
+                if body is None:
+                    continue
+                there.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+        for there in self.held:
+            with contextlib.suppress(OSError):
+                there.shutdown(socket.SHUT_RDWR)
+            there.close()
+
+
+@contextlib.contextmanager
+def watched(path, answers):
+    listener, watch = Listener(path, {"/_ping": b"OK"} | answers), Watch(str(path))
+    try:
+        yield listener, watch
+    finally:
+        listener.close()
+        watch.close()
+
+
+def until(check, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.01)
+
+
+GOOD = json.dumps(
+    {
+        "IPAM": {"Config": [{"Subnet": "172.17.0.0/16"}]},
+        "Options": {"com.docker.network.bridge.name": "docker0", "com.docker.network.driver.mtu": "1500"},
+    }
+).encode()
+
+
+def test_a_daemon_is_read_and_its_end_and_return_are_seen(tmp_path) -> None:
+    path = tmp_path / "docker.sock"
+    about = {"/networks/bridge": GOOD, "/containers/json": b"[]", "/info": b'{"ServerVersion": "20.10.24"}'}
+    with watched(path, about) as (listener, watch):
+        until(lambda: watch.daemon and watch.daemon.state == "up")
+        assert watch.daemon.bridge == "docker0" and watch.daemon.mtu == 1500 and watch.daemon.version == "20.10.24"
+        assert select.select(watch.fds(), [], [], 0)[0] and watch.drain() and not watch.drain()
+        listener.close()
+        until(lambda: watch.daemon.state == "down")
+        path.unlink()
+        again = Listener(path, {"/_ping": b"OK"} | about)
+        try:
+            until(lambda: watch.daemon.state == "up")
+        finally:
+            again.close()
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"/info": b"[]"},
+        {"/info": b"[" * 50_000},
+        {"/info": b"\xff"},
+        {"/info": b"null"},
+        {"/_ping": b"nothing of the kind"},
+        {"/containers/json": b"{}"},
+    ],
+)
+def test_what_is_no_docker_brings_nothing_down(tmp_path, answers) -> None:
+    with watched(tmp_path / "s", answers) as (_, watch):
+        until(lambda: watch.daemon is not None and watch.daemon.state == "down")
+        assert watch.daemon.why
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"/networks/bridge": b'{"IPAM": {"Config": 7}, "Options": []}', "/containers/json": b"[1, null, {}]"},
+        {"/networks/bridge": b'{"IPAM": 5}', "/containers/json": b'[{"Names": ["/\\u001b[2Ja"], "Id": 5}]'},
+    ],
+)
+def test_odd_answers_are_read_as_far_as_they_go(tmp_path, answers) -> None:
+    with watched(tmp_path / "s", answers) as (_, watch):
+        until(lambda: watch.daemon is not None and watch.daemon.state == "up")
+        assert watch.daemon.subnets == () and all(name.isprintable() for name in watch.daemon.running)
+
+
+def test_a_daemon_that_does_not_answer_yet_is_starting(tmp_path) -> None:
+    with watched(tmp_path / "s", {"/_ping": None}) as (_, watch):
+        until(lambda: watch.daemon is not None)
+        assert watch.daemon.state == "starting"
