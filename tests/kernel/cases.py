@@ -356,5 +356,19 @@ def test_cleanup_leaves_nothing(lab: Lab) -> None:
     assert "10.97." not in ip(host, "neigh", "show", "nud", "all")
     assert "ovsmesh" not in host.run(["iptables-save"]).stdout
     assert str(ip_address(host.address)) in ip(host, "addr", "show", "eth0"), "the host's own address stays"
+
+
+def test_the_recipe_alone_joins_this_host_again(lab: Lab) -> None:
+    host = lab.host(1)
+    printed = host.ovsmesh("bootstrap", "--print", timeout=60)
+    assert printed.returncode == 0, printed.stderr
+    host.run(["sh", "-s"], timeout=60, text=printed.stdout)
+    host.plug()
+    plan = host.ovsmesh("plan", timeout=60)
+    assert (plan.returncode, plan.stdout) == (0, "nothing to change\n"), plan.stdout + plan.stderr
+    all_reach_all(lab)
+
+
+def test_the_lab_leaves_nothing(lab: Lab) -> None:
     proof = lab.down()
     assert proof.ok, str(proof)
