@@ -189,7 +189,10 @@ class Cluster:
     # ------------------------------------------------------------ traces
 
     def remember(self) -> None:
-        """What each node has by now is no trace of ovsmesh."""
+        """What each node has by now is no trace of ovsmesh: kube-proxy's rules too, which come some time after it."""
+        for node in self.nodes.values():
+            rules = ["iptables", "-w", "-S", "FORWARD"]
+            eventually(lambda: "KUBE-FORWARD" in node.run(rules, check=False), 60, f"kube-proxy of {node.name}")  # noqa: B023
         self._before = {name: _state(node) for name, node in self.nodes.items()}
 
     def traces(self, node: KubeNode) -> set[str]:
