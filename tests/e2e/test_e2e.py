@@ -188,7 +188,7 @@ def test_the_image_holds_no_more_than_it_needs(story: Cluster) -> None:
 def test_rolling_the_agents_loses_nothing(story: Cluster, figure: Figure) -> None:
     pods = serving(story, 6)
     before = {pod["metadata"]["uid"] for pod in story.pods("ovsmesh", "app.kubernetes.io/component=agent")}
-    with Prober(pairs_across(story, pods), 0.006) as stream:
+    with Prober(pairs_across(story, pods), 0.012) as stream:
         began = time.monotonic()
         story.plane.kubectl("rollout", "restart", "--namespace=ovsmesh", "daemonset/ovsmesh-agent")
         wait = ["--namespace=ovsmesh", "daemonset/ovsmesh-agent", "--timeout=150s"]
