@@ -1,5 +1,5 @@
-# One image for the agent, the controller and the switch's DaemonSet. Any Debian 12 or Ubuntu 22.04 base or newer
-# with Python 3.11; `make image BASE=… TAG=…`. What the base trusts (/etc/ssl/certs) is what the build trusts,
+# One image for the agent, the controller and the switch's DaemonSet. Any base of Debian 12 or
+# Ubuntu 24.04 or newer; `make image BASE=… TAG=…`. What the base trusts (/etc/ssl/certs) is what the build trusts,
 # so behind a proxy that opens TLS a base that knows its authority is all that is needed.
 ARG BASE=debian:12-slim
 
@@ -30,7 +30,8 @@ RUN export DEBIAN_FRONTEND=noninteractive && \
         containernetworking-plugins iproute2 iptables kmod nftables openvswitch-switch python3 && \
     find /usr/lib/cni -type f ! -name bridge ! -name host-local ! -name loopback ! -name portmap -delete && \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/* \
-        /etc/openvswitch/* /var/lib/openvswitch/* /usr/share/doc/* /usr/share/man/*
+        /etc/openvswitch /var/lib/openvswitch /usr/share/doc/* /usr/share/man/* && \
+    mkdir /etc/openvswitch /var/lib/openvswitch
 COPY --from=build /opt/ovsmesh /opt/ovsmesh
 ENV PATH=/opt/ovsmesh/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin PYTHONUNBUFFERED=1
 ARG VERSION=dev

@@ -36,11 +36,12 @@ test: setup-dev lint test-unit test-kube test-lab test-kernel test-e2e ## everyt
 test-unit: setup-dev ## tests that need neither root nor Open vSwitch in namespaces
 	$(PYTEST) -n 2 -m 'not lab and not kernel and not kube and not e2e'
 
-# Built first and on its own, so that nobody waits in silence. Labs come after the rest: one at a time.
+# Built first and on its own, so that nobody waits in silence. Three at once, as they wait most of the time; labs after
+# them, one at a time.
 test-kube: setup-dev ## tests on a real Kubernetes control plane, built once with Go (10 minutes; root for some)
 	@$(BIN)/python tests/kube/binaries.py --ahead
 	$(ROOTLY)
-	$(ROOT) $(PYTEST) -n 2 -m 'kube and not lab' tests/kube
+	$(ROOT) $(PYTEST) -n 3 -m 'kube and not lab' tests/kube
 	$(ROOT) $(PYTEST) -m 'kube and lab' tests/kube
 
 test-lab: setup-dev ## tests on real Open vSwitch in network namespaces (root)
@@ -61,7 +62,7 @@ TOOL ?=
 image: ## the container image, by docker, podman or buildah: BASE=debian:12-slim TAG=ovsmesh:dev
 	@scripts/image.sh '$(BASE)' '$(TAG)' $(TOOL)
 
-bench: setup ## the figures that README shows, as a table and as JSON (root)
+bench: setup-dev ## the figures that README shows, as a table and as JSON (root)
 	$(ROOTLY)
 	$(ROOT) $(BIN)/python scripts/bench.py
 

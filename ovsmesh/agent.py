@@ -274,10 +274,10 @@ class Agent:
         end = time.monotonic() + deadline
         self._turn_and_publish(publish)
         while (time.monotonic() < end or self._host.busy) and self.runtime.failures < _ONCE_TRIES:
-            if self._host.busy:
+            if self._host.busy or self._host.expecting:
                 self._host.wait(self._source.fds(), SYSCTL_POLL)
                 self._source.drain()
-                if not self._host.drain() and self._host.busy:
+                if not self._host.drain():
                     continue
             elif not self._outdated:
                 if self.last.converged or self._retry_at >= end:

@@ -29,8 +29,7 @@ from ovsmesh.turn import Turn, around, report
 
 _FIRST_LOOK = 5.0
 """Seconds for a Docker daemon to say where it is."""
-_DOCKER_BACK = 3 * 3600.0
-"""Longer than any restart of Docker, which has deadlines of its own."""
+_STEP = 0.2
 _SETTLE = 10.0
 """Seconds for obr0's device to go: at once for a thousand ports, 5 s and more for five thousand."""
 _PROOF = tuple(kind for kind in KINDS if kind not in ("sysctls", "restore_wait"))
@@ -41,19 +40,14 @@ def opened(options: Options, state: StateDir, removing: bool = False) -> Iterato
     """The host, connected, with whatever was under way on it settled."""
     host = options.host(state, removing=removing)
     try:
-        _settle(host, _FIRST_LOOK)
+        end = time.monotonic() + _FIRST_LOOK
+        while host.expecting and time.monotonic() < end:
+            host.wait((), _STEP)
+            host.drain()
         host.ovs.connect()
         yield host
     finally:
         host.close()
-
-
-def _settle(host: Host, patience: float) -> None:
-    """Waits until nothing is under way on this host."""
-    end = time.monotonic() + patience
-    while host.busy and time.monotonic() < end:
-        host.wait((), min(0.2, max(0.0, end - time.monotonic())))
-        host.drain()
 
 
 def snapshot(options: Options) -> Snapshot:
@@ -217,7 +211,10 @@ def _restore_docker(docker: Docker, host: Host) -> list[Problem]:
     if why:
         raise OvsmeshError(why)
     told = docker.restore()
-    _settle(host, _DOCKER_BACK)
+    while host.busy:
+        # a restart has deadlines of its own
+        host.wait((), _STEP)
+        host.drain()
     return [Problem("DockerNotRestored", text) for text in [docker.restored()] if text] + [
         Problem("Docker", text, fatal=False) for text in told
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ovsmesh.model import KBR, Cni, CniPlugin, Foreign, IPNetwork, Problem
@@ -65,18 +66,30 @@ def writable(plugins: Sequence[CniPlugin]) -> bool:
     return not missing(plugins) and bool(versions(_used(plugins)))
 
 
-def wanted(cni: Cni, pod_cidrs: Sequence[IPNetwork], gateways: Sequence[str], mtu: int) -> dict[str, str]:
-    """The conflist by its file name; none where plugins lack.
+def wanted(
+    cni: Cni,
+    pod_cidrs: Sequence[IPNetwork],
+    gateways: Sequence[str],
+    mtu: int,
+    ends: Mapping[IPNetwork, str] = MappingProxyType({}),
+) -> dict[str, str]:
+    """The conflist by its file name; none where plugins lack. `ends`: see render().
 
     One that is there stays while they do: without a conflist no pod could even be deleted.
     """
     if not writable(cni.plugins):
         return {FILE: cni.kept} if cni.kept else {}
-    return {FILE: render(_used(cni.plugins), pod_cidrs, gateways, mtu)}
+    return {FILE: render(_used(cni.plugins), pod_cidrs, gateways, mtu, ends)}
 
 
-def render(plugins: Sequence[CniPlugin], pod_cidrs: Sequence[IPNetwork], gateways: Sequence[str], mtu: int) -> str:
-    """The conflist's text.
+def render(
+    plugins: Sequence[CniPlugin],
+    pod_cidrs: Sequence[IPNetwork],
+    gateways: Sequence[str],
+    mtu: int,
+    ends: Mapping[IPNetwork, str] = MappingProxyType({}),
+) -> str:
+    """The conflist's text. `ends`: the last address that may be given out of a range whose rest is Docker's.
 
     kbr0's address, MAC and masquerade are the agent's: the plugin only plugs. A pod's default route goes to the
     gateway that host-local tells with each address, and host-local never hands that one out.
@@ -86,7 +99,8 @@ def render(plugins: Sequence[CniPlugin], pod_cidrs: Sequence[IPNetwork], gateway
     ranges: dict[int, list[dict[str, str]]] = {}
     for cidr, gateway in zip(pod_cidrs, gateways, strict=True):
         # one address out of each set: one of each family
-        ranges.setdefault(cidr.version, []).append({"subnet": str(cidr), "gateway": gateway})
+        end = {"rangeEnd": ends[cidr]} if cidr in ends else {}
+        ranges.setdefault(cidr.version, []).append({"subnet": str(cidr), "gateway": gateway, **end})
     routes = [{"dst": "0.0.0.0/0" if family == 4 else "::/0"} for family in ranges]
     bridge = {
         "type": "bridge",

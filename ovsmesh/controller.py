@@ -242,7 +242,7 @@ class Controller:
         assert seen.mesh is not None
         if self._mesh.widen(seen.mesh, seen.nodes.values(), now):
             # the watch brings it back within moments; until then the new Nodes would be refused
-            self._look_at = self._survey_at = self._again_at = now + _WIDENED
+            self._survey_at = self._again_at = now + _WIDENED
             return
         there = self._slice_writer.now(seen.slices)
         # Of a Node only the first fields count here: the rest are the echoes of our own writes.

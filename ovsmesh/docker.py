@@ -97,9 +97,14 @@ class Docker:
 
     @property
     def busy(self) -> bool:
-        """Whether what is under way will ring when it ends."""
+        """Whether a restart is under way; it has deadlines of its own."""
+        return self._switch.busy
+
+    @property
+    def expecting(self) -> bool:
+        """Whether the daemon was not looked at yet, or is about to answer."""
         daemon = self._watch.daemon
-        return self._switch.busy or daemon is None or daemon.state == "starting"
+        return daemon is None or daemon.state == "starting"
 
     # reading
 
@@ -112,16 +117,15 @@ class Docker:
     def wanted(self) -> str:
         """ "replace", "keep" or "": what facts say of Docker here."""
         daemon = self._watch.daemon
-        if daemon is None:
-            return ""
         if self._options.mode == "replace":
-            there = daemon.state != "down" or shutil.which("dockerd") or os.path.exists(self._file.real)
-            return "replace" if there or self._switch.busy else ""
+            # told before the daemon was looked at, as CNI's range hangs on it
+            there = (self._file.real, self._options.socket)
+            return "replace" if shutil.which("dockerd") or any(map(os.path.exists, there)) else ""
         try:
             says = self._read()[2].get("bridge")
         except OvsmeshError:
             says = ""
-        return "keep" if KBR in (daemon.bridge, says) else ""
+        return "keep" if KBR in (daemon.bridge if daemon else "", says) else ""
 
     def observe(self, want: Dataplane, kernel: Kernel) -> Seen:
         daemon = self._watch.daemon

@@ -131,7 +131,7 @@ class Watch:
             except FileNotFoundError:
                 self._publish(Daemon("down", f"there is no socket {self._path}", read_at=started))
                 pause = _LATE
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                 text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 self._publish(Daemon("down", f"{self._path}: {text or 'closed'}", read_at=started))
                 if time.monotonic() - started > _SOON:
@@ -156,16 +156,18 @@ class Watch:
             events.connect()
             self._await(events.sock, started)
             what = json.dumps(_EVENTS).replace(" ", "").replace('"', "%22")
+            sock = events.sock
             events.request("GET", f"/events?filters={what}")
-            events.getresponse()
+            # the stream is read by hand from here on
+            stream = events.getresponse()
             while not self._over():
                 began = time.monotonic()
                 self._publish(_read(self._path, began))
-                select.select([events.sock, self._told], [], [])
+                select.select([sock, self._told], [], [])
                 _take(self._told)
-                if select.select([events.sock], [], [], 0.0)[0]:
+                if select.select([sock], [], [], 0.0)[0]:
                     # what it says does not matter: all is read again
-                    if not events.sock.recv(1 << 16):
+                    if stream.isclosed() or not sock.recv(1 << 16):
                         raise OSError("dockerd has ended")
                     select.select([self._told], [], [], _COALESCE)
 
@@ -181,8 +183,8 @@ class Watch:
                 select.select([sock.fileno(), self._told], [], [], max(0.0, end - time.monotonic()))
                 _take(self._told)
         answer = b""
-        while not re.search(rb"\r\n\r\nOK", answer):
-            more = sock.recv(4096)
+        while not (body := answer.partition(b"\r\n\r\n")[2]).startswith(b"OK"):
+            more = sock.recv(4096) if body in (b"", b"O") else b""
             if not more or len(answer) > 1 << 16:
                 raise OSError("what answers is no Docker")
             answer += more
@@ -205,12 +207,13 @@ def _read(path: str, began: float) -> Daemon:
             name = _name(one)
             names.append(name)
             if len(names) <= _INSPECTED:
-                about = _get(api, f"/containers/{_NAME.sub('', str(one.get('Id')))}/json", {})
+                about = _get(api, f"/containers/{_NAME.sub('', str(_dict(one).get('Id')))}/json", {})
                 policy = _dict(_dict(about.get("HostConfig")).get("RestartPolicy")).get("Name")
                 if policy in ("always", "unless-stopped"):
                     returning.append(name)
     options = _dict(bridge.get("Options"))
-    configs = [c for c in _dict(bridge.get("IPAM")).get("Config") or [] if isinstance(c, dict)]
+    told = _dict(bridge.get("IPAM")).get("Config")
+    configs = [c for c in told if isinstance(c, dict)] if isinstance(told, list) else []
     found = _process(pid)
     mtu = str(options.get("com.docker.network.driver.mtu", "0"))
     return Daemon(

@@ -12,7 +12,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +56,8 @@ class Restart:
         self._argv = argv
         self._child: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the child
+        # in memory, as the disk may be full
+        self._said = open(os.memfd_create("docker-restart"), "w+b", buffering=0)  # noqa: SIM115
         self.identity = (0, 0)
         self._ended = 0.0
         self._deadline = 0.0

@@ -33,10 +33,15 @@ _DEFAULTS = frozenset(f"172.{n}.0.1/16" for n in range(17, 32))
 _FLAGS = {"-b": "bridge"}
 
 
-def half(cidr: IPNetwork, upper: bool) -> IPNetwork:
-    """A pod CIDR's half: Docker has the upper one where CNI gives out addresses too, which has the lower."""
-    lower, higher = cidr.subnets(1)
-    return higher if upper else lower
+def share(cidrs: Iterable[IPNetwork], facts: Facts) -> dict[IPNetwork, IPNetwork]:
+    """Pod CIDR → the upper half of it, which is Docker's where CNI gives out addresses too: neither asks the other.
+
+    In IPv6 both have all: Docker's addresses hold its containers' MACs, CNI's are counted from the range's start.
+    """
+    first = next((c for c in cidrs if isinstance(c, IPv4Network) and c.prefixlen < 30), None)
+    if first is None or not facts.docker or facts.cni is None:
+        return {}
+    return {first: list(first.subnets(1))[1]}
 
 
 def desired(me: Node, facts: Facts, mtu: int) -> dict[str, str]:
@@ -50,14 +55,13 @@ def desired(me: Node, facts: Facts, mtu: int) -> dict[str, str]:
     if not facts.docker or not own4:
         return {}
     want = {"bridge": KBR, "mtu": str(mtu)}
+    for part in share(own4, facts).values():
+        want["fixed-cidr"] = str(part)
     if facts.docker == "keep":
         return want
     ipv6 = bool(own6) and facts.ipv6
-    if facts.range_shared:
-        want["fixed-cidr"] = str(half(own4[0], upper=True))
     if ipv6:
-        want["ipv6"] = "true"
-        want["fixed-cidr-v6"] = str(half(own6[0], upper=True) if facts.range_shared else own6[0])
+        want |= {"ipv6": "true", "fixed-cidr-v6": str(own6[0])}
     want[DAEMON] = _daemon_text(KBR, [str(own4[0])], ipv6, mtu)
     return want
 

@@ -65,7 +65,7 @@ class Switch:
     def text(self) -> str:
         """What is under way."""
         if self._job is None:
-            return "a switch of Docker was cut off; the agent goes on with it when it runs"
+            return "Docker is amid a switch, or was when an agent was killed: the agent goes on with it"
         return f"{'putting the old daemon.json back: ' if self._kind == 'rollback' else ''}{self._job.text()}"
 
     def begin(self, changes: Mapping[str, object], config: Config, mark: Mark | None, wanted: str) -> None:

@@ -40,7 +40,6 @@ class Host:
 
     def __init__(self, ovsdb: str, cni_dir: str = "", cni_bin_dir: str = "", docker: Docker | None = None) -> None:
         self.docker = docker
-        self._range_shared = bool(cni_dir)
         self.ovs = Ovs(ovsdb)
         self.net = Netlink()
         self.flows = FlowTable(run_dir(ovsdb))
@@ -75,8 +74,13 @@ class Host:
 
     @property
     def busy(self) -> bool:
-        """Whether something is under way here whose end rings a bell."""
+        """Whether something is under way here that ends by itself, and rings then."""
         return any(room.busy for room in self._rooms())
+
+    @property
+    def expecting(self) -> bool:
+        """Whether something here is about to be known."""
+        return any(room.expecting for room in self._rooms())
 
     def dirty(self) -> None:
         """Makes the next observation read the system whole instead of trusting notifications."""
@@ -109,7 +113,6 @@ class Host:
             forward_drop=self.firewall.forward_drop(),
             cni=self.cni.facts(),
             docker=self.docker.wanted() if self.docker else "",
-            range_shared=self._range_shared,
         )
 
     def _carried(self, link: str) -> bool:

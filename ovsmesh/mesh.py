@@ -239,6 +239,14 @@ def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
     return found
 
 
+def _conflist(cidrs: list[IPNetwork], facts: Facts, mtu: int) -> dict[str, str]:
+    """The conflist; with Docker on this node, of the range that is not Docker's."""
+    assert facts.cni is not None
+    theirs = dockersettings.share(cidrs, facts)
+    ends = {cidr: str(part.network_address - 1) for cidr, part in theirs.items()}
+    return conflist.wanted(facts.cni, cidrs, [str(gateway(c)) for c in cidrs], mtu, ends)
+
+
 def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tuple[Problem, ...]]:
     """The desired dataplane of `self_name`, and what in the mesh or on the host is not as it should be.
 
@@ -272,7 +280,7 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
         addresses={f"{gateway(c)}/{c.prefixlen}": KBR for c in cidrs},
         rules=filters.rules(mesh, me, facts),
         docker=dockersettings.desired(me, facts, w.mtu),
-        cni=conflist.wanted(facts.cni, cidrs, [str(gateway(c)) for c in cidrs], w.mtu) if facts.cni else {},
+        cni=_conflist(cidrs, facts, w.mtu) if facts.cni else {},
         **grows,
     )
     return want, (*_problems(mesh, me, facts, w.mtu), *refused)

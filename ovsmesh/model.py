@@ -137,8 +137,6 @@ class Facts:
     """None: CNI is left alone."""
     docker: str = ""
     """"replace": Docker is to be on kbr0; "keep": it is there, and its file is to say so; "": none of our business."""
-    range_shared: bool = False
-    """Whether CNI gives out addresses of the pod CIDR too, so that Docker may have a half of it only."""
 
 
 class Link(NamedTuple):

@@ -115,31 +115,36 @@ def serve(options: Options, stop_fd: int) -> None:
             notifier = Notifier()
             agent, tells, home = ending.enter_context(_agent(options, state, _All(board, notifier), 1.0))
             ending.callback(notifier.close)
+            told = run_dir(options.ovsdb) / REMOVING
+            with contextlib.suppress(OSError):
+                told.unlink()
             agent.run([stop_fd, home.fd] if home else [stop_fd], tells)
             leaving = home is not None and home.ask()
+            if leaving:
+                log.warning("the Namespace that this agent is of is being deleted: removing all of ours from this node")
+                with contextlib.suppress(OSError):
+                    told.touch()
         if leaving:
-            log.warning("the Namespace that this agent is of is being deleted: removing all of ours from this node")
-            _remove(options, state, stop_fd)
+            try:
+                _remove(options, state, stop_fd)
+            finally:
+                with contextlib.suppress(OSError):
+                    told.unlink()
+            # to end before being told to would have us started anew
+            readable([stop_fd], _FOR_EVER)
 
 
 def _remove(options: Options, state: StateDir, stop_fd: int) -> None:
-    """Removes all of ours, again until nothing is left or there is no more time; then waits to be told to end.
-
-    To end before that would have us started anew.
-    """
-    told = run_dir(options.ovsdb) / REMOVING
-    with contextlib.suppress(OSError):
-        told.touch()
-    try:
-        while True:
+    """Removes all of ours, again until nothing is left or there is no more time."""
+    while True:
+        try:
             lines, clean = commands.remove(options, state)
-            for line in lines:
-                log.info("%s", line)
-            if clean or readable([stop_fd], _AGAIN):
-                break
-    finally:
-        told.unlink(missing_ok=True)
-    readable([stop_fd], _FOR_EVER)
+        except OvsmeshError as error:
+            lines, clean = [str(error)], False
+        for line in lines:
+            log.info("%s", line)
+        if clean or readable([stop_fd], _AGAIN):
+            return
 
 
 def once(options: Options) -> Turn:

@@ -30,7 +30,7 @@ class FakeHost:
         self.unknown = frozenset()
         self.switch_up = True
         self.switch_lost = False
-        self.busy = False
+        self.busy = self.expecting = False
         self.ovs = SimpleNamespace(version="3.1.0")
         self.plans = []
         self.fails = 0

@@ -190,8 +190,8 @@ def _moves(plan: Plan, cluster: ClusterLab, new: Host) -> tuple[list[float], lis
             cluster.set_address(new, address)
             labnet.wait_for(f"ports to {address}", lambda at=address: _all_to(cluster, new, at), _TIMEOUT)  # type: ignore[misc]
             _until_passing(cluster, stream, time.time())
+            took.append(max(_passing(track, since) for track in stream.tracks) - since)
             time.sleep(0.5)
-        took.append(max(_passing(track, since) for track in stream.tracks) - since)
         dark.append(max((outage.seconds for track in stream.tracks for outage in track.outages(since)), default=0.0))
     labnet.wait_for("three agents that are converged again", lambda: len(cluster.converged()) == 3, 30)
     if pids != [cluster.pid(host.name) for host in cluster.lab.hosts]:

@@ -5,6 +5,7 @@ The ways are those of tests/kube (outagekit), for longer. Beside each the same s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from between import FAULTS, STALL
@@ -13,6 +14,9 @@ from outagekit import Storm, storm
 from benchlib.figures import Figure
 from benchlib.kubestage import cluster_lab
 from benchlib.stage import Plan
+
+_HEALTHY = 6.0
+"""Seconds for which a watch must have lived to be followed by another at once."""
 
 
 def bench(plan: Plan) -> list[Figure]:
@@ -65,8 +69,14 @@ def _ways(plan: Plan, s: Storm) -> list[tuple[str, int, Callable[[], None]]]:
         ("leader stalls mid-write, past its lease", 1, s.leader_stalls),
         ("tokens rotate", plan.tries(3, 1), s.tokens_rotate),
     ]
+
+    def put_in(fault: str) -> None:
+        # one after the other soon is a server that cuts all, for which agents wait longer and longer
+        time.sleep(_HEALTHY)
+        s.watch_fault(fault)
+
     for fault in FAULTS:
-        ways.append((f"watches get {fault}", plan.tries(5, 1), lambda fault=fault: s.watch_fault(fault)))  # type: ignore[misc]
+        ways.append((f"watches get {fault}", plan.tries(5, 1), lambda fault=fault: put_in(fault)))  # type: ignore[misc]
     if not plan.quick:
         ways.append((f"watches get {STALL}", 1, lambda: s.watch_fault(STALL)))
     return ways

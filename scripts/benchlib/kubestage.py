@@ -173,9 +173,10 @@ class KubeStage(Stage):
         labnet.wait_for(f"{count} members in slices", lambda: self.admin.members() == count, timeout, every=0.05)
 
     def ready(self, timeout: float = 60.0) -> None:
-        labnet.wait_for(
-            "the agent to be ready", self.host.ready, timeout, every=0.02, hint=self.cluster.log(self.host.name)[-500:]
-        )
+        try:
+            super().ready(timeout)
+        except LabError as error:
+            raise LabError(f"{error}\n{self.cluster.logs(10)}") from error
 
     def forget(self) -> None:
         """Ends the agent and removes all that it made and knew."""

@@ -1,6 +1,7 @@
 """A thousand watching agents and more: how soon the last of them has a join, and what it costs the API server.
 
-One load process (watchload) holds the watches, on the same two cores as the API server, etcd and the controller.
+One load process (watchload) holds the watches, all with one agent's token, on the same two cores as the API
+server, etcd and the controller.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _at(plan: Plan, s: KubeStage, load: Watchers, count: int, first: int) -> lis
     used = cpu_seconds(server)
     load.say(f"more {count}")
     opened = load.hear()
-    plan.progress(f"  {opened['open']} watches open after {opened['seconds']:.1f} s")
+    plan.progress("  {open} watches open after {seconds:.1f} s, {refused} refused at first".format(**opened))
     opening = cpu_seconds(server) - used
     time.sleep(3)
     pids = {

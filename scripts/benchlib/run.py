@@ -84,11 +84,12 @@ def _arguments() -> argparse.Namespace:
     listed = "\n".join(f"  {name:15} {about}" for name, (_, about) in BENCHES.items())
     parser = argparse.ArgumentParser(
         prog="bench.py",
-        description=f"Measures ovsmesh in network namespaces of its own (root). Benches:\n{listed}",
+        description=f"Measures ovsmesh in network namespaces of its own (root). Benches:\n{listed}\n"
+        "Those of Kubernetes start a real control plane, which is built with Go the first time (10 minutes).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", choices=list(BENCHES), metavar="NAME", help="only these benches")
-    parser.add_argument("--quick", action="store_true", help="fewer tries and shorter waits: 4 minutes in place of 20")
+    parser.add_argument("--quick", action="store_true", help="fewer tries and shorter waits: 10 minutes in place of 40")
     parser.add_argument("--big", action="store_true", help="5,000 peers too")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="numbers of peers (default 100 300 1000)")
     parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="PATH", help="default: bench.json")

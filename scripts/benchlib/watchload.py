@@ -2,15 +2,16 @@
 
     watchload.py KUBECONFIG      commands on stdin, one answer a line on stdout, JSON
 
-    more N      opens watches until there are N       → {"open": N, "seconds": …}
+    more N      opens watches until there are N       → {"open": N, "seconds": …, "refused": …}
     expect NAME the next member                       → {"ready": NAME}, then, when every watch has had an event
                                                         with it, {"name": NAME, "times": [seconds, …]} (sorted)
 
-Times are CLOCK_MONOTONIC at which this process read the bytes, so its own queue is in them. Imports kubeconfig only.
+Times are CLOCK_MONOTONIC at which this process read the bytes, so its own queue is in them. Imports kube only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import select
@@ -20,7 +21,7 @@ import sys
 import time
 from typing import Any
 
-from ovsmesh.kubeconfig import load
+from ovsmesh.kube import Api, load
 
 _PATH = "/apis/ovsmesh.io/v1alpha1/meshslices"
 _QUERY = "labelSelector=ovsmesh.io%2Fmesh%3Ddefault&allowWatchBookmarks=true&timeoutSeconds=3600&watch=1"
@@ -56,15 +57,12 @@ class Load:
         return found
 
     def version(self) -> str:
-        sock = self._connect()
-        found = self._request(sock, f"{_PATH}?limit=1")
-        while b'"resourceVersion":"' not in found:
-            found += sock.recv(65536)
-        sock.close()
-        return found.split(b'"resourceVersion":"', 1)[1].split(b'"', 1)[0].decode()
+        """Of the whole list, so that a watch from there begins with nothing."""
+        with contextlib.closing(Api(self.config)) as api:
+            return list(api.pages(_PATH))[-1].version
 
     def more(self, count: int) -> None:
-        began, version = time.monotonic(), self.version()
+        began, version, refused = time.monotonic(), self.version(), 0
         while len(self.open) < count:
             sock = self._connect()
             found = self._request(sock, f"{_PATH}?{_QUERY}&resourceVersion={version}")
@@ -73,6 +71,7 @@ class Load:
                 if time.monotonic() - began > 120:
                     self.tell({"error": found[:300].decode(errors="replace")})
                     return
+                refused += 1
                 time.sleep(0.2)
                 continue
             sock.setblocking(False)
@@ -80,7 +79,7 @@ class Load:
             self.epoll.register(sock.fileno(), select.EPOLLIN)
             if len(self.open) % 100 == 0:
                 self.look(0)
-        self.tell({"open": len(self.open), "seconds": time.monotonic() - began})
+        self.tell({"open": len(self.open), "seconds": time.monotonic() - began, "refused": refused})
 
     def tell(self, found: dict[str, Any]) -> None:
         print(json.dumps(found), flush=True)

@@ -37,6 +37,23 @@ def dockers(module_lab: Callable[..., Lab]) -> Iterator[tuple[Lab, list[Docker]]
         shutil.rmtree(base, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def meshed(dockers: tuple[Lab, list[Docker]]) -> Iterator[tuple[Lab, Docker]]:
+    """The first host, with its mesh up; its Docker is not touched yet."""
+    made, found = dockers
+    done = found[0].host.ovsmesh("agent", "--once", "--docker", "off", timeout=60)
+    assert done.returncode == 0, done.stderr
+    yield made, found[0]
+    found[0].reset()
+
+
+@pytest.fixture
+def calm(meshed: tuple[Lab, Docker]) -> tuple[Lab, Docker]:
+    """The mesh is up on the first host, and its Docker is on docker0."""
+    meshed[1].calm()
+    return meshed
+
+
 @pytest.fixture
 def fresh(dockers: tuple[Lab, list[Docker]]) -> Iterator[tuple[Lab, list[Docker]]]:
     """No agent, no container, Docker on docker0 by a file that says nothing; after the test so again."""

@@ -50,6 +50,12 @@ def stop(directory: Path, how: int = signal.SIGTERM) -> None:
             select.select([fd], [], [], 5.0)
     finally:
         os.close(fd)
+    if how == signal.SIGKILL:
+        # its own containerd stays, and keeps the next one from starting
+        left = directory / "exec/containerd/containerd.pid"
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(left.read_text()), signal.SIGKILL)
+        left.unlink(missing_ok=True)
     # a killed daemon leaves it, and where nobody reaps the dead its number is taken for a living one's
     (directory / "docker.pid").unlink(missing_ok=True)
 

@@ -340,3 +340,16 @@ def test_a_node_that_is_renumbered_takes_its_docker_along(fresh: Dockers) -> Non
     finally:
         lab.write_mesh()
     assert docker.config.read_text() == "{}\n" and docker.on("docker0")
+
+
+def test_docker_and_cni_on_one_node_give_out_different_addresses(fresh: Dockers) -> None:
+    lab, (docker, _) = fresh
+    nets = docker.dir / "net.d"
+    nets.mkdir(exist_ok=True)
+    replace(docker, "--cni-dir", str(nets))
+    settled(lab, [docker])
+    found = json.loads((nets / "10-ovsmesh.conflist").read_text())["plugins"][0]["ipam"]["ranges"]
+    assert found[0] == [{"subnet": "10.97.1.0/24", "gateway": "10.97.1.1", "rangeEnd": "10.97.1.127"}]
+    for name in ("a1", "a2"):
+        assert 128 <= int(docker.run(name).split(".")[3]) < 255
+    assert docker.mtu("a1") == MTU and docker.ping("a1", docker.address("a2"), MTU - 28)

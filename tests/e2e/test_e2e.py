@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubecluster import Cluster, eventually, mebibytes
+from kubecluster import Cluster, eventually, mebibytes, processes
 
 from ovsmesh import labnet
 from ovsmesh.labping import Pair, Prober, ping
@@ -172,6 +172,19 @@ def test_what_it_takes(story: Cluster, figure: Figure) -> None:
         assert restarts == 0, f"{component}: {restarts} restarts"
 
 
+def test_the_image_holds_no_more_than_it_needs(story: Cluster) -> None:
+    (one, *_) = story.pods("ovsmesh", "app.kubernetes.io/component=controller")
+    pids = [pid for pid in processes(one["metadata"]["uid"]) if any("ovsmesh" in w for w in labnet.command_line(pid))]
+    assert len(pids) == 1
+    uids = Path(f"/proc/{pids[0]}/status").read_text().split("Uid:")[1].split()[:4]
+    assert set(uids) == {"65534"}, "the controller is nobody"
+    root = Path(f"/proc/{pids[0]}/root")
+    tools = ("usr/bin/gcc", "usr/bin/make", "usr/bin/pip3", "opt/ovsmesh/bin/pip", "var/lib/apt/lists/lock")
+    assert [tool for tool in tools if (root / tool).exists()] == []
+    # one system id for every node of every cluster
+    assert list((root / "etc/openvswitch").glob("*")) == []
+
+
 def test_rolling_the_agents_loses_nothing(story: Cluster, figure: Figure) -> None:
     pods = serving(story, 6)
     before = {pod["metadata"]["uid"] for pod in story.pods("ovsmesh", "app.kubernetes.io/component=agent")}
@@ -189,6 +202,17 @@ def test_rolling_the_agents_loses_nothing(story: Cluster, figure: Figure) -> Non
     figure(f"agents rolled in {took:.1f} s: {sum(t.lost for t in stream.tracks)} of {sent} packets lost")
     assert not lost
     assert sent > 1000
+    all_reach_all(story, pods)
+
+
+def test_pods_are_back_when_their_bridge_was_deleted(story: Cluster, figure: Figure) -> None:
+    pods = serving(story, 6)
+    with Prober(pairs_across(story, pods), 0.02) as stream:
+        at = time.time()
+        story.nodes["node2"].run(["ip", "link", "del", "kbr0"])
+        assert stream.wait(at, 30.0, run=5), "the pods of node2 have no network any more"
+    longest = max((outage.seconds for track in stream.tracks for outage in track.outages(at)), default=0.0)
+    figure(f"kbr0 of a node deleted: its running pods unreachable for {longest:.2f} s at most")
     all_reach_all(story, pods)
 
 

@@ -1,0 +1,79 @@
+"""An agent whose Namespace is being deleted: it removes all of ours, and says so to who runs the switch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import pytest
+
+from ovsmesh import commands, service
+from ovsmesh.model import OvsmeshError
+
+
+class Fake:
+    """Everything that an agent has around it, as far as its end goes; `seen` is what happened, in order."""
+
+    def __init__(self, folder, left):
+        self.left, self.seen = list(left), []
+        self.marker = folder / service.REMOVING
+        self.stop, self.write = os.pipe()
+        self.fd = os.eventfd(0)
+        self.leaving = True
+
+    def run(self, fds, tells):
+        assert self.fd in fds
+        self.seen.append(f"run, marker {self.marker.exists()}")
+
+    def ask(self):
+        return self.leaving
+
+    def remove(self, options, state):
+        self.seen.append(f"remove, marker {self.marker.exists()}")
+        found = self.left.pop(0)
+        if not self.left:
+            # the kubelet's word, which comes at any time
+            os.write(self.write, b"x")
+        if isinstance(found, OvsmeshError):
+            raise found
+        return ["said"], found
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch, request):
+    made = Fake(tmp_path, request.param)
+
+    @contextlib.contextmanager
+    def agent(options, state, tells, patience):
+        yield made, tells, made
+        made.seen.append("closed")
+
+    monkeypatch.setattr(service, "_agent", agent)
+    monkeypatch.setattr(service, "_AGAIN", 0.01)
+    monkeypatch.setattr(commands, "remove", made.remove)
+    made.options = service.Options("", "n", f"unix:{tmp_path}/db.sock", str(tmp_path / "state"), "")
+    yield made
+    for fd in (made.stop, made.write, made.fd):
+        os.close(fd)
+
+
+@pytest.mark.parametrize("fake", [[False, OvsmeshError("no switch"), True]], indirect=True)
+def test_what_is_left_is_removed_again_under_a_marker(fake):
+    fake.marker.touch()  # of an earlier one that was killed at this
+    service.serve(fake.options, fake.stop)
+    assert fake.seen == ["run, marker False", "closed", *["remove, marker True"] * 3]
+    assert not fake.marker.exists()
+
+
+@pytest.mark.parametrize("fake", [[False]], indirect=True)
+def test_there_is_an_end_to_it_when_told(fake):
+    service.serve(fake.options, fake.stop)
+    assert fake.seen[-1] == "remove, marker True"
+    assert not fake.marker.exists()
+
+
+@pytest.mark.parametrize("fake", [[True]], indirect=True)
+def test_a_roll_out_removes_nothing(fake):
+    fake.leaving = False
+    service.serve(fake.options, fake.stop)
+    assert fake.seen == ["run, marker False", "closed"]
