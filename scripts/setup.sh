@@ -173,6 +173,6 @@ target=.
 say "installing the Python libraries that setup.cfg names ($target)"
 "$venv/bin/pip" install --quiet --disable-pip-version-check --no-input --retries 5 --timeout 30 -e "$target" >&2 ||
   die "pip could not install them (see above); check that this machine reaches its package index"
-"$venv/bin/python" -c 'import click, ovs, pyroute2, yaml' || die "the virtual environment in $venv is broken; remove it and try again"
+"$venv/bin/python" -c 'import click, ovs, yaml' || die "the virtual environment in $venv is broken; remove it and try again"
 touch "$venv/ready-$flavour"
 say "ready"
