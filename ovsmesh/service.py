@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ovsmesh import __version__, commands
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ovsmesh")
 
-REMOVING = "ovsmesh.removing"
-"""File beside the database's socket while all of ours is removed: the switch's own pod waits for its end."""
+REMOVING, REMOVED = "ovsmesh.removing", "ovsmesh.removed"
+"""File beside the database's socket while all of ours is removed, which the switch's own pod waits for, and after."""
 _AGAIN = 2.0
 """Seconds between attempts to remove all of ours."""
 _FOR_EVER = 3600.0
@@ -115,27 +116,36 @@ def serve(options: Options, stop_fd: int) -> None:
             notifier = Notifier()
             agent, tells, home = ending.enter_context(_agent(options, state, _All(board, notifier), 1.0))
             ending.callback(notifier.close)
-            told = run_dir(options.ovsdb) / REMOVING
-            with contextlib.suppress(OSError):
-                told.unlink()
+            beside = run_dir(options.ovsdb)
+            _tell(beside, "")
             agent.run([stop_fd, home.fd] if home else [stop_fd], tells)
             leaving = home is not None and home.ask()
             if leaving:
                 log.warning("the Namespace that this agent is of is being deleted: removing all of ours from this node")
-                with contextlib.suppress(OSError):
-                    told.touch()
+                _tell(beside, REMOVING)
         if leaving:
             try:
-                _remove(options, state, stop_fd)
+                clean = _remove(options, state, stop_fd)
             finally:
-                with contextlib.suppress(OSError):
-                    told.unlink()
+                _tell(beside, "")
+            if clean:
+                _tell(beside, REMOVED)
             # to end before being told to would have us started anew
             readable([stop_fd], _FOR_EVER)
 
 
-def _remove(options: Options, state: StateDir, stop_fd: int) -> None:
-    """Removes all of ours, again until nothing is left or there is no more time."""
+def _tell(folder: Path, name: str) -> None:
+    """Of REMOVING and REMOVED only this one is there; a folder that is not, or can't be written, has nobody to tell."""
+    for each in (REMOVING, REMOVED):
+        with contextlib.suppress(OSError):
+            if each == name:
+                (folder / each).touch()
+            else:
+                (folder / each).unlink()
+
+
+def _remove(options: Options, state: StateDir, stop_fd: int) -> bool:
+    """Removes all of ours, again until nothing is left, which it returns, or there is no more time."""
     while True:
         try:
             lines, clean = commands.remove(options, state)
@@ -144,7 +154,7 @@ def _remove(options: Options, state: StateDir, stop_fd: int) -> None:
         for line in lines:
             log.info("%s", line)
         if clean or readable([stop_fd], _AGAIN):
-            return
+            return clean
 
 
 def once(options: Options) -> Turn:

@@ -57,19 +57,23 @@ def fake(tmp_path, monkeypatch, request):
         os.close(fd)
 
 
+def left(fake):
+    return [path.name for path in fake.marker.parent.glob("ovsmesh.*")]
+
+
 @pytest.mark.parametrize("fake", [[False, OvsmeshError("no switch"), True]], indirect=True)
 def test_what_is_left_is_removed_again_under_a_marker(fake):
     fake.marker.touch()  # of an earlier one that was killed at this
     service.serve(fake.options, fake.stop)
     assert fake.seen == ["run, marker False", "closed", *["remove, marker True"] * 3]
-    assert not fake.marker.exists()
+    assert left(fake) == [service.REMOVED]
 
 
 @pytest.mark.parametrize("fake", [[False]], indirect=True)
 def test_there_is_an_end_to_it_when_told(fake):
     service.serve(fake.options, fake.stop)
     assert fake.seen[-1] == "remove, marker True"
-    assert not fake.marker.exists()
+    assert left(fake) == []
 
 
 @pytest.mark.parametrize("fake", [[True]], indirect=True)
@@ -77,3 +81,4 @@ def test_a_roll_out_removes_nothing(fake):
     fake.leaving = False
     service.serve(fake.options, fake.stop)
     assert fake.seen == ["run, marker False", "closed"]
+    assert left(fake) == []
