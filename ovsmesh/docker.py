@@ -7,6 +7,7 @@ Never imports ovs, pyroute2 or kubernetes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -63,6 +64,12 @@ class Docker:
 
     def __init__(self, options: Settings, state: StateDir, removing: bool = False, acting: bool = False) -> None:
         self._options, self._removing, self._acting = options, removing, acting
+        if removing:
+            # the file that was changed, whatever the last agent was told
+            with contextlib.suppress(OvsmeshError):
+                mark = DockerFile(options.config, state).mark()
+                options = options._replace(config=mark.config) if mark else options
+            self._options = options
         self._file = DockerFile(options.config, state)
         self._watch = Watch(options.socket)
         self._bell = FileBell(options.config)

@@ -158,8 +158,11 @@ class DockerFile:
         if config.digest == mark.old or (config.digest == mark.new and not mark.mixed):
             self._put(self._old, mark.old, mark)
             return
-        changes = self.back(config, mark)
-        self._write(Path(self.real), daemonjson.edit(config.data, changes), config.mode, config.owner)
+        edited = daemonjson.edit(config.data, self.back(config, mark))
+        if mark.old and daemonjson.settings(edited) == daemonjson.settings(self._saved(self._old, mark.old)):
+            self._put(self._old, mark.old, mark)
+        else:
+            self._write(Path(self.real), edited, config.mode, config.owner)
 
     def back(self, config: Config, mark: Mark | None) -> dict[str, Any]:
         """The changes that bring our settings to what they were before ovsmesh; None takes one out."""

@@ -60,9 +60,8 @@ APPLY = "application/apply-patch+yaml"
 
 TIMEOUT = 10.0
 """Seconds for a request that is no watch, from the connection to the last byte of each read."""
-_IDLE = 45.0
-"""Seconds after which a kept connection is not used again: whatever is on the way may have forgotten it, keep-alives
-or not, and API servers end one after 90 s. What an agent asks every 30 s needs no new handshake."""
+_IDLE = 20.0
+"""Seconds after which a kept connection is not used again: whatever is on the way may have forgotten it."""
 _KEPT = 4
 _SLOWEST = 60.0
 """Seconds from the first byte of an answer to its last."""

@@ -29,9 +29,9 @@ AT_LEAST = 30.0
 """Seconds between writes unless a condition flips."""
 _FLIP = 1.0
 """Seconds between writes even then: a node that flaps must not write whenever it does."""
-CHECK = 30.0
+CHECK = 300.0
 """Seconds after which it is read whether what was written still is there: it may be deleted or edited by hand.
-Read, not watched: an agent may read MeshNodes by name only, and its API server has watches enough."""
+Read, not watched: an agent may read MeshNodes by name only. And seldom: at rest it hears nothing but bookmarks."""
 _BACKOFF = (0.5, 60.0)
 _GONE = 4.0
 """Seconds between two looks whether an earlier Node's MeshNode is gone, at most."""

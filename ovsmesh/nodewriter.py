@@ -26,6 +26,9 @@ STRATEGIC = "application/strategic-merge-patch+json"
 _ECHO = 5.0
 """Seconds in which a write should come back through the watch; then it is made again."""
 _LONGEST = 60.0
+LOST = 360.0
+"""Seconds that a ready Node's conditions stand without its MeshNode: someone deleted it, and the node's agent makes it
+again with its next routine write, within 300 s. It is not asked for sooner, so that agents hear nothing at rest."""
 _ALL = 30.0
 """Seconds after which all Nodes are compared, whether anything about them changed or not."""
 
@@ -48,6 +51,8 @@ class NodeWriter:
         self._clean: dict[str, tuple[NodeView, Report | None, Problem | None]] = {}
         """Nodes that say what they should, and what that was found out from."""
         self._clean_until = 0.0
+        self._lost: dict[str, float] = {}
+        """Ready Node without a MeshNode → since when (monotonic)."""
         self._roster = Roster((), {})
         self.writes = 0
         self.errors = 0
@@ -64,6 +69,11 @@ class NodeWriter:
             self._clean_until = clock + _ALL
         for name, node in nodes.items():
             report, problem = reports.get(name), roster.problems.get(name)
+            if report is not None or problem is not None or node.ready is None or node.ready.status != "True":
+                self._lost.pop(name, None)
+            elif (left := self._lost.setdefault(name, clock) + LOST - clock) > 0:
+                again = min(again, left)
+                continue
             seen = self._clean.get(name)
             if seen is not None and seen[0] is node and seen[1] is report and seen[2] == problem:
                 continue
@@ -80,7 +90,7 @@ class NodeWriter:
             self._wanted[name] = (node, wanted)
         queued = set(self._todo)
         self._todo.extend(name for name in self._wanted if name not in queued)
-        for known in (self._sent, self._clean):
+        for known in (self._sent, self._clean, self._lost):
             for name in known.keys() - nodes.keys():
                 del known[name]
         return max(0.05, again)
@@ -103,6 +113,7 @@ class NodeWriter:
         self._wanted.clear()
         self._sent.clear()
         self._clean.clear()
+        self._lost.clear()
 
     def _one(self, node: NodeView, wanted: Wanted) -> None:
         before = self._sent.get(node.name)

@@ -13,7 +13,7 @@ from ovsmesh.docker import Docker
 from ovsmesh.dockerswitch import Settings as DockerSettings
 from ovsmesh.host import Host
 from ovsmesh.model import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_STATE
-from ovsmesh.state import StateDir
+from ovsmesh.state import DOCKER_FILES, StateDir
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class Options:
     def host(self, state: StateDir, *, acting: bool = False, removing: bool = False) -> Host:
         """The host that these options mean. `acting`: an agent's; `removing`: cleanup's."""
         docker = None
-        if self.docker != "off":
+        # what an earlier agent did to Docker is taken back, though the last one looked away
+        if self.docker != "off" or (removing and (state.path / DOCKER_FILES[0]).exists()):
             told = (self.docker, self.docker_config, self.docker_socket, self.docker_restart, self.docker_timeout)
             docker = Docker(DockerSettings(*told), state, removing, acting)
         return Host(self.ovsdb, self.cni_dir, self.cni_bin_dir, docker)

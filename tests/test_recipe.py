@@ -44,7 +44,8 @@ def executed(script, tmp_path):
     fake = tmp_path / "bin"
     fake.mkdir(exist_ok=True)
     # iptables -C and br-exists say no; so nothing is there yet
-    body = f'#!/bin/bash\nprintf "%s\\0" "${{0##*/}}" "$@" >>{log}; printf "\\1" >>{log}\n'
+    # one write a call: the two ends of a pipe write at once
+    body = f'#!/bin/bash\nprintf "%s\\0" "${{0##*/}}" "$@" $\'\\1\' >>{log}\n'
     body += 'case "$*" in *br-exists*|*" -C "*|*show*) exit 2; esac\n'
     for tool in ("ip", "bridge", "nft", "sysctl", "ovs-vsctl", "ovs-ofctl", "iptables", "grep"):
         (fake / tool).write_text(body)
@@ -54,7 +55,7 @@ def executed(script, tmp_path):
     done = subprocess.run(
         ["sh", "-s"], input=script, env={"PATH": f"{fake}:/usr/bin:/bin"}, cwd=tmp_path, text=True, capture_output=True
     )
-    return done, [call.split("\0")[:-1] for call in log.read_text().split("\1")[:-1]]
+    return done, [call.split("\0")[:-1] for call in log.read_text().split("\1\0")[:-1]]
 
 
 @pytest.mark.parametrize("name", HOSTILE)

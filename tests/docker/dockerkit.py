@@ -191,6 +191,8 @@ class Docker:
 
     def load(self) -> None:
         """The image `box`: busybox and nothing else."""
+        with open(os.path.realpath(BUSYBOX), "rb") as program:
+            assert b"/ld-linux" not in program.read(4096), f"{BUSYBOX} is not static: install busybox-static"
         about = io.BytesIO()
         with tarfile.open(fileobj=about, mode="w") as tar:
             tar.add(os.path.realpath(BUSYBOX), "bin/busybox")

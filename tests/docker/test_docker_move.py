@@ -274,6 +274,11 @@ def test_auto_keeps_a_docker_that_is_on_kbr0_and_restarts_nothing(fresh: Dockers
     lab.converged(SOON, [docker.host], thorough=True)
     assert "docker" not in docker.host.ovsmesh("status", "-o", "json").stdout
     assert docker.restarts() == count and docker.config.read_bytes() == before
+    # but what was done to it before is taken back
+    docker.host.stop_agent()
+    done = docker.host.ovsmesh("cleanup", timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert docker.config.read_text() == "{}\n" and docker.on("docker0")
 
 
 def test_what_a_killed_dockerd_leaves_in_iptables_goes(fresh: Dockers) -> None:

@@ -77,6 +77,7 @@ def test_a_restart_that_can_not_be_is_seen_beforehand(calm: Calm) -> None:
     other = docker.config.with_name("other.json")
     other.write_text(PLAIN)
     refused(docker, str(docker.config), "--docker-config", options=("--docker-config", str(other)))
+    other.unlink()
     unmoved(docker)
 
 

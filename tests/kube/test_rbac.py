@@ -53,6 +53,12 @@ class As:
         return self.plane.call(method, path, body, token=self.token, content_type=kind)
 
 
+def assert_forbidden(who: As, method: str, path: str) -> None:
+    kind = MERGE if method == "PATCH" else "application/json"
+    answer = who(method, path, {} if method in ("POST", "PUT", "PATCH") else None, kind)
+    assert (answer.status, answer.reason) == (403, "Forbidden"), answer
+
+
 @pytest.fixture
 def nodes(cluster: ControlPlane) -> ControlPlane:
     for name in (MINE, OTHER):
@@ -151,13 +157,7 @@ def test_token_without_a_node_writes_no_meshnode(nodes: ControlPlane) -> None:
 )
 def test_agent_may_nothing_else(nodes: ControlPlane, method: str, path: str) -> None:
     agent = As(nodes, nodes.token(AGENT, node=MINE))
-    answer = agent(
-        method,
-        path,
-        {} if method in ("POST", "PUT", "PATCH") else None,
-        MERGE if method == "PATCH" else "application/json",
-    )
-    assert (answer.status, answer.reason) == (403, "Forbidden"), answer
+    assert_forbidden(agent, method, path)
 
 
 def test_token_ends_with_its_node(nodes: ControlPlane) -> None:
@@ -320,13 +320,7 @@ def test_controller_removes_meshnodes(nodes: ControlPlane, controller: As) -> No
     ],
 )
 def test_controller_may_nothing_else(controller: As, method: str, path: str) -> None:
-    answer = controller(
-        method,
-        path,
-        {} if method in ("POST", "PUT", "PATCH") else None,
-        MERGE if method == "PATCH" else "application/json",
-    )
-    assert (answer.status, answer.reason) == (403, "Forbidden"), answer
+    assert_forbidden(controller, method, path)
 
 
 def test_the_real_controller_needs_no_more(nodes: ControlPlane, tmp_path: Path) -> None:
