@@ -163,9 +163,12 @@ class _Joins:
 
     @property
     def note(self) -> str:
-        split = sorted((statistics.median(times), part) for part, times in self.parts.items())
-        sliced = statistics.median(self.sliced)
-        return f"median ms: in a slice {sliced:.0f}, " + ", ".join(f"{part} {at:.0f}" for at, part in split)
+        worst = max(range(len(self.more)), key=self.more.__getitem__)
+        return f"median ms: {self._split(statistics.median)}; the worst: {self._split(lambda times: times[worst])}"
+
+    def _split(self, of: Callable[[list[float]], float]) -> str:
+        split = sorted((of(times), part) for part, times in self.parts.items())
+        return f"in a slice {of(self.sliced):.0f}, " + ", ".join(f"{part} {at:.0f}" for at, part in split)
 
 
 def _joins(plan: Plan, s: KubeStage) -> list[Figure]:
