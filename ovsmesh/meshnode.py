@@ -32,6 +32,8 @@ _FLIP = 1.0
 CHECK = 300.0
 """Seconds after which it is read whether what was written still is there: it may be deleted or edited by hand.
 Read, not watched: an agent may read MeshNodes by name only. And seldom: at rest it hears nothing but bookmarks."""
+_FIRST_CHECK = 10.0
+"""The same for one that was just made: where a Node comes back, those who clear up after the earlier one are busy."""
 _BACKOFF = (0.5, 60.0)
 _GONE = 4.0
 """Seconds between two looks whether an earlier Node's MeshNode is gone, at most."""
@@ -63,6 +65,7 @@ class MeshNodeWriter:
         self._api, self._node, self._observed = api, node, observed
         # a thousand agents that started together must not write together for ever
         self._every, self._at_least, self._flip = every * random.uniform(0.8, 1.0), at_least, flip
+        self._new = False
         self._check_every, self._check_at = check * random.uniform(0.8, 1.0), float("inf")
         self._path = path_of(MESHNODES, node)
         self._wake = threading.Condition()
@@ -199,7 +202,10 @@ class MeshNodeWriter:
         else:
             self.writes += 1
             self._written, self._written_at, self._wait = body, time.monotonic(), 0.0
-            self._check_at = self._written_at + self._check_every
+            self._check_at = self._written_at + (
+                min(_FIRST_CHECK, self._check_every) if self._new else self._check_every
+            )
+            self._new = False
             if self._told:
                 log.info("no longer: %s", self._told)
             self._told = ""
@@ -242,6 +248,7 @@ class MeshNodeWriter:
             made = {"apiVersion": "ovsmesh.io/v1alpha1", "kind": "MeshNode", "metadata": metadata, "spec": {}}
             try:
                 found = self._api.create(MESHNODES, made)
+                self._new = True
             except AlreadyExists:
                 found = self._api.get(self._path)
         if _is_of_another(found, self._uid):
