@@ -46,7 +46,7 @@ test-kube: setup-dev ## tests on a real Kubernetes control plane, built once wit
 
 test-lab: setup-dev ## tests on real Open vSwitch in network namespaces (root)
 	$(ROOTLY)
-	$(ROOT) $(PYTEST) -m 'lab and not kube'
+	$(ROOT) $(PYTEST) -n 3 --dist loadfile -m 'lab and not kube'
 
 test-kernel: setup-dev ## tests on the kernel datapath, inside User-mode Linux (no root needed)
 	$(PYTEST) -m kernel tests/kernel

@@ -8,6 +8,7 @@ mode.txt says how this script is to misbehave.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -112,6 +113,9 @@ def main() -> int:
         time.sleep(600)
     if mode == "nothing":
         return 0
+    # one at a time, as systemd's jobs for one unit are: an agent that is killed leaves its own under way
+    lock = (directory / "restart.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
     if what in ("stop", "restart"):
         stop(directory)
     if mode == "no-start":
