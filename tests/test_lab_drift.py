@@ -102,7 +102,7 @@ FAULTS = {
     "key set": Fault(_vsctl("set", "interface", "gre-h2", "options:key=5"), _kinds("ports")),
     "protected cleared": Fault(_vsctl("set", "port", "gre-h2", "protected=false"), _kinds("ports")),
     # ovs-vswitchd drops all flows with it, and may say so first
-    "fail_mode changed": Fault(_vsctl("set", "bridge", "obr0", "fail_mode=secure"), _kinds("bridges", "flows")),
+    "fail_mode changed": Fault(_vsctl("set", "bridge", "obr0", "fail_mode=secure"), _kinds("bridges flows")),
     "route deleted": Fault(_ip("route", "del", "10.97.2.0/24"), _kinds("routes")),
     "IPv6 route deleted": Fault(_ip("-6", "route", "del", "fd00:97:2::/64"), _kinds("routes")),
     "route's MTU changed": Fault(
