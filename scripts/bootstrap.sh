@@ -311,7 +311,12 @@ fi
 # Only below a directory that is there may the agent write, see the unit.
 if command -v dockerd >/dev/null && [ ! -d /etc/docker ]; then run mkdir -m 755 /etc/docker; fi
 put $unit 644 <"$here/ovsmesh-agent.service" || true
-[ "$(systemctl show --value -p NeedDaemonReload ovsmesh-agent)" = no ] || run systemctl daemon-reload
+# Also where systemd has seen the file go, or half of it: it then says of the unit that it can't be loaded, not that it
+# should be read again.
+if [ "$(systemctl show --value -p NeedDaemonReload ovsmesh-agent)" != no ] ||
+  [ "$(systemctl show --value -p LoadState ovsmesh-agent)" != loaded ]; then
+  run systemctl daemon-reload
+fi
 systemctl -q is-enabled ovsmesh-agent 2>/dev/null || run systemctl -q enable ovsmesh-agent
 is_current() { # whether the agent runs, and runs what is installed now
   local pid started
