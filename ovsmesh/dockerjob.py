@@ -56,7 +56,7 @@ class Restart:
         self._argv = argv
         self._child: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
-        # in memory, as the disk may be full
+        # in memory, as the disk may be full; open for as long as this is, close() ends it
         self._said = open(os.memfd_create("docker-restart"), "w+b", buffering=0)  # noqa: SIM115
         self.identity = (0, 0)
         self._ended = 0.0

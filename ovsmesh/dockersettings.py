@@ -116,6 +116,7 @@ def _within(text: str, ranges: Iterable[str]) -> bool:
         nets = [ip_network(r, strict=False) for r in ranges]
     except ValueError:
         return False
+    # of one version, which mypy does not see
     return any(inner.version == net.version and inner.subnet_of(net) for net in nets)  # type: ignore[arg-type]
 
 

@@ -195,6 +195,7 @@ class Cluster:
         """What each node has by now is no trace of ovsmesh: kube-proxy's rules too, which come some time after it."""
         for node in self.nodes.values():
             rules = ["iptables", "-w", "-S", "FORWARD"]
+            # called before the loop goes on
             eventually(lambda: "KUBE-FORWARD" in node.run(rules, check=False), 60, f"kube-proxy of {node.name}")  # noqa: B023
         self._before = {name: _state(node) for name, node in self.nodes.items()}
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from binaries import BinariesError, binaries, ready
+from controllerkit import Cluster, Process, cluster_of
 from controlplane import APISERVER, ETCD, NAMES, ControlPlane
-from kubekit import install, wipe
+from kubekit import eventually, install, wipe
 
 _FIXTURES = {"plane", "cluster", "own_plane"}
 _TROUBLE = pytest.StashKey[BinariesError]()
@@ -101,6 +102,21 @@ def cluster(plane: ControlPlane) -> Iterator[ControlPlane]:
     yield plane
     if all(plane.running(name) for name in (ETCD, APISERVER)):
         wipe(plane)
+
+
+@pytest.fixture
+def kube(cluster: ControlPlane) -> Iterator[Cluster]:
+    """`cluster`, with the objects and controllers that a test adds and that end with it."""
+    with cluster_of(cluster) as made:
+        yield made
+
+
+@pytest.fixture
+def controller(kube: Cluster) -> Process:
+    """One controller, which leads."""
+    made = kube.controller()
+    eventually(made.leads)
+    return made
 
 
 @pytest.hookimpl(wrapper=True)

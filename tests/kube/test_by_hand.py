@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import slicekit
 import yaml
-from controllerkit import Cluster, Object, cluster_of, mesh, node
-from controlplane import ControlPlane
+from controllerkit import Cluster, Object, mesh, node
 from kubekit import GROUP, MANIFESTS, NAMESPACE, eventually
 from slicekit import turn
 
@@ -28,12 +27,6 @@ CRDS = {crd["spec"]["names"]["kind"]: crd for crd in yaml.safe_load_all((MANIFES
 GONE = object()
 """Instead of a value: the field is removed."""
 Edits = dict[str, list[Any]]
-
-
-@pytest.fixture
-def kube(cluster: ControlPlane) -> Iterator[Cluster]:
-    with cluster_of(cluster) as made:
-        yield made
 
 
 def leaves(kind: str, top: str) -> set[str]:

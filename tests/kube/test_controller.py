@@ -6,25 +6,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
-import pytest
-from controllerkit import NODES, STRATEGIC, TAINT, Cluster, Process, cluster_of, mesh, node, numbered
-from controlplane import ControlPlane
+from controllerkit import NODES, STRATEGIC, TAINT, Cluster, Process, mesh, node, numbered
 from kubekit import GROUP, eventually
-
-
-@pytest.fixture
-def kube(cluster: ControlPlane) -> Iterator[Cluster]:
-    with cluster_of(cluster) as made:
-        yield made
-
-
-@pytest.fixture
-def controller(kube: Cluster) -> Process:
-    made = kube.controller()
-    eventually(made.leads)
-    return made
 
 
 def three(kube: Cluster) -> None:

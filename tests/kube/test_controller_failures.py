@@ -5,20 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from ipaddress import ip_network
 from itertools import pairwise
 
 import pytest
-from controllerkit import NODES, Cluster, cluster_of, mesh, node, numbered
+from controllerkit import NODES, Cluster, mesh, node, numbered
 from controlplane import APISERVER, ETCD, ControlPlane
 from kubekit import GROUP, eventually
-
-
-@pytest.fixture
-def kube(cluster: ControlPlane) -> Iterator[Cluster]:
-    with cluster_of(cluster) as made:
-        yield made
 
 
 class Watcher:

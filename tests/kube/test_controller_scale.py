@@ -5,23 +5,15 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from controllerkit import NODES, STRATEGIC, Cluster, Object, cluster_of, mesh, numbered
-from controlplane import ControlPlane
+from controllerkit import NODES, STRATEGIC, Cluster, Object, mesh, numbered
 from kubekit import GROUP, eventually
 
 from ovsmesh.kubewatch import Bell, Reflector
 
 NUMBER = 1000
-
-
-@pytest.fixture
-def kube(cluster: ControlPlane) -> Iterator[Cluster]:
-    with cluster_of(cluster) as made:
-        yield made
 
 
 def big(number: int) -> Object:

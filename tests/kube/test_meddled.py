@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import slicekit
 from between import FAULTS, STALL, Meddler
-from controllerkit import Cluster, cluster_of, mesh, node
-from controlplane import ControlPlane
+from controllerkit import Cluster, mesh, node
 from kubekit import GROUP, NAMESPACE, eventually
 from tenacity import wait_random_exponential
 
@@ -30,12 +29,6 @@ from ovsmesh.sourcekube import KubeSource
 state = pytest.fixture(slicekit.make_state)
 SILENCE = 3.0
 """Instead of 90 s: what a stalled watch is found out by."""
-
-
-@pytest.fixture
-def kube(cluster: ControlPlane) -> Iterator[Cluster]:
-    with cluster_of(cluster) as made:
-        yield made
 
 
 @contextmanager

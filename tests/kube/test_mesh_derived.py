@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from controllerkit import Cluster, Process, cluster_of, mesh, node
@@ -11,19 +11,6 @@ from kubekit import GROUP, MANIFESTS, eventually
 
 MESH = f"{GROUP}/meshes/default"
 NOTE = "ovsmesh.io/derived-cluster-cidrs"
-
-
-@pytest.fixture
-def kube(cluster: ControlPlane) -> Iterator[Cluster]:
-    with cluster_of(cluster) as made:
-        yield made
-
-
-@pytest.fixture
-def controller(kube: Cluster) -> Process:
-    made = kube.controller()
-    eventually(made.leads)
-    return made
 
 
 def cidrs(kube: Cluster) -> list[str]:
