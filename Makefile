@@ -39,7 +39,7 @@ test-unit: setup-dev ## tests that need neither root nor Open vSwitch in namespa
 # Built first and on its own, so that nobody waits in silence. Three at once, as they wait most of the time; labs after
 # them, one at a time.
 test-kube: setup-dev ## tests on a real Kubernetes control plane, built once with Go (10 minutes; root for some)
-	@$(BIN)/python tests/kube/binaries.py --ahead
+	@$(BIN)/python tests/support/binaries.py --ahead
 	$(ROOTLY)
 	$(ROOT) $(PYTEST) -n 3 -m 'kube and not lab' tests/kube
 	$(ROOT) $(PYTEST) -m 'kube and lab' tests/kube
@@ -52,7 +52,7 @@ test-kernel: setup-dev ## tests on the kernel datapath, inside User-mode Linux (
 	$(PYTEST) -m kernel tests/kernel
 
 test-e2e: setup-dev ## the image and the manifests on real kubelets with real containers (root)
-	@$(BIN)/python tests/kube/binaries.py --ahead --all
+	@$(BIN)/python tests/support/binaries.py --ahead --all
 	$(ROOTLY)
 	$(ROOT) $(PYTEST) -m e2e tests/e2e
 
@@ -70,7 +70,6 @@ lint: setup-dev ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests/e2e
 	$(BIN)/lint-imports
 
 setup:

@@ -1,6 +1,6 @@
 """`python -m ovsmesh`: the same as the console script. Knows only where the command line is."""
 
-from ovsmesh.cli import main
+from ovsmesh.cli.main import main
 
 if __name__ == "__main__":
     main()

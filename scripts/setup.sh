@@ -150,7 +150,7 @@ if ! python=$(find_python); then
 fi
 
 # Go comes from no package of ours: Debian's is too old. What is missing is said by what would build with it.
-if [ $flavour = dev ] && ! missing=$("$python" tests/kube/binaries.py --check 2>&1); then
+if [ $flavour = dev ] && ! missing=$("$python" tests/support/binaries.py --check 2>&1); then
   say "the Kubernetes tests will be skipped (in CI: fail): ${missing#kube: error: }"
 fi
 

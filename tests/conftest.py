@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-pytest_plugins = ("firewallkit",)
+pytest_plugins = ("tests.support.firewallkit",)
 
 if TYPE_CHECKING:
-    from ovsmesh.lab import Lab
+    from ovsmesh.lab.lab import Lab
 
 _live: list[Lab] = []
 
@@ -26,13 +26,13 @@ def lab_machine() -> None:
     """Root, and no labs left by an earlier run that was killed."""
     if os.geteuid() != 0:
         pytest.skip("a lab makes network namespaces, which needs root: run `sudo make test`")
-    from ovsmesh.lab import end_orphans
+    from ovsmesh.lab.lab import end_orphans
 
     end_orphans()
 
 
 def _labs() -> Iterator[Callable[..., Lab]]:
-    from ovsmesh.lab import Lab
+    from ovsmesh.lab.lab import Lab
 
     with ExitStack() as ending:
 

@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from ipaddress import IPv4Address
 
 from benchlib.cold import add_port
-from benchlib.eyes import Event, Eyes
+from benchlib.event_probe import Event, Eyes
 from benchlib.figures import Figure
-from benchlib.stage import Peer, Plan, Stage, peer, stage
-from ovsmesh.labnet import LabError
+from benchlib.testbed import Peer, Plan, Stage, peer, stage
+from ovsmesh.lab.netns import LabError
 
 _FLOWS = 3
 """Flows that one IPv4 peer needs: to it, from its pods, from its tunnel address."""

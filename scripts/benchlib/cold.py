@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchlib.eyes import Event, Eyes
+from benchlib.event_probe import Event, Eyes
 from benchlib.figures import Figure
-from benchlib.stage import Peer, Plan, Stage, cpu_seconds, peer, stage
-from ovsmesh import labnet
-from ovsmesh.labnet import LabError
+from benchlib.testbed import Peer, Plan, Stage, cpu_seconds, peer, stage
+from ovsmesh.lab import netns
+from ovsmesh.lab.netns import LabError
 
 FLANNEL = 1.8
 """Seconds that flannel 0.28.10 took to 1,000 Nodes, routes, ARP and FDB only; measured elsewhere, not in this run."""
@@ -100,7 +100,7 @@ def _agent(size: int) -> tuple[float, float]:
 
 def _split(size: int) -> dict[str, float]:
     with stage(size) as s:
-        program = str(Path(__file__).with_name("split.py"))
+        program = str(Path(__file__).with_name("startup_profile.py"))
         (s.host.state / "agent").mkdir(parents=True, exist_ok=True)
         host = s.host
         options = [str(s.mesh), host.name, host.ovsdb, str(host.state / "agent")]
@@ -155,4 +155,4 @@ def _all_there(s: Stage, database: str, count: int) -> None:
 
 def _ip_batch(s: Stage, database: str, peers: list[Peer]) -> None:
     lines = ["link add kbr0 type bridge", "link set kbr0 up", "addr add 10.97.1.1/24 dev kbr0"]
-    labnet.ip_batch([*lines, *(f"route add {p.cidr} via {p.gateway} dev kbr0 onlink" for p in peers)], s.host.ns)
+    netns.ip_batch([*lines, *(f"route add {p.cidr} via {p.gateway} dev kbr0 onlink" for p in peers)], s.host.ns)

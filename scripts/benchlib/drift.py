@@ -16,15 +16,15 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from benchlib import state
-from benchlib.eyes import Eyes
+from benchlib.event_probe import Eyes
 from benchlib.figures import Figure
-from benchlib.stage import Plan
-from ovsmesh.lab import Lab
-from ovsmesh.labhost import Host
-from ovsmesh.labnet import LabError
-from ovsmesh.labping import Track
-from ovsmesh.mesh import mac
-from ovsmesh.model import Node
+from benchlib.testbed import Plan
+from ovsmesh.dataplane.desired import mac
+from ovsmesh.lab.host import Host
+from ovsmesh.lab.lab import Lab
+from ovsmesh.lab.netns import LabError
+from ovsmesh.lab.ping import Track
+from ovsmesh.mesh.types import Node
 
 _TICK = 0.002
 _CALM = 0.25

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 
 from benchlib.figures import Figure
-from benchlib.stage import Plan
-from ovsmesh.lab import Lab
-from ovsmesh.labhost import Host
-from ovsmesh.labnet import LabError
+from benchlib.testbed import Plan
+from ovsmesh.lab.host import Host
+from ovsmesh.lab.lab import Lab
+from ovsmesh.lab.netns import LabError
 
 _PACE = 0.00095
 """Seconds between two packets; with what each costs to send, about 1,000 a second."""

@@ -20,26 +20,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from binaries import BinariesError
-
 from benchlib import (
     change,
     cold,
     drift,
-    kubebeats,
-    kubejoins,
-    kubeoutages,
-    kubescale,
-    kubewatchers,
+    kube_heartbeats,
+    kube_joins,
+    kube_outages,
+    kube_scale,
+    kube_watchers,
     restart,
     scale,
     steady,
 )
 from benchlib.figures import Figure, table
-from benchlib.stage import Plan
+from benchlib.testbed import Plan
 from ovsmesh import __version__
-from ovsmesh.lab import end_orphans
-from ovsmesh.model import OvsmeshError
+from ovsmesh.errors import OvsmeshError
+from ovsmesh.lab.lab import end_orphans
+from tests.support.binaries import BinariesError
 
 Bench = Callable[[Plan], Iterable[Figure]]
 BENCHES: dict[str, tuple[Bench, str]] = {
@@ -51,11 +50,11 @@ BENCHES: dict[str, tuple[Bench, str]] = {
     "drift": (drift.bench, "each drift: time to its repair, packets lost"),
     "restart": (restart.switch, "ovsdb-server, ovs-vswitchd, both dead for ten seconds"),
     "lab": (scale.bench, "n² pings of 10 hosts × 3 pods, a lab of 20 hosts"),
-    "kube-joins": (kubejoins.bench, "three hosts: a Node joins, leaves, changes its address"),
-    "kube-1000": (kubescale.bench, "1,000 Nodes: agent's start, memory, joins, a burst of 500"),
-    "kube-heartbeats": (kubebeats.bench, "1,000 Nodes' heartbeats, and what of them reaches an agent"),
-    "kube-watchers": (kubewatchers.bench, "1,000 and 3,000 watches of the slices: a join to the last one's event"),
-    "kube-outages": (kubeoutages.bench, "the control plane dies, stalls, lies: packets lost, slices, the way back"),
+    "kube-joins": (kube_joins.bench, "three hosts: a Node joins, leaves, changes its address"),
+    "kube-1000": (kube_scale.bench, "1,000 Nodes: agent's start, memory, joins, a burst of 500"),
+    "kube-heartbeats": (kube_heartbeats.bench, "1,000 Nodes' heartbeats, and what of them reaches an agent"),
+    "kube-watchers": (kube_watchers.bench, "1,000 and 3,000 watches of the slices: a join to the last one's event"),
+    "kube-outages": (kube_outages.bench, "the control plane dies, stalls, lies: packets lost, slices, the way back"),
 }
 
 

@@ -6,9 +6,9 @@ import time
 from contextlib import ExitStack
 
 from benchlib.figures import Figure
-from benchlib.stage import Plan
-from ovsmesh.lab import Lab
-from ovsmesh.labnet import LabError
+from benchlib.testbed import Plan
+from ovsmesh.lab.lab import Lab
+from ovsmesh.lab.netns import LabError
 
 
 def bench(plan: Plan) -> list[Figure]:

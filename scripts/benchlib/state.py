@@ -11,10 +11,10 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchlib.eyes import Eyes
-from ovsmesh import rtnl
-from ovsmesh.labhost import Host
-from ovsmesh.labnet import within
+from benchlib.event_probe import Eyes
+from ovsmesh.lab.host import Host
+from ovsmesh.lab.netns import within
+from ovsmesh.linux import rtnetlink
 
 _PROC = Path("/proc/sys")
 _PORT = re.compile(r"(in_port=|output:)(\d+)")
@@ -37,20 +37,20 @@ class Kernel:
     def close(self) -> None:
         self._sock.close()
 
-    def _dump(self, kind: int, family: int) -> list[rtnl.Message]:
+    def _dump(self, kind: int, family: int) -> list[rtnetlink.Message]:
         self._seq += 1
-        self._sock.send(rtnl.dump(kind, self._seq, family))
-        found: list[rtnl.Message] = []
+        self._sock.send(rtnetlink.dump(kind, self._seq, family))
+        found: list[rtnetlink.Message] = []
         while True:
-            for message in rtnl.messages(self._sock.recv(1 << 18)):
+            for message in rtnetlink.messages(self._sock.recv(1 << 18)):
                 if message.seq != self._seq:
                     continue
-                if message.type in (rtnl.DONE, rtnl.ERROR):
+                if message.type in (rtnetlink.DONE, rtnetlink.ERROR):
                     return found
                 found.append(message)
 
     def read(self) -> frozenset[Part]:
-        found = (rtnl.parse_link(m.payload) for m in self._dump(rtnl.GETLINK, 0))
+        found = (rtnetlink.parse_link(m.payload) for m in self._dump(rtnetlink.GETLINK, 0))
         links = {link.ifindex: link for link in found if link}
         names = {index: link.name for index, link in links.items()}
         parts: set[Part] = set()
@@ -58,24 +58,24 @@ class Kernel:
             if link.name in ("kbr0", "obr0"):
                 mac = link.mac if link.name == "kbr0" else ""
                 parts.add(("link", link.name, link.up, link.mtu, mac, names.get(link.master, ""), link.quiet))
-        for message in self._dump(rtnl.GETADDR, 0):
-            address = rtnl.parse_address(message.payload)
+        for message in self._dump(rtnetlink.GETADDR, 0):
+            address = rtnetlink.parse_address(message.payload)
             if address and names.get(address.ifindex) == "kbr0" and not address.address.startswith("fe80"):
                 parts.add(("address", address.address))
         for family in (int(socket.AF_INET), int(socket.AF_INET6)):
-            for message in self._dump(rtnl.GETROUTE, family):
-                route = rtnl.parse_route(message.payload)
+            for message in self._dump(rtnetlink.GETROUTE, family):
+                route = rtnetlink.parse_route(message.payload)
                 if route and route.protocol == 111:
                     parts.add(("route", *route[:4], names.get(route.oif, ""), route.mtu))
-        for family in (int(socket.AF_INET), int(socket.AF_INET6), rtnl.AF_BRIDGE):
-            for message in self._dump(rtnl.GETNEIGH, family):
-                entry = rtnl.parse_neighbour(message.payload)
+        for family in (int(socket.AF_INET), int(socket.AF_INET6), rtnetlink.AF_BRIDGE):
+            for message in self._dump(rtnetlink.GETNEIGH, family):
+                entry = rtnetlink.parse_neighbour(message.payload)
                 if entry is None:
                     continue
                 device = names.get(entry.ifindex, "")
-                if device == "kbr0" and entry.dst and entry.state & rtnl.PERMANENT:
+                if device == "kbr0" and entry.dst and entry.state & rtnetlink.PERMANENT:
                     parts.add(("neighbour", entry.dst, entry.mac))
-                elif device == "obr0" and not entry.dst and entry.state & rtnl.NOARP:
+                elif device == "obr0" and not entry.dst and entry.state & rtnetlink.NOARP:
                     parts.add(("fdb", entry.mac))
         return frozenset(parts)
 

@@ -15,10 +15,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar
 
-from benchlib.eyes import Event, Eyes, generation
+from benchlib.event_probe import Event, Eyes, generation
 from benchlib.figures import Figure
-from benchlib.stage import Plan, Stage, children, cpu_seconds, stage
-from ovsmesh.labnet import LabError
+from benchlib.testbed import Plan, Stage, children, cpu_seconds, stage
+from ovsmesh.lab.netns import LabError
 
 _MIB_GOAL = 60.0
 _CPU_GOAL = 0.5

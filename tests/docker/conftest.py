@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from dockerkit import Docker
 
-from ovsmesh.lab import Lab
+from ovsmesh.lab.lab import Lab
+from tests.support.dockerkit import Docker
 
 
 @pytest.fixture(scope="module")

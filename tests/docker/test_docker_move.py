@@ -9,10 +9,10 @@ import stat
 from ipaddress import ip_address
 
 import pytest
-from dockerkit import SOON, Docker, links, rules, until
 
-from ovsmesh import labnet
-from ovsmesh.lab import Lab
+from ovsmesh.lab import netns
+from ovsmesh.lab.lab import Lab
+from tests.support.dockerkit import SOON, Docker, links, rules, until
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
 
@@ -216,7 +216,7 @@ def test_kbr0_made_again_has_its_containers_again(fresh: Dockers) -> None:
     two.run("a2")
     reaches(one, "a1", two.address("a2"), 56)
     count = one.restarts()
-    labnet.ip_batch(["link del kbr0"], one.host.ns)
+    netns.ip_batch(["link del kbr0"], one.host.ns)
     reaches(one, "a1", two.address("a2"), MTU - 28)
     assert one.restarts() == count and one.running() == ["a1"]
     # and one that is started now is plugged in too

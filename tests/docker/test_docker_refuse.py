@@ -9,9 +9,9 @@ import subprocess
 import time
 
 import pytest
-from dockerkit import PLAIN, SOON, Docker, links, until
 
-from ovsmesh.lab import Lab
+from ovsmesh.lab.lab import Lab
+from tests.support.dockerkit import PLAIN, SOON, Docker, links, until
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(150)]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
@@ -15,11 +14,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "kube"))
-
-import imagekit
-from binaries import NODE_PROGRAMS, PROGRAMS, BinariesError, binaries, ready
-from kubecluster import Cluster, cluster
+from tests.support import imagekit
+from tests.support.binaries import NODE_PROGRAMS, PROGRAMS, BinariesError, binaries, ready
+from tests.support.kubecluster import Cluster, cluster
 
 TAG = "docker.io/library/ovsmesh:0.1.0"
 """What manifests/kustomization.yaml names, as a runtime spells it."""

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubecluster import Cluster, eventually, mebibytes, processes
 
-from ovsmesh import labnet
-from ovsmesh.labping import Pair, Prober, ping
+from ovsmesh.lab import netns
+from ovsmesh.lab.ping import Pair, Prober, ping
+from tests.support.kubecluster import Cluster, eventually, mebibytes, processes
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 POD_MTU = 1462
@@ -74,7 +74,7 @@ def get(ns: str, address: str, port: int) -> str:
     """What is answered there to a request from inside the namespace; "" for no answer within two seconds."""
     connection = http.client.HTTPConnection(address, port, timeout=2.0)
     try:
-        labnet.within(ns, connection.connect)
+        netns.within(ns, connection.connect)
         connection.request("GET", "/")
         return connection.getresponse().read().decode().strip()
     except (OSError, http.client.HTTPException):
@@ -174,7 +174,7 @@ def test_what_it_takes(story: Cluster, figure: Figure) -> None:
 
 def test_the_image_holds_no_more_than_it_needs(story: Cluster) -> None:
     (one, *_) = story.pods("ovsmesh", "app.kubernetes.io/component=controller")
-    pids = [pid for pid in processes(one["metadata"]["uid"]) if any("ovsmesh" in w for w in labnet.command_line(pid))]
+    pids = [pid for pid in processes(one["metadata"]["uid"]) if any("ovsmesh" in w for w in netns.command_line(pid))]
     assert len(pids) == 1
     uids = Path(f"/proc/{pids[0]}/status").read_text().split("Uid:")[1].split()[:4]
     assert set(uids) == {"65534"}, "the controller is nobody"

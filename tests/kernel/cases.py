@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 import pytest
 
-from ovsmesh import labnet
-from ovsmesh.lab import Lab
-from ovsmesh.labhost import Host, Pod
-from ovsmesh.labnet import LabError
-from ovsmesh.labping import Prober, ping
-from ovsmesh.model import COOKIE, KBR, OBR, PROTOCOL
+from ovsmesh.dataplane.types import COOKIE, KBR, OBR, PROTOCOL
+from ovsmesh.lab import netns
+from ovsmesh.lab.host import Host, Pod
+from ovsmesh.lab.lab import Lab
+from ovsmesh.lab.netns import LabError
+from ovsmesh.lab.ping import Prober, ping
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -70,7 +70,7 @@ def all_reach_all(lab: Lab) -> None:
 
 def repaired(check: Callable[[], bool], what: str) -> None:
     # the guest pays ten times for each process, so looking more often would slow down what is looked at
-    labnet.wait_for(what, lambda: _looks(check), REPAIR, every=0.1)
+    netns.wait_for(what, lambda: _looks(check), REPAIR, every=0.1)
 
 
 def _looks(check: Callable[[], bool]) -> bool:
@@ -87,7 +87,7 @@ def mtu(host: Host, link: str) -> int:
 
 def received_echoes(pod: Pod) -> int:
     """Echo requests that the pod's kernel took in, from whomever."""
-    lines = labnet.within(pod.ns, lambda: Path("/proc/thread-self/net/snmp").read_text()).splitlines()
+    lines = netns.within(pod.ns, lambda: Path("/proc/thread-self/net/snmp").read_text()).splitlines()
     names, values = (line.split() for line in lines if line.startswith("Icmp:"))
     return int(dict(zip(names, values, strict=True))["InEchos"])
 
@@ -173,7 +173,7 @@ def checksum(data: bytes) -> int:
 
 
 def send_gre(ns: str, packet: bytes, target: Host) -> None:
-    with labnet.within(ns, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_GRE)) as sock:
+    with netns.within(ns, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_GRE)) as sock:
         for _ in range(3):
             sock.sendto(packet, (str(target.address), 0))
 
@@ -183,7 +183,7 @@ def test_gre_from_no_peer_is_refused(lab: Lab) -> None:
     packet = gre_echo(lab, lab.pod(2, 1), target)
     before = received_echoes(victim)
     send_gre(lab.host(2).ns, packet, target)
-    labnet.wait_for("a peer's own GRE packets to arrive", lambda: received_echoes(victim) == before + 3, 3.0)
+    netns.wait_for("a peer's own GRE packets to arrive", lambda: received_echoes(victim) == before + 3, 3.0)
     # the same packets from an address of the underlay that is no peer, and from the wrong peer
     send_gre(lab.hub, packet, target)
     send_gre(lab.host(3).ns, packet, target)

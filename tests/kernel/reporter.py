@@ -10,7 +10,8 @@ import os
 from collections import defaultdict
 
 import pytest
-from guest import REPORT
+
+from tests.kernel.guest import REPORT
 
 _phases: dict[str, list[pytest.TestReport]] = defaultdict(list)
 

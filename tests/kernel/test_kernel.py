@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cases
 import pytest
-from guest import MODULES_LOADED, Guest, unavailable
+
+from tests.kernel import cases
+from tests.kernel.guest import MODULES_LOADED, Guest, unavailable
 
 HERE = Path(__file__).parent
 BOOT_TIMEOUT = 420
@@ -60,10 +61,21 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
             pytest.fail(why, pytrace=False)
         pytest.skip(why)
     out = tmp_path_factory.mktemp("guest")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "-p", "reporter"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "pytest_timeout",
+        "-p",
+        "tests.kernel.reporter",
+    ]
     env = {
         "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin",
-        "PYTHONPATH": f"{HERE.parent.parent}:{HERE}",
+        "PYTHONPATH": str(HERE.parent.parent),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
     cwd = HERE.parent.parent

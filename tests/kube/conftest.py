@@ -12,10 +12,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-from binaries import BinariesError, binaries, ready
-from controllerkit import Cluster, Process, cluster_of
-from controlplane import APISERVER, ETCD, NAMES, ControlPlane
-from kubekit import eventually, install, wipe
+
+from tests.support.binaries import BinariesError, binaries, ready
+from tests.support.controllerkit import Cluster, Process, cluster_of
+from tests.support.controlplane import APISERVER, ETCD, NAMES, ControlPlane
+from tests.support.kubekit import eventually, install, wipe
 
 _FIXTURES = {"plane", "cluster", "own_plane"}
 _TROUBLE = pytest.StashKey[BinariesError]()

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import slicekit
 import yaml
-from controllerkit import Cluster, Object, mesh, node
-from kubekit import GROUP, MANIFESTS, NAMESPACE, eventually
-from slicekit import turn
 
-from ovsmesh.kube import JSON, MERGE, Api, load
-from ovsmesh.meshnode import MeshNodeWriter
-from ovsmesh.turn import Runtime
+from ovsmesh.agent.meshnode import MeshNodeWriter
+from ovsmesh.agent.result import Runtime
+from ovsmesh.kube.client import JSON, MERGE, Api, load
+from tests.support import slicekit
+from tests.support.controllerkit import Cluster, Object, mesh, node
+from tests.support.kubekit import GROUP, MANIFESTS, NAMESPACE, eventually
+from tests.support.slicekit import turn
 
 state = pytest.fixture(slicekit.make_state)
 CRDS = {crd["spec"]["names"]["kind"]: crd for crd in yaml.safe_load_all((MANIFESTS / "crds.yaml").read_text())}

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 
-from controllerkit import NODES, STRATEGIC, TAINT, Cluster, Process, mesh, node, numbered
-from kubekit import GROUP, eventually
+from tests.support.controllerkit import NODES, STRATEGIC, TAINT, Cluster, Process, mesh, node, numbered
+from tests.support.kubekit import GROUP, eventually
 
 
 def three(kube: Cluster) -> None:

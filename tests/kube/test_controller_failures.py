@@ -10,9 +10,10 @@ from ipaddress import ip_network
 from itertools import pairwise
 
 import pytest
-from controllerkit import NODES, Cluster, mesh, node, numbered
-from controlplane import APISERVER, ETCD, ControlPlane
-from kubekit import GROUP, eventually
+
+from tests.support.controllerkit import NODES, Cluster, mesh, node, numbered
+from tests.support.controlplane import APISERVER, ETCD, ControlPlane
+from tests.support.kubekit import GROUP, eventually
 
 
 class Watcher:
@@ -32,7 +33,7 @@ class Watcher:
         self._thread.join(30)
 
     def _run(self) -> None:
-        from ovsmesh.kube import ApiError
+        from ovsmesh.kube.client import ApiError
 
         while not self._stop.wait(0.02):
             try:

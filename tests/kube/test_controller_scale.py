@@ -8,10 +8,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from controllerkit import NODES, STRATEGIC, Cluster, Object, mesh, numbered
-from kubekit import GROUP, eventually
 
-from ovsmesh.kubewatch import Bell, Reflector
+from ovsmesh.kube.reflector import Bell, Reflector
+from tests.support.controllerkit import NODES, STRATEGIC, Cluster, Object, mesh, numbered
+from tests.support.kubekit import GROUP, eventually
 
 NUMBER = 1000
 

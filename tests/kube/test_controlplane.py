@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import binaries
 import pytest
-from controlplane import APISERVER, ETCD, ControlPlane
-from kubekit import eventually
-from reach import ControlPlaneError
+
+from tests.support import binaries
+from tests.support.controlplane import APISERVER, ETCD, ControlPlane
+from tests.support.kubekit import eventually
+from tests.support.reach import ControlPlaneError
 
 CONFIG_MAPS = "/api/v1/namespaces/default/configmaps"
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
-from controlplane import ControlPlane
-from kubekit import GROUP, MANIFESTS
 
-from ovsmesh import claims, meshfile
-from ovsmesh.model import ENCAPSULATIONS, Mesh, MeshError, Node
+from ovsmesh.mesh import manifest, validation
+from ovsmesh.mesh.types import ENCAPSULATIONS, Mesh, MeshError, Node
+from tests.support.controlplane import ControlPlane
+from tests.support.kubekit import GROUP, MANIFESTS
 
 CRDS = {crd["spec"]["names"]["kind"]: crd for crd in yaml.safe_load_all((MANIFESTS / "crds.yaml").read_text())}
 API_VERSION = "ovsmesh.io/v1alpha1"
@@ -49,18 +49,18 @@ def test_kinds_are_cluster_scoped_and_in_our_group() -> None:
     for crd in CRDS.values():
         assert (crd["spec"]["group"], crd["spec"]["scope"]) == ("ovsmesh.io", "Cluster")
         assert version(crd["spec"]["names"]["kind"])["name"] == "v1alpha1"
-    assert meshfile.API_VERSION == API_VERSION and meshfile.KIND in CRDS
+    assert manifest.API_VERSION == API_VERSION and manifest.KIND in CRDS
 
 
 def test_mesh_has_the_keys_of_the_file() -> None:
-    assert set(schema("Mesh")["properties"]) == set(meshfile._SPEC)
+    assert set(schema("Mesh")["properties"]) == set(manifest._SPEC)
     # uid and zone are the controller's to know, from the Node.
-    assert set(schema("Mesh", "nodes", "[]")["properties"]) == meshfile._NODE - {"uid", "zone"}
+    assert set(schema("Mesh", "nodes", "[]")["properties"]) == manifest._NODE - {"uid", "zone"}
 
 
 def test_slices_have_the_fields_of_the_model() -> None:
     entry = schema("MeshSlice", "nodes", "[]")["properties"]
-    assert set(entry) == {camel(field.name) for field in dataclasses.fields(Node)} == meshfile._NODE
+    assert set(entry) == {camel(field.name) for field in dataclasses.fields(Node)} == manifest._NODE
     settings = {camel(field.name) for field in dataclasses.fields(Mesh)} - {"nodes"}
     assert set(schema("MeshSlice", "settings")["properties"]) == settings
     assert schema("MeshSlice", "nodes")["maxItems"] == 100
@@ -69,19 +69,19 @@ def test_slices_have_the_fields_of_the_model() -> None:
 @pytest.mark.parametrize("where", [("Mesh",), ("MeshSlice", "settings")])
 def test_limits_of_the_settings(where: tuple[str, ...]) -> None:
     assert tuple(schema(*where, "encapsulation")["enum"]) == ENCAPSULATIONS
-    assert schema(*where, "clusterCIDRs")["maxItems"] == meshfile.MAX_CLUSTER_CIDRS
+    assert schema(*where, "clusterCIDRs")["maxItems"] == manifest.MAX_CLUSTER_CIDRS
     key = schema(*where, "key")
-    assert (key["minimum"], key["maximum"]) == (0, 2 ** meshfile._KEY_BITS["gre"] - 1)
+    assert (key["minimum"], key["maximum"]) == (0, 2 ** manifest._KEY_BITS["gre"] - 1)
     (rule,) = schema(*where, "mtu")["x-kubernetes-validations"]
-    assert f"self >= {meshfile._MTU.start} && self <= {meshfile._MTU.stop - 1}" in rule["rule"]
+    assert f"self >= {manifest._MTU.start} && self <= {manifest._MTU.stop - 1}" in rule["rule"]
 
 
 @pytest.mark.parametrize("kind", ["Mesh", "MeshSlice"])
 def test_limits_of_a_node(kind: str) -> None:
-    assert schema(kind, "nodes", "[]", "podCIDRs")["maxItems"] == meshfile.MAX_CIDRS
-    assert schema(kind, "nodes", "[]", "name")["pattern"] == f"^{claims._NAME.pattern}$"
+    assert schema(kind, "nodes", "[]", "podCIDRs")["maxItems"] == manifest.MAX_CIDRS
+    assert schema(kind, "nodes", "[]", "name")["pattern"] == f"^{validation._NAME.pattern}$"
     longest = schema(kind, "nodes", "[]", "podCIDRs", "[]")["x-kubernetes-validations"][-1]["rule"]
-    assert f"? {claims._LONGEST[4]} : {claims._LONGEST[6]}" in longest
+    assert f"? {validation._LONGEST[4]} : {validation._LONGEST[6]}" in longest
 
 
 def test_both_say_the_same_of_a_node() -> None:
@@ -174,7 +174,7 @@ BAD: dict[str, dict[str, Any]] = {
 
 def parser_takes(found: dict[str, Any]) -> bool:
     try:
-        _, problems = meshfile.parse(json.dumps(found) + "\n", "test")
+        _, problems = manifest.parse(json.dumps(found) + "\n", "test")
     except MeshError:
         return False
     return not problems

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
-from controlplane import ControlPlane
-from kubekit import GROUP, MANIFESTS, eventually
-from render import HEAD, RENDERED, render
 
 from ovsmesh import __version__
-from ovsmesh.cli import cli
+from ovsmesh.cli.main import cli
+from tests.support.controlplane import ControlPlane
+from tests.support.kubekit import GROUP, MANIFESTS, eventually
+from tests.support.render import HEAD, RENDERED, render
 
 Object = dict[str, Any]
 OBJECTS: list[Object] = list(yaml.safe_load_all(RENDERED.read_text()))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from controllerkit import Cluster, Process, cluster_of, mesh, node
-from controlplane import ControlPlane
-from kubekit import GROUP, MANIFESTS, eventually
+
+from tests.support.controllerkit import Cluster, Process, cluster_of, mesh, node
+from tests.support.controlplane import ControlPlane
+from tests.support.kubekit import GROUP, MANIFESTS, eventually
 
 MESH = f"{GROUP}/meshes/default"
 NOTE = "ovsmesh.io/derived-cluster-cidrs"

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import pytest
-import slicekit
-from kubekit import eventually
-from kubestub import Stub
-from slicekit import turn
 
-from ovsmesh.kube import Api, Object
-from ovsmesh.kubeconfig import load
-from ovsmesh.meshnode import MESHNODES, MeshNodeWriter
-from ovsmesh.turn import Runtime
+from ovsmesh.agent.meshnode import MESHNODES, MeshNodeWriter
+from ovsmesh.agent.result import Runtime
+from ovsmesh.kube.client import Api, Object
+from ovsmesh.kube.config import load
+from tests.support import slicekit
+from tests.support.kubekit import eventually
+from tests.support.kubestub import Stub
+from tests.support.slicekit import turn
 
 stub = pytest.fixture(slicekit.make_stub)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from between import FAULTS
-from clusterlab import ClusterLab
-from controlplane import ControlPlane
-from kubekit import eventually
-from outagekit import Storm, storm
 
-from ovsmesh import labnet
-from ovsmesh.lab import Lab
+from ovsmesh.lab import netns
+from ovsmesh.lab.lab import Lab
+from tests.support.clusterlab import ClusterLab
+from tests.support.controlplane import ControlPlane
+from tests.support.fault_proxy import FAULTS
+from tests.support.kubekit import eventually
+from tests.support.outagekit import Storm, storm
 
 pytestmark = [pytest.mark.lab, pytest.mark.kube, pytest.mark.timeout(240)]
 
@@ -37,7 +37,7 @@ def lost(three: Storm) -> list[str]:
 def test_a_node_s_address_changes_and_nobody_is_restarted(three: Storm) -> None:
     one, other, moved = three.lab.hosts
     device = "br-phy" if three.lab.settings.datapath == "netdev" else "eth0"
-    labnet.ip_batch([f"addr add 192.0.2.113/24 dev {device}"], moved.ns)
+    netns.ip_batch([f"addr add 192.0.2.113/24 dev {device}"], moved.ns)
     pids = [three.cluster.pid(host.name) for host in three.lab.hosts]
     for address in ("192.0.2.113", str(moved.address)):
         three.cluster.set_address(moved, address)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from controlplane import ControlPlane
-from kubekit import GROUP, eventually
-from reach import Answer
+
+from tests.support.controlplane import ControlPlane
+from tests.support.kubekit import GROUP, eventually
+from tests.support.reach import Answer
 
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from clusterlab import ClusterLab
-from controlplane import ControlPlane
-from kubekit import eventually
 
-from ovsmesh.lab import Lab
-from ovsmesh.labhost import Host
+from ovsmesh.lab.host import Host
+from ovsmesh.lab.lab import Lab
+from tests.support.clusterlab import ClusterLab
+from tests.support.controlplane import ControlPlane
+from tests.support.kubekit import eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.kube, pytest.mark.timeout(180)]
 

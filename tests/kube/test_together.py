@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from clusterlab import ClusterLab
-from controlplane import APISERVER, ETCD, ControlPlane
-from kubekit import eventually
 
-from ovsmesh.lab import Lab
+from ovsmesh.lab.lab import Lab
+from tests.support.clusterlab import ClusterLab
+from tests.support.controlplane import APISERVER, ETCD, ControlPlane
+from tests.support.kubekit import eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.kube]
 

@@ -1,0 +1,85 @@
+"""What an agent was told on its command line, which `plan`, `status` and `cleanup` take over, and the host it means.
+
+Joins host and its rooms' settings. Knows nothing of a command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import socket
+import time
+from collections.abc import Iterator, Mapping
+
+from ovsmesh.agent.driver import Host
+from ovsmesh.containers.docker import Docker
+from ovsmesh.containers.docker_migration import Settings as DockerSettings
+from ovsmesh.dataplane.types import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_STATE
+from ovsmesh.state_dir import DOCKER_FILES, StateDir
+
+_FIRST_LOOK = 5.0
+"""Seconds for a Docker daemon to say where it is."""
+_STEP = 0.2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """How an agent was started."""
+
+    mesh: str = ""
+    """The mesh file; "" reads MeshSlices."""
+    node: str = dataclasses.field(default_factory=lambda: socket.gethostname())
+    ovsdb: str = DEFAULT_OVSDB
+    state_dir: str = DEFAULT_STATE
+    listen: str = DEFAULT_LISTEN
+    """"" for nowhere."""
+    kubeconfig: str = ""
+    """"" is the service account's."""
+    cni_dir: str = ""
+    """Where the container runtime reads its networks, e.g. /etc/cni/net.d; "" leaves CNI alone."""
+    cni_bin_dir: str = CNI_BIN_DIR
+    """Where the runtime finds its plugins: directories as in PATH."""
+    docker: str = "auto"
+    """"auto" keeps a Docker that is on kbr0 there and names one that is not; "replace" puts it there; "off"."""
+    docker_config: str = "/etc/docker/daemon.json"
+    docker_socket: str = "/var/run/docker.sock"
+    docker_restart: str = "systemctl restart docker"
+    """Split as a shell splits words, run without a shell."""
+    docker_timeout: float = 120.0
+    """Seconds for the restart command, and again for the daemon to answer."""
+
+    def host(self, state: StateDir, *, acting: bool = False, removing: bool = False) -> Host:
+        """The host that these options mean. `acting`: an agent's; `removing`: cleanup's."""
+        docker = None
+        # what an earlier agent did to Docker is taken back, though the last one looked away
+        if self.docker != "off" or (removing and (state.path / DOCKER_FILES[0]).exists()):
+            told = (self.docker, self.docker_config, self.docker_socket, self.docker_restart, self.docker_timeout)
+            docker = Docker(DockerSettings(*told), state, removing, acting)
+        return Host(self.ovsdb, self.cni_dir, self.cni_bin_dir, docker)
+
+
+def remembered(state_dir: str, chosen: Mapping[str, object]) -> Options:
+    """What was `chosen`; else what the agent that last ran with this state directory had; else the defaults.
+
+    So `ovsmesh status` needs no option. A value of another type than it should have is passed over.
+    """
+    plain = Options(state_dir=state_dir)
+    told = {**StateDir(state_dir).agent(), "state_dir": state_dir}
+    kinds = {f.name: type(getattr(plain, f.name)) for f in dataclasses.fields(Options)}
+    found = {name: told[name] for name, kind in kinds.items() if isinstance(told.get(name), kind) and told[name]}
+    return dataclasses.replace(plain, **{**found, **chosen})
+
+
+@contextlib.contextmanager
+def opened(options: Options, state: StateDir, removing: bool = False) -> Iterator[Host]:
+    """The host, connected, with whatever was under way on it settled."""
+    host = options.host(state, removing=removing)
+    try:
+        end = time.monotonic() + _FIRST_LOOK
+        while host.expecting and time.monotonic() < end:
+            host.wait((), _STEP)
+            host.drain()
+        host.ovs.connect()
+        yield host
+    finally:
+        host.close()

@@ -1,0 +1,145 @@
+"""What `bootstrap` does: a host's recipe as a script, its preflight, and the wait for its agent's first success.
+
+Joins the same rooms as commands, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+from ovsmesh.agent.driver import Host, kernel_datapath
+from ovsmesh.agent.options import Options, opened
+from ovsmesh.cli import inspect, preflight
+from ovsmesh.cli.preflight import FAIL, OK, WARN, Check
+from ovsmesh.dataplane import desired as meshes
+from ovsmesh.dataplane import shell_script
+from ovsmesh.dataplane.types import Facts
+from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.mesh.types import Mesh, Node
+from ovsmesh.ovs.idl import run_dir
+from ovsmesh.probe import icmp
+from ovsmesh.state_dir import StateDir
+
+_USUAL = ("/var/run/openvswitch", "/run/openvswitch")
+_LOOK = 0.5
+_TOLD = ("TunnelAddressMissing", "DatapathMissing")
+"""Problems of the mesh that preflight has told in its own words."""
+
+
+def _mesh(options: Options) -> tuple[Mesh, Node, tuple[Problem, ...]]:
+    """The mesh that the file holds now, and self in it. Raises OvsmeshError."""
+    found = inspect.snapshot(options)
+    me = found.mesh.node(options.node) if found.mesh else None
+    if found.mesh is None or me is None or not found.confirmed:
+        raise OvsmeshError("; ".join(map(str, found.problems)) or f"{options.mesh}: has no node {options.node}")
+    return found.mesh, me, found.problems
+
+
+def _open(options: Options) -> AbstractContextManager[Host]:
+    # what plugs containers in is none of the recipe's business
+    bare = dataclasses.replace(options, cni_dir="", docker="off")
+    return opened(bare, StateDir(options.state_dir))
+
+
+def script(options: Options) -> tuple[str, tuple[Problem, ...]]:
+    """This host's part of the mesh as a shell script, and what is wrong with it. Raises OvsmeshError."""
+    wanted, me, problems = _mesh(options)
+    with _open(options) as host:
+        host.drain()
+        facts = host.facts(wanted, me)
+        want, refused = meshes.dataplane(wanted, me.name, facts)
+        want = host.possible(want)
+        lacking = host.firewall.observe(want.rules).problems
+    notes = [
+        f"containers get an address of {', '.join(map(str, me.pod_cidrs))}, the first one as gateway, "
+        f"and MTU {meshes.pod_mtu(wanted, me, facts)}",
+        *map(str, (*problems, *refused, *lacking)),
+    ]
+    where = str(run_dir(options.ovsdb))
+    title = f"node {me.name}, tunnel address {me.address}, of the mesh in {options.mesh}"
+    return shell_script.recipe(want, title, notes, "" if where in _USUAL else where), (*problems, *refused)
+
+
+def check(options: Options) -> list[Check]:
+    """Everything that a node needs, and whether this host has it."""
+    found = [*preflight.kernel(), *preflight.tools()]
+    wanted: Mesh | None = None
+    try:
+        wanted, me, problems = _mesh(options)
+    except OvsmeshError as error:
+        found.append(Check(FAIL, "mesh", str(error)))
+    ovsdb = options.ovsdb
+    with _open(options) as host:
+        datapath = kernel_datapath()
+        if wanted is None:
+            found += preflight.switch(host.ovs.synced, host.ovs.version, ovsdb, datapath, not datapath, "gre")
+            return found
+        found += [Check(FAIL if p.fatal else WARN, "mesh", str(p)) for p in problems]
+        found += [Check(OK, "mesh", f"{len(wanted.nodes)} nodes, this one is {me.name}")] if not problems else []
+        host.drain()
+        facts = host.facts(wanted, me)
+        carried = host.ovs.synced and facts.datapath_type == "netdev" and facts.datapath_carried
+        kind = wanted.encapsulation
+        found += preflight.switch(host.ovs.synced, host.ovs.version, ovsdb, datapath, carried, kind)
+        found += _underlay(wanted, me, facts)
+        found += preflight.ranges(wanted, preflight.routes())
+        if host.ovs.synced:
+            want, _ = meshes.dataplane(wanted, me.name, facts)
+            have = host.observe(want)
+            found += [Check(FAIL, "foreign", f.detail) for f in have.foreign if f.kind in ("links", "bridges")]
+    if facts.underlay_mtu is not None:
+        found += preflight.tunnels(wanted, me)
+    return found
+
+
+def _underlay(mesh: Mesh, me: Node, facts: Facts) -> Iterator[Check]:
+    if facts.underlay_mtu is None:
+        yield Check(FAIL, "address", f"{me.address} is on no link of this host; assign it, or correct the mesh")
+        return
+    mtu = meshes.pod_mtu(mesh, me, facts)
+    yield Check(OK, "address", f"{me.address} is here")
+    told = [p for p in meshes.dataplane(mesh, me.name, facts)[1] if p.reason not in _TOLD]
+    yield from (Check(FAIL if p.fatal else WARN, "mtu" if "MTU" in p.reason else "mesh", str(p)) for p in told)
+    if not any("MTU" in p.reason for p in told):
+        yield Check(OK, "mtu", f"{facts.underlay_mtu} below, {mtu} for containers")
+
+
+def await_converged(options: Options, deadline: float) -> tuple[list[str], bool]:
+    """Waits until an agent runs and has nothing left to do; then each peer and whether it answers, as lines.
+
+    When that takes longer than `deadline` seconds: what is left, and why.
+    """
+    end = time.monotonic() + deadline
+    while True:
+        left = _left(options)
+        if not left:
+            break
+        if time.monotonic() > end:
+            return [f"not converged after {deadline:g} s:", *(f"  {line}" for line in left)], False
+        # an agent that comes and a plan that empties ring no bell outside of it
+        time.sleep(_LOOK)
+    wanted, me, _ = _mesh(options)
+    peers = [n for n in wanted.nodes if n.name != me.name]
+    versions = {c.version for c in me.pod_cidrs}
+    gateways = {n.name: [str(meshes.gateway(c)) for c in n.pod_cidrs if c.version in versions] for n in peers}
+    answered = icmp.ping([g for found in gateways.values() for g in found])
+    lines = [f"{me.name}: converged, {len(peers)} peer{'' if len(peers) == 1 else 's'}"]
+    for peer in peers:
+        for address in gateways[peer.name]:
+            ms = answered[address]
+            said = "no answer as yet (its agent is not up, or IP protocol 47 is blocked)"
+            said = said if ms is None else f"answers in {ms:.1f} ms"
+            lines.append(f"  {peer.name} {peer.address} gateway {address}: {said}")
+    return lines, True
+
+
+def _left(options: Options) -> list[str]:
+    if not StateDir(options.state_dir).held():
+        return [f"no agent runs with the state directory {options.state_dir}; journalctl -u ovsmesh-agent"]
+    found, unclear = inspect.look(options)
+    if found.converged and not unclear:
+        return []
+    return [*found.plan.lines(), *(str(p) for p in found.problems if p.fatal)] or ["something can't be seen as yet"]

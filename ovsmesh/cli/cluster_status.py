@@ -1,0 +1,155 @@
+"""`ovsmesh status --cluster`: one line a node, from the MeshNodes that agents write and the slices they read.
+
+Reads the API as whoever asks; writes nothing. Imports kube, kubeconfig, reports, slices, statustext.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ovsmesh.controller import node_conditions
+from ovsmesh.controller.mesh_writer import MESH
+from ovsmesh.controller.node_conditions import Report, silent_for
+from ovsmesh.dataplane.report import age
+from ovsmesh.dataplane.report_text import clean, table
+from ovsmesh.errors import OvsmeshError
+from ovsmesh.kube.client import GROUP, Api, Config, NotFound, Object, in_cluster, load, path_of
+from ovsmesh.mesh import meshslice
+from ovsmesh.mesh.meshslice import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What the API says of the mesh at one time (`now`, seconds since the epoch)."""
+
+    mesh: Mapping[str, Any] | None
+    entries: Mapping[str, Entry]
+    reports: Mapping[str, Report]
+    now: float
+
+
+def config(kubeconfig: str | None) -> Config:
+    """--kubeconfig, else $KUBECONFIG, else the service account's, else ~/.kube/config. Raises OvsmeshError."""
+    told = kubeconfig or next(filter(None, os.environ.get("KUBECONFIG", "").split(os.pathsep)), "")
+    if told:
+        return load(told)
+    inside = in_cluster()
+    if inside is not None:
+        return inside
+    home = Path.home() / ".kube" / "config"
+    if home.exists():
+        return load(home)
+    raise OvsmeshError(f"no API server known: give --kubeconfig FILE, or set KUBECONFIG ({home} is not there)")
+
+
+def read(api: Api) -> Cluster:
+    """Raises ApiError."""
+    try:
+        mesh: Object | None = api.get(path_of(f"{GROUP}/meshes", MESH))
+    except NotFound:
+        mesh = None
+    found = [meshslice.project(item) for page in api.pages(f"{GROUP}/meshslices") for item in page.items]
+    entries = {entry.name: entry for one in found if one.mesh == MESH for entry in one.nodes}
+    told = [node_conditions.project(item) for page in api.pages(f"{GROUP}/meshnodes") for item in page.items]
+    return Cluster(mesh, entries, {report.name: report for report in told}, time.time())
+
+
+def rows(cluster: Cluster) -> list[dict[str, Any]]:
+    """One for each node that is a member or has an agent that reports; what is worst first."""
+    made = []
+    for name in sorted(cluster.entries.keys() | cluster.reports.keys()):
+        entry, report = cluster.entries.get(name), cluster.reports.get(name)
+        made.append(_row(name, entry, report, cluster.now))
+    return sorted(made, key=lambda row: row["state"] == "converged")
+
+
+def _row(name: str, entry: Entry | None, report: Report | None, now: float) -> dict[str, Any]:
+    state, message = "converged", ""
+    if report is None or report.converged is None:
+        state, message = "unknown", "its agent has not reported"
+    elif report.owner and entry is not None and entry.uid and report.owner != entry.uid:
+        state, message = "unknown", "the report is of an earlier node of this name"
+    elif silent_for(report, now) > node_conditions.SILENT:
+        state, message = "silent", f"not heard for {age(silent_for(report, now))}"
+    elif report.converged.status != "True":
+        state, message = "not converged", f"{report.converged.reason}: {report.converged.message}"
+    elif report.degraded is not None and report.degraded.status == "True":
+        state, message = "degraded", f"{report.degraded.reason}: {report.degraded.message}"
+    if entry is None:
+        state, message = (
+            "no member",
+            "in no MeshSlice: see the conditions of the Node" + (f"; {message}" * bool(message)),
+        )
+    told = report or Report(name)
+    return {
+        "name": name,
+        "state": state,
+        "address": entry.address if entry else "",
+        "podCIDRs": list(entry.pod_cidrs) if entry else [],
+        "peers": {"wanted": told.wanted, "installed": told.installed, "up": told.up},
+        "mtu": told.mtu,
+        "versions": {"agent": told.agent, "ovs": told.ovs, "kernel": told.kernel},
+        "observedAt": told.observed_at,
+        "message": message,
+    }
+
+
+def render(cluster: Cluster, output: str = "table") -> str:
+    """As a table, JSON or YAML; without a newline at its end."""
+    made = rows(cluster)
+    status = (cluster.mesh or {}).get("status") or {}
+    if output != "table":
+        tree = {"mesh": status, "nodes": made}
+        if output == "json":
+            return json.dumps(tree, indent=2, ensure_ascii=False)
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip()
+    good = sum(row["state"] == "converged" for row in made)
+    lines = [f"{good} of {len(made)} nodes converged"]
+    if cluster.mesh is None:
+        lines = [
+            f"there is no Mesh {MESH}: the controller makes one from the Nodes' podCIDRs; where it can't,"
+            " `kubectl get events` says why, and you apply one (see manifests/mesh.yaml)"
+        ]
+    for condition in status.get("conditions") or ():
+        if (condition["type"], condition["status"]) in (("Degraded", "True"), ("Ready", "False")):
+            line = f"! {condition['reason']}: {condition['message']}"
+            if condition["type"] == "Degraded" or condition["reason"] == "Converging":
+                lines.append(line)
+    if made:
+        head = ["NODE", "ADDRESS", "POD CIDRS", "PEERS", "MTU", "OVS", "SEEN", "STATE"]
+        lines += ["", *table([head, *(_cells(row, cluster.now) for row in made)])]
+    return "\n".join(map(clean, lines))
+
+
+def _cells(row: Mapping[str, Any], now: float) -> list[str]:
+    peers = row["peers"]
+    told = "-" if peers["wanted"] is None else f"{peers['up'] or 0}/{peers['installed'] or 0}/{peers['wanted']}"
+    at = node_conditions.seconds(row["observedAt"])
+    state = f"{row['state']}: {row['message']}" if row["message"] else row["state"]
+    return [
+        row["name"],
+        row["address"] or "-",
+        ",".join(row["podCIDRs"]) or "-",
+        told,
+        str(row["mtu"] or "-"),
+        row["versions"]["ovs"] or "-",
+        age(now - at) if at is not None else "-",
+        state,
+    ]
+
+
+def status(kubeconfig: str | None, output: str) -> str:
+    """Raises OvsmeshError."""
+    api = Api(config(kubeconfig))
+    try:
+        return render(read(api), output)
+    finally:
+        api.close()

@@ -1,0 +1,185 @@
+"""The CNI directory of this host: reads it and what the plugins answer, writes and removes our conflist.
+
+Decides nothing: what the file is to hold is conflist's. Imports neither ovs nor pyroute2. What lies in the
+directory is anyone's: only regular files are read, and not more than a conflist can have.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import stat
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from ovsmesh.dataplane import cni_config
+from ovsmesh.dataplane.plan import Step
+from ovsmesh.dataplane.types import Cni as CniFacts
+from ovsmesh.dataplane.types import CniPlugin, Foreign
+from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.file_watch import FileBell
+from ovsmesh.state_dir import read_regular, write_atomic
+
+log = logging.getLogger("ovsmesh")
+
+_MAX_BYTES = 1 << 20
+_MOST_FILES = 1000
+_TIMEOUT = 5.0
+"""Seconds for a plugin to answer VERSION; it takes 10 ms."""
+_Copy = tuple[tuple[str, ...], str]
+
+
+class Cni:
+    """The directory `directory` ("" leaves CNI alone), and the plugins in the directories of `bin_dir` (as in PATH)."""
+
+    def __init__(self, directory: str = "", bin_dir: str = "") -> None:
+        self._directory = directory
+        self._bins = [os.path.abspath(p) for p in bin_dir.split(":") if p] if directory else []
+        self._bell = FileBell(directory, *self._bins, entries=True) if directory else None
+        self._known: CniFacts | None = None
+        """What was told last to who wants a conflist; cleanup wants none."""
+        self._answers: dict[tuple[str, int, int, int], _Copy] = {}
+        """What a copy of a plugin answered, for as long as it is the same file."""
+
+    def close(self) -> None:
+        if self._bell:
+            self._bell.close()
+
+    def fds(self) -> list[int]:
+        return self._bell.fds() if self._bell else []
+
+    def drain(self) -> bool:
+        """Takes in what the bells brought; True if the directory or a plugin may be another."""
+        return self._bell is not None and self._bell.drain()
+
+    # what the file depends on
+
+    def facts(self) -> CniFacts | None:
+        """What plugins there are and what they support; None where CNI is left alone."""
+        if not self._directory:
+            return None
+        plugins = tuple(self._plugin(name) for name in cni_config.PLUGINS)
+        kept = ""
+        if not cni_config.writable(plugins):
+            ours, _, _ = self.observe()
+            kept = ours.get(cni_config.FILE, "")
+        self._known = CniFacts(self._directory, plugins, kept)
+        return self._known
+
+    def _plugin(self, name: str) -> CniPlugin:
+        """All copies count, as nobody tells which of the directories the runtime looks in."""
+        copies = [self._ask(f"{directory}/{name}") for directory in self._bins]
+        there = [copy for copy in copies if copy is not None]
+        good = [set(versions) for versions, why in there if not why]
+        if good:
+            return CniPlugin(name, tuple(sorted(set.intersection(*good))))
+        why = there[0][1] if there else f"not in {', '.join(self._bins)}"
+        return CniPlugin(name, (), why)
+
+    def _ask(self, path: str) -> _Copy | None:
+        """What the plugin answers to VERSION, or why it does not; None when it is not there."""
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            return None if error.errno in (errno.ENOENT, errno.ENOTDIR) else ((), f"{path}: {error.strerror}")
+        if not stat.S_ISREG(found.st_mode) or not os.access(path, os.X_OK):
+            return (), f"{path} is not an executable file"
+        key = (path, found.st_ino, found.st_mtime_ns, found.st_size)
+        if key in self._answers:
+            return self._answers[key]
+        try:
+            answer = _version(path)
+        except OSError as error:
+            # not kept: it may be in the midst of being written
+            return (), f"{path} can't be run here: {error.strerror}"
+        self._answers = {k: v for k, v in self._answers.items() if k[0] != path} | {key: answer}
+        return answer
+
+    # what is there
+
+    def observe(self) -> tuple[dict[str, str], list[Foreign], list[Problem]]:
+        """Our conflist by its name, what is in its place, and what the other files there mean."""
+        if not self._directory:
+            return {}, [], []
+        files: dict[str, cni_config.File] = {}
+        try:
+            names = sorted(n for n in os.listdir(self._directory) if n.endswith(cni_config.SUFFIXES))
+        except FileNotFoundError:
+            names = []
+        except OSError as error:
+            why = f"CNI directory {self._directory}: {error.strerror}; give --cni-dir the runtime's"
+            return {}, [], [Problem("CNIUnreadable", why)]
+        for name in names[:_MOST_FILES]:
+            path = os.path.join(self._directory, name)
+            # a runtime passes over directories, and over nothing else
+            if not os.path.isdir(path) or os.path.islink(path):
+                files[cni_config.plain(name, 255)] = _read(path, name == cni_config.FILE)
+        ours, foreign, problems = cni_config.judge(self._directory, files)
+        return ours, foreign, [*cni_config.problems(self._known), *problems] if self._known else []
+
+    # changing
+
+    def apply(self, steps: Iterable[Step]) -> None:
+        """Writes or removes our file. Raises OvsmeshError when it can't."""
+        for step in steps:
+            path = Path(self._directory, step.key)
+            if step.op == "-":
+                self._remove(path)
+            else:
+                self._write(path, step.want)
+
+    def _write(self, path: Path, text: str) -> None:
+        try:
+            if not os.path.isdir(self._directory):
+                os.makedirs(self._directory, 0o755)
+                log.info("made the CNI directory %s, which was not there", self._directory)
+            # beside its place and renamed: what comes from another directory a runtime may not notice
+            write_atomic(path, text, 0o644)
+        except OSError as error:
+            raise OvsmeshError(f"{path}: can't be written: {error.strerror}; is it the runtime's directory?") from error
+
+    def _remove(self, path: Path) -> None:
+        if cni_config.FILE not in self.observe()[0]:
+            return
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise OvsmeshError(f"{path}: can't be removed: {error.strerror}") from error
+
+
+def _read(path: str, own: bool) -> cni_config.File:
+    """A file as the runtime would read it, without waiting for anyone. What is at our own name is no link."""
+    if own and os.path.islink(path):
+        return cni_config.File(b"", "is a symbolic link, not ours")
+    try:
+        return cni_config.File(read_regular(path, _MAX_BYTES)[0])
+    except OSError as error:
+        return cni_config.File(b"", error.strerror or str(error))
+
+
+def _version(path: str) -> _Copy:
+    """Asks a plugin what it supports. Raises OSError when it can't be started."""
+    env = {"CNI_COMMAND": "VERSION", "CNI_PATH": os.path.dirname(path), "PATH": os.defpath}
+    try:
+        done = subprocess.run(
+            [path],
+            input=b'{"cniVersion":"1.0.0"}',
+            capture_output=True,
+            env=env,
+            cwd="/",
+            timeout=_TIMEOUT,
+            check=False,
+        )
+        found = json.loads(done.stdout)["supportedVersions"]
+        versions = tuple(cni_config.plain(v, 20) for v in found[:50])
+    except subprocess.TimeoutExpired:
+        return (), f"{path} did not answer VERSION within {_TIMEOUT:g} s"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        said = cni_config.plain((done.stderr or done.stdout).decode(errors="replace").strip(), 120)
+        return (), f"{path} gave no answer to VERSION (exit {done.returncode}): {said or 'silence'}"
+    return (versions, "") if versions else ((), f"{path} supports no version")

@@ -1,0 +1,326 @@
+"""A Docker daemon as its API shows it, over its unix socket; a thread follows it and rings when it changes.
+
+Only reads. The thread hands over whole, immutable snapshots, so that a daemon that hangs or restarts keeps nobody
+waiting. Never imports ovs, pyroute2 or kubernetes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ovsmesh.file_watch import FileBell
+
+_ANSWER = 20.0
+"""Seconds for one answer of a daemon that is up."""
+_START = 120.0
+"""Seconds that a daemon may hold its socket without answering; it listens long before it is ready."""
+_SOON = 0.5
+_PAUSE = (0.05, 5.0)
+_LATE = 30.0
+"""Seconds between looks for a socket that is not there, should a notification be lost."""
+_DORMANT_POLL = 1.0
+_COALESCE = 0.1
+_MOST = 4 << 20
+"""Bytes of one answer."""
+_EVENTS = {"type": ["container", "daemon"], "event": ["start", "die", "reload"]}
+_INSPECTED = 50
+"""Containers whose restart policy is asked for."""
+_NAME = re.compile(r"[^\w.-]")
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """What was seen at one moment. `state` is "up", "down" or "starting" (holds its socket, does not answer)."""
+
+    state: str
+    why: str = ""
+    version: str = ""
+    bridge: str = ""
+    """The default bridge; "" for none."""
+    mtu: int = 0
+    subnets: tuple[str, ...] = ()
+    ipv6: bool = False
+    live_restore: bool = False
+    running: tuple[str, ...] = ()
+    """Names of the containers that run."""
+    returning: tuple[str, ...] = ()
+    """Those of them that come back by themselves after a restart."""
+    instance: tuple[int, int] = (0, 0)
+    """Process id and start time; zeros where it can't be seen."""
+    flags: tuple[str, ...] = field(default=(), repr=False)
+    """Its command line."""
+    read_at: float = field(default=0.0, compare=False)
+    """When the reading began (monotonic)."""
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("docker", timeout=_ANSWER)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class Watch:
+    """Follows the daemon behind a socket. `daemon` is None until it was looked for once."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.daemon: Daemon | None = None
+        self._rings, self._ring = _pipe()
+        self._told, self._tell = _pipe()
+        self._bell = FileBell(path)
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, name="docker", daemon=True)
+        self._thread.start()
+
+    def fds(self) -> list[int]:
+        return [self._rings]
+
+    def drain(self) -> bool:
+        """Whether `daemon` was replaced since the last time."""
+        return _take(self._rings)
+
+    def poke(self) -> None:
+        """Has it looked at now; the snapshot that follows has a later read_at."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._tell, b"p")
+
+    def close(self) -> None:
+        self._ending = True
+        self.poke()
+        self._thread.join(_SOON * 4)
+        if self._thread.is_alive():
+            return  # in a daemon's hands until its answer is due; the process ends without it
+        self._bell.close()
+        for fd in (self._rings, self._ring, self._told, self._tell):
+            os.close(fd)
+
+    # the thread
+
+    def _over(self) -> bool:
+        return self._ending
+
+    def _run(self) -> None:
+        pause = _PAUSE[0]
+        while not self._over():
+            started = time.monotonic()
+            dormant = False
+            try:
+                dormant = _dormant(self._path)
+                if dormant:
+                    self._publish(Daemon("down", "systemd holds its socket, and no dockerd runs", read_at=started))
+                else:
+                    self._follow(started)
+            except FileNotFoundError:
+                self._publish(Daemon("down", f"there is no socket {self._path}", read_at=started))
+                pause = _LATE
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+                text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                self._publish(Daemon("down", f"{self._path}: {text or 'closed'}", read_at=started))
+                if time.monotonic() - started > _SOON:
+                    pause = _PAUSE[0]
+            if self._over():
+                return
+            ready, _, _ = select.select([self._told, *self._bell.fds()], [], [], _DORMANT_POLL if dormant else pause)
+            _take(self._told)
+            self._bell.drain()
+            pause = _PAUSE[0] if ready else min(pause * 2, _PAUSE[1])
+
+    def _publish(self, daemon: Daemon) -> None:
+        old, self.daemon = self.daemon, daemon
+        # one that is up was read because something happened, or because somebody asked
+        if old != daemon or daemon.state == "up":
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._ring, b"r")
+
+    def _follow(self, started: float) -> None:
+        """Reads and publishes whenever something happens in the daemon; raises when it ends."""
+        with contextlib.closing(_Connection(self._path)) as events:
+            events.connect()
+            self._await(events.sock, started)
+            what = json.dumps(_EVENTS).replace(" ", "").replace('"', "%22")
+            sock = events.sock
+            events.request("GET", f"/events?filters={what}")
+            # the stream is read by hand from here on
+            stream = events.getresponse()
+            while not self._over():
+                began = time.monotonic()
+                self._publish(_read(self._path, began))
+                select.select([sock, self._told], [], [])
+                _take(self._told)
+                if select.select([sock], [], [], 0.0)[0]:
+                    # what it says does not matter: all is read again
+                    if stream.isclosed() or not sock.recv(1 << 16):
+                        raise OSError("dockerd has ended")
+                    select.select([self._told], [], [], _COALESCE)
+
+    def _await(self, sock: socket.socket, started: float) -> None:
+        """Returns when the daemon answers."""
+        sock.sendall(b"GET /_ping HTTP/1.1\r\nHost: docker\r\n\r\n")
+        if not select.select([sock], [], [], _SOON)[0]:
+            self._publish(Daemon("starting", f"{self._path}: dockerd does not answer yet", read_at=started))
+            end = time.monotonic() + _START
+            while not select.select([sock], [], [], 0.0)[0]:
+                if self._over() or time.monotonic() > end:
+                    raise OSError("dockerd does not answer")
+                select.select([sock.fileno(), self._told], [], [], max(0.0, end - time.monotonic()))
+                _take(self._told)
+        answer = b""
+        while not (body := answer.partition(b"\r\n\r\n")[2]).startswith(b"OK"):
+            more = sock.recv(4096) if body in (b"", b"O") else b""
+            if not more or len(answer) > 1 << 16:
+                raise OSError("what answers is no Docker")
+            answer += more
+
+
+def look(path: str) -> Daemon:
+    """The daemon now. Raises OSError, HTTPException or ValueError."""
+    return _read(path, time.monotonic())
+
+
+def _read(path: str, began: float) -> Daemon:
+    with contextlib.closing(_Connection(path)) as api:
+        api.connect()
+        pid = struct.unpack("iII", api.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        info = _get(api, "/info", {})
+        bridge = _get(api, "/networks/bridge", {})
+        listed = _get(api, "/containers/json", [])
+        names, returning = [], []
+        for one in listed[:1000] if isinstance(listed, list) else []:
+            name = _name(one)
+            names.append(name)
+            if len(names) <= _INSPECTED:
+                about = _get(api, f"/containers/{_NAME.sub('', str(_dict(one).get('Id')))}/json", {})
+                policy = _dict(_dict(about.get("HostConfig")).get("RestartPolicy")).get("Name")
+                if policy in ("always", "unless-stopped"):
+                    returning.append(name)
+    options = _dict(bridge.get("Options"))
+    told = _dict(bridge.get("IPAM")).get("Config")
+    configs = [c for c in told if isinstance(c, dict)] if isinstance(told, list) else []
+    found = _process(pid)
+    mtu = str(options.get("com.docker.network.driver.mtu", "0"))
+    return Daemon(
+        "up",
+        version=_NAME.sub("", str(info.get("ServerVersion") or ""))[:40],
+        bridge=_NAME.sub("", str(options.get("com.docker.network.bridge.name") or ("docker0" if bridge else "")))[:15],
+        mtu=int(mtu) if mtu.isascii() and mtu.isdigit() and len(mtu) < 6 else 0,
+        subnets=tuple(str(c.get("Subnet"))[:64] for c in configs[:8] if c.get("Subnet")),
+        ipv6=bridge.get("EnableIPv6") is True,
+        live_restore=info.get("LiveRestoreEnabled") is True,
+        running=tuple(sorted(names)),
+        returning=tuple(sorted(returning)),
+        instance=(found, _start_time(found)) if found else (0, 0),
+        flags=_command_line(found) if found else (),
+        read_at=began,
+    )
+
+
+def _get(api: _Connection, path: str, absent: Any) -> Any:
+    """The answer; `absent` for a 404. Raises OSError, HTTPException or ValueError."""
+    api.request("GET", path)
+    answer = api.getresponse()
+    data = answer.read(_MOST + 1)
+    if len(data) > _MOST:
+        raise OSError(f"{path}: more than {_MOST} bytes")
+    if answer.status == 404:
+        return absent
+    if answer.status != 200:
+        raise OSError(f"{path}: HTTP status {answer.status}")
+    found = json.loads(data)
+    if not isinstance(found, type(absent)):
+        raise ValueError(f"{path}: a {type(found).__name__} came back")
+    return found
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _name(container: Any) -> str:
+    names = _dict(container).get("Names")
+    name = str(names[0]) if isinstance(names, list) and names else str(_dict(container).get("Id"))[:12]
+    return _NAME.sub("", name)[:64]
+
+
+def _pipe() -> tuple[int, int]:
+    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    return read, write
+
+
+def _take(fd: int) -> bool:
+    try:
+        return bool(os.read(fd, 4096))
+    except BlockingIOError:
+        return False
+
+
+# processes
+
+
+def _daemons() -> Iterator[int]:
+    """Every dockerd of this network namespace that can be seen."""
+    own = os.stat("/proc/self/ns/net").st_ino
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if (
+                entry.isdigit()
+                and Path("/proc", entry, "comm").read_text().strip() == "dockerd"
+                and os.stat(f"/proc/{entry}/ns/net").st_ino == own
+            ):
+                yield int(entry)
+
+
+def _process(listener: int) -> int:
+    """The daemon's process: who listens, or, where systemd listens for it, the only dockerd here; 0 for unknown."""
+    with contextlib.suppress(OSError):
+        if listener > 1 and Path(f"/proc/{listener}/comm").read_text().strip() == "dockerd":
+            return listener
+    found = list(_daemons())
+    return found[0] if len(found) == 1 else 0
+
+
+def _start_time(pid: int) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return 0
+
+
+def _command_line(pid: int) -> tuple[str, ...]:
+    with contextlib.suppress(OSError):
+        parts = Path(f"/proc/{pid}/cmdline").read_bytes()[: 1 << 16].split(b"\0")
+        return tuple(part.decode(errors="replace") for part in parts if part)
+    return ()
+
+
+def _dormant(path: str) -> bool:
+    """Whether systemd listens at this socket for a dockerd that does not run: connecting would start it."""
+    with contextlib.suppress(OSError):
+        inodes = set()
+        for line in Path("/proc/net/unix").read_text(errors="replace").splitlines():
+            words = line.split()
+            if len(words) == 8 and os.path.realpath(words[7]) == os.path.realpath(path):
+                inodes.add(f"socket:[{words[6]}]")
+        if not inodes or next(_daemons(), 0):
+            return False
+        for fd in os.listdir("/proc/1/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/1/fd/{fd}") in inodes:
+                    return True
+    return False

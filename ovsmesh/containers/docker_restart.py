@@ -1,0 +1,157 @@
+"""A restart of Docker under way: the command as a child process, then the daemon's answer, each with a deadline.
+
+Never blocks: the loop goes on, and asks when the child's pidfd or the daemon's watch has rung, or time has passed.
+Never imports ovs, pyroute2 or kubernetes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ovsmesh.containers.docker_api import Daemon, Watch
+from ovsmesh.errors import OvsmeshError
+
+_TOLD = 400
+"""Characters of what the command said."""
+
+
+def command(text: str) -> list[str]:
+    """The restart command as argv. Raises OvsmeshError when there is no such program."""
+    try:
+        argv = shlex.split(text)
+    except ValueError as error:
+        raise OvsmeshError(f"--docker-restart {text!r}: {error}") from None
+    if not argv or shutil.which(argv[0]) is None:
+        raise OvsmeshError(
+            f"--docker-restart {text!r}: there is no program {argv[0] if argv else ''} to restart Docker with"
+        )
+    return argv
+
+
+def start_time(pid: int) -> int:
+    """Clock ticks after boot; 0 for a process that has ended."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 0 if words[0] == "Z" else int(words[19])
+    return 0
+
+
+class Restart:
+    """One run of the restart command, or one that an agent before us began, and what comes of it.
+
+    `good` tells whether the daemon is as it should be, then.
+    """
+
+    def __init__(self, argv: list[str], watch: Watch, good: Callable[[Daemon], bool], timeout: float) -> None:
+        self._watch, self._good, self._timeout = watch, good, timeout
+        self.before = watch.daemon
+        self._argv = argv
+        self._child: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
+        # in memory, as the disk may be full; open for as long as this is, close() ends it
+        self._said = open(os.memfd_create("docker-restart"), "w+b", buffering=0)  # noqa: SIM115
+        self.identity = (0, 0)
+        self._ended = 0.0
+        self._deadline = 0.0
+
+    def begin(self, adopt: tuple[int, int] = (0, 0)) -> None:
+        """Starts the command, or takes over one that still runs. Raises OvsmeshError."""
+        self._deadline = time.monotonic() + self._timeout
+        if adopt[0] and start_time(adopt[0]) == adopt[1]:
+            with contextlib.suppress(OSError):
+                self._pidfd, self.identity = os.pidfd_open(adopt[0]), adopt
+                return
+        try:
+            self._child = subprocess.Popen(
+                self._argv, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said, start_new_session=True
+            )
+        except OSError as error:
+            raise OvsmeshError(f"{self._argv[0]}: {error.strerror}") from error
+        self.identity = (self._child.pid, start_time(self._child.pid))
+        self._pidfd = os.pidfd_open(self._child.pid)
+
+    def fds(self) -> list[int]:
+        return [self._pidfd] if self._pidfd >= 0 else []
+
+    def close(self) -> None:
+        """Lets it go; what still runs goes on."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        self._said.close()
+        if self._child is not None and self._child.returncode is None:
+            # else Python would complain of a child that nobody waited for; the next agent takes it over
+            self._child.returncode = 0
+
+    def text(self) -> str:
+        what = "dockerd to answer" if self._ended else f"`{shlex.join(self._argv)}`"
+        return f"waiting for {what}, {self._timeout:.0f} s at most"
+
+    def outcome(self) -> str | None:
+        """None while it is under way; "" when the daemon is as it should be; else why it is not."""
+        if not self._ended:
+            ended, why = self._command_ended()
+            if why:
+                return why
+            if not ended:
+                return None
+            self._ended = time.monotonic()
+            self._deadline = self._ended + self._timeout
+            self._watch.poke()
+        return self._answered()
+
+    def _command_ended(self) -> tuple[bool, str]:
+        shown = f"`{shlex.join(self._argv)}`"
+        if self._child is not None:
+            code = self._child.poll()
+            if code:
+                return True, f"{shown} ended with {code}: {self._output() or 'it said nothing'}"
+            if code == 0:
+                self._let_go()
+                return True, ""
+        elif start_time(self.identity[0]) != self.identity[1]:
+            self._let_go()
+            return True, ""
+        if time.monotonic() < self._deadline:
+            return False, ""
+        with contextlib.suppress(OSError):
+            os.killpg(self.identity[0], signal.SIGKILL)
+        if self._child is not None:
+            self._child.wait()
+        return True, f"{shown} did not end in {self._timeout:.0f} s"
+
+    def _let_go(self) -> None:
+        os.close(self._pidfd)
+        self._pidfd = -1
+
+    def _answered(self) -> str | None:
+        daemon, before = self._watch.daemon, self.before
+        if daemon is not None and daemon.state == "up" and daemon.read_at >= self._ended:
+            if self._good(daemon):
+                return ""
+            other = before is None or before.state != "up" or daemon.instance != before.instance
+            if other and daemon.instance != (0, 0):
+                from ovsmesh.dataplane.docker_config import daemon_text
+
+                return f"dockerd came back {daemon_text(daemon)}"
+        if time.monotonic() < self._deadline:
+            return None
+        state = "is as it was" if daemon is not None and daemon.state == "up" else "does not answer"
+        said = self._output()
+        return f"{self._timeout:.0f} s after `{shlex.join(self._argv)}` dockerd {state}{said and ': ' + said}"
+
+    def _output(self) -> str:
+        with contextlib.suppress(OSError):
+            size = self._said.seek(0, os.SEEK_END)
+            self._said.seek(max(0, size - 4 * _TOLD))
+            text = " ".join(self._said.read().decode(errors="replace").split())
+            return "".join(c for c in text if c.isprintable())[-_TOLD:]
+        return ""

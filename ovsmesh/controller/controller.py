@@ -1,0 +1,373 @@
+"""The controller: one loop that reads whole snapshots (Mesh, Nodes, MeshSlices, MeshNodes) and writes what differs.
+
+Level-triggered: a bell only makes it turn sooner. It writes as long as it holds the Lease, slices first, and
+never from a copy that is not whole. Joins kube… with the pure rooms; never imports ovs, pyroute2 or kubernetes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import select
+import socket
+import time
+from collections.abc import Mapping
+
+from ovsmesh.controller import node_conditions, slice_layout
+from ovsmesh.controller.garbage_collector import MESHNODES, Tidier
+from ovsmesh.controller.http import ControllerHealth, Counts
+from ovsmesh.controller.membership import MEMBERSHIP, NodeView, Roster, roster
+from ovsmesh.controller.membership import project as project_node
+from ovsmesh.controller.mesh_writer import IDLE, MESH, MESHES, MeshObject
+from ovsmesh.controller.mesh_writer import project as project_mesh
+from ovsmesh.controller.node_conditions import speaks_for
+from ovsmesh.controller.node_writer import NodeWriter
+from ovsmesh.controller.pod_cidr_allocator import Allocator
+from ovsmesh.controller.slice_writer import SLICES, SliceWriter
+from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.kube.client import Api, ApiError, Conflict, NotLeader, path_of
+from ovsmesh.kube.events import Events
+from ovsmesh.kube.leader_election import Lease, Times
+from ovsmesh.kube.reflector import Bell, Reflector
+from ovsmesh.mesh import meshslice
+
+log = logging.getLogger("ovsmesh")
+
+NAMESPACE = "ovsmesh"
+LEASE = "ovsmesh-controller"
+NODES = "/api/v1/nodes"
+_NODE_WORK = 0.03
+"""Seconds that a turn may spend on Nodes' conditions before slices are looked at again."""
+_REST = 2.0
+"""A look at all rests for so many times what it took: it takes a third of a core at most."""
+_CATCH_UP = 5.0
+"""Seconds that a new leader gives its watch of Nodes to come as far as a list; then it is begun anew."""
+_WIDENED = 0.2
+"""Seconds until Nodes are looked at again after the Mesh was changed for them; a bell comes sooner."""
+_FEW = 2
+_REFUSED = 5.0
+"""Seconds until a slice that the API server has refused is written again."""
+
+
+class _Seen:
+    """What a turn looks at; compared by identity, as a look is replaced whenever something changed."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.mesh = controller.meshes.look().items.get(MESH)
+        self.nodes = controller.nodes.look().items
+        self.slices = controller.slices.look().items
+        self.reports = controller.reports.look().items
+        self.parts = tuple(map(id, (self.mesh, self.nodes, self.slices, self.reports)))
+        """What it is compared by: as long as it is kept, nothing else can have these ids."""
+
+
+class Controller:
+    """`run` until the file descriptor is readable. `identity` must be this process's alone."""
+
+    def __init__(
+        self, api: Api, identity: str, health: ControllerHealth | None = None, times: Times | None = None
+    ) -> None:
+        self.bell = Bell()
+        self._api, self._health = api, health
+        self.meshes = Reflector(api, MESHES, project_mesh, self.bell, fields=f"metadata.name={MESH}")
+        self.nodes = self._node_reflector()
+        self.slices = Reflector(api, SLICES, meshslice.project, self.bell)
+        self.reports = Reflector(api, MESHNODES, node_conditions.project, self.bell)
+        self.lease = Lease(api, NAMESPACE, LEASE, identity, self._lease_changed, times)
+        path = path_of("/apis/coordination.k8s.io/v1/namespaces", NAMESPACE, "leases", LEASE)
+        fenced = api.fenced(self.lease.remaining)
+        self.events = Events(fenced, LEASE, identity)
+        self._fenced = fenced
+        self._slice_writer = SliceWriter(fenced, MESH)
+        self._node_writer = NodeWriter(fenced, self.events)
+        self._allocator = Allocator(fenced, path, identity)
+        self._pacer = slice_layout.Pacer()
+        self._terms = self._term = 0
+        """How many terms have begun, and in which we have taken over; 0 for none."""
+        self._caught_up: tuple[Mapping[str, NodeView], Mapping[str, NodeView], float] | None = None
+        self._mesh = MeshObject(fenced, self.events)
+        self._tidier = Tidier(fenced)
+        self._seen: _Seen | None = None
+        self._again_at = float("inf")
+        """When slices that are not as wanted yet are to be looked at again."""
+        self._look_at = self._survey_at = self._allocate_at = self._retry_at = 0.0
+        self._failures = 0
+        self._basis: tuple[object, ...] = ()
+        """What the roster and the slices were made from."""
+        self._roster = Roster((), {})
+        self._lacking: dict[str, Problem] = {}
+        self._turns = self._errors = 0
+        self._seconds = 0.0
+        self._converged = 0
+
+    def _node_reflector(self) -> Reflector[NodeView]:
+        return Reflector(self._api, NODES, project_node, self.bell)
+
+    def _lease_changed(self, leads: bool) -> None:
+        # in the lease's thread, before anything is written in the new term
+        self._terms += leads
+        self.bell.ring()
+
+    def start(self) -> None:
+        for one in (self.meshes, self.nodes, self.slices, self.reports, self.lease, self.events):
+            one.start()
+
+    def close(self) -> None:
+        """Gives the lease back and ends all threads."""
+        self.lease.close()
+        for one in (self.events, self.meshes, self.nodes, self.slices, self.reports):
+            one.close()
+        self.bell.close()
+
+    def run(self, stop: int) -> None:
+        self.start()
+        poll = select.poll()
+        for fd in (stop, self.bell.fd):
+            poll.register(fd, select.POLLIN)
+        pause = 0.0
+        while True:
+            ready = [fd for fd, _ in poll.poll(pause * 1000)]
+            if stop in ready:
+                return
+            self.bell.drain()
+            began = time.monotonic()
+            pause = self.turn()
+            self._turns += 1
+            self._seconds += time.monotonic() - began
+            self._publish()
+
+    # ------------------------------------------------------------ a turn
+
+    def turn(self) -> float:
+        """Does what is due; returns the seconds after which it wants to be called again, bells apart."""
+        if not self.lease.leads:
+            return IDLE
+        if self._waiting():
+            return 1.0
+        now = time.monotonic()
+        if now < self._retry_at:
+            return self._retry_at - now
+        try:
+            if self._term != self._terms and not self._take_over():
+                return 0.05
+            pause = self._lead()
+        except NotLeader as error:
+            log.info("%s", error)
+            return 0.1
+        except ApiError as error:
+            return self._failed(error)
+        self._failures = 0
+        return pause
+
+    def _failed(self, error: ApiError) -> float:
+        self._failures += 1
+        self._errors += 1
+        wait = min(10.0, 0.1 * 2.0 ** min(self._failures, 7)) * random.uniform(0.5, 1.0)
+        wait = max(wait, min(error.retry_after, 30.0))
+        self._retry_at = time.monotonic() + wait
+        # What was found out may not have been written: look at all again.
+        self._seen = None
+        log.warning("%s; again in %.1f s", error, wait)
+        return wait
+
+    def _waiting(self) -> str:
+        """What has not been read whole yet."""
+        looks = {
+            "Meshes": self.meshes.look().synced,
+            "Nodes": self.nodes.look().synced,
+            "MeshSlices": self.slices.look().synced,
+            "MeshNodes": self.reports.look().synced,
+        }
+        return ", ".join(name for name, synced in looks.items() if not synced)
+
+    def _take_over(self) -> bool:
+        """The first turns of a term: nothing is written until our copy of the Nodes is as new as a list of now.
+
+        The one who led before may have seen more than our watch, if that hangs.
+        """
+        have = self.nodes.look().items
+        now = time.monotonic()
+        if self._caught_up is None:
+            fresh: dict[str, NodeView] = {}
+            for page in self._api.pages(NODES, 250):
+                for item in page.items:
+                    node = project_node(item)
+                    fresh[node.name] = node
+            self._allocator.begin()
+            self._caught_up = (fresh, have, now)
+        wanted, then, since = self._caught_up
+        if any(have.get(n) != wanted.get(n) and have.get(n) == then.get(n) for n in wanted.keys() | then.keys()):
+            if now - since > _CATCH_UP:
+                log.warning("the watch of Nodes is behind: begun anew")
+                self.nodes.close(0.1)
+                self.nodes = self._node_reflector()
+                self.nodes.start()
+                self._caught_up = None
+            return False
+        self._caught_up = None
+        self._slice_writer.forget()
+        self._node_writer.forget()
+        self._mesh.forget()
+        self._seen, self._term = None, self._terms
+        log.info("leading: %d Nodes", len(have))
+        return True
+
+    def _lead(self) -> float:
+        now = time.monotonic()
+        seen = _Seen(self)
+        if seen.mesh is None:
+            used = any(one.mesh == MESH and one.nodes for one in self._slice_writer.now(seen.slices).values())
+            return self._mesh.make(seen.nodes.values(), used, now)
+        pauses = [IDLE]
+        if seen.parts != (self._seen.parts if self._seen else ()) or now >= min(self._again_at, self._survey_at):
+            if now < self._look_at:
+                pauses.append(self._look_at - now)
+            else:
+                self._look(seen, now)
+        if now >= self._allocate_at:
+            pauses.append(self._allocate(seen, now))
+        # in a burst the slices go first
+        if self._node_writer.work(_NODE_WORK if self._again_at == float("inf") else _NODE_WORK / 6):
+            pauses.append(0.0)
+        now = time.monotonic()
+        if self._seen is not None:
+            pauses.append(self._mesh.tell(seen.mesh, self._roster, self._converged, now))
+            if seen.nodes:  # an empty list never means that everyone has left
+                pauses.append(self._tidier.turn(seen.reports, seen.nodes, self._roster.statics, now))
+        pauses += [self._again_at - now, self._survey_at - now]
+        return max(0.0, min(pauses))
+
+    def _look(self, seen: _Seen, now: float) -> None:
+        """Who is a member now; writes the slices, and finds what Nodes should say."""
+        assert seen.mesh is not None
+        if self._mesh.widen(seen.mesh, seen.nodes.values(), now):
+            # the watch brings it back within moments; until then the new Nodes would be refused
+            self._survey_at = self._again_at = now + _WIDENED
+            return
+        there = self._slice_writer.now(seen.slices)
+        # Of a Node only the first fields count here: the rest are the echoes of our own writes.
+        basis = (seen.mesh, {name: node[:MEMBERSHIP] for name, node in seen.nodes.items()}, self._lacking, there)
+        if self._seen is None or now >= self._again_at or basis != self._basis:
+            self._members(seen, there, now)
+            self._basis = (*basis[:3], self._slice_writer.now(seen.slices))
+            self._mesh.warn(seen.mesh, self._roster.static)
+        self._converged = self._count(seen)
+        self._survey_at = now + self._node_writer.survey(seen.nodes, self._roster, seen.reports)
+        self._seen = seen
+        # Echoes of our own writes must not keep the loop busy.
+        self._look_at = time.monotonic() + _REST * (time.monotonic() - now)
+
+    def _members(self, seen: _Seen, there: Mapping[str, meshslice.Slice], now: float) -> None:
+        assert seen.mesh is not None
+        self._mesh.take(seen.mesh)
+        held = [entry for one in there.values() if one.mesh == MESH for entry in one.nodes]
+        self._again_at = float("inf")
+        mesh = self._mesh.mesh
+        if mesh is None or self._vanished(seen.nodes, held):
+            return
+        found = roster(mesh, tuple(map(str, mesh.cluster_cidrs)), seen.nodes.values(), held)
+        self._roster = Roster(found.entries, {**found.problems, **self._lacks(found)}, found.static, found.statics)
+        due = self._pacer.due(now)
+        settings = meshslice.settings_of(mesh)
+        writer = self._slice_writer
+        made, whole = writer.write(found.entries, settings, seen.mesh.generation, seen.slices, due <= now)
+        if made:
+            self._pacer.wrote(now, len(set(found.entries).symmetric_difference(held)))
+            log.info("%d members, %d refused: %d slices written", len(found.entries), len(found.problems), made)
+        if not whole:
+            self._again_at = max(due, now + (_REFUSED if writer.refused else 0.02))
+
+    def _lacks(self, found: Roster) -> dict[str, Problem]:
+        """What the allocator says of those that have no pod CIDRs still."""
+        return {
+            name: problem
+            for name, problem in self._lacking.items()
+            if name in found.problems and found.problems[name].reason == "PodCIDRMissing"
+        }
+
+    def _vanished(self, nodes: Mapping[str, NodeView], held: list[meshslice.Entry]) -> bool:
+        """No Node at all where slices hold some: an empty list never means that everyone has left."""
+        before = sum(bool(entry.uid) for entry in held)
+        if nodes or before <= _FEW:
+            return False
+        message = f"the API has no Node any more, while {before} are in the mesh: slices are left as they are"
+        self._roster = Roster(
+            tuple(sorted(held)), {}, (Problem("NodesVanished", message),), frozenset(e.name for e in held if not e.uid)
+        )
+        return True
+
+    def _count(self, seen: _Seen) -> int:
+        found = 0
+        for entry in self._roster.entries:
+            report, node = seen.reports.get(entry.name), seen.nodes.get(entry.name)
+            own = entry.name in self._roster.statics or (node is not None and speaks_for(report, node))
+            found += own and report is not None and report.converged is not None and report.converged.status == "True"
+        return found
+
+    # ------------------------------------------------------------ beside the slices
+
+    def _allocate(self, seen: _Seen, now: float) -> float:
+        """Gives pod CIDRs to Nodes that lack them, where the Mesh asks for it."""
+        mesh = self._mesh.mesh
+        if seen.mesh is None or mesh is None or not seen.mesh.allocates:
+            self._lacking = {}
+            return IDLE
+        if all(node.pod_cidrs or node.excluded for node in seen.nodes.values()):
+            self._lacking = {}
+            return IDLE
+        others = [entry.pod_cidrs for entry in self._roster.entries]
+        others += [tuple(map(str, node.pod_cidrs)) for node in mesh.nodes]
+        others += [entry.pod_cidrs for one in seen.slices.values() for entry in one.nodes]
+        asked = seen.mesh.subnet_length
+        before = self._lacking
+        try:
+            self._lacking, more = self._allocator.turn(seen.nodes, mesh.cluster_cidrs, asked, others, now)
+        except Conflict as error:
+            log.info("lease: %s", error)
+            return 0.1
+        if before != self._lacking:
+            self._seen = None
+            return 0.0
+        self._allocate_at = now if more else now + 0.05
+        return 0.0 if more else 1.0
+
+    def _publish(self) -> None:
+        if self._health is None:
+            return
+        waiting = self._waiting()
+        counts = Counts(
+            synced=not waiting,
+            leads=self.lease.leads,
+            nodes=len(self._roster.entries),
+            converged=self._converged,
+            refused=len(self._roster.problems) + len(self._roster.static),
+            slices=len(self.slices.look().items),
+            turns=self._turns,
+            slice_writes=self._slice_writer.writes,
+            node_writes=self._node_writer.writes,
+            errors=self._errors + self._slice_writer.conflicts + self._node_writer.errors,
+            seconds=self._seconds,
+            waiting=waiting,
+        )
+        self._health.report(counts)
+
+
+def identity() -> str:
+    """Who we are in the Lease: no other process has it, and neither has our next."""
+    return f"{socket.gethostname()}_{os.getpid()}_{os.urandom(4).hex()}"
+
+
+def serve(api: Api, listen: str, stop: int) -> None:
+    """Runs the controller until `stop` is readable. Raises OvsmeshError where it can't listen."""
+    health = ControllerHealth(listen) if listen else None
+    controller = Controller(api, identity(), health)
+    try:
+        controller.run(stop)
+    except OvsmeshError as error:
+        log.error("%s", error)
+        raise
+    finally:
+        controller.close()
+        if health is not None:
+            health.close()

@@ -1,0 +1,53 @@
+"""Removes MeshNodes that nobody will write again. Those of a Node that is gone go with it, by their owner, some time
+later; where the Node is there again already, its agent waits for that. One without owner (made before its agent
+knew its Node's uid, or by a static member's) would stay for ever.
+
+Imports kube, reports and roster.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+
+from ovsmesh.controller.membership import NodeView
+from ovsmesh.controller.node_conditions import Report, orphans
+from ovsmesh.kube.client import GROUP, Api, Conflict, Forbidden, NotFound, path_of
+
+log = logging.getLogger("ovsmesh")
+
+MESHNODES = f"{GROUP}/meshnodes"
+EVERY, SOON = 60.0, 1.0
+"""Seconds between two looks, and between two where Nodes have changed."""
+
+
+class Tidier:
+    """`turn` when it asks for it."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._last = float("-inf")
+        self._nodes: Mapping[str, NodeView] = {}
+        self.removed = 0
+
+    def turn(
+        self, reports: Mapping[str, Report], nodes: Mapping[str, NodeView], statics: Iterable[str], now: float
+    ) -> float:
+        """Removes what is due; seconds until it wants to be called again. Raises Unavailable, NotLeader."""
+        due = self._last + (SOON if nodes is not self._nodes else EVERY)
+        if now < due:
+            return due - now
+        self._last, self._nodes = now, nodes
+        alive = dict.fromkeys(statics, "") | {name: node.uid for name, node in nodes.items()}
+        for report in orphans(reports.values(), alive, time.time()):
+            try:
+                self._api.delete(path_of(MESHNODES, report.name), uid=report.uid)
+            except (Conflict, NotFound):
+                continue  # made again, or gone
+            except Forbidden as error:
+                log.warning("MeshNode %s: can't be removed: %s", report.name, error)
+                break
+            self.removed += 1
+            log.info("MeshNode %s: removed, as its Node is gone", report.name)
+        return EVERY

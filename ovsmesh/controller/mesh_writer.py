@@ -1,0 +1,197 @@
+"""The Mesh object: what it wants, checked as a mesh file is, and what it is told in return (status, Events).
+
+Where there is none, and never was, it is made with the cluster CIDRs that the Nodes' pod CIDRs come from, and these
+are widened as Nodes come, until someone edits them. Imports meshfile, ranges, reports, kube and kubeevents.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ovsmesh.controller.cluster_cidr import derive
+from ovsmesh.controller.membership import NodeView, Roster
+from ovsmesh.controller.node_conditions import mesh_status
+from ovsmesh.errors import Problem
+from ovsmesh.kube.client import GROUP, JSON, Api, Conflict, Forbidden, Invalid, NotFound, Object, path_of
+from ovsmesh.kube.events import About, Events
+from ovsmesh.mesh.manifest import API_VERSION, parse
+from ovsmesh.mesh.types import Mesh, MeshError
+
+log = logging.getLogger("ovsmesh")
+
+MESH = "default"
+MESHES = f"{GROUP}/meshes"
+DERIVED = "ovsmesh.io/derived-cluster-cidrs"
+"""Annotation on a Mesh: the clusterCIDRs that the controller has put there. They are its own to widen as long as
+the two are equal."""
+_PATIENCE = 10.0
+"""Seconds without a Mesh before it is said that none can be made: Nodes get their podCIDRs some time after them."""
+_ECHO = 5.0
+"""Seconds in which a write should come back through the watch."""
+_PAUSE = 1.0
+"""Seconds between two writes of the status."""
+IDLE = 30.0
+
+
+_APPLY = (
+    "Apply one, such as manifests/mesh.yaml: its clusterCIDRs are kube-controller-manager's --cluster-cidr; with"
+    " allocatePodCIDRs ovsmesh gives the Nodes their podCIDRs itself"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MeshView:
+    """The Mesh object as it was read."""
+
+    uid: str
+    generation: int
+    spec: dict[str, Any]
+    status: dict[str, Any]
+    derived: str = ""
+
+    @property
+    def widens(self) -> bool:
+        """Whether its clusterCIDRs are still those that we have derived."""
+        return bool(self.derived) and self.derived == ",".join(map(str, self.spec.get("clusterCIDRs") or ()))
+
+    @property
+    def allocates(self) -> bool:
+        return self.spec.get("allocatePodCIDRs") is True
+
+    @property
+    def subnet_length(self) -> int | None:
+        asked = self.spec.get("nodeSubnetLength")
+        return asked if isinstance(asked, int) else None
+
+
+def project(found: Object) -> MeshView:
+    meta = found["metadata"]
+    derived = (meta.get("annotations") or {}).get(DERIVED, "")
+    spec, status = found.get("spec") or {}, found.get("status") or {}
+    return MeshView(meta.get("uid", ""), meta.get("generation", 0), spec, status, derived)
+
+
+class MeshObject:
+    """`take` a view, then `mesh` is the last good Mesh and `problems` what is wrong with the view."""
+
+    def __init__(self, api: Api, events: Events) -> None:
+        self._api, self._events = api, events
+        self.mesh: Mesh | None = None
+        self.problems: tuple[Problem, ...] = ()
+        self._text = ""
+        self._told: set[str] = set()
+        self._written: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        self._next = 0.0
+        self._missing_since = 0.0
+        self._widened: tuple[MeshView | None, float] = (None, 0.0)
+
+    def make(self, nodes: Iterable[NodeView], used: bool, now: float) -> float:
+        """There is no Mesh: makes one, unless slices are `used`; seconds until it wants to be called again."""
+        try:
+            if used:
+                raise MeshError("MeshSlices of one that is gone are in use and stay as they are")
+            cidrs = derive(nodes, (), (self._api.config.host,))
+        except MeshError as error:
+            self._missing_since = self._missing_since or now
+            if now - self._missing_since < _PATIENCE:
+                return _PATIENCE
+            problem = Problem("MeshMissing", f"there is no Mesh {MESH}, and none is made: {error}. {_APPLY}")
+            self._say((problem,), "")
+            return IDLE
+        self._missing_since = 0.0
+        metadata = {"name": MESH, "annotations": {DERIVED: ",".join(cidrs)}}
+        body = {"apiVersion": API_VERSION, "kind": "Mesh", "metadata": metadata, "spec": {"clusterCIDRs": list(cidrs)}}
+        try:
+            uid = self._api.create(MESHES, body)["metadata"].get("uid", "")
+        except Conflict:
+            return _PAUSE  # someone else was faster; the watch tells
+        message = f"made with clusterCIDRs {', '.join(cidrs)}, from the Nodes' podCIDRs; edit it where that is wrong"
+        log.info("Mesh %s: %s", MESH, message)
+        self._events.emit(About(API_VERSION, "Mesh", MESH, uid), "MeshDerived", message, warning=False)
+        return IDLE
+
+    def widen(self, view: MeshView, nodes: Iterable[NodeView], now: float) -> bool:
+        """Widens clusterCIDRs that are ours to hold the Nodes' pod CIDRs. True while `view` is out of date for that."""
+        if not view.widens:
+            return False
+        if self._widened[0] is view:
+            return now < self._widened[1]
+        have = view.spec["clusterCIDRs"]
+        try:
+            cidrs = list(derive(nodes, have, (self._api.config.host,)))
+        except MeshError as error:
+            # The Node that does not fit is refused, with a condition; here is why nothing is done about it.
+            log.debug("Mesh %s: clusterCIDRs stay as they are: %s", MESH, error)
+            return False
+        if cidrs == have:
+            return False
+        note = f"/metadata/annotations/{DERIVED.replace('/', '~1')}"
+        steps: list[Object] = [
+            {"op": "test", "path": "/metadata/uid", "value": view.uid},
+            {"op": "test", "path": "/spec/clusterCIDRs", "value": have},
+            {"op": "test", "path": note, "value": view.derived},
+            {"op": "replace", "path": "/spec/clusterCIDRs", "value": cidrs},
+            {"op": "replace", "path": note, "value": ",".join(cidrs)},
+        ]
+        try:
+            self._api.patch(path_of(MESHES, MESH), steps, JSON)
+        except Forbidden as error:
+            self._widened = (view, 0.0)
+            log.warning("Mesh %s: clusterCIDRs not widened to %s: %s", MESH, ", ".join(cidrs), error)
+            return False
+        except (Conflict, Invalid, NotFound) as error:
+            log.info("Mesh %s: clusterCIDRs not widened to %s: %s", MESH, ", ".join(cidrs), error)
+        else:
+            log.info("Mesh %s: clusterCIDRs widened to %s", MESH, ", ".join(cidrs))
+        self._widened = (view, now + _ECHO)
+        return True
+
+    def take(self, view: MeshView) -> None:
+        text = json.dumps({"apiVersion": API_VERSION, "kind": "Mesh", "spec": view.spec})
+        if text == self._text:
+            return
+        self._text = text
+        try:
+            self.mesh, self.problems = parse(text, f"Mesh {MESH}")
+        except MeshError as error:
+            self.problems = (Problem("MeshInvalid", f"{error}; the slices stay as they are"),)
+
+    def forget(self) -> None:
+        """Another has led meanwhile."""
+        self._told, self._written = set(), ({}, {})
+
+    def warn(self, view: MeshView, problems: Iterable[Problem]) -> None:
+        """Events about the Mesh itself, once for each text as long as it stays true."""
+        self._say((*self.problems, *problems), view.uid)
+
+    def _say(self, problems: Iterable[Problem], uid: str) -> None:
+        now = {str(problem): problem for problem in problems}
+        for text, problem in now.items():
+            if text not in self._told:
+                log.warning("%s", problem)
+                self._events.emit(About(API_VERSION, "Mesh", MESH, uid), problem.reason, text)
+        self._told = set(now)
+
+    def tell(self, view: MeshView, roster: Roster, converged: int, now: float) -> float:
+        """Writes the status where it says something else; returns when it wants to be called again, in seconds."""
+        at, ours = self._written
+        # until our own write has come back through the watch
+        before = ours if ours and at is view.status else view.status
+        wanted = mesh_status(roster, converged, view.generation, self.problems, before, time.time())
+        if wanted == before:
+            return IDLE
+        if now < self._next:
+            return self._next - now
+        self._next = now + _PAUSE
+        try:
+            self._api.patch(path_of(MESHES, MESH, "status"), {"metadata": {"uid": view.uid}, "status": wanted})
+        except (Conflict, NotFound) as error:
+            log.info("Mesh %s: status not written: %s", MESH, error)
+            return _PAUSE
+        self._written = (view.status, wanted)
+        return IDLE

@@ -1,0 +1,166 @@
+"""How the members of a mesh are spread over MeshSlices, and which writes bring the slices there.
+
+Invariants that agents rely on: slice 0 carries the current count, no other a larger one; the slices of equal
+settings carry an equal meshGeneration, never lower than any before; a name stands in one place, for life; the last
+slice is empty only where it is slice 0.
+Pure: no clock, no client.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ovsmesh.mesh.meshslice import MOST, Entry, Settings, Slice, slice_name, slice_spec
+
+_FAR = 16
+"""Slices that may be missing at once and are still made again at their own place."""
+FIRST_PAUSE, LONGEST_PAUSE, GROWTH = 0.1, 1.0, 1.5
+"""Seconds between writes in a burst of changes: the first at once, the second after 0.1 s, growing to 1 s."""
+BURST = 4
+"""Members changed since the last write that make it a burst: single ones never wait for more than 0.1 s."""
+_NAME = re.compile(r"(.+)-([0-9]{3}|[1-9][0-9]{3})")
+
+
+class Write(NamedTuple):
+    """One write: `spec` None deletes; `resource_version` "" creates, else it must still be the one there."""
+
+    name: str
+    spec: dict[str, Any] | None
+    resource_version: str = ""
+
+
+def assign(
+    mesh: str, wanted: Sequence[Entry], settings: Settings, generation: int, there: Iterable[Slice]
+) -> tuple[Write, ...]:
+    """The fewest writes that make the slices say `wanted` (unique names) and `settings`; none when they do.
+
+    `generation` is the Mesh's metadata.generation. Writes come in the order in which they are safe: what is
+    new first, slice 0 with its count after all that it counts, deletions last.
+    """
+    own, strays, counted = _known(mesh, there)
+    places, dirty = _keep(wanted, own)
+    for index in range(counted):
+        if index not in own:
+            places.setdefault(index, [])
+            dirty.add(index)
+    _place(wanted, places, dirty)
+    if not places:
+        places[0] = []
+        dirty.add(0)
+    # An empty slice at the end goes: in the order below no agent misses it, as slice 0 no longer counts it then.
+    while not places[last := max(places)] and last > 0:
+        del places[last]
+        dirty.discard(last)
+        if last in own:
+            strays.append(own.pop(last))
+    count = max(places) + 1
+    since = _generation(settings, generation, own.values())
+    for index, found in own.items():
+        wrong_count = found.count != count if index == 0 else not index < found.count <= count
+        right = (found.mesh, found.index, found.generation, found.settings) == (mesh, index, since, settings)
+        if not right or wrong_count or not found.labelled:
+            dirty.add(index)
+    # Those that are not there yet first: a count may only name slices that exist.
+    order = sorted(dirty, key=lambda index: (index in own, index == 0, index))
+    writes = [
+        Write(
+            slice_name(mesh, index),
+            slice_spec(mesh, index, count, since, settings, places[index]),
+            own[index].resource_version if index in own else "",
+        )
+        for index in order
+    ]
+    return (*writes, *(Write(stray.name, None, stray.resource_version) for stray in strays))
+
+
+def _known(mesh: str, there: Iterable[Slice]) -> tuple[dict[int, Slice], list[Slice], int]:
+    """Our slices by index; those that can't be ours; and how many there should be as far as they tell.
+
+    A name decides what a slice is: what its spec says can be edited.
+    """
+    own: dict[int, Slice] = {}
+    strays: list[Slice] = []
+    for found in sorted(there, key=lambda found: found.name):
+        match = _NAME.fullmatch(found.name)
+        if match and match[1] == mesh:
+            own[int(match[2])] = found
+        elif found.mesh == mesh:
+            strays.append(found)
+    if not own:
+        return own, strays, 0
+    # One that was counted and is gone is made again. A count, or a slice, out of reach is someone's invention.
+    told = own[0].count if 0 in own else max(found.count for found in own.values())
+    counted = told if told <= len(own) + _FAR else 0
+    while counted in own:
+        counted += 1
+    strays += [own.pop(index) for index in sorted(own) if index >= counted]
+    return own, strays, counted
+
+
+def _keep(wanted: Sequence[Entry], own: Mapping[int, Slice]) -> tuple[dict[int, list[Entry]], set[int]]:
+    """Everyone who has a place at it, by the new entry; and the slices that are changed by this."""
+    new = {entry.name: entry for entry in wanted}
+    seen: set[str] = set()
+    places: dict[int, list[Entry]] = {}
+    dirty: set[int] = set()
+    for index, found in sorted(own.items()):
+        stay: list[Entry] = []
+        for old in found.nodes:
+            entry = new.get(old.name)
+            if entry is not None and old.name not in seen and len(stay) < MOST:
+                seen.add(old.name)
+                stay.append(entry)
+        if tuple(stay) != found.nodes:
+            dirty.add(index)
+        places[index] = stay
+    return places, dirty
+
+
+def _place(wanted: Sequence[Entry], places: dict[int, list[Entry]], dirty: set[int]) -> None:
+    """Gives those without one a place: in slices that are written anyway, then where most fit, then in new ones."""
+    placed = {entry.name for nodes in places.values() for entry in nodes}
+    left = [entry for entry in wanted if entry.name not in placed]
+    while left:
+        open_ = [index for index, nodes in places.items() if len(nodes) < MOST]
+        if open_:
+            index = min(open_, key=lambda at: (at not in dirty, len(places[at]), at))
+        else:
+            index = len(places)
+            places[index] = []
+        room = MOST - len(places[index])
+        places[index].extend(left[:room])
+        dirty.add(index)
+        del left[:room]
+
+
+def _generation(settings: Settings, generation: int, own: Iterable[Slice]) -> int:
+    """The generation that slices of these settings carry; it grows even where the Mesh was made anew."""
+    found = list(own)
+    highest = max((one.generation for one in found), default=0)
+    same = [one.generation for one in found if one.settings == settings]
+    if same and max(same) == highest:
+        return highest
+    return max(generation, highest + 1) if found else max(generation, 1)
+
+
+class Pacer:
+    """When to write: the first change at once, those of a burst together, at growing intervals."""
+
+    def __init__(self) -> None:
+        self._pause = 0.0
+        self._last = float("-inf")
+
+    def due(self, now: float) -> float:
+        """The time (seconds on the caller's clock) from which the next write may go out; in the past means now."""
+        return self._last + self._pause
+
+    def wrote(self, now: float, changed: int) -> None:
+        """A write has gone out, about so many members. Few of them, or a while without any, end the burst."""
+        calm = now - self._last > 2 * max(self._pause, FIRST_PAUSE)
+        if calm or changed < BURST:
+            self._pause = FIRST_PAUSE
+        else:
+            self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, self._pause * GROWTH))
+        self._last = now

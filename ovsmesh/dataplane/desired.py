@@ -1,0 +1,271 @@
+"""From a Mesh, a node's name and its host's facts to the Dataplane that the node should have.
+
+Pure: the same input gives the same output on every node, so two nodes agree on both ends of a
+tunnel without talking. Imports model, filters, conflist and dockersettings; never ovs, pyroute2, kubernetes, time,
+socket.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from typing import Any
+
+from ovsmesh.dataplane import cni_config, docker_config, firewall_rules
+from ovsmesh.dataplane.types import FALLBACK_METRIC, KBR, OBR, ROUTE_METRIC, Bridge, Dataplane, Facts, Link, Port, Route
+from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.mesh.types import IPAddress, IPNetwork, Mesh, Node
+
+_PREFIX = {"gre": "gre-", "vxlan": "vx-", "geneve": "gnv-"}
+_OVERHEAD = {"gre": 38, "vxlan": 50, "geneve": 50}
+"""Bytes of outer IPv4, encapsulation and inner Ethernet headers (RFC 2784, 7348, 8926)."""
+_GRE_KEY = 4
+_IPV6_MORE = 20
+_DEFAULT_UNDERLAY_MTU = 1500
+_MIN_IPV6_MTU = 1280
+"""RFC 8200 section 5: a link below it can't carry IPv6."""
+_NAME_MAX = 15
+"""IFNAMSIZ - 1."""
+
+
+def gateway(cidr: IPNetwork) -> IPAddress:
+    """The first usable address of a pod CIDR: the node's own address on kbr0."""
+    return cidr.network_address + 1
+
+
+def mac(node: Node) -> str:
+    """The MAC of a node's kbr0, which every other node computes alone, so no ARP crosses a tunnel.
+
+    0a:58 and the bytes of the first IPv4 gateway, the CNI bridge plugin's habit; for a node
+    without IPv4, 0e:58 and four bytes of a hash of its first gateway.
+    """
+    for cidr in node.pod_cidrs:
+        if isinstance(cidr, IPv4Network):
+            return "0a:58:" + gateway(cidr).packed.hex(":")
+    return "0e:58:" + hashlib.sha256(gateway(node.pod_cidrs[0]).packed).digest()[:4].hex(":")
+
+
+def port_name(node_name: str, encapsulation: str) -> str:
+    """The tunnel port's name: the node's own where it fits an interface name, else a hash of it.
+
+    The two forms can't meet: the second has an underscore, the first never.
+    """
+    prefix = _PREFIX[encapsulation]
+    room = _NAME_MAX - len(prefix)
+    if len(node_name) <= room and re.fullmatch(r"[a-z0-9.-]+", node_name):
+        return prefix + node_name
+    digest = base64.b32encode(hashlib.sha256(node_name.encode()).digest()).decode().lower()
+    return f"{prefix}{re.sub('[^a-z0-9]', '', node_name.lower())[:2]}_{digest}"[:_NAME_MAX]
+
+
+def overhead(mesh: Mesh, address: IPAddress) -> int:
+    """Bytes that encapsulation takes from the underlay's MTU, for a tunnel address of this family."""
+    keyed = _GRE_KEY if mesh.key is not None and mesh.encapsulation == "gre" else 0
+    return _OVERHEAD[mesh.encapsulation] + keyed + (_IPV6_MORE if address.version == 6 else 0)
+
+
+def pod_mtu(mesh: Mesh, self_node: Node, facts: Facts) -> int:
+    """MTU in bytes of pods, kbr0, obr0 and routes: what fits the underlay, or less where the mesh says so."""
+    fits = (facts.underlay_mtu or _DEFAULT_UNDERLAY_MTU) - overhead(mesh, self_node.address)
+    return fits if mesh.mtu is None else min(mesh.mtu, fits)
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What one peer's parts depend on besides the peer: equal wiring and peer, equal parts."""
+
+    encapsulation: str
+    key: str
+    local: str
+    mac: str
+    mtu: int
+    families: tuple[int, ...]
+    """IP versions that self's own pods have: a peer's other ranges are of no use here."""
+
+
+def wiring(mesh: Mesh, self_node: Node, facts: Facts) -> Wiring:
+    key = "" if mesh.key is None else str(mesh.key)
+    families = sorted({c.version for c in self_node.pod_cidrs if facts.ipv6 or c.version == 4})
+    mtu = pod_mtu(mesh, self_node, facts)
+    return Wiring(mesh.encapsulation, key, str(self_node.address), mac(self_node), mtu, tuple(families))
+
+
+_known: dict[str, tuple[Node, Wiring, Dataplane]] = {}
+"""Node name → its parts as computed last: with a thousand peers, one is new and 999 are looked up."""
+_KNOWN_MOST = 20000
+
+
+def peer_parts(w: Wiring, peer: Node) -> Dataplane:
+    """The parts of the dataplane that are there because of one peer, and nothing else grows with the mesh."""
+    known = _known.get(peer.name)
+    if known is not None and (known[0] is peer or known[0] == peer) and known[1] == w:
+        return known[2]
+    port, peer_mac = port_name(peer.name, w.encapsulation), mac(peer)
+    cidrs = [c for c in peer.pod_cidrs if c.version in w.families]
+    flows = {f"100 dl_dst={peer_mac},in_port=LOCAL": f"output:{port}"}
+    for source in (*cidrs, peer.address):
+        family = "ip,nw_src" if source.version == 4 else "ipv6,ipv6_src"
+        flows[f"100 dl_dst={w.mac},in_port={port},{family}={source}"] = "LOCAL"
+    set_address, set_name = firewall_rules.peer_set(peer)
+    parts = Dataplane(
+        filter_peers={set_address: set_name},
+        ports={port: Port(w.encapsulation, str(peer.address), w.local, w.key, peer.name, peer.uid)},
+        flows=flows,
+        neighbours={str(gateway(c)): peer_mac for c in cidrs},
+        fdb={peer_mac: OBR},
+        routes={(str(c), ROUTE_METRIC): Route("unicast", str(gateway(c)), KBR, w.mtu) for c in cidrs},
+    )
+    if len(_known) > _KNOWN_MOST:
+        _known.clear()
+    _known[peer.name] = (peer, w, parts)
+    return parts
+
+
+def peers(mesh: Mesh, me: Node, w: Wiring) -> tuple[dict[str, Dataplane], tuple[Problem, ...]]:
+    """The parts of each node that self joins with, by name, and why others can't be joined with.
+
+    That is: another address family, or a derived MAC or port name that is taken.
+    """
+    taken: dict[str, str] = {w.mac: me.name}
+    joined: dict[str, Dataplane] = {}
+    problems: list[Problem] = []
+    for node in mesh.nodes:
+        if node.name == me.name:
+            continue
+        if node.address.version != me.address.version:
+            text = f"is of another address family than {me.name}'s {me.address}; a tunnel has both ends in one"
+            problems.append(Problem("AddressFamilyMismatch", text, node.name, "address", str(node.address)))
+            continue
+        parts = peer_parts(w, node)
+        claims = (*parts.fdb, *parts.ports)
+        holder = next((taken[c] for c in claims if c in taken), None)
+        if holder is not None:
+            text = f"its derived MAC or port name ({' or '.join(claims)}) is {holder}'s too; rename or renumber one"
+            problems.append(Problem("DerivedNameConflict", text, node.name))
+            continue
+        for claim in claims:
+            taken[claim] = node.name
+        joined[node.name] = parts
+    return joined, tuple(problems)
+
+
+def _self(mesh: Mesh, self_name: str) -> Node:
+    me = mesh.node(self_name)
+    if me is None:
+        known = ", ".join(n.name for n in mesh.nodes[:10]) or "none"
+        raise OvsmeshError(f"node {self_name} is not in the mesh (nodes there: {known}); set --node or add it")
+    return me
+
+
+def _sysctls(me: Node, facts: Facts) -> dict[str, str]:
+    v6 = facts.ipv6 and any(c.version == 6 for c in me.pod_cidrs)
+    # ip_forward first: the kernel resets other settings when it flips
+    values = {"net/ipv4/ip_forward": "1"}
+    if v6:
+        # a router ignores advertisements unless told otherwise, and would lose its own default route
+        values |= {f"net/ipv6/conf/{link}/accept_ra": "2" for link in facts.ra_links}
+        values["net/ipv6/conf/all/forwarding"] = "1"
+    values |= {
+        # a redirected pod talks L2 straight through OVS, where nothing can send it "fragmentation needed"
+        "net/ipv4/conf/all/send_redirects": "0",
+        f"net/ipv4/conf/{KBR}/send_redirects": "0",
+        # loose: a peer's host process may bind its tunnel address, whose route is not through kbr0
+        f"net/ipv4/conf/{KBR}/rp_filter": "2",
+        f"net/ipv4/conf/{KBR}/accept_redirects": "0",
+    }
+    if facts.ipv6:
+        if v6:
+            values[f"net/ipv6/conf/{KBR}/disable_ipv6"] = "0"
+            # no pod is looked for until the link-local address has been through duplicate detection
+            values[f"net/ipv6/conf/{KBR}/accept_dad"] = "0"
+        # else a pod could send the host a router
+        values |= {
+            f"net/ipv6/conf/{KBR}/accept_ra": "0",
+            f"net/ipv6/conf/{KBR}/accept_redirects": "0",
+        }
+    return values
+
+
+def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
+    found = []
+    if facts.underlay_mtu is None:
+        text = "is on no link of this host, so no tunnel can start here; assign it or correct the mesh"
+        found.append(Problem("TunnelAddressMissing", text, me.name, "address", str(me.address)))
+    elif facts.datapath_type == "netdev" and not facts.datapath_carried:
+        text = (
+            "is on no bridge of the userspace datapath, and this kernel has no openvswitch: no tunnel packet can leave"
+        )
+        found.append(Problem("DatapathMissing", text, me.name, "address", str(me.address), fatal=False))
+    if mesh.mtu is not None and mesh.mtu > mtu and facts.underlay_mtu is not None:
+        text = (
+            f"does not fit the underlay's {facts.underlay_mtu} less {overhead(mesh, me.address)} bytes; {mtu} is used"
+        )
+        found.append(Problem("MTUTooHigh", text, field="mtu", value=str(mesh.mtu), fatal=False))
+    v6 = [c for c in me.pod_cidrs if c.version == 6]
+    if facts.docker and len(v6) == len(me.pod_cidrs):
+        text = "hold no IPv4 range, without which Docker can't be on kbr0; it stays where it is"
+        found.append(Problem("DockerNeedsIPv4", text, me.name, "podCIDRs", str(v6[0]), fatal=False))
+    if v6 and not facts.ipv6:
+        found.append(
+            Problem(
+                "IPv6Missing",
+                "this kernel has no IPv6",
+                me.name,
+                "podCIDRs",
+                str(v6[0]),
+            )
+        )
+    elif v6 and mtu < _MIN_IPV6_MTU:
+        text = f"is below the {_MIN_IPV6_MTU} bytes that IPv6 needs; raise the underlay's MTU by {_MIN_IPV6_MTU - mtu}"
+        found.append(Problem("MTUTooLow", text, me.name, "mtu", str(mtu)))
+    return found
+
+
+def _conflist(cidrs: list[IPNetwork], facts: Facts, mtu: int) -> dict[str, str]:
+    """The conflist; with Docker on this node, of the range that is not Docker's."""
+    assert facts.cni is not None
+    theirs = docker_config.share(cidrs, facts)
+    ends = {cidr: str(part.network_address - 1) for cidr, part in theirs.items()}
+    return cni_config.wanted(facts.cni, cidrs, [str(gateway(c)) for c in cidrs], mtu, ends)
+
+
+def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tuple[Problem, ...]]:
+    """The desired dataplane of `self_name`, and what in the mesh or on the host is not as it should be.
+
+    Raises OvsmeshError when self is not in the mesh.
+    """
+    me = _self(mesh, self_name)
+    w = wiring(mesh, me, facts)
+    joined, refused = peers(mesh, me, w)
+    grows: dict[str, dict[Any, Any]] = {
+        "filter_peers": {},
+        "ports": {},
+        "flows": {"0 ": "drop"},
+        "neighbours": {},
+        "fdb": {},
+        # a missing peer must not leak to the default gateway
+        "routes": {
+            (str(c), FALLBACK_METRIC): Route("unreachable") for c in mesh.cluster_cidrs if facts.ipv6 or c.version == 4
+        },
+    }
+    for kind, into in grows.items():
+        for parts in joined.values():
+            into.update(getattr(parts, kind))
+    cidrs = [c for c in me.pod_cidrs if facts.ipv6 or c.version == 4]
+    want = Dataplane(
+        bridges={OBR: Bridge(facts.datapath_type, mtu_request=w.mtu)},
+        links={
+            KBR: Link("bridge", w.mtu, mac=w.mac),
+            OBR: Link("", w.mtu, master=KBR, quiet=True),
+        },
+        sysctls=_sysctls(me, facts),
+        addresses={f"{gateway(c)}/{c.prefixlen}": KBR for c in cidrs},
+        rules=firewall_rules.rules(mesh, me, facts),
+        docker=docker_config.desired(me, facts, w.mtu),
+        cni=_conflist(cidrs, facts, w.mtu) if facts.cni else {},
+        **grows,
+    )
+    return want, (*_problems(mesh, me, facts, w.mtu), *refused)

@@ -1,0 +1,179 @@
+"""Which packets a node refuses, accepts and masquerades, as the texts of its filter rules.
+
+Knows: what the rules say and in which table and chain they stand. Pure; imports model only.
+Whether a kernel can do them, and writing them, is firewall's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
+from typing import NamedTuple
+
+from ovsmesh.dataplane.types import KBR, OBR, Facts, Rule, RuleKey
+from ovsmesh.mesh.types import IPNetwork, Mesh, Node
+
+IPTABLES = ("iptables", "ip6tables")
+NFT = ("inet", "bridge")
+SETS = {"peers4": "ipv4_addr", "peers6": "ipv6_addr"}
+"""Sets of our nft tables → type of their elements."""
+IN_KBR = f'meta ibrname "{KBR}"'
+"""Needs nft_meta_bridge in the kernel; `within` knows what stands in where that lacks."""
+IN_ANY = 'meta iifkind "veth"'
+
+_MULTICAST = {4: ("224.0.0.0/4", "255.255.255.255/32"), 6: ("ff00::/8",)}
+_GRE_TRANSPARENT_ETHERNET = "0x6558"
+"""What OVS puts into GRE's protocol field (RFC 1701); a routed site-to-site GRE carries 0x0800 or 0x86dd."""
+_UDP_PORTS = {"vxlan": 4789, "geneve": 6081}
+"""RFC 7348 and RFC 8926."""
+
+
+class Chain(NamedTuple):
+    """An nft base chain, in the words of `nft -j`; the policy is always accept."""
+
+    type: str
+    hook: str
+    priority: int
+
+
+CHAINS = {
+    ("inet", "postrouting"): Chain("nat", "postrouting", 100),
+    # five before the usual filters, so that an accept in another table of the host comes too late to matter
+    ("inet", "input"): Chain("filter", "input", -5),
+    ("inet", "forward"): Chain("filter", "forward", -5),
+    ("bridge", "prerouting"): Chain("filter", "prerouting", -300),
+}
+
+
+def digest(key: RuleKey, rule: Rule) -> str:
+    """Eight hex digits that tell whether the rule under `key` still is the one that we wrote."""
+    return hashlib.sha256(f"{CHAINS.get(key[:2])} {key[1]} {rule.text}".encode()).hexdigest()[:8]
+
+
+def peer_set(node: Node) -> tuple[str, str]:
+    """A peer's tunnel address, and the nft set that names it as a sender of encapsulated packets."""
+    return str(node.address), f"peers{node.address.version}"
+
+
+def _set(ranges: Iterable[IPNetwork]) -> str:
+    # an nft interval set refuses overlaps
+    ranges = list(ranges)
+    v4 = collapse_addresses(r for r in ranges if isinstance(r, IPv4Network))
+    v6 = collapse_addresses(r for r in ranges if isinstance(r, IPv6Network))
+    merged: list[IPNetwork] = [*v4, *v6]
+    texts = [str(r.network_address) if r.prefixlen == r.max_prefixlen else str(r) for r in merged]
+    return f"{{ {', '.join(texts)} }}"
+
+
+def _ip(version: int) -> str:
+    return "ip" if version == 4 else "ip6"
+
+
+def _encapsulated(mesh: Mesh) -> str:
+    """Matches the mesh's tunnel packets as narrowly as nft can, so that no other tunnel of the host is hit."""
+    if mesh.encapsulation == "gre":
+        return f"meta l4proto gre @th,16,16 {_GRE_TRANSPARENT_ETHERNET}"
+    # the network identifier stands at byte 4 of either header, behind 8 bytes of UDP
+    return f"udp dport {_UDP_PORTS[mesh.encapsulation]} @th,96,24 {mesh.key or 0}"
+
+
+def _tunnel(mesh: Mesh, me: Node) -> dict[RuleKey, Rule]:
+    ip, (address, peers) = _ip(me.address.version), peer_set(me)
+    what = _encapsulated(mesh)
+    return {
+        # a pod that forges the outer header could even take a peer's address
+        ("inet", "input", "tunnel-from-pod"): Rule(f'iifname "{KBR}" {ip} daddr {address} {what} drop'),
+        ("inet", "input", "tunnel-not-peer"): Rule(f"{ip} daddr {address} {what} {ip} saddr != @{peers} drop"),
+        # masquerade would give it this node's address, which the peer trusts
+        ("inet", "forward", "tunnel-from-pod"): Rule(f'iifname "{KBR}" {ip} daddr @{peers} {what} drop'),
+    }
+
+
+def _masquerade(version: int, own: list[IPNetwork], cluster: list[IPNetwork]) -> Rule:
+    ip = _ip(version)
+    stay = _set([*cluster, *map(ip_network, _MULTICAST[version])])
+    # fully-random: two pods that ask one server at the same moment may not meet in one port
+    return Rule(f'{ip} saddr {_set(own)} {ip} daddr != {stay} oifname != "{KBR}" masquerade fully-random')
+
+
+def _spoof(version: int, own: list[IPNetwork], cluster: list[IPNetwork], me: Node) -> dict[RuleKey, Rule]:
+    """Refuse what enters kbr0 from a pod under an address that can't be a pod's of this node.
+
+    Only cluster ranges and tunnel addresses are matched, so DHCP, ::, link-local addresses and
+    whatever else a container uses inside pass.
+    """
+    enters = f'{IN_KBR} iifname != "{OBR}"'
+    gateways = [ip_network(c.network_address + 1) for c in own]
+    sources = [(f"v{version}", f"{_ip(version)} saddr")] + ([("arp", "arp saddr ip")] if version == 4 else [])
+    found = {}
+    for name, field in sources:
+        if cluster:
+            other = f" {field} != {_set(own)}" if own else ""
+            found[f"spoof-range-{name}"] = f"{enters} {field} {_set(cluster)}{other} drop"
+        if own:
+            found[f"spoof-gateway-{name}"] = f"{enters} {field} {_set(gateways)} drop"
+        for n, gateway in enumerate(gateways if version == 6 else ()):
+            # the target of a neighbour advertisement: what ARP's sender is to IPv4
+            target = f"icmpv6 type nd-neighbor-advert @th,64,128 {int(gateway.network_address):#x}"
+            found["spoof-gateway-nd" + (f"-{n + 1}" if n else "")] = f"{enters} {target} drop"
+        if version == me.address.version:
+            found[f"spoof-tunnel-{name}"] = f"{enters} {field} {me.address} drop"
+            found[f"spoof-peer-{name}"] = f"{enters} {field} @peers{version} drop"
+    return {("bridge", "prerouting", name): Rule(text) for name, text in found.items()}
+
+
+def _accept(tool: str, own: list[IPNetwork], cluster: list[IPNetwork]) -> dict[RuleKey, Rule]:
+    """What Docker's FORWARD DROP must let through for the mesh to work.
+
+    `mesh-in` names no source: a peer's host process may use its tunnel address, and what a peer
+    or a pod may claim as its source is checked before (flows on obr0, the bridge table).
+    """
+    found = {}
+    for n, mine in enumerate(own):
+        more = f"-{n + 1}" if n else ""
+        for m, theirs in enumerate(cluster):
+            pair = more + (f"-to-{m + 1}" if m else "")
+            found[f"mesh-out{pair}"] = f"-i {KBR} -o {KBR} -s {mine} -d {theirs} -j ACCEPT"
+        found[f"mesh-in{more}"] = f"-i {KBR} -o {KBR} -d {mine} -j ACCEPT"
+        found[f"leave{more}"] = f"-i {KBR} ! -o {KBR} -s {mine} -j ACCEPT"
+        found[f"return{more}"] = f"-o {KBR} -d {mine} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
+    return {(tool, "FORWARD", name): Rule(text) for name, text in found.items()}
+
+
+def rules(mesh: Mesh, self_node: Node, facts: Facts) -> dict[RuleKey, Rule]:
+    """Every filter rule that this node should have, in the order in which they stand in their chain."""
+    found: dict[RuleKey, Rule] = {}
+    spoof: dict[RuleKey, Rule] = {}
+    accept: dict[RuleKey, Rule] = {}
+    for version, tool in zip((4, 6), IPTABLES, strict=True):
+        if version == 6 and not facts.ipv6:
+            continue
+        own = [c for c in self_node.pod_cidrs if c.version == version]
+        cluster = [c for c in mesh.cluster_cidrs if c.version == version]
+        if own:
+            found["inet", "postrouting", f"masquerade-v{version}"] = _masquerade(version, own, cluster)
+        if tool in facts.forward_drop:
+            accept |= _accept(tool, own, cluster)
+        spoof |= _spoof(version, own, cluster, self_node)
+    return found | _tunnel(mesh, self_node) | spoof | accept
+
+
+def within(wanted: Mapping[RuleKey, Rule], lacking: Iterable[str]) -> dict[RuleKey, Rule]:
+    """What is left of the wanted rules on a system that lacks something.
+
+    `lacking` holds tools ("iptables", "nft", "bridge"), chains ("inet postrouting") or "ibrname".
+    Without that match the bridge rules hold for veth ports of any bridge; then those about tunnel
+    addresses are left out, since such packets are rightful on a bridge that carries the underlay.
+    """
+    missing = frozenset(lacking)
+    left = {}
+    for (tool, chain, name), rule in wanted.items():
+        if tool in missing or f"{tool} {chain}" in missing or ("nft" in missing and tool in NFT):
+            continue
+        if "ibrname" in missing and IN_KBR in rule.text:
+            if name.startswith(("spoof-tunnel", "spoof-peer")):
+                continue
+            rule = Rule(rule.text.replace(IN_KBR, IN_ANY))
+        left[tool, chain, name] = rule
+    return left

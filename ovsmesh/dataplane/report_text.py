@@ -1,0 +1,105 @@
+"""A report as plain text: what is worst first, then this node, then a line for each peer.
+
+Pure; imports status only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from ovsmesh.dataplane.report import Peer, Report, Self, age, timestamp
+
+_MOST = 8
+"""Lines about one kind of trouble, before "and N more": the table has all peers, JSON has everything."""
+
+
+def clean(text: str) -> str:
+    """Without what could steer a terminal: names of others' links and the like are theirs to choose."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "", right: frozenset[int] = frozenset()) -> Iterator[str]:
+    """Rows as aligned lines; columns in `right` are aligned to the right."""
+    if not rows:
+        return
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    for row in rows:
+        cells = [c.rjust(w) if n in right else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))]
+        yield (indent + "  ".join(cells)).rstrip()
+
+
+def _some(lines: Iterable[str]) -> Iterator[str]:
+    every = list(dict.fromkeys(lines))
+    yield from every[:_MOST]
+    if len(every) > _MOST:
+        yield f"and {len(every) - _MOST} more"
+
+
+def _trouble(report: Report) -> Iterator[str]:
+    lines = [f"! {problem}" for problem in sorted(report.problems, key=lambda p: not p.fatal)]
+    yield from _some(lines)
+    told = " ".join(lines)
+    bad = [peer for peer in report.peers if peer.state in ("missing", "unknown")]
+    causes: dict[tuple[str, ...], list[str]] = {}
+    for peer in bad:
+        causes.setdefault(peer.missing, []).append(peer.name)
+    yield from _some(
+        f"! {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {'; '.join(why[:3])}"
+        f"{f'; and {len(why) - 3} more' if len(why) > 3 else ''}"
+        for why, names in causes.items()
+    )
+    shown = " ".join(line for peer in bad for line in peer.missing)
+    yield from _some(f"! in the way: {detail}" for detail in report.foreign if detail not in shown + told)
+    # what belongs to a peer stands with the peer
+    rest = [line for line in report.pending if line[2:].split(" blocked")[0] not in shown and line[0] != "="]
+    if not bad:
+        yield from _some(rest)
+
+
+def _about(me: Self, now: float) -> Iterator[tuple[str, str]]:
+    key = "" if me.key is None else f" key {me.key}"
+    yield "node", f"{me.name} {me.address} {me.encapsulation}{key}".rstrip()
+    if me.pod_cidrs:
+        pairs = zip(me.pod_cidrs, me.gateways, strict=True)
+        yield "pod CIDRs", ", ".join(f"{cidr} (gateway {gateway})" for cidr, gateway in pairs)
+        yield "MTU", f"{me.mtu} ({me.mtu_from})"
+        yield "Open vSwitch", f"{me.ovs_version or 'version not known'}, datapath {me.datapath_type}"
+    if me.cni is not None:
+        yield "CNI", str(me.cni)
+    if me.docker:
+        yield "Docker", me.docker
+    if me.agent_since is None:
+        yield "agent", "not running: nothing is kept up to date"
+    else:
+        since = f"running for {age(now - me.agent_since)} (since {timestamp(me.agent_since)})"
+        yield "agent", " ".join(filter(None, [me.agent_version, since]))
+    old = f", read {age(now - me.mesh_since)} ago" if me.mesh_since is not None else ""
+    good = "" if me.mesh_current else " (can't be read now: the last known good is in use)"
+    if me.mesh_from or old:
+        yield "mesh", f"{me.mesh_from or 'mesh'}{old}{good}"
+
+
+def _row(peer: Peer, now: float) -> list[str]:
+    traffic = peer.traffic
+    numbers = [str(n) for n in (traffic.rx_packets, traffic.tx_packets, traffic.errors)] if traffic else ["-"] * 3
+    changed = age(now - peer.last_change) if peer.last_change is not None else "-"
+    state = peer.state if not peer.missing else f"{peer.state}: {_first(peer.missing)}"
+    cidrs = ",".join(peer.pod_cidrs) or "-"
+    return [peer.name, peer.address or "-", cidrs, peer.port or "-", *numbers, changed, state]
+
+
+def _first(missing: tuple[str, ...]) -> str:
+    return missing[0] + (f" (+{len(missing) - 1})" if len(missing) > 1 else "")
+
+
+def render_text(report: Report) -> str:
+    """The report for a terminal or a pipe; ends with a newline."""
+    lines = [report.headline, *_trouble(report), ""]
+    lines += table(list(_about(report.self, report.time)), "  ")
+    conditions = [(c.type, c.status, c.reason, c.message) for c in report.conditions]
+    lines += ["", *table([("CONDITION", "STATUS", "REASON", "MESSAGE"), *conditions])]
+    if report.peers:
+        head = ["PEER", "ADDRESS", "POD CIDRS", "PORT", "RX", "TX", "ERRORS", "CHANGED", "STATE"]
+        rows = [head, *(_row(peer, report.time) for peer in report.peers)]
+        lines += ["", *table(rows, right=frozenset({4, 5, 6, 7}))]
+    return "\n".join(map(clean, lines)) + "\n"

@@ -1,0 +1,215 @@
+"""A desired Dataplane as a plain shell script: the classic recipe, for one host, with no ovsmesh in it.
+
+Pure: imports model and the texts of the filter rules. What the script makes carries the agent's own
+marks, so `ovsmesh plan` finds nothing to change after it, and an agent started later takes it over.
+Everything from outside is quoted for the shell and, where ovs-vsctl reads it, for that as well.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Iterator
+
+from ovsmesh.dataplane.firewall_rules import IPTABLES, NFT, digest
+from ovsmesh.dataplane.nft_syntax import rules_of, table_script
+from ovsmesh.dataplane.types import COOKIE, KBR, MARK, OBR, PROTOCOL, Dataplane, Port
+
+_NEW = f"{MARK}-new"
+_TOGETHER = 50
+"""Ports in one ovs-vsctl: each call waits for ovs-vswitchd once."""
+
+_HEAD = """\
+#!/bin/sh
+# {title}
+# The dataplane of one host as plain commands: no ovsmesh in it, none needed to run it.
+# It may be run again: it adds and corrects, and removes nothing. Links, routes and filter rules do not
+# outlive a reboot: run it at each boot, once Open vSwitch runs. `ovsmesh agent` takes over what it made,
+# and `ovsmesh cleanup` removes it.
+{notes}set -eu
+export LC_ALL=C PATH="${{PATH:-/usr/bin:/bin}}:/usr/sbin:/sbin"
+{rundir}
+"""
+
+_GUARD = f"""\
+die() {{ echo "$0: $*" >&2; exit 1; }}
+[ "$(id -u)" = 0 ] || die 'run it as root'
+for tool in ip bridge sysctl ovs-vsctl ovs-ofctl{{tools}}; do
+  command -v "$tool" >/dev/null || die "$tool is not there: install iproute2, procps, nftables, openvswitch-switch"
+done
+there() {{ ip link show dev "$1" >/dev/null 2>&1; }}
+marked() {{ ip link show dev "$1" | grep -qx ' *alias {MARK}'; }}
+if there {KBR} && ! marked {KBR}; then die '{KBR} is there and not ours (no alias {MARK}): rename or delete it'; fi
+if ovs-vsctl --timeout=30 br-exists {OBR} && [ -z "$(ovs-vsctl --timeout=30 br-get-external-id {OBR} {MARK})" ]; then
+  die '{OBR} is there and not ours (no external_ids:{MARK}): rename or delete it'
+fi
+"""
+
+_BRIDGE = """\
+if ! there {kbr}; then
+  # Marked before it has its name, so that a half-made one is not taken for someone else's.
+  if there {new}; then ip link del dev {new}; fi
+  ip link add name {new} address {mac} mtu {mtu} type bridge
+  ip link set dev {new} alias {mark}
+  ip link set dev {new} name {kbr}
+fi
+ip link show dev {kbr} | grep -q 'link/ether {mac} ' || ip link set dev {kbr} address {mac}
+ip link set dev {kbr} mtu {mtu} up
+"""
+
+
+def recipe(want: Dataplane, title: str, notes: Iterable[str] = (), run_dir: str = "") -> str:
+    """The script. `notes` are shown in its head; `run_dir` is Open vSwitch's, where that is not the usual one."""
+    used = {"nft" if key[0] in NFT else key[0] for key in want.rules}
+    tools = [tool for tool in ("nft", *IPTABLES) if tool in used]
+    head = _HEAD.format(
+        title=_comment(title),
+        notes="".join(f"# Note: {_comment(note)}\n" for note in notes),
+        rundir=f"export OVS_RUNDIR={shlex.quote(run_dir)}\n" if run_dir else "",
+    )
+    parts = [
+        head,
+        _section(
+            "what it needs, and what must not stand in its way",
+            [_GUARD.replace("{tools}", "".join(f" {t}" for t in tools))],
+        ),
+        _section(f"{KBR}: the bridge that containers plug into", _kbr(want)),
+        _section("a router for them, that sends no redirects and believes none", _sysctls(want)),
+        _section("what may come in, and what is masqueraded", _rules(want)),
+        _section(
+            f"{OBR}: the switch, and one tunnel port for each peer, protected: never from peer to peer", _ovs(want)
+        ),
+        _section("to each peer by its MAC; from each peer only what it owns; nothing else", _flows(want)),
+        _section(f"{OBR} into {KBR}, where nothing is flooded to it", _obr(want)),
+        _section("addresses, and the way to each peer: no ARP crosses a tunnel", _kernel(want)),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _comment(text: str) -> str:
+    """One line, whatever is in it."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _section(title: str, lines: Iterable[str]) -> str:
+    body = "\n".join(line.rstrip("\n") for line in lines)
+    return f"# --- {title}\n{body}\n" if body else ""
+
+
+def _input(command: str, lines: Iterable[str]) -> list[str]:
+    """A command that reads these lines; nothing in them is the shell's."""
+    body = [line for line in lines if line]
+    return [f"{command} <<'END'", *body, "END"] if body else []
+
+
+def _kbr(want: Dataplane) -> list[str]:
+    link = want.links[KBR]
+    return [_BRIDGE.format(kbr=KBR, new=_NEW, mark=MARK, mac=shlex.quote(link.mac), mtu=link.mtu)]
+
+
+def _sysctls(want: Dataplane) -> list[str]:
+    return [f"sysctl -q -w {shlex.quote(f'{key}={value}')}" for key, value in want.sysctls.items()]
+
+
+def _rules(want: Dataplane) -> list[str]:
+    lines = []
+    for family in NFT:
+        rules = rules_of(family, want.rules)
+        if rules:
+            lines += _input("nft -f -", _indented(table_script(family, rules, want.filter_peers)))
+    for tool in IPTABLES:
+        for n, (key, rule) in enumerate(rules_of(tool, want.rules).items(), 1):
+            match, _, target = rule.text.rpartition(" -j ")
+            said = f"{match} -m comment --comment {MARK}:{key[2]}:{digest(key, rule)} -j {target}"
+            lines.append(f"{tool} -w 5 -C FORWARD {said} 2>/dev/null || {tool} -w 5 -I FORWARD {n} {said}")
+    return lines
+
+
+def _indented(script: str) -> Iterator[str]:
+    depth = 0
+    for line in script.splitlines():
+        depth -= line.startswith("}")
+        yield "  " * depth + line
+        depth += line.endswith("{")
+
+
+def _string(text: str) -> str:
+    """A value as ovs-vsctl reads it: quoted, or a name like `true` or 2001:db8::1 would be something else."""
+    return json.dumps(text)
+
+
+def _ovs(want: Dataplane) -> list[str]:
+    bridge = want.bridges[OBR]
+    lines = [
+        f"ovs-vsctl --timeout=30 --may-exist add-br {OBR} \\",
+        f"  -- set Bridge {OBR} datapath_type={bridge.datapath_type} fail_mode={bridge.fail_mode} "
+        f"external_ids:{MARK}=1 \\",
+        f"  -- set Interface {OBR} mtu_request={bridge.mtu_request}",
+    ]
+    ports = [_port(name, port) for name, port in want.ports.items()]
+    for start in range(0, len(ports), _TOGETHER):
+        some = ports[start : start + _TOGETHER]
+        lines += ["ovs-vsctl --timeout=60 \\", " \\\n".join(some)]
+    return lines
+
+
+def _port(name: str, port: Port) -> str:
+    ids = {MARK: port.node} | ({f"{MARK}-uid": port.uid} if port.uid else {})
+    options = {"remote_ip": port.remote, "local_ip": port.local} | ({"key": port.key} if port.key else {})
+    words = [
+        *("--", "--may-exist", "add-port", OBR, name),
+        *("--", "set", "Port", name, f"protected={str(port.protected).lower()}", f"external_ids={_map(ids)}"),
+        *("--", "set", "Interface", name, f"type={port.type}", f"options={_map(options)}"),
+    ]
+    return "  " + shlex.join(words)
+
+
+def _map(values: dict[str, str]) -> str:
+    return "{" + ", ".join(f"{key}={_string(value)}" for key, value in values.items()) + "}"
+
+
+def _flows(want: Dataplane) -> list[str]:
+    return _input(f"ovs-ofctl --bundle add-flows {OBR} -", (_flow(*flow) for flow in want.flows.items()))
+
+
+def _flow(key: str, actions: str) -> str:
+    priority, _, match = key.partition(" ")
+    # quoted, as a port's name may have a dot
+    fields = [
+        f'in_port="{field[8:]}"' if field.startswith("in_port=") and field != "in_port=LOCAL" else field
+        for field in match.split(",")
+    ]
+    to = f'output:"{actions[7:]}"' if actions.startswith("output:") else actions
+    return ",".join(filter(None, [f"cookie={COOKIE:#x}", f"priority={priority}", *fields, f"actions={to}"]))
+
+
+def _obr(want: Dataplane) -> list[str]:
+    link = want.links[OBR]
+    return [
+        f"ip link set dev {OBR} master {link.master} up",
+        f"bridge link set dev {OBR} learning off flood off mcast_flood off bcast_flood off",
+    ]
+
+
+def _kernel(want: Dataplane) -> list[str]:
+    lines = [
+        f"address replace {address} dev {link}{' nodad' if ':' in address else ''}"
+        for address, link in want.addresses.items()
+    ]
+    lines += [
+        f"neighbour replace {gateway} lladdr {mac} dev {KBR} nud permanent protocol {PROTOCOL}"
+        for gateway, mac in want.neighbours.items()
+    ]
+    found = _input("ip -batch -", lines)
+    found += _input(
+        "bridge -batch -", (f"fdb replace {mac} dev {port} master static" for mac, port in want.fdb.items())
+    )
+    routes = []
+    for (destination, metric), route in want.routes.items():
+        how = f"via {route.via} dev {route.dev} onlink" if route.via else ""
+        kind = "" if route.type == "unicast" else f"{route.type} "
+        more = f" mtu {route.mtu}" if route.mtu else ""
+        routes.append(
+            f"route replace {kind}{destination} {how} proto {PROTOCOL} metric {metric}{more}".replace("  ", " ")
+        )
+    return found + _input("ip -batch -", routes)

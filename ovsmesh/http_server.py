@@ -1,0 +1,172 @@
+"""A small HTTP server for one process's health and metrics: /metrics, /healthz, and what a subclass adds.
+
+No client can keep another from being answered: connections are few, short-lived and read-only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import logging
+import socket
+import socketserver
+import threading
+import time
+from http import HTTPStatus
+from typing import Any
+
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import CollectorRegistry
+
+from ovsmesh.errors import OvsmeshError
+
+log = logging.getLogger("ovsmesh")
+
+_REQUEST_TIME = 10.0
+"""Seconds that a connection may last, however slowly its bytes come."""
+_CONNECTIONS = 16
+LOOP_DEADLINE = 180.0
+"""Seconds without a turn after which the loop counts as stuck: three times its longest pause."""
+
+Answer = tuple[HTTPStatus, str, str | bytes]
+
+
+class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, family: socket.AddressFamily, address: tuple[str, int], owner: HttpServer) -> None:
+        self.address_family = family
+        self.owner = owner
+        self._open: dict[socket.socket, float] = {}
+        super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        # HTTPServer's own asks DNS for the host's name, which may take a minute
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = "ovsmesh", self.server_address[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self._open) >= _CONNECTIONS:
+            self.shutdown_request(request)
+            return
+        self._open[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        # a client that sends a byte now and then renews each timeout, but not this one
+        late = time.monotonic() - _REQUEST_TIME
+        for request, since in list(self._open.items()):
+            if since < late:
+                try:
+                    request.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    continue  # its thread has just closed it
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("HTTP request from %s failed", client_address, exc_info=True)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    timeout = 5.0
+    server: _Server
+
+    def version_string(self) -> str:
+        return "ovsmesh"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("HTTP %r", format % args)
+
+    def do_GET(self) -> None:
+        answer = self.server.owner.answer(self.path.partition("?")[0])
+        if answer is None:
+            self._send(HTTPStatus.NOT_FOUND, "text/plain", "there are /, /metrics, /healthz, /readyz, /status.json\n")
+        else:
+            self._send(*answer)
+
+    def _refuse(self) -> None:
+        self._send(HTTPStatus.METHOD_NOT_ALLOWED, "text/plain", "GET only\n")
+
+    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse
+
+    def _send(self, code: HTTPStatus, kind: str, body: str | bytes) -> None:
+        data = body.encode() if isinstance(body, str) else body
+        self.send_response(code)
+        self.send_header("Content-Type", kind if "charset" in kind else f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
+        if code is HTTPStatus.METHOD_NOT_ALLOWED:
+            self.send_header("Allow", "GET")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+def _address(listen: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    host, colon, port = listen.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise OvsmeshError(f"--listen {listen}: wanted ADDRESS:PORT, as in 127.0.0.1:9474 or [::1]:9474")
+    host = host.removeprefix("[").removesuffix("]")
+    return (socket.AF_INET6 if ":" in host else socket.AF_INET), (host, int(port))
+
+
+class HttpServer:
+    """Answers GET requests in threads of its own; `beat` is for the loop whose life /healthz tells of."""
+
+    def __init__(self, listen: str, deadline: float = LOOP_DEADLINE) -> None:
+        """Listen at once. Raise OvsmeshError where that is not possible."""
+        family, address = _address(listen)
+        self._deadline = deadline
+        self._beat = time.monotonic()
+        self.registry = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=self.registry)
+        try:
+            self._server = _Server(family, address, self)
+        except (OSError, UnicodeError) as e:
+            why = (e.strerror if isinstance(e, OSError) else None) or str(e)
+            raise OvsmeshError(
+                f"--listen {listen}: can't listen there: {why}; "
+                "end what uses that port (another agent?) or give another ADDRESS:PORT"
+            ) from None
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(1.0,), name="http", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        return self._server.server_port
+
+    def close(self) -> None:
+        """Stops listening; takes two seconds at most."""
+        stop = threading.Thread(target=self._server.shutdown, daemon=True)
+        stop.start()
+        end = time.monotonic() + 2.0
+        while stop.is_alive() and time.monotonic() < end:
+            # it looks whether to stop when something connects, and once a second
+            with contextlib.suppress(OSError):
+                socket.create_connection(self._server.server_address[:2], timeout=0.1).close()  # type: ignore[arg-type]
+            stop.join(0.02)
+        self._server.server_close()
+
+    def beat(self) -> None:
+        """The loop is alive."""
+        self._beat = time.monotonic()
+
+    def answer(self, path: str) -> Answer | None:
+        """Return the answer to a GET; None for a path that does not exist."""
+        if path == "/metrics":
+            return HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(self.registry)
+        return self._healthz() if path == "/healthz" else None
+
+    def _healthz(self) -> Answer:
+        silent = time.monotonic() - self._beat
+        if silent > self._deadline:
+            text = f"the loop has not turned for {silent:.0f} s (deadline {self._deadline:.0f} s)\n"
+            return HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", text
+        return HTTPStatus.OK, "text/plain", "ok\n"

@@ -1,0 +1,203 @@
+"""The demo: a mesh of five hosts, all pods pinging all, then faults mended while real packets run.
+
+Knows which faults are shown and how each is timed: by a stream of packets across the broken part,
+never by what the agent says of itself. Never imports ovs, pyroute2, kubernetes.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import click
+from rich.console import Console
+
+from ovsmesh.dataplane.types import OBR
+from ovsmesh.lab import netns
+from ovsmesh.lab.cli import Steps, ended, failed, show_matrix
+from ovsmesh.lab.host import Host
+from ovsmesh.lab.lab import Lab
+from ovsmesh.lab.netns import LabError, wait_for
+from ovsmesh.lab.ping import Outage, Pair, Prober, Track
+
+_HOSTS, _PODS = 5, 2
+_INTERVAL = 0.002
+"""Seconds between two packets of a direction, and so the resolution of what is shown."""
+_DEADLINE = 20.0
+_CALM = 0.15
+"""Seconds of stream before a fault, so that it meets traffic that flows."""
+_DEAD = 0.5
+"""Seconds that ovs-vswitchd stays dead before it is started again."""
+
+
+def play(name: str, out: Console) -> None:
+    """The whole demo, from nothing to nothing. Raises LabError when a step fails, click.Abort on Ctrl-C."""
+    start = time.monotonic()
+    steps = Steps(out)
+    out.rule("[bold]ovsmesh: one flat network for the pods of many hosts", align="left")
+    lab = Lab(_HOSTS, _PODS, name=name, step=steps)
+    try:
+        with ended(out, lab):
+            lab.up()
+            bad = _Show(lab, out).all()
+    except KeyboardInterrupt as error:
+        raise click.Abort from error
+    out.print(f"[bold]{time.monotonic() - start:.0f} seconds in all.[/]")
+    if bad:
+        raise SystemExit(1)
+
+
+class _Show:
+    def __init__(self, lab: Lab, out: Console) -> None:
+        self.lab, self.out = lab, out
+
+    def all(self) -> bool:
+        """Whether a ping of the first or the last matrix failed."""
+        out = self.out
+        out.rule("[bold]what h1 now has, of `ovsmesh status`", align="left")
+        lines = self.lab.host(1).ovsmesh("status").stdout.splitlines()
+        out.print("\n".join(line for line in lines if re.match(r"PEER|h\d", line)), markup=False, soft_wrap=True)
+        out.rule("[bold]every pod pings every pod, round trips in ms", align="left")
+        bad = self._matrix(first=True)
+        out.rule(f"[bold]faults, each under a packet every {_INTERVAL * 1000:g} ms both ways", align="left")
+        out.print(f"[bold]{'':<52}{'cut off for':>17}{'lost':>9}[/]")
+        out.print(f"[bold]{'':<52}{'median':>8}{'worst':>9}{'packets':>9}[/]")
+        self._tries("a GRE port deleted", self._delete_port)
+        self._tries("a route deleted", self._delete_route)
+        self._tries("the flow table emptied", self._empty_flows)
+        self._restart_switch()
+        self._join_and_leave()
+        out.rule("[bold]and after all that", align="left")
+        plans = [host.ovsmesh("plan").returncode for host in self.lab.hosts]
+        out.print(f"`ovsmesh plan`: nothing to change on {plans.count(0)} of {len(plans)} hosts", soft_wrap=True)
+        return self._matrix(first=False) or bad or any(plans)
+
+    def _matrix(self, first: bool) -> bool:
+        tracks = self.lab.ping_matrix(count=3)
+        if first or any(map(failed, tracks)):
+            show_matrix(self.out, tracks)
+        else:
+            sent = sum(len(t.sent) for t in tracks)
+            self.out.print(
+                f"[bold green]{len(tracks)} of {len(tracks)} pairs answered[/]; {sent} packets, 0 lost, 0 twice"
+            )
+        return any(map(failed, tracks))
+
+    # --- faults that one command makes
+
+    def _tries(self, what: str, fault: Callable[[Host, Host], Callable[[], object]]) -> None:
+        """The fault once on each host, on what leads to the next one."""
+        cuts, lost = [], 0
+        hosts = self.lab.hosts
+        with self.out.status(what):
+            for host, peer in zip(hosts, [*hosts[1:], hosts[0]], strict=True):
+                outages = self._one(host, peer, fault)
+                cuts.append(max((outage.seconds for outage in outages), default=0.0))
+                lost += sum(outage.lost for outage in outages)
+        self._line(f"{what}, on {len(hosts)} hosts", cuts, lost)
+
+    def _one(self, host: Host, peer: Host, fault: Callable[[Host, Host], Callable[[], object]]) -> list[Outage]:
+        pairs = self._both_ways(host, peer)
+        with self.lab.stream(pairs, _INTERVAL) as stream:
+            _flows(stream, time.time())
+            time.sleep(_CALM)
+            at = time.time()
+            back = fault(host, peer)
+            wait_for(f"{host.name} to be mended", back, _DEADLINE, every=0.001, hint=f"see {host.agent_log}")
+            _flows(stream, time.time())
+        return [outage for track in stream.tracks for outage in track.outages(at)]
+
+    def _both_ways(self, host: Host, peer: Host) -> list[Pair]:
+        a, b = host.pods[0], peer.pods[0]
+        return [self.lab.pair(a, b), self.lab.pair(b, a)]
+
+    def _delete_port(self, host: Host, peer: Host) -> Callable[[], object]:
+        port = f"gre-{peer.name}"
+        host.ovs_vsctl("del-port", OBR, port)
+        return lambda: host.ovs_vsctl(f"--timeout={_DEADLINE:.0f}", "wait-until", "Interface", port, "ofport>0") == ""
+
+    def _delete_route(self, host: Host, peer: Host) -> Callable[[], object]:
+        route = str(peer.pod_cidrs[0])
+        netns.ip_batch([f"route del {route}"], host.ns)
+        return lambda: host.run(["ip", "route", "show", route]).stdout.strip()
+
+    def _empty_flows(self, host: Host, peer: Host) -> Callable[[], object]:
+        before = len(host.ovs_ofctl("dump-flows", OBR).splitlines())
+        host.ovs_ofctl("del-flows", OBR)
+        return lambda: len(host.ovs_ofctl("dump-flows", OBR).splitlines()) == before
+
+    # --- faults that need a hand to end
+
+    def _restart_switch(self) -> None:
+        host, peer = self.lab.hosts[1:3]
+        with self.lab.stream(self._both_ways(host, peer), _INTERVAL) as stream:
+            _flows(stream, time.time())
+            host.kill_vswitchd()
+            # stays dead for a while, as it would until something starts it again
+            time.sleep(_DEAD)
+            started = time.time()
+            host.start_vswitchd()
+            running = time.time()
+            _flows(stream, running)
+        outages = [outage for track in stream.tracks for outage in track.outages(started - _DEAD)]
+        ends = [max(0.0, outage.end - started) for outage in outages]
+        lost = sum(outage.lost for outage in outages)
+        self._line(f"ovs-vswitchd killed, started {_DEAD:g} s later", [max(ends, default=0.0)], lost)
+        self._note(f"from its start, which itself takes {_ms(running - started)} until it has read its database")
+
+    def _join_and_leave(self) -> None:
+        lab = self.lab
+        old = [host.node for host in lab.hosts]
+        pods = [pod for host in lab.hosts for pod in host.pods]
+        # everything about the new host is ready, with its own copy of the mesh file, but the others don't know it
+        host = lab.prepare_host()
+        own = host.state / "mesh.yaml"
+        own.write_text(lab.mesh_text())
+        host.start_agent(mesh=own)
+        lab.converged(_DEADLINE, [host])
+        host.plug()
+        pairs = [lab.pair(pod, host.pods[0]) for pod in pods]
+        with lab.stream(pairs, _INTERVAL * len(pairs) / 2) as stream:
+            at = time.time()
+            lab.write_mesh()
+            _flows(stream, at)
+            self._line("a sixth host joins", [max(_first(t, t.received, at) for t in stream.tracks)])
+            self._note(f"from the mesh file's rename until all {len(pods)} pods reach the new host's")
+            at = time.time()
+            lab.write_mesh(old)
+            if not stream.wait_refused(at, _DEADLINE):
+                raise LabError(f"pods still reach {host.name} {_DEADLINE:g} s after it left the mesh")
+        last = max(track.sent[number] for track in stream.tracks for number in track.received)
+        self._line("a host leaves", [last - at])
+        self._note("from the rename to the last packet through; then all are told “unreachable”")
+        lab.remove_host(host.index)
+
+    # --- lines
+
+    def _line(self, what: str, cuts: Sequence[float], lost: int | None = None) -> None:
+        median, worst = statistics.median(cuts), max(cuts)
+        mark = "[green]✓[/]" if worst < 1 else "[yellow]•[/]"
+        times = f"{_ms(median):>8}{_ms(worst):>9}" if len(cuts) > 1 else f"{_ms(worst):>8}{'':>9}"
+        self.out.print(f"{mark} {what:<50}{times}{'' if lost is None else lost:>9}".rstrip(), soft_wrap=True)
+
+    def _note(self, text: str) -> None:
+        self.out.print(f"  [dim]{text}[/]", soft_wrap=True)
+
+
+def _ms(seconds: float) -> str:
+    if seconds < _INTERVAL:
+        return f"< {_INTERVAL * 1000:g} ms"
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _first(track: Track, came_back: Mapping[int, float], at: float) -> float:
+    """Seconds from `at` to the sending of the first packet after it that got this kind of answer."""
+    return min((track.sent[number] for number in came_back if track.sent[number] >= at), default=time.time()) - at
+
+
+def _flows(stream: Prober, since: float) -> None:
+    if not stream.wait(since, _DEADLINE, run=10):
+        dead = ", ".join(f"{t.pair.source} → {t.pair.target}" for t in stream.tracks if not t.answered_since(since, 10))
+        raise LabError(f"no packets get through {_DEADLINE:g} s later: {dead}; the logs above say why")

@@ -1,0 +1,279 @@
+"""Knows the Mesh object as a file: text in, Mesh out, and a Problem for each node that can't be used.
+
+What spoils the whole file raises MeshError; what spoils one entry refuses that node only, and everyone else
+converges. Nothing here touches the file system or the clock. Imports model, yamltree and claims only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any, NoReturn
+
+from ovsmesh.errors import Problem
+from ovsmesh.mesh.types import ENCAPSULATIONS, Mesh, MeshError, Node
+from ovsmesh.mesh.validation import Claim, Refusal, claim, clusters_of, settle
+from ovsmesh.mesh.yaml_reader import Map, Scalar, Tree, kind_of, load, show
+
+API_VERSION = "ovsmesh.io/v1alpha1"
+KIND = "Mesh"
+MAX_CIDRS = 16
+"""Pod CIDRs of one node; Kubernetes gives at most two."""
+MAX_CLUSTER_CIDRS = 64
+
+_TOP = ("apiVersion", "kind", "metadata", "spec", "status")
+_SPEC = ("clusterCIDRs", "encapsulation", "key", "mtu", "allocatePodCIDRs", "nodeSubnetLength", "nodes")
+_NODE = frozenset(("name", "address", "podCIDRs", "uid", "zone"))
+_ONLY_STR = {str}
+_KEY_BITS = {"gre": 32, "vxlan": 24, "geneve": 24}
+"""Width of the key: RFC 2890, RFC 7348, RFC 8926."""
+_MTU = range(576, 65536)
+"""Pod MTU in bytes: what every IPv4 host must take (RFC 791), to the largest that a Linux link has."""
+_MTU6 = 1280
+"""Smallest MTU in bytes on which Linux runs IPv6 (RFC 8200)."""
+
+
+def parse(text: str | bytes, where: str, last: Mesh | None = None) -> tuple[Mesh, tuple[Problem, ...]]:
+    """The mesh in `text`, and what was refused of it.
+
+    `where` is the file's path, for messages. `last` is the last mesh that was good: of two nodes that claim
+    one thing, the one that held it there keeps it; a node refused now keeps its entry of there; its Node
+    objects are reused where equal, and it is returned itself where nothing changed. The mesh may be without
+    nodes: whether that is meant is for the caller to judge. Raises MeshError.
+    """
+    tree = load(text, where)
+    if type(tree) is not Map:
+        raise MeshError(f"{where}: wanted a Mesh object (apiVersion, kind, spec), found {kind_of(tree)}")
+    _known(tree, _TOP, where, "")
+    for field, want in (("apiVersion", API_VERSION), ("kind", KIND)):
+        if field not in tree:
+            raise MeshError(f"{where}: {field} is missing: begin the file with `{field}: {want}`")
+        if tree[field] != want:
+            _bad(where, field, tree[field], f"wanted {want}")
+    if type(_given(tree, "metadata")) not in (Map, type(None)):
+        _bad(where, "metadata", tree["metadata"], f"wanted a mapping, found {kind_of(tree['metadata'])}")
+    spec = _given(tree, "spec")
+    if spec is None:
+        raise MeshError(f"{where}: spec is missing: it holds clusterCIDRs and nodes")
+    if type(spec) is not Map:
+        _bad(where, "spec", spec, f"wanted a mapping, found {kind_of(spec)}")
+    _known(spec, _SPEC, where, "spec.")
+    clusters = _clusters(spec, where)
+    networks, _ = clusters_of(clusters)
+    encapsulation = _encapsulation(spec, where)
+    key = _integer(spec, "key", range(1 << _KEY_BITS[encapsulation]), where)
+    lowest = _MTU6 if any(network.version == 6 for network in networks) else _MTU.start
+    mtu = None if spec.get("mtu") == "auto" else _integer(spec, "mtu", range(lowest, _MTU.stop), where, "auto or ")
+    _integer(spec, "nodeSubnetLength", range(1, 127), where)
+    allocate = _given(spec, "allocatePodCIDRs")
+    if allocate is not None and not (isinstance(allocate, Scalar) and allocate.kind == "boolean"):
+        _bad(where, "spec.allocatePodCIDRs", allocate, f"wanted true or false, found {kind_of(allocate)}")
+    nodes, problems = _nodes(spec, where, clusters, last)
+    mesh = Mesh(networks, nodes, encapsulation, key, mtu)
+    if last is not None and last == mesh:
+        return last, problems
+    if last is not None and text[-1:] not in (b"\n", "\n"):
+        _uncut(mesh, last, where)
+    return mesh, problems
+
+
+def _uncut(mesh: Mesh, last: Mesh, where: str) -> None:
+    """Refuses a file that ends within a value: "192.0.2.1" of "192.0.2.11" is an address too.
+
+    Only a value that begins what stood there before tells a cut file from one that just has no
+    newline at its end.
+    """
+    before = {node.name: node for node in last.nodes}
+    for node in mesh.nodes:
+        old = before.get(node.name, node)
+        for now, then in [(node.address, old.address), *zip(node.pod_cidrs, old.pod_cidrs, strict=False)]:
+            if now != then and str(then).startswith(str(now)):
+                message = f"{where}: node {node.name}: the file ends without a newline and has {now} where {then} was"
+                raise MeshError(f"{message}: it seems cut off; end its last line with a newline if not")
+
+
+def dump(mesh: Mesh) -> str:
+    """`mesh` in the format that parse() reads: JSON, which is YAML too, one node a line."""
+    spec: dict[str, Any] = {"clusterCIDRs": [str(c) for c in mesh.cluster_cidrs], "encapsulation": mesh.encapsulation}
+    if mesh.key is not None:
+        spec["key"] = mesh.key
+    spec["mtu"] = "auto" if mesh.mtu is None else mesh.mtu
+    head = json.dumps({"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "default"}, "spec": spec})
+    if not mesh.nodes:
+        return head[:-2] + ', "nodes": []}}\n'
+    return head[:-2] + ', "nodes": [\n' + ",\n".join(map(_dump_node, mesh.nodes)) + "\n]}}\n"
+
+
+def _dump_node(node: Node) -> str:
+    entry: dict[str, Any] = {"name": node.name, "address": str(node.address)}
+    entry["podCIDRs"] = [str(c) for c in node.pod_cidrs]
+    if node.uid:
+        entry["uid"] = node.uid
+    if node.zone:
+        entry["zone"] = node.zone
+    return json.dumps(entry)
+
+
+# ---------------------------------------------------------------- the mesh's own settings
+
+
+def _bad(where: str, field: str, value: object, message: str) -> NoReturn:
+    raise MeshError(f"{where}: {field} {show(value)}: {message}")
+
+
+def _given(tree: Map, field: str) -> Tree | None:
+    """What stands under `field`; None when it is absent or null, which mean the same."""
+    value = tree.get(field)
+    return None if isinstance(value, Scalar) and value.kind == "null" else value
+
+
+def _nearest(key: str, known: tuple[str, ...]) -> str:
+    if key == "<<":
+        return "merge keys are not accepted: write the values out"
+    # By lower case, so that podcidrs and PodCIDRs find podCIDRs too.
+    lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(key[:64].lower(), lower, 1, 0.6)
+    return f"did you mean {lower[near[0]]}?" if near else f"known are {', '.join(known)}"
+
+
+def _known(tree: Map, known: tuple[str, ...], where: str, prefix: str) -> None:
+    for key in tree:
+        if key not in known:
+            message = f"{where}:{tree.line}: unknown key {prefix}{show(key)}: {_nearest(key, known)}"
+            raise MeshError(message)
+
+
+def _clusters(spec: Map, where: str) -> tuple[str, ...]:
+    """The texts of spec.clusterCIDRs, known to be good."""
+    given = _given(spec, "clusterCIDRs")
+    field = "spec.clusterCIDRs"
+    if given is None or given == []:
+        state = "missing" if given is None else "empty"
+        raise MeshError(f"{where}: {field} is {state}: give the ranges that all pods live in, such as [10.97.0.0/16]")
+    if type(given) is not list:
+        _bad(where, field, given, f"wanted a list, found {kind_of(given)}: write [{show(given)}]")
+    if len(given) > MAX_CLUSTER_CIDRS:
+        _bad(where, field, given, f"wanted at most {MAX_CLUSTER_CIDRS}, found {len(given)}")
+    for index, text in enumerate(given):
+        if type(text) is not str:
+            _bad(where, f"{field}[{index}]", text, f"wanted a CIDR such as 10.97.0.0/16, found {kind_of(text)}")
+    clusters = tuple(given)
+    try:
+        clusters_of(clusters)
+    except Refusal as refusal:
+        _bad(where, f"spec.{refusal.field}", refusal.value, refusal.message)
+    return clusters
+
+
+def _encapsulation(spec: Map, where: str) -> str:
+    value = _given(spec, "encapsulation")
+    if value is None:
+        return "gre"
+    if type(value) is not str or value not in ENCAPSULATIONS:
+        _bad(where, "spec.encapsulation", value, f"wanted one of {', '.join(ENCAPSULATIONS)}")
+    return value
+
+
+def _integer(spec: Map, field: str, allowed: range, where: str, also: str = "") -> int | None:
+    value = _given(spec, field)
+    if value is None:
+        return None
+    want = f"wanted {also}an integer from {allowed.start} to {allowed.stop - 1}"
+    if not (isinstance(value, Scalar) and value.kind == "integer" and value.value is not None):
+        _bad(where, f"spec.{field}", value, f"{want}, found {kind_of(value)}")
+    if value.value not in allowed:
+        _bad(where, f"spec.{field}", value, want)
+    return value.value
+
+
+# ---------------------------------------------------------------- the nodes
+
+
+def _nodes(
+    spec: Map, where: str, clusters: tuple[str, ...], last: Mesh | None
+) -> tuple[tuple[Node, ...], tuple[Problem, ...]]:
+    given = _given(spec, "nodes")
+    if given is None:
+        given = []
+    if type(given) is not list:
+        _bad(where, "spec.nodes", given, f"wanted a list, found {kind_of(given)}")
+    found: list[tuple[Claim, int]] = []
+    refused: list[tuple[Refusal, int]] = []
+    for index, entry in enumerate(given):
+        line = entry.line if type(entry) is Map else 0
+        try:
+            found.append((_entry(entry, index, clusters), line))
+        except Refusal as refusal:
+            refused.append((refusal, line))
+    return settle(found, refused, last, clusters)
+
+
+def _entry(entry: Tree, index: int, clusters: tuple[str, ...]) -> Claim:
+    """What a node's entry claims. Raises Refusal."""
+    here = f"nodes[{index}]"
+    if type(entry) is not Map:
+        raise Refusal("NodeInvalid", here, "entry", show(entry), f"wanted a mapping, found {kind_of(entry)}")
+    get = entry.get
+    name, address, cidrs, uid, zone = get("name"), get("address"), get("podCIDRs"), get("uid", ""), get("zone", "")
+    if (
+        type(name) is str
+        and type(address) is str
+        and type(cidrs) is list
+        and 0 < len(cidrs) <= MAX_CIDRS
+        and type(uid) is str
+        and type(zone) is str
+        and entry.keys() <= _NODE
+        and set(map(type, cidrs)) == _ONLY_STR
+    ):
+        good = claim(name, address, tuple(cidrs), uid, zone, clusters)
+        if type(good) is Claim:
+            return good
+        assert isinstance(good, Refusal)
+        # A name that is no name can't be the subject of a message: the entry's place stands in for it.
+        # A copy is raised, as what is remembered would gather tracebacks.
+        raise good.about(here if good.field == "name" else good.node)
+    if nulls := [f for f in ("uid", "zone") if f in entry and _given(entry, f) is None]:
+        for field in nulls:
+            del entry[field]
+        return _entry(entry, index, clusters)
+    _misfit(entry, here)
+
+
+def _misfit(entry: Map, here: str) -> NoReturn:
+    """Says why an entry has not even the shape of a node's."""
+    name = _given(entry, "name")
+    who = show(name) if type(name) is str and name else here
+    if name is None:
+        raise Refusal("NameMissing", here, "name", "missing", "give the node's name")
+    if type(name) is not str:
+        raise Refusal("NameInvalid", here, "name", show(name), _quote(name))
+    known = ("name", "address", "podCIDRs", "uid", "zone")
+    for key in entry:
+        if key not in _NODE:
+            raise Refusal("UnknownKey", who, show(key), show(entry[key]), f"unknown key: {_nearest(key, known)}")
+    address = _given(entry, "address")
+    if address is None:
+        raise Refusal("AddressMissing", who, "address", "missing", "give the address that its tunnel packets go to")
+    if type(address) is not str:
+        raise Refusal("AddressInvalid", who, "address", show(address), _quote(address, "an IP address"))
+    for field in ("uid", "zone"):
+        value = entry.get(field, "")
+        if type(value) is not str:
+            raise Refusal("NodeInvalid", who, field, show(value), _quote(value))
+    cidrs = _given(entry, "podCIDRs")
+    if cidrs is None or cidrs == []:
+        state = "missing" if cidrs is None else "[]"
+        raise Refusal("PodCIDRMissing", who, "podCIDRs", state, "give at least one range out of spec.clusterCIDRs")
+    if type(cidrs) is not list:
+        fix = f": write [{show(cidrs)}]" if type(cidrs) is str else ""
+        raise Refusal("PodCIDRInvalid", who, "podCIDRs", show(cidrs), f"wanted a list, found {kind_of(cidrs)}{fix}")
+    if len(cidrs) > MAX_CIDRS:
+        message = f"wanted at most {MAX_CIDRS} ranges, found {len(cidrs)}"
+        raise Refusal("PodCIDRInvalid", who, "podCIDRs", show(cidrs), message)
+    index, bad = next((i, c) for i, c in enumerate(cidrs) if type(c) is not str)
+    raise Refusal("PodCIDRInvalid", who, f"podCIDRs[{index}]", show(bad), _quote(bad, "a CIDR"))
+
+
+def _quote(value: Tree, want: str = "a string") -> str:
+    hint = ": put it in quotes if it is one" if isinstance(value, Scalar) and want == "a string" else ""
+    return f"wanted {want}, found {kind_of(value)}{hint}"

@@ -1,0 +1,43 @@
+"""The mesh as users describe it: the nodes, and what all of them must agree on. Everything is frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+from ovsmesh.errors import OvsmeshError
+
+IPAddress = IPv4Address | IPv6Address
+IPNetwork = IPv4Network | IPv6Network
+
+ENCAPSULATIONS = ("gre", "vxlan", "geneve")
+
+
+class MeshError(OvsmeshError):
+    """A mesh that can't be used as a whole (unreadable, not YAML, wrong kind, unknown key)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A host in the mesh. `address` is its tunnel address; `pod_cidrs` has at least one range."""
+
+    name: str
+    address: IPAddress
+    pod_cidrs: tuple[IPNetwork, ...]
+    uid: str = ""
+    zone: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """All nodes joined, and what they must agree on. `nodes` is sorted by name; names are unique."""
+
+    cluster_cidrs: tuple[IPNetwork, ...]
+    nodes: tuple[Node, ...] = ()
+    encapsulation: str = "gre"
+    key: int | None = None
+    mtu: int | None = None
+    """Pod MTU in bytes; None derives it from the underlay."""
+
+    def node(self, name: str) -> Node | None:
+        return next((n for n in self.nodes if n.name == name), None)

@@ -1,0 +1,139 @@
+"""The part of the Open_vSwitch database that we read, as python-ovs's replica of it.
+
+Knows columns and their types; what they mean is ovsdb's business. Never imports pyroute2 or kubernetes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import ovs.db.idl
+import ovs.poller
+import ovs.vlog
+
+from ovsmesh.errors import OvsmeshError
+from ovsmesh.ovs import json_parser
+
+_PROBE_MS = 5000
+_BACKOFF_MS = (100, 500)
+"""Between attempts to reach the server again: it is on this host, and the switch waits for us."""
+STATISTICS_DEADLINE = 5.0
+
+_STRINGS = {"key": "string", "value": "string", "min": 0, "max": "unlimited"}
+_OPTIONAL = {"key": "string", "min": 0, "max": 1}
+_OPTIONAL_INT = {"key": "integer", "min": 0, "max": 1}
+
+
+def _refs(table: str) -> dict[str, Any]:
+    return {"key": {"type": "uuid", "refTable": table}, "min": 0, "max": "unlimited"}
+
+
+SCHEMA: dict[str, dict[str, Any]] = {
+    "Open_vSwitch": {
+        "bridges": _refs("Bridge"),
+        "next_cfg": "integer",
+        "cur_cfg": "integer",
+        "other_config": _STRINGS,
+        "ovs_version": _OPTIONAL,
+    },
+    "Bridge": {
+        "name": "string",
+        "ports": _refs("Port"),
+        "datapath_type": "string",
+        "fail_mode": _OPTIONAL,
+        "external_ids": _STRINGS,
+    },
+    "Port": {
+        "name": "string",
+        "interfaces": _refs("Interface"),
+        "protected": "boolean",
+        "external_ids": _STRINGS,
+    },
+    "Interface": {
+        "name": "string",
+        "type": "string",
+        "options": _STRINGS,
+        "ofport": _OPTIONAL_INT,
+        "error": _OPTIONAL,
+        "mtu_request": _OPTIONAL_INT,
+    },
+}
+"""The columns that we read, typed as vswitch.ovsschema has them since OVS 2.6, so that no schema file is needed."""
+
+
+_INTEGERS = {"key": "string", "value": "integer", "min": 0, "max": "unlimited"}
+
+
+def run_dir(remote: str) -> Path:
+    """Where ovs-vswitchd keeps its management sockets: beside the database's.
+
+    Raises OvsmeshError for a remote that is not a UNIX socket: the agent works on its own host only.
+    """
+    kind, _, path = remote.partition(":")
+    if kind != "unix" or not path.startswith("/"):
+        raise OvsmeshError(f"--ovsdb {remote}: wanted unix:/PATH of this host's ovsdb-server socket")
+    return Path(path).parent
+
+
+class Replica(ovs.db.idl.Idl):  # type: ignore[misc]
+    """python-ovs's replica, telling which rows changed."""
+
+    def __init__(self, remote: str) -> None:
+        _prepare()
+        self.touched: dict[str, set[Any]] = {table: set() for table in SCHEMA}
+        super().__init__(remote, _helper(SCHEMA), probe_interval=_PROBE_MS)
+        # its own setter allows no less than a second
+        machine = self._session.reconnect
+        machine.min_backoff, machine.max_backoff = _BACKOFF_MS
+
+    def notify(self, event: str, row: Any, updates: Any = None) -> None:
+        self.touched[row._table.name].add(row.uuid)
+
+    @property
+    def answers(self) -> bool:
+        """Whether the replica is whole and its server there."""
+        return bool(self.has_ever_connected() and self._session.is_connected())
+
+
+def references(row: Any, column: str) -> list[Any]:
+    """The UUIDs in a column; python-ovs's own access would build and sort a thousand rows for it."""
+    return [atom.value for atom in row._data[column].values]
+
+
+def _helper(tables: dict[str, dict[str, Any]]) -> Any:
+    typed = {t: {"columns": {c: {"type": k} for c, k in columns.items()}} for t, columns in tables.items()}
+    helper = ovs.db.idl.SchemaHelper(schema_json={"name": "Open_vSwitch", "version": "7.0.0", "tables": typed})
+    for table, columns in tables.items():
+        helper.register_columns(table, list(columns))
+    return helper
+
+
+def _prepare() -> None:
+    json_parser.install()
+    ovs.vlog.Vlog.init()
+    # its loggers are the standard library's, by these names: what it says of reconnecting, we say as a problem
+    for facility in ("console", "syslog", "file"):
+        logging.getLogger(facility).propagate = False
+        ovs.vlog.Vlog.set_level("any", facility, "off")
+
+
+def statistics(remote: str) -> dict[str, dict[str, int]]:
+    """Counters of all interfaces (rx_packets, tx_packets, rx_errors, …), read once.
+
+    The replica leaves them out: ovs-vswitchd writes all of them every five seconds.
+    """
+    _prepare()
+    idl = ovs.db.idl.Idl(remote, _helper({"Interface": {"name": "string", "statistics": _INTEGERS}}))
+    end = time.monotonic() + STATISTICS_DEADLINE
+    while not idl.has_ever_connected() and time.monotonic() < end:
+        idl.run()
+        poller = ovs.poller.Poller()
+        idl.wait(poller)
+        poller.timer_wait(200)
+        poller.block()
+    found = {row.name: dict(row.statistics) for row in idl.tables["Interface"].rows.values()}
+    idl.close()
+    return found

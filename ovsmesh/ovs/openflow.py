@@ -1,0 +1,321 @@
+"""The flow table of obr0: observed through `ovs-ofctl dump-flows`, changed by one `ovs-ofctl --bundle` call.
+
+`ovs-ofctl monitor` is the bell. Its lines lack the priority, so they are never the source of a
+flow: a line that says what we hold already is passed over, any other makes the next observation
+read the table whole. The table is kept with port numbers, as the switch does; names are put in
+when it is observed, so a port made again under another number shows as drift.
+Never imports pyroute2 or kubernetes.
+"""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import shutil
+import socket
+import subprocess
+import termios
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ovsmesh.dataplane.types import COOKIE, OBR, Foreign
+from ovsmesh.errors import OvsmeshError
+
+TIMEOUT = 10.0
+"""Seconds for one ovs-ofctl call; 0.1 s is usual for 3,000 flows."""
+_EVENT = re.compile(
+    r"^ event=(ADDED|DELETED|MODIFIED) (?:reason=\S+ )?table=(\d+) cookie=(0x[0-9a-f]+|0) ?(\S*?)(?: actions=(.*))?$"
+)
+
+
+def _argv(*words: str) -> list[str]:
+    return ["ovs-ofctl", "--no-names", *words]
+
+
+def _sorted(match: str) -> str:
+    return ",".join(sorted(match.split(","))) if match else ""
+
+
+def _parse(line: str) -> tuple[int, bool, str, str] | None:
+    """A line of dump-flows: cookie, whether it is a plain flow of table 0, key and actions; None for others."""
+    head, found, actions = line.strip().partition("actions=")
+    if not found or not line.startswith(" "):
+        return None
+    cookie, plain, priority, match = 0, True, "32768", ""
+    for field in head.strip().rstrip(",").split(", "):
+        name, _, value = field.partition("=")
+        if name == "cookie":
+            cookie = int(value, 16)
+        elif name == "table":
+            plain &= value == "0"
+        elif name == "priority":
+            priority, _, match = value.partition(",")
+        elif name.endswith(("_timeout", "_age", "flags")):
+            plain = False
+        else:
+            match = field
+    return cookie, plain, f"{priority} {_sorted(match)}", actions
+
+
+def port_of(key: str, actions: str) -> str:
+    """The port that a flow of ours names besides LOCAL; obr0 itself for the default flow, which names none."""
+    if actions.startswith("output:"):
+        return actions[7:]
+    found = _IN_PORT.search(key)
+    return found[1] if found else OBR
+
+
+class _Named(NamedTuple):
+    """A flow with its port's name, and what that was made from. A flow of ours names one port."""
+
+    raw_actions: str
+    port: int
+    name: str
+    key: str
+    actions: str
+
+
+class FlowTable:
+    """obr0's OpenFlow table through its management socket in `run_dir`; not thread-safe."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._socket = run_dir / f"{OBR}.mgmt"
+        self._bridge = f"unix:{self._socket}"
+        self._raw: dict[str, str] | None = None
+        """"PRIORITY MATCH" with numbers, our cookie only → actions with numbers; None: read it again."""
+        self._foreign: tuple[Foreign, ...] = ()
+        self._named: dict[str, _Named] = {}
+        self._result: tuple[dict[str, str] | None, dict[int, str], dict[str, str]] = (None, {}, {})
+        self._monitor: subprocess.Popen[bytes] | None = None
+        self._tty = -1
+        self._line = b""
+
+    def close(self) -> None:
+        self._raw = None
+        if self._monitor is not None:
+            # the terminal first: a monitor that waits for us to read hears no signal
+            os.close(self._tty)
+            # not SIGKILL, after which it leaves its control socket in the run directory
+            self._monitor.terminate()
+            try:
+                self._monitor.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self._monitor.kill()
+                self._monitor.wait()
+            self._monitor, self._tty, self._line = None, -1, b""
+
+    def watch(self) -> bool:
+        """Starts the monitor where it is not running; whether the switch answers on obr0."""
+        if self._monitor is not None and self._monitor.poll() is None:
+            return True
+        self.close()
+        if not self.answers():
+            return False
+        # a terminal, because ovs-ofctl fills a block before it writes to a pipe
+        self._tty, slave = pty.openpty()
+        os.set_blocking(self._tty, False)
+        attributes = termios.tcgetattr(slave)
+        attributes[1] &= ~termios.OPOST
+        attributes[3] &= ~termios.ECHO
+        termios.tcsetattr(slave, termios.TCSANOW, attributes)
+        # an agent that is killed must not leave it behind
+        keeper = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        argv = [*keeper, *_argv("monitor", self._bridge, "watch:!initial")]
+        # it puts a control socket there, and the default directory need not exist
+        env = os.environ | {"OVS_RUNDIR": str(self._socket.parent)}
+        try:
+            self._monitor = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, env=env)
+        except OSError as error:
+            os.close(self._tty)
+            raise OvsmeshError(f"can't run ovs-ofctl: {error.strerror}; install Open vSwitch's tools") from error
+        finally:
+            os.close(slave)
+        if not select.select([self._tty], [], [], TIMEOUT)[0] or not self._read():
+            self.close()
+            return False
+        return True
+
+    def answers(self) -> bool:
+        """Whether the switch listens for OpenFlow on obr0; cheap enough to be asked ten times a second."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(0.5)
+            try:
+                probe.connect(str(self._socket))
+            except OSError:
+                return False
+        return True
+
+    def fds(self) -> list[int]:
+        return [self._tty] if self._monitor is not None else []
+
+    @property
+    def known(self) -> bool:
+        """Whether the table was read and nothing has happened to it since."""
+        return self._raw is not None and self._monitor is not None
+
+    def dirty(self) -> None:
+        """Makes the next observation read the table whole."""
+        self._raw = None
+
+    def drain(self) -> bool:
+        """Takes in what the monitor printed; True if the table may differ from what was observed last."""
+        if self._monitor is None:
+            return False
+        known = self._raw is not None
+        alive = self._read()
+        if not alive:
+            self.close()
+            return True
+        return known and self._raw is None
+
+    def _read(self) -> bool:
+        """False when the monitor ended, and with it the switch or the bridge."""
+        assert self._monitor is not None
+        while True:
+            try:
+                data = os.read(self._tty, 65536)
+            except BlockingIOError:
+                return self._monitor.poll() is None
+            except OSError:
+                return False
+            if not data:
+                return False
+            *lines, self._line = (self._line + data).split(b"\n")
+            for line in lines:
+                self._event(line.decode(errors="replace").rstrip("\r"))
+
+    def _event(self, line: str) -> None:
+        if self._raw is None or not line.startswith(" event"):
+            return
+        found = _EVENT.match(line)
+        if found is None:
+            self._raw = None
+            return
+        event, table, cookie, match, actions = found.groups()
+        key = _sorted(match)
+        held = self._raw.get(f"100 {key}")
+        # without a match the missing priority could be any
+        ours = table == "0" and int(cookie, 16) == COOKIE and key != ""
+        echo = ours and held is None if event == "DELETED" else ours and held == (actions or "drop")
+        if not echo:
+            self._raw = None
+
+    def observe(self, ofports: Mapping[str, int]) -> tuple[dict[str, str], tuple[Foreign, ...]] | None:
+        """Our flows with port names in place of the numbers in `ofports`, and foreign ones.
+
+        None when the switch does not answer. Raises OvsmeshError without ovs-ofctl.
+        """
+        if not self.watch():
+            return None
+        if self._raw is None and (not self._read() or not self._dump()):
+            return None
+        names = {number: name for name, number in ofports.items() if name != OBR}
+        assert self._raw is not None
+        if self._result[0] is not self._raw or self._result[1] != names:
+            self._result = (self._raw, names, self._with_names(self._raw, names))
+        return self._result[2], self._foreign
+
+    def _with_names(self, raw: Mapping[str, str], names: Mapping[int, str]) -> dict[str, str]:
+        """The flows with names for numbers; a flow whose port has the same name as before is not looked at again."""
+        known, self._named = self._named, {}
+        for key, actions in raw.items():
+            old = known.get(key)
+            if old is None or old.raw_actions != actions or names.get(old.port, "") != old.name:
+                found = _PORT.search(key) or _PORT.search(actions)
+                port = int(found[1]) if found else 0
+                name = names.get(port, "")
+                old = _Named(actions, port, name, _put(name, key), _put(name, actions))
+            self._named[key] = old
+        return {named.key: named.actions for named in self._named.values()}
+
+    def _dump(self) -> bool:
+        try:
+            done = subprocess.run(
+                _argv("--no-stats", "dump-flows", self._bridge),
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        if done.returncode:
+            return False
+        raw: dict[str, str] = {}
+        foreign = []
+        for line in done.stdout.splitlines():
+            found = _parse(line)
+            if found is None:
+                continue
+            cookie, plain, key, actions = found
+            if cookie == COOKIE and plain:
+                raw[key] = actions
+            elif not (cookie == 0 and key == "0 " and actions == "NORMAL"):
+                # the NORMAL flow is what standalone mode puts in by itself; ours replaces it
+                text = f"flow {line.strip()} in {OBR} is not ours (cookie {COOKIE:#x}); left as it is"
+                foreign.append(Foreign("flows", key, text, blocks=False))
+        self._raw, self._foreign = raw, tuple(foreign)
+        return True
+
+    def apply(self, add: Mapping[str, str], delete: list[str], ofports: Mapping[str, int]) -> None:
+        """Adds (or replaces) and deletes flows in one bundle: all of it or nothing.
+
+        Keys and actions are as in Dataplane.flows, with port names that `ofports` knows; a flow to
+        delete may have bare numbers. Raises OvsmeshError where the switch refuses or is silent.
+        """
+        adds = {_numbers(k, ofports): _numbers(v, ofports) for k, v in add.items()}
+        deletes = [_numbers(k, ofports) for k in delete]
+        lines = [f"add cookie={COOKIE:#x},{_spec(k)},actions={v}" for k, v in adds.items()]
+        lines += [f"delete_strict {_spec(k)}" for k in deletes if k not in adds]
+        text = "\n".join(lines) + "\n"
+        try:
+            done = subprocess.run(
+                _argv("--bundle", "add-flows", self._bridge, "-"),
+                input=text,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+            )
+        except OSError as error:
+            raise OvsmeshError(f"can't run ovs-ofctl: {error.strerror}; install Open vSwitch's tools") from error
+        except subprocess.TimeoutExpired as error:
+            raise OvsmeshError(f"ovs-ofctl on {OBR} did not end in {TIMEOUT} s; is ovs-vswitchd overloaded?") from error
+        if done.returncode:
+            self._raw = None
+            detail = " / ".join(done.stderr.strip().splitlines()[:3])
+            raise OvsmeshError(f"the switch refused {len(lines)} flow changes on {OBR}: {detail}")
+        if self._raw is not None:
+            self._raw = {k: v for k, v in self._raw.items() if k not in set(deletes)} | adds
+            # one in the place of ours is ours now
+            self._foreign = tuple(f for f in self._foreign if f.key not in adds)
+
+
+def _spec(key: str) -> str:
+    priority, _, match = key.partition(" ")
+    return f"priority={priority},{match}" if match else f"priority={priority}"
+
+
+_PORT = re.compile(r"\b(?:in_port=|output:)(\d+)")
+_IN_PORT = re.compile(r"\bin_port=([^,]+)")
+
+
+def _numbers(text: str, ofports: Mapping[str, int]) -> str:
+    """Port names → numbers in a key or in actions. Raises OvsmeshError for a port without a number."""
+
+    def number(name: str) -> str:
+        if name == "LOCAL" or name.isdigit():
+            return name
+        if name not in ofports:
+            raise OvsmeshError(f"port {name} has no OpenFlow number; ovs-vswitchd could not make it, see its log")
+        return str(ofports[name])
+
+    if text.startswith("output:"):
+        return f"output:{number(text[7:])}"
+    return _IN_PORT.sub(lambda found: f"in_port={number(found[1])}", text)
+
+
+def _put(name: str, text: str) -> str:
+    """`text` with its port number replaced by `name`, if there is one."""
+    return _PORT.sub(lambda found: found[0][: found.start(1) - found.start()] + name, text) if name else text

@@ -1,0 +1,398 @@
+"""The OVS side of the dataplane: bridge, tunnel ports and their ownership, through python-ovs.
+
+Knows the Open_vSwitch schema as far as we use it. Keeps a replica that notifications keep
+current, and a mirror of our ports as model.Port, refreshed row by row: a change costs what
+changed. Never imports pyroute2 or kubernetes.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import ovs.db.idl
+import ovs.poller
+
+from ovsmesh.dataplane.types import MARK, OBR, Bridge, Foreign, Port
+from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.ovs.idl import Replica, references, run_dir
+
+COMMIT_DEADLINE = 5.0
+"""Seconds for ovsdb-server to answer a transaction: 0.4 s is usual for a thousand ports."""
+SWITCH_DEADLINE, SWITCH_DEADLINE_PORT = 1.5, 0.003
+"""Seconds for ovs-vswitchd to take a transaction over, and for each port in it: it needs 0.4 s for a thousand."""
+_NUDGES = 3
+_BATCH = 1000
+"""Ports in one transaction; 5,000 at once were no faster (docs/design.md)."""
+
+_NODE, _UID = MARK, f"{MARK}-uid"
+
+
+class Ovs:
+    """One connection to this host's OVS database; not thread-safe."""
+
+    def __init__(self, remote: str) -> None:
+        run_dir(remote)
+        self.remote = remote
+        self._idl = Replica(remote)
+        self._seqno = self._idl.change_seqno
+        self._was_synced = False
+        self._ports: dict[str, Port] = {}
+        self._uuids: dict[str, Any] = {}
+        self._port_names: dict[Any, str] = {}
+        self._holders: dict[Any, Any] = {}
+        """Interface → the port that it is in."""
+        self._members: frozenset[Any] = frozenset()
+        self.ofports: dict[str, int] = {}
+        """Our ports and obr0's OpenFlow numbers, as far as ovs-vswitchd has given them."""
+        self._errors: dict[str, str] = {}
+        self._silent_since: int | None = None
+        """The configuration at which ovs-vswitchd was when it last did not answer in time."""
+
+    def close(self) -> None:
+        self._idl.close()
+
+    def run(self) -> bool:
+        """Takes in what the server sent; True if something that we read may have changed."""
+        self._idl.run()
+        # while the server is away, each attempt to reach it counts as a change
+        changed = self._was_synced != self.synced or (self.synced and self._seqno != self._idl.change_seqno)
+        self._seqno, self._was_synced = self._idl.change_seqno, self.synced
+        return changed
+
+    def wait(self, fds: Sequence[int], timeout: float) -> None:
+        """Sleeps until the database, one of `fds` or the timeout (seconds) wants attention."""
+        poller = ovs.poller.Poller()
+        self._idl.wait(poller)
+        for fd in fds:
+            poller.fd_wait(fd, select.POLLIN)
+        poller.timer_wait(max(0, int(timeout * 1000)))
+        poller.block()
+
+    def connect(self, deadline: float = 3.0) -> bool:
+        """Waits up to `deadline` seconds for a whole replica; whether there is one."""
+        end = time.monotonic() + deadline
+        while not self.synced and time.monotonic() < end:
+            self.run()
+            if not self.synced:
+                self.wait((), end - time.monotonic())
+        return self.synced
+
+    @property
+    def synced(self) -> bool:
+        """Whether the replica is whole and its server answers."""
+        return self._idl.answers and self._root is not None
+
+    @property
+    def _root(self) -> Any:
+        return next(iter(self._idl.tables["Open_vSwitch"].rows.values()), None)
+
+    @property
+    def version(self) -> str:
+        root = self._root
+        return root.ovs_version[0] if root and root.ovs_version else ""
+
+    def bridge_of(self, link: str) -> str | None:
+        """The datapath_type of the OVS bridge called `link`, or None if there is no such bridge."""
+        row = self._bridge(link)
+        return None if row is None else str(row.datapath_type or "system")
+
+    def _bridge(self, name: str) -> Any:
+        return next(
+            (row for row in self._idl.tables["Bridge"].rows.values() if row.name == name),
+            None,
+        )
+
+    def others_restore(self) -> bool:
+        """Whether someone else's bridge forwards nothing without flows that whoever restarted the switch restores."""
+        rows = self._idl.tables["Bridge"].rows.values()
+        return any(row.name != OBR and row.fail_mode == ["secure"] for row in rows)
+
+    def observe(
+        self,
+    ) -> tuple[
+        dict[str, Bridge],
+        dict[str, Port],
+        dict[str, bool],
+        list[Foreign],
+        list[Problem],
+    ]:
+        """What the replica holds of ours; only when `synced`.
+
+        Returns bridges, ports, restore_wait (as in Dataplane), foreign things and problems.
+        """
+        self._refresh()
+        root = self._root
+        waiting = root.other_config.get("flow-restore-wait") == "true"
+        restore = {"flow-restore-wait": True} if waiting else {}
+        row = self._bridge(OBR)
+        if row is None:
+            found = self._stray(OBR)
+            return {}, {}, restore, found, []
+        if row.external_ids.get(MARK) is None:
+            text = f"OVS bridge {OBR} is there and not ours (no external_ids:{MARK}); rename or delete it"
+            return {}, {}, restore, [Foreign("bridges", OBR, text)], []
+        local = self._interface(OBR)
+        mtu = local.mtu_request[0] if local is not None and local.mtu_request else 0
+        fail_mode = row.fail_mode[0] if row.fail_mode else "standalone"
+        bridge = Bridge(row.datapath_type or "system", fail_mode, mtu)
+        foreign = []
+        for uuid in self._members:
+            name = self._port_names.get(uuid)
+            if name is not None and name not in self._ports and name != OBR:
+                text = (
+                    f"port {name} in {OBR} is not ours (no external_ids:{MARK}); left as it is, its frames are dropped"
+                )
+                foreign.append(Foreign("ports", name, text, blocks=True))
+        problems = [
+            Problem(
+                "PortError",
+                f"ovs-vswitchd says: {text}",
+                self._ports[name].node,
+                "port",
+                name,
+            )
+            for name, text in self._errors.items()
+            if name in self._ports
+        ]
+        return {OBR: bridge}, dict(self._ports), restore, foreign, problems
+
+    def _stray(self, name: str) -> list[Foreign]:
+        """A port of that name in another bridge stands in the way of making ours."""
+        if all(row.name != name for row in self._idl.tables["Port"].rows.values()):
+            return []
+        return [Foreign("bridges", name, f"an OVS port called {name} is in another bridge; rename or delete it")]
+
+    def _interface(self, name: str) -> Any:
+        port = self._uuids.get(name)
+        row = self._idl.tables["Port"].rows.get(port)
+        return row.interfaces[0] if row is not None and row.interfaces else None
+
+    def _refresh(self) -> None:
+        """Brings the mirror up to date with the rows that were touched since the last time."""
+        touched = self._idl.touched
+        if not any(touched.values()):
+            return
+        ports = self._idl.tables["Port"].rows
+        if touched["Bridge"]:
+            bridge = self._bridge(OBR)
+            members = frozenset() if bridge is None else frozenset(references(bridge, "ports"))
+            # a port's row can come before or after its membership
+            stale = touched["Port"] | (members ^ self._members)
+            self._members = members
+        else:
+            stale = set(touched["Port"])
+        stale |= {self._holders[u] for u in touched["Interface"] if u in self._holders}
+        for uuid in stale:
+            self._refresh_port(uuid, ports.get(uuid))
+        for rows in touched.values():
+            rows.clear()
+
+    def _refresh_port(self, uuid: Any, row: Any) -> None:
+        old = self._port_names.get(uuid)
+        if old is not None and self._uuids.get(old) == uuid:
+            for mirror in (self._ports, self._uuids, self.ofports, self._errors):
+                mirror.pop(old, None)
+        self._port_names.pop(uuid, None)
+        held = [] if row is None else references(row, "interfaces")
+        interface = self._idl.tables["Interface"].rows.get(held[0]) if held else None
+        if interface is None:
+            return
+        self._holders[held[0]] = uuid
+        name = row.name
+        self._port_names[uuid] = name
+        self._uuids[name] = uuid
+        if uuid not in self._members:
+            # numbers are a bridge's own: another's would pass for ours
+            return
+        if interface.ofport and interface.ofport[0] > 0:
+            self.ofports[name] = interface.ofport[0]
+        if interface.error:
+            self._errors[name] = interface.error[0]
+        ids = row.external_ids
+        if ids.get(_NODE) is None or name == OBR:
+            return
+        options = dict(interface.options)
+        remote, local, key = (
+            options.pop("remote_ip", ""),
+            options.pop("local_ip", ""),
+            options.pop("key", ""),
+        )
+        kind = interface.type
+        if options or len(held) != 1:
+            # an option that we never set is drift: one csum=true loses every packet
+            kind += f" with {sorted(options.items())}"
+        self._ports[name] = Port(kind, remote, local, key, ids[_NODE], ids.get(_UID, ""), bool(row.protected))
+
+    def apply(
+        self,
+        bridge: Bridge | None,
+        set_ports: Mapping[str, Port],
+        del_ports: Sequence[str] = (),
+        del_bridge: bool = False,
+        clear_restore_wait: bool = False,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Makes the bridge (None: leaves it), sets and deletes ports, and waits until ovs-vswitchd has them.
+
+        One transaction for each thousand ports; `meanwhile` is called once, when the first is on its
+        way. Raises OvsmeshError when the server or the switch does not take it in time, or refuses.
+        """
+        names = list(set_ports)
+        batches = [names[start : start + _BATCH] for start in range(0, len(names), _BATCH)] or [[]]
+        for number, batch in enumerate(batches):
+            some = {name: set_ports[name] for name in batch}
+            txn = self._transaction(
+                None if number else bridge, some, () if number else del_ports, del_bridge, clear_restore_wait
+            )
+            self._commit(txn, some, len(del_ports), meanwhile if not number else lambda: None)
+
+        for _ in range(_NUDGES):
+            if not del_ports or not any(name in self._errors for name in names):
+                break
+            # a port in the place of one that is only just gone is refused; any change makes the switch try again
+            self.nudge(names)
+
+    def nudge(self, names: Iterable[str] = ()) -> None:
+        """Makes ovs-vswitchd go through its configuration again, which is when it tries again what failed.
+
+        Waits until it has, for the ports `names`. Raises OvsmeshError as `apply` does.
+        """
+        row = self._bridge(OBR)
+        if row is None:
+            return
+        txn = self._transaction(None, {}, (), False, False)
+        # a transaction without a change is none, and does not even count
+        mark = row.external_ids.get(MARK, "")
+        row.setkey("external_ids", MARK, str(int(mark) + 1) if mark.isdigit() else "1")
+        self._commit(txn, dict.fromkeys(names), 0, lambda: None)
+
+    @property
+    def errors(self) -> Mapping[str, str]:
+        """Our ports that ovs-vswitchd could not make → what it says."""
+        return self._errors
+
+    def _transaction(
+        self,
+        bridge: Bridge | None,
+        set_ports: Mapping[str, Port],
+        del_ports: Sequence[str],
+        del_bridge: bool,
+        clear_restore_wait: bool,
+    ) -> Any:
+        if not self.synced:
+            raise OvsmeshError(f"no connection to ovsdb-server at {self.remote}; is it running?")
+        txn = ovs.db.idl.Transaction(self._idl)
+        txn.add_comment(MARK)
+        root = self._root
+        row = self._bridge(OBR)
+        if bridge is not None:
+            row = self._set_bridge(txn, root, row, bridge)
+        for name in del_ports:
+            port = self._idl.tables["Port"].rows.get(self._uuids.get(name))
+            if port is not None and row is not None:
+                row.delvalue("ports", port)
+        for name, want in set_ports.items():
+            self._set_port(txn, row, name, want)
+        if del_bridge and row is not None:
+            root.delvalue("bridges", row)
+        if clear_restore_wait:
+            root.delkey("other_config", "flow-restore-wait")
+        root.increment("next_cfg")
+        return txn
+
+    def _set_bridge(self, txn: Any, root: Any, row: Any, want: Bridge) -> Any:
+        if row is None:
+            row = txn.insert(self._idl.tables["Bridge"])
+            row.name = OBR
+            row.external_ids = {MARK: "1"}
+            port, interface = (
+                txn.insert(self._idl.tables["Port"]),
+                txn.insert(self._idl.tables["Interface"]),
+            )
+            port.name = interface.name = OBR
+            interface.type = "internal"
+            port.interfaces = [interface]
+            row.ports = [port]
+            root.addvalue("bridges", row)
+        else:
+            interface = self._interface(OBR)
+        row.datapath_type = want.datapath_type
+        row.fail_mode = [want.fail_mode]
+        if interface is not None:
+            interface.mtu_request = [want.mtu_request]
+        return row
+
+    def _set_port(self, txn: Any, bridge: Any, name: str, want: Port) -> None:
+        row = self._idl.tables["Port"].rows.get(self._uuids.get(name))
+        if row is None:
+            row, interface = (
+                txn.insert(self._idl.tables["Port"]),
+                txn.insert(self._idl.tables["Interface"]),
+            )
+            row.name = interface.name = name
+            row.interfaces = [interface]
+            bridge.addvalue("ports", row)
+        else:
+            interface = row.interfaces[0]
+        # split horizon, set with the port itself: between two transactions a broadcast would loop
+        row.protected = want.protected
+        row.external_ids = {_NODE: want.node, _UID: want.uid} if want.uid else {_NODE: want.node}
+        interface.type = want.type
+        options = {"remote_ip": want.remote, "local_ip": want.local}
+        interface.options = options | {"key": want.key} if want.key else options
+
+    def _commit(self, txn: Any, set_ports: Mapping[str, Any], gone: int, meanwhile: Callable[[], None]) -> None:
+        try:
+            status = txn.commit()
+            meanwhile()
+            end = time.monotonic() + COMMIT_DEADLINE
+            while status == txn.INCOMPLETE:
+                if time.monotonic() > end:
+                    raise OvsmeshError(
+                        f"ovsdb-server at {self.remote} did not answer a transaction in {COMMIT_DEADLINE} s"
+                    )
+                poller = ovs.poller.Poller()
+                self._idl.wait(poller)
+                txn.wait(poller)
+                poller.timer_wait(max(1, int((end - time.monotonic()) * 1000)))
+                poller.block()
+                self._idl.run()
+                status = txn.commit()
+            if status not in (txn.SUCCESS, txn.UNCHANGED):
+                detail = txn.get_error() or txn.status_to_string(status)
+                raise OvsmeshError(f"ovsdb-server at {self.remote} refused a transaction: {detail}")
+            target = txn.get_increment_new_value() if status == txn.SUCCESS else None
+        finally:
+            txn.abort()
+        if target is not None:
+            self._await_switch(target, set_ports, gone)
+
+    def _await_switch(self, target: int, ports: Mapping[str, Any], gone: int) -> None:
+        """Until ovs-vswitchd has taken over configuration `target`, numbered `ports` and closed `gone` others.
+
+        When it did not answer the last time and has not been heard of since, it is asked once and
+        not waited for: a dead switch must not stall the kernel side.
+        """
+        root = self._root
+        silent = self._silent_since is not None and root is not None and root.cur_cfg == self._silent_since
+        end = time.monotonic() + (0.2 if silent else SWITCH_DEADLINE + SWITCH_DEADLINE_PORT * (len(ports) + gone))
+        taken = False
+        while time.monotonic() < end:
+            self._idl.run()
+            root = self._root
+            taken = root is not None and root.cur_cfg >= target
+            if taken:
+                self._silent_since = None
+                self._refresh()
+                if all(name in self.ofports or name in self._errors for name in ports):
+                    return
+            self.wait((), min(1.0, end - time.monotonic()))
+        if taken:
+            some = next(name for name in ports if name not in self.ofports and name not in self._errors)
+            kind = self.bridge_of(OBR)
+            raise OvsmeshError(f"ovs-vswitchd could not make port {some} in {OBR} (datapath {kind}); its log says why")
+        self._silent_since = root.cur_cfg if root is not None else -1
+        raise OvsmeshError("ovs-vswitchd does not take its configuration over; is it running? Its log says more")

@@ -1,0 +1,251 @@
+"""A thousand Nodes: what an agent and the controller cost, how soon a join is in an agent's kernel and switch.
+
+The agent is real, on a real switch; its peers are Nodes without hosts. All times end where notifications of
+the kernel, nft, OVSDB and the flow table show the last part.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from ipaddress import IPv4Address
+
+from benchlib.event_probe import Event, Eyes
+from benchlib.figures import Figure, percentile
+from benchlib.kube_testbed import KubeStage, Sight, kube_stage, mib, sight
+from benchlib.testbed import Peer, Plan, cpu_seconds, peer
+from ovsmesh.lab.netns import LabError
+
+NODES = 1000
+_START, _AGENT_MIB, _CONTROLLER_MIB = 1.8, 66.0, 120.0
+_JOIN, _JOIN_WORST = 100.0, 400.0
+_BURST, _BURST_SECONDS, _BURST_WRITES = 500, 5.0, 60.0
+_FLOWS = 3
+_REST = (0.3, 0.8)
+
+
+def bench(plan: Plan) -> list[Figure]:
+    figures = []
+    with kube_stage([peer(n) for n in range(NODES)]) as s:
+        controller = s.pid("controller1")
+        figures.append(
+            Figure("kube-1000", "memory of the controller", "MiB", (mib(controller),), bound=_CONTROLLER_MIB)
+        )
+        figures += _starts(plan, s)
+        figures += _joins(plan, s)
+        figures += _burst(plan, s)
+        figures += [
+            Figure("kube-1000", "memory of the agent at 1,500", "MiB", (mib(s.pid()),)),
+            Figure("kube-1000", "memory of the controller at 1,500", "MiB", (mib(controller),), bound=_CONTROLLER_MIB),
+            Figure("kube-1000", "  the highest it was", "MiB", (mib(controller, "VmHWM"),), bound=_CONTROLLER_MIB),
+        ]
+    return figures
+
+
+def _parts(peers: Sequence[Peer], sign: str) -> dict[str, list[Event]]:
+    """What is seen of them in the kernel and the switch, flows apart."""
+    return {
+        "port": [(f"port{sign}", p.port) for p in peers],
+        "neighbour": [(f"neigh{sign}", p.gateway) for p in peers],
+        "FDB": [(f"fdb{sign}", p.mac) for p in peers],
+        "route": [(f"route{sign}", p.cidr) for p in peers],
+        "filter": [(f"nft{sign}", p.address) for p in peers],
+    }
+
+
+def _until(eyes: Eyes, peers: Sequence[Peer], sign: str, timeout: float) -> dict[str, float]:
+    """When the last of each kind was seen."""
+    parts = _parts(peers, sign)
+    seen = eyes.wait([event for events in parts.values() for event in events], timeout)
+    last = {part: max(seen[event] for event in events) for part, events in parts.items()}
+    return last | {"flows": eyes.wait_count(f"flow{sign}", _FLOWS * len(peers), timeout)}
+
+
+def _start(s: KubeStage, start: Callable[[], object], pid: Callable[[], int]) -> tuple[float, float, float]:
+    """From this start of an agent to the last part: seconds, CPU of the agent, and CPU of it and the switch."""
+    with Eyes(s.host, flows=False, database=False) as eyes:
+        parts = _parts(s.peers, "+")
+        switch = [p.pid for name in ("ovsdb-server", "ovs-vswitchd") if (p := s.host.daemon(name))]
+        before = sum(map(cpu_seconds, switch))
+        began = time.monotonic()
+        start()
+        seen = eyes.wait([event for part in ("neighbour", "FDB", "route") for event in parts[part]], 60)
+        agent = cpu_seconds(pid())
+        whole = agent + sum(map(cpu_seconds, switch)) - before
+        s.ready()
+        eyes.look(0)
+        last_filter = max(when for when, event in eyes.events if event == ("gen",))
+        return max(*seen.values(), s.check().last_flow, last_filter) - began, agent, whole
+
+
+def _from_file(s: KubeStage) -> float:
+    """The same from a mesh file; removed again."""
+
+    def pid() -> int:
+        process = s.host.agent()
+        if process is None:
+            raise LabError(f"the agent has ended: {s.host.logs(10)}")
+        return process.pid
+
+    s.put(s.peers)
+    took, _, _ = _start(s, s.host.start_agent, pid)
+    s.host.stop_agent()
+    s.cluster.clean(s.host)
+    return took
+
+
+def _starts(plan: Plan, s: KubeStage) -> list[Figure]:
+    """From an agent's process start to the last part, on a host where nothing of it is left. Leaves one running."""
+    took: list[float] = []
+    own: list[float] = []
+    whole: list[float] = []
+    beside: list[float] = []
+    config = s.cluster.agent_config(s.host)
+    tries = plan.tries(10, 3)
+    for number in range(tries):
+        beside.append(_from_file(s))
+        found = _start(s, lambda: s.cluster.start_agent(s.host, config), s.pid)
+        for value, samples in zip(found, (took, own, whole), strict=True):
+            samples.append(value)
+        told = f"{took[-1]:.2f} s, from a file {beside[-1]:.2f} s, CPU of the agent {own[-1]:.2f} s"
+        plan.progress(f"  start {number + 1} of {tries}: {told}")
+        if number + 1 < tries:
+            s.forget()
+    time.sleep(3)
+    name = f"agent's start to the last part, {NODES:,}"
+    return [
+        Figure("kube-1000", name, "s", tuple(took), "from a mesh file", tuple(beside), bound=_START),
+        Figure("kube-1000", "  the fastest of them", "s", (min(took),), bound=_START),
+        Figure("kube-1000", "  CPU of the agent by then", "s", tuple(own)),
+        Figure("kube-1000", "  CPU of agent, ovsdb-server and ovs-vswitchd", "s", tuple(whole)),
+        Figure("kube-1000", "memory of the agent", "MiB", (mib(s.pid()),), bound=_AGENT_MIB),
+        Figure("kube-1000", "  the highest it was", "MiB", (mib(s.pid(), "VmHWM"),), bound=_AGENT_MIB),
+    ]
+
+
+class _Joins:
+    """Nodes that come and go one by one, and what was seen of it."""
+
+    def __init__(self, s: KubeStage, eyes: Eyes, looks: Sight) -> None:
+        self._s, self._eyes, self._looks = s, eyes, looks
+        self.more: list[float] = []
+        self.less: list[float] = []
+        self.sliced: list[float] = []
+        self.parts: dict[str, list[float]] = {}
+
+    def one(self, number: int) -> None:
+        extra = Peer(f"x{number}", str(IPv4Address("172.31.0.1") + number), f"10.200.{number}.0/24")
+        self._eyes.addresses = {extra.address}
+        since = self._s.admin.add(extra)
+        found = _until(self._eyes, [extra], "+", 20)
+        self.more.append((max(found.values()) - since) * 1000)
+        for part, at in found.items():
+            self.parts.setdefault(part, []).append((at - since) * 1000)
+        # the watch beside may hear of it later than the agent
+        until = time.monotonic() + 5
+        while extra.name not in self._looks.seen and time.monotonic() < until:
+            self._eyes.look(0.01)
+        self.sliced.append((self._looks.seen[extra.name] - since) * 1000)
+        self._rest()
+        since = self._s.admin.remove(extra)
+        self.less.append((max(_until(self._eyes, [extra], "-", 20).values()) - since) * 1000)
+        self._rest()
+
+    def _rest(self) -> None:
+        until = time.monotonic() + random.uniform(*_REST)
+        while (left := until - time.monotonic()) > 0:
+            self._eyes.look(left)
+        self._eyes.clear()
+
+    @property
+    def note(self) -> str:
+        worst = max(range(len(self.more)), key=self.more.__getitem__)
+        return f"median ms: {self._split(statistics.median)}; the worst: {self._split(lambda times: times[worst])}"
+
+    def _split(self, of: Callable[[list[float]], float]) -> str:
+        split = sorted((of(times), part) for part, times in self.parts.items())
+        return f"in a slice {of(self.sliced):.0f}, " + ", ".join(f"{part} {at:.0f}" for at, part in split)
+
+
+def _joins(plan: Plan, s: KubeStage) -> list[Figure]:
+    tries = plan.tries(50, 10)
+    with ExitStack() as stack:
+        eyes = stack.enter_context(Eyes(s.host))
+        looks = stack.enter_context(sight(s.plane))
+        eyes.quiet(1.5)
+        calm, broken = _Joins(s, eyes, looks), _Joins(s, eyes, looks)
+        for number in range(tries):
+            calm.one(number)
+            if number % 10 == 9:
+                plan.progress(f"  {number + 1} of {tries}: in {statistics.median(calm.more):.0f} ms; {calm.note}")
+        with _InTheWay(s) as bad:
+            for number in range(tries // 2):
+                broken.one(tries + number)
+            plan.progress(f"  with {bad} refused: {statistics.median(broken.more):.0f} ms")
+        eyes.quiet(1)
+    return [
+        Figure("kube-1000", "Node made to its last part, agent", "ms", tuple(calm.more), bound=_JOIN, note=calm.note),
+        Figure("kube-1000", "  p99 of them", "ms", (percentile(calm.more, 0.99),), bound=_JOIN_WORST),
+        Figure("kube-1000", "Node deleted to its last part", "ms", tuple(calm.less)),
+        Figure(
+            "kube-1000",
+            "Node made, while the switch refuses another peer",
+            "ms",
+            tuple(broken.more),
+            "none refused",
+            tuple(calm.more),
+            bound=_JOIN_WORST,
+        ),
+    ]
+
+
+class _InTheWay:
+    """A port of someone else's, to the address of a Node that joins: the switch makes no second one like it."""
+
+    def __init__(self, s: KubeStage) -> None:
+        self._s, self._peer = s, Peer("refused", "172.31.254.1", "10.201.0.0/24")
+
+    def __enter__(self) -> str:
+        host, kind = self._s.host, self._s.lab.settings.datapath
+        remote = f"options:remote_ip={self._peer.address}"
+        local = f"options:local_ip={host.address}"
+        host.ovs_vsctl("add-br", "other", "--", "set", "bridge", "other", f"datapath_type={kind}")
+        made = ("add-port", "other", "gre-other", "--", "set", "interface", "gre-other", "type=gre", remote, local)
+        host.ovs_vsctl(*made)
+        self._s.admin.add(self._peer)
+        time.sleep(2)
+        errors = host.ovs_vsctl("get", "interface", self._peer.port, "error")
+        if "already" not in errors and "exists" not in errors:
+            raise LabError(f"the switch was to refuse {self._peer.port}: {errors}")
+        return self._peer.name
+
+    def __exit__(self, *_: object) -> None:
+        self._s.host.ovs_vsctl("del-br", "other")
+        self._s.admin.remove(self._peer)
+        time.sleep(2)
+
+
+def _burst(plan: Plan, s: KubeStage) -> list[Figure]:
+    more = [peer(n) for n in range(NODES, NODES + _BURST)]
+    writes = s.admin.slice_writes()
+    with Eyes(s.host) as eyes:
+        eyes.quiet(1)
+        eyes.addresses = {p.address for p in more}
+        started = time.monotonic()
+        coming = threading.Thread(target=s.admin.fill, args=(more,))
+        coming.start()
+        found = _until(eyes, more, "+", 60)
+        coming.join()
+    took = max(found.values()) - started
+    s.peers += more
+    s.check()
+    written = s.admin.slice_writes() - writes
+    plan.progress(f"  {_BURST} Nodes at once: in after {took:.2f} s, {written} slice writes")
+    return [
+        Figure("kube-1000", f"{_BURST} Nodes at once, to the last part", "s", (took,), bound=_BURST_SECONDS),
+        Figure("kube-1000", "  slice writes", "", (float(written),), bound=_BURST_WRITES - 1),
+    ]

@@ -1,0 +1,196 @@
+"""One host with many peers that are not there: a lab of one, a mesh file of thousands.
+
+Knows how such a host is made, driven, and read back with the system's own tools (ovs-vsctl,
+ovs-ofctl, ip, bridge, nft), so that no figure rests on what the agent says of itself.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ovsmesh.lab import netns
+from ovsmesh.lab.host import Host
+from ovsmesh.lab.lab import Lab
+from ovsmesh.lab.netns import LabError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run was asked for."""
+
+    quick: bool
+    sizes: tuple[int, ...]
+    progress: Callable[[str], None]
+
+    def tries(self, full: int, quick: int) -> int:
+        return quick if self.quick else full
+
+
+class Peer(NamedTuple):
+    """A node that is only in the mesh file."""
+
+    name: str
+    address: str
+    cidr: str
+
+    @property
+    def gateway(self) -> str:
+        return str(IPv4Network(self.cidr).network_address + 1)
+
+    @property
+    def mac(self) -> str:
+        return "0a:58:" + IPv4Address(self.gateway).packed.hex(":")
+
+    @property
+    def port(self) -> str:
+        return f"gre-{self.name}"
+
+    @property
+    def text(self) -> str:
+        return f"  - name: {self.name}\n    address: {self.address}\n    podCIDRs: [{self.cidr}]\n"
+
+
+def peer(number: int) -> Peer:
+    """Peer number 0 to 24,000; the host's own range is 10.97.1.0/24."""
+    return Peer(f"p{number}", f"172.16.{number // 250}.{number % 250 + 1}", f"10.{number // 250}.{number % 250}.0/24")
+
+
+@dataclass
+class Stage:
+    """The host, its mesh file and its agent."""
+
+    host: Host
+    lab: Lab
+    peers: list[Peer] = field(default_factory=list)
+
+    @property
+    def mesh(self) -> Path:
+        return self.host.mesh
+
+    def mesh_text(self, peers: Sequence[Peer]) -> str:
+        head = "apiVersion: ovsmesh.io/v1alpha1\nkind: Mesh\nmetadata: {name: default}\nspec:\n"
+        head += "  clusterCIDRs: [10.0.0.0/8]\n  nodes:\n"
+        me = self.host.node
+        own = f"  - name: {me['name']}\n    address: {me['address']}\n    podCIDRs: {json.dumps(me['podCIDRs'])}\n"
+        return head + own + "".join(p.text for p in peers)
+
+    def put(self, peers: Sequence[Peer]) -> float:
+        """Writes the mesh file and renames it into place; returns when (CLOCK_MONOTONIC, before the rename)."""
+        temporary = self.mesh.with_name(".bench.tmp")
+        temporary.write_text(self.mesh_text(peers))
+        self.peers = list(peers)
+        at = time.monotonic()
+        os.rename(temporary, self.mesh)
+        return at
+
+    def command(self, name: str, *options: str) -> list[str]:
+        """`ovsmesh NAME` as the host's own agent is started; to be run with the host's environment."""
+        return [*self.host._ovsmesh(name), *options]
+
+    def ready(self, timeout: float = 60.0) -> None:
+        netns.wait_for("the agent to be ready", self.host.ready, timeout, every=0.02, hint=str(self.host.agent_log))
+
+    def readback(self) -> Readback:
+        """Everything read once with the system's own tools."""
+        host = self.host
+        flows = host.ovs_ofctl("--no-names", "dump-flows", "obr0").splitlines()[1:]
+        seen = time.monotonic()
+        ours = [line for line in flows if "cookie=0x6f76736d" in line]
+        ages = [float(found[1]) for line in ours if (found := re.search(r"duration=([0-9.]+)s", line))]
+        lines = host.ovs_vsctl("--format=csv", "--no-heading", "--columns=name,ofport,type", "list", "Interface")
+        interfaces = {row[0]: row[1] for row in csv.reader(lines.splitlines()) if row and row[2] == "gre"}
+        lines = host.ovs_vsctl("--format=csv", "--no-heading", "--columns=name,protected", "list", "Port")
+        protected = {row[0] for row in csv.reader(lines.splitlines()) if row and row[1] == "true"}
+        routes = self._json("ip", "-j", "route", "show", "proto", "111")
+        neighbours = self._json("ip", "-j", "neigh", "show", "dev", "kbr0", "nud", "permanent")
+        fdb = self._json("bridge", "-j", "fdb", "show", "dev", "obr0")
+        sets = host.run(["nft", "list", "set", "inet", "ovsmesh", "peers4"], check=False).stdout
+        return Readback(
+            ports={name for name, number in interfaces.items() if number.isdigit() and name in protected},
+            flows=len(ours),
+            routes={r["dst"] for r in routes if r.get("type", "unicast") == "unicast"},
+            neighbours={n["dst"] for n in neighbours},
+            fdb={f["mac"] for f in fdb if f.get("state") == "static"},
+            elements=set(re.findall(r"\d+\.\d+\.\d+\.\d+", sets)),
+            last_flow=seen - min(ages) if ages else 0.0,
+        )
+
+    def _json(self, *argv: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(self.host.run(list(argv)).stdout or "[]")
+        return found
+
+    def check(self) -> Readback:
+        """Reads all back and compares it with the mesh file's peers. Raises LabError where something is not there."""
+        found = self.readback()
+        wanted = {
+            "ports": {p.port for p in self.peers},
+            "routes": {p.cidr for p in self.peers},
+            "neighbours": {p.gateway for p in self.peers},
+            "fdb": {p.mac for p in self.peers},
+            "elements": {p.address for p in self.peers},
+        }
+        for kind, want in wanted.items():
+            have = getattr(found, kind)
+            if have != want:
+                lacking, more = sorted(want - have)[:3], sorted(have - want)[:3]
+                raise LabError(
+                    f"{len(want)} {kind} wanted, {len(have)} found; lacking {lacking}, too many {more}; "
+                    f"agent: {self.host.logs(5)}"
+                )
+        # to the peer, from its pods, from its tunnel address; and the default
+        if found.flows != 3 * len(self.peers) + 1:
+            raise LabError(f"{3 * len(self.peers) + 1} flows wanted, {found.flows} found")
+        return found
+
+
+class Readback(NamedTuple):
+    """What the system's own tools show of the mesh."""
+
+    ports: set[str]
+    flows: int
+    routes: set[str]
+    neighbours: set[str]
+    fdb: set[str]
+    elements: set[str]
+    last_flow: float
+    """When the youngest flow was put in (CLOCK_MONOTONIC, to the millisecond)."""
+
+
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+def children(pid: int) -> list[int]:
+    """The process's children and theirs."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            found += [child, *children(child)]
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """Seconds of CPU that the process, its children that have ended, and those that run have used."""
+    total = 0.0
+    for one in (pid, *children(pid)):
+        fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        total += sum(map(int, fields[11:15])) / _TICK
+    return total
+
+
+@contextmanager
+def stage(peers: int) -> Iterator[Stage]:
+    """A host with Open vSwitch, a mesh file of `peers` peers, and no agent yet."""
+    with Lab(1, 0, agents=False, ephemeral=True) as lab:
+        made = Stage(lab.host(1), lab)
+        made.put([peer(n) for n in range(peers)])
+        yield made

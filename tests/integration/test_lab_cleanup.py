@@ -1,0 +1,234 @@
+"""Cleanup after real use: the host is as it was before the agent ever ran, and what is others' was never touched."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from ovsmesh.lab import netns
+from ovsmesh.lab.host import Host
+from ovsmesh.lab.lab import Lab
+from ovsmesh.lab.netns import wait_for
+from tests.support.labpackets import assert_reach
+from tests.support.labtools import (
+    SOON,
+    Make,
+    State,
+    await_state,
+    difference,
+    fdb,
+    links,
+    neighbours,
+    ovsdb,
+    routes,
+    rules,
+    wiring,
+)
+
+pytestmark = pytest.mark.lab
+
+OTHERS_NFT = """
+table inet others { chain forward { type filter hook forward priority 10; ip saddr 10.97.0.0/16 accept; }; }
+table bridge others { chain in { type filter hook prerouting priority -300; policy accept; }; }
+"""
+DOCKER = """*filter
+:FORWARD DROP [0:0]
+:DOCKER-USER - [0:0]
+-A FORWARD -j DOCKER-USER
+-A DOCKER-USER -j RETURN
+COMMIT
+"""
+
+
+def others(host: Host) -> None:
+    """What a host with Docker, a firewall of its own and odd settings has."""
+    host.run(["nft", "-f", "-"], text=OTHERS_NFT)
+    for tool in ("iptables-restore", "ip6tables-restore"):
+        host.run([tool, "--noflush"], text=DOCKER)
+    lines = ["link add docker0 type bridge", "addr add 172.17.0.1/16 dev docker0", "link set docker0 up"]
+    lines += ["route add 203.0.113.0/24 via 192.0.2.1 metric 111", "route add unreachable 10.0.0.0/8 metric 999"]
+    lines += ["neigh add 172.17.0.9 lladdr 02:00:00:00:00:09 dev docker0 nud permanent"]
+    netns.ip_batch(lines, host.ns)
+    settings = {
+        "net/ipv4/ip_forward": "0",
+        "net/ipv4/conf/all/send_redirects": "1",
+        "net/ipv6/conf/all/forwarding": "0",
+        "net/ipv4/conf/default/rp_filter": "1",
+    }
+    netns.sysctl(host.ns, settings)
+    host.ovs_vsctl("add-br", "br-else", "--", "set", "bridge", "br-else", f"datapath_type={host.wiring.datapath}")
+    host.ovs_vsctl("set", "Open_vSwitch", ".", "external_ids:system-id=abc", "other_config:foo=bar")
+
+
+@pytest.fixture(scope="module")
+def bare(module_lab: Make) -> tuple[Lab, list[State]]:
+    """Two hosts on which no agent has run yet, and their state."""
+    made = module_lab(2, 1, dual_stack=True, agents=False)
+    others(made.host(1))
+    return made, [whole(host) for host in made.hosts]
+
+
+def whole(host: Host) -> State:
+    """All that may not differ after a cleanup; without the links by which the lab plugs its pods in."""
+    found = wiring(host)
+    found["links"] = {name: about for name, about in found["links"].items() if not name.startswith("vp")}
+    found["sysctls"] = {k: v for k, v in found["sysctls"].items() if "/vp" not in k}
+    return found
+
+
+@pytest.fixture
+def used(bare: tuple[Lab, list[State]]) -> Iterator[tuple[Lab, list[State]]]:
+    """The lab after real use: agents, pods, pings, a repair; agents ended."""
+    made, before = bare
+    made.write_mesh()
+    for host in made.hosts:
+        if host.agent_alive():
+            host.stop_agent()
+        host.start_agent()
+    made.converged(SOON)
+    for host in made.hosts:
+        host.plug()
+    assert_reach(made)
+    made.host(1).run(["ip", "route", "del", "10.97.2.0/24"])
+    wait_for("a repair", lambda: any("10.97.2.0/24 via" in r for r in routes(made.host(1))), SOON)
+    for host in made.hosts:
+        host.stop_agent()
+    yield made, before
+    for host in made.hosts:
+        host.stop_agent()
+        host.ovsmesh("cleanup")
+    for host, old in zip(made.hosts, before, strict=True):
+        assert difference(old, whole(host)) == []
+
+
+def test_cleanup_leaves_the_host_as_it_was(used: tuple[Lab, list[State]]) -> None:
+    made, before = used
+    for host, old in zip(made.hosts, before, strict=True):
+        assert difference(old, whole(host)) != []
+        dry = host.ovsmesh("cleanup", "--dry-run")
+        done = host.ovsmesh("cleanup")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert difference(old, whole(host)) == []
+        assert re.search(r"nothing of ovsmesh is left; \d+ sysctls are as they were", done.stdout), done.stdout
+        assert not (host.state / "agent").exists()
+        # it did what it had said it would, each part of it in a line
+        steps = [line for line in dry.stdout.splitlines() if line[:2] in ("- ", "~ ")]
+        assert len(steps) > 20
+        assert sorted(steps) == sorted(line for line in done.stdout.splitlines() if line[:2] in ("- ", "~ "))
+        for words in ("- port gre-h", "- bridge obr0", "- link kbr0", "- route 10.97.0.0/16", "- rule inet"):
+            assert any(line.startswith(words) for line in steps), (words, steps)
+        again = host.ovsmesh("cleanup")
+        assert again.returncode == 0 and "nothing of ovsmesh is left" in again.stdout, again.stdout + again.stderr
+        assert not [line for line in again.stdout.splitlines() if line[:2] in ("- ", "~ ")]
+        assert difference(old, whole(host)) == []
+
+
+def test_a_dry_run_changes_nothing(used: tuple[Lab, list[State]]) -> None:
+    made, _ = used
+    host = made.host(1)
+    before, files = whole(host), sorted(path.name for path in (host.state / "agent").iterdir())
+    done = host.ovsmesh("cleanup", "--dry-run")
+    assert done.returncode == 0 and "would be removed" in done.stdout
+    assert difference(before, whole(host)) == []
+    assert sorted(path.name for path in (host.state / "agent").iterdir()) == files
+    assert_reach(made)
+
+
+def test_cleanup_refuses_while_the_agent_runs(used: tuple[Lab, list[State]]) -> None:
+    made, _ = used
+    host = made.host(1)
+    process = host.start_agent()
+    made.converged(SOON, [host])
+    before = whole(host)
+    done = host.ovsmesh("cleanup")
+    assert done.returncode == 1
+    assert str(process.pid) in done.stderr and "stop it" in done.stderr, done.stderr
+    assert difference(before, whole(host)) == [] and host.ready()
+    assert host.ovsmesh("cleanup", "--dry-run").returncode == 0
+
+
+def test_cleanup_after_an_agent_that_was_killed_amid_things(used: tuple[Lab, list[State]]) -> None:
+    made, before = used
+    host = made.host(1)
+    host.start_agent()
+    made.converged(SOON, [host])
+    host.stop_agent(signal.SIGKILL)
+    # half of it is gone already
+    host.ovs_vsctl("del-port", "gre-h2")
+    netns.ip_batch(["link del kbr0"], host.ns)
+    host.run(["nft", "delete", "table", "bridge", "ovsmesh"])
+    done = host.ovsmesh("cleanup")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert difference(before[0], whole(host)) == []
+
+
+def test_cleanup_leaves_what_others_put_beside_ours(used: tuple[Lab, list[State]]) -> None:
+    made, before = used
+    host = made.host(1)
+    lines = ["route add 10.97.9.0/24 via 192.0.2.1", "route add 10.97.2.0/25 via 192.0.2.1"]
+    netns.ip_batch(lines, host.ns)
+    host.run(["nft", "add", "table", "ip", "ovsmesh_not"])
+    there = {"routes": [r for r in routes(host) if "via 192.0.2.1 " in f"{r} " and "10.97." in r]}
+    assert len(there["routes"]) == 2
+    done = host.ovsmesh("cleanup")
+    assert done.returncode == 0, done.stdout + done.stderr
+    left = [f"routes + {route}" for route in there["routes"]] + ["rules + table ip ovsmesh_not {", "rules + }"]
+    assert [line for line in difference(before[0], whole(host)) if line not in left] == []
+    assert set(there["routes"]) <= set(routes(host))
+    host.run(["nft", "delete", "table", "ip", "ovsmesh_not"])
+    netns.ip_batch([line.replace(" add ", " del ") for line in lines], host.ns)
+
+
+def test_cleanup_leaves_a_foreign_port_and_says_so(used: tuple[Lab, list[State]]) -> None:
+    made, before = used
+    host = made.host(1)
+    host.ovs_vsctl("add-port", "obr0", "alien", "--", "set", "interface", "alien", "type=internal")
+    done = host.ovsmesh("cleanup")
+    assert "alien" in done.stdout, done.stdout
+    if "alien" in host.ovs_vsctl("list-ports", "obr0"):
+        # the bridge stays for its sake, without a mark or a part of ours
+        assert host.ovs_vsctl("list-ports", "obr0").split() == ["alien"]
+    host.ovs_vsctl("del-port", "alien")
+    again = host.ovsmesh("cleanup")
+    assert again.returncode == 0, again.stdout + again.stderr
+    host.ovs_vsctl("--if-exists", "del-br", "obr0")
+    await_state(lambda: whole(host), before[0])
+
+
+@pytest.mark.timeout(90)
+def test_cleanup_without_open_vswitch_says_what_it_could_not_do(used: tuple[Lab, list[State]]) -> None:
+    made, before = used
+    host = made.host(1)
+    host.kill_vswitchd()
+    host.kill_ovsdb()
+    done = host.ovsmesh("cleanup", timeout=60)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "ovsdb-server" in done.stdout + done.stderr and "can't be seen: ports" in done.stdout, done.stdout
+    # what needs no Open vSwitch is gone
+    assert "kbr0" not in links(host) and not neighbours(host)[1:] and not fdb(host)
+    assert not [route for route in routes(host) if "proto 111" in route]
+    assert "table inet ovsmesh" not in rules(host) and "table bridge ovsmesh" not in rules(host)
+    assert (host.state / "agent").exists()
+    host.start_ovsdb()
+    host.start_vswitchd()
+    assert any(row["name"] == "obr0" for row in ovsdb(host)["Bridge"])
+    again = host.ovsmesh("cleanup")
+    assert again.returncode == 0, again.stdout + again.stderr
+    host.ovs_vsctl("remove", "Open_vSwitch", ".", "other_config", "flow-restore-wait")
+    await_state(lambda: whole(host), before[0])
+
+
+@pytest.mark.timeout(90)
+def test_cleanup_with_a_dead_switch_and_a_living_database(used: tuple[Lab, list[State]]) -> None:
+    made, before = used
+    host = made.host(1)
+    host.kill_vswitchd()
+    done = host.ovsmesh("cleanup", timeout=60)
+    assert "ovs-vswitchd" in done.stdout + done.stderr or done.returncode == 0, done.stdout + done.stderr
+    host.start_vswitchd(restore_wait=False)
+    again = host.ovsmesh("cleanup")
+    assert again.returncode == 0, again.stdout + again.stderr
+    await_state(lambda: whole(host), before[0])

@@ -1,0 +1,141 @@
+"""The lease has one holder at most, the events are few; on a stub and on a real API server."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from ovsmesh.kube import client
+from ovsmesh.kube.client import Api
+from ovsmesh.kube.config import load
+from ovsmesh.kube.events import About, Events
+from ovsmesh.kube.leader_election import Times
+from tests.support import apikit
+from tests.support.apikit import THINGS, lease_of
+from tests.support.controlplane import ControlPlane
+from tests.support.kubekit import eventually
+from tests.support.kubestub import Stub
+
+stub = pytest.fixture(apikit.make_stub)
+api = pytest.fixture(apikit.make_api)
+real = pytest.fixture(apikit.make_real)
+
+
+# ---------------------------------------------------------------- the lease
+
+
+def test_one_leads_and_the_next_takes_over_when_it_is_given_back(stub: Stub, api: Api) -> None:
+    told: list[str] = []
+    times = Times(duration=30, deadline=20, retry=0.2)
+    a, b = lease_of(api, "a", told, times), lease_of(api, "b", told, times)
+    a.start()
+    eventually(lambda: told == ["a on"], 10)
+    b.start()
+    eventually(lambda: b.holder == "a", 10)
+    time.sleep(1.0)
+    assert told == ["a on"]
+    assert not b.leads
+    a.close()
+    assert a.remaining() == 0
+    eventually(lambda: told == ["a on", "a off", "b on"], 15)  # long before it would run out
+    b.close()
+
+
+def test_who_can_t_renew_is_out_before_another_is_in(stub: Stub, api: Api, tmp_path: Path) -> None:
+    told: list[str] = []
+    cut_off = Stub(tmp_path / "other")  # the same lease, behind a door that is closed below
+    cut_off.objects, cut_off.history = stub.objects, stub.history
+    a = lease_of(Api(load(cut_off.kubeconfig()), timeout=1.0), "a", told)
+    b = lease_of(api, "b", told)
+    a.start()
+    eventually(lambda: told == ["a on"], 20)
+    b.start()
+    time.sleep(0.5)
+    stub.version = cut_off.version
+    cut_off.down()
+    eventually(lambda: len(told) == 3, 20)
+    assert told == ["a on", "a off", "b on"]
+    assert not (a.leads and b.leads)
+    a.close()
+    b.close()
+
+
+def test_a_holder_that_stalls_is_fenced_off_by_the_clock_alone(stub: Stub, api: Api) -> None:
+    told: list[str] = []
+    a = lease_of(api, "a", told)
+    fenced = api.fenced(a.remaining)
+    a.start()
+    eventually(lambda: told == ["a on"], 20)
+    fenced.create(THINGS, {"metadata": {"name": "x"}})
+    stub.delay = 3.0  # the renewal hangs
+    time.sleep(1.5)
+    with pytest.raises(client.NotLeader):
+        fenced.create(THINGS, {"metadata": {"name": "y"}})
+    stub.delay = 0.0
+    eventually(lambda: told == ["a on", "a off", "a on"], 20)
+    a.close()
+
+
+# ---------------------------------------------------------------- events
+
+EVENTS = "/api/v1/namespaces/default/events"
+
+
+def test_repeats_are_counted_and_floods_are_cut_off(stub: Stub, api: Api) -> None:
+    events = Events(api, "ovsmesh-controller", "c-1", repeat=0.4)
+    events.start()
+    node = About("v1", "Node", "n1", "uid-1")
+    for _ in range(50):
+        events.emit(node, "PodCIDRMissing", "give it one")
+    eventually(lambda: [e["count"] for p, e in stub.objects.items() if p.startswith(EVENTS)] == [50], 20)
+    assert stub.count("POST") == 1
+    assert stub.count("PATCH") <= 2
+    for n in range(100):
+        events.emit(node, "Flood", f"number {n}")
+    events.close(5.0)
+    assert len([p for p in stub.objects if p.startswith(EVENTS)]) <= 26
+    assert events.dropped >= 74
+
+
+def test_events_never_hold_anyone_up(stub: Stub, api: Api) -> None:
+    stub.down()
+    events = Events(api.within(0.5), "c", "c-1")
+    events.start()
+    began = time.monotonic()
+    for n in range(3000):
+        events.emit(About("v1", "Node", f"n{n}"), "Reason", "text")
+    assert time.monotonic() - began < 10  # a wait for each would take 25 minutes
+    events.close(0.1)
+
+
+# ---------------------------------------------------------------- a real API server
+
+
+@pytest.mark.timeout(120)
+def test_a_real_lease_changes_hands(real: Api) -> None:
+    told: list[str] = []
+    a, b = lease_of(real, "a", told), lease_of(real, "b", told)
+    a.start()
+    eventually(lambda: told == ["a on"], 20)
+    b.start()
+    time.sleep(1.0)
+    a.close()
+    eventually(lambda: told == ["a on", "a off", "b on"], 20)
+    b.close()
+    spec = real.get("/apis/coordination.k8s.io/v1/namespaces/ovsmesh/leases/ovsmesh-controller")["spec"]
+    assert spec["leaseTransitions"] == 1
+
+
+def test_a_real_event_is_shown_on_its_node(cluster: ControlPlane, real: Api) -> None:
+    node = real.create("/api/v1/nodes", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}})
+    events = Events(real, "ovsmesh-controller", "c-1", repeat=0.5)
+    events.start()
+    about = About("v1", "Node", "n1", node["metadata"]["uid"])
+    for _ in range(3):
+        events.emit(about, "PodCIDRMissing", "node n1 has no podCIDR")
+    events.close(5.0)
+    text = cluster.kubectl("describe", "node", "n1")
+    assert "PodCIDRMissing" in text
+    assert "x3" in text

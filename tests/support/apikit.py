@@ -1,0 +1,72 @@
+"""What tests of the API client share: a stub and a real server, clients of both, reflectors that end in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from ovsmesh.kube.client import Api, Object
+from ovsmesh.kube.config import load
+from ovsmesh.kube.leader_election import Lease, Times
+from ovsmesh.kube.reflector import Bell, Reflector
+from tests.support.controlplane import ControlPlane
+from tests.support.kubestub import Stub
+
+THINGS = "/apis/test/v1/things"
+
+
+def make_stub(tmp_path: Path) -> Iterator[Stub]:
+    made = Stub(tmp_path)
+    yield made
+    made.close()
+
+
+def make_api(stub: Stub) -> Iterator[Api]:
+    made = Api(load(stub.kubeconfig()), timeout=3.0)
+    yield made
+    made.close()
+
+
+def spec_of(found: Object) -> int:
+    value: int = found["spec"]["n"]
+    return value + 0
+
+
+Watch = Callable[..., Reflector[int]]
+
+
+def make_watch(api: Api) -> Iterator[Watch]:
+    made: list[tuple[Reflector[int], Bell]] = []
+
+    def make(**options: Any) -> Reflector[int]:
+        bell = Bell()
+        reflector = Reflector(api, THINGS, spec_of, bell, **{"silence": 2.0, "seconds": 30, **options})
+        made.append((reflector, bell))
+        reflector.start()
+        return reflector
+
+    yield make
+    for reflector, bell in made:
+        reflector.close()
+        assert not reflector._thread.is_alive()
+        bell.close()
+
+
+def items(reflector: Reflector[int]) -> dict[str, int]:
+    return dict(reflector.look().items)
+
+
+def make_real(cluster: ControlPlane) -> Iterator[Api]:
+    with closing(Api(load(cluster.kubeconfig()), timeout=3.0)) as made:
+        yield made
+
+
+FAST = Times(duration=2, deadline=1.2, retry=0.2)
+
+
+def lease_of(api: Api, who: str, told: list[str], times: Times = FAST) -> Lease:
+    return Lease(
+        api, "ovsmesh", "ovsmesh-controller", who, lambda leads: told.append(f"{who} {'on' if leads else 'off'}"), times
+    )

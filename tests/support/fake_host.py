@@ -1,0 +1,212 @@
+"""A host, a source and a clock that are values, for the tests of the agent's loop.
+
+Each make_… is a fixture for the test file that says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from types import SimpleNamespace
+
+from ovsmesh.agent import reconciler as room
+from ovsmesh.agent.reconciler import Agent
+from ovsmesh.dataplane.types import Dataplane, Observed
+from ovsmesh.errors import Problem
+from ovsmesh.mesh.file_source import Snapshot
+from ovsmesh.state_dir import StateDir
+from tests.support.meshkit import FACTS, first
+
+
+class FakeHost:
+    """A system that does what it is told, unless a test says otherwise."""
+
+    def __init__(self):
+        self.dataplane = Dataplane()
+        self.known = FACTS
+        self.foreign = ()
+        self.problems = ()
+        self.unknown = frozenset()
+        self.switch_up = True
+        self.switch_lost = False
+        self.busy = self.expecting = False
+        self.ovs = SimpleNamespace(version="3.1.0")
+        self.plans = []
+        self.fails = 0
+        """How many more times applying is to fail."""
+        self.deaf = False
+        """Whether what is applied does not take."""
+        self.dirtied = 0
+        self.waits = []
+        self.bell = False
+        self.on_wait = lambda: None
+
+    def facts(self, mesh, me):
+        return self.known
+
+    def possible(self, want, try_out=True):
+        return want
+
+    def observe(self, want):
+        have = self.dataplane
+        parts = {f.name: ({} if f.name in self.unknown else getattr(have, f.name)) for f in dataclasses.fields(have)}
+        parts["sysctls"] = {k: v for k, v in have.sysctls.items() if k in want.sysctls}
+        return Observed(Dataplane(**parts), self.foreign, self.problems, self.unknown)
+
+    def apply(self, todo, want):
+        self.plans.append(todo)
+        if self.fails:
+            self.fails -= 1
+            return [Problem("ApplyFailed", "ports: no")]
+        if not self.deaf:
+            parts = {f.name: dict(getattr(self.dataplane, f.name)) for f in dataclasses.fields(self.dataplane)}
+            for step in todo.steps:
+                if step.op == "-":
+                    del parts[step.kind][step.key]
+                else:
+                    parts[step.kind][step.key] = step.want
+            parts["rules"] = {k: parts["rules"][k] for k in want.rules if k in parts["rules"]}
+            self.dataplane = Dataplane(**parts)
+        return []
+
+    def lose(self, kind, *keys):
+        left = {k: v for k, v in getattr(self.dataplane, kind).items() if k not in keys}
+        self.dataplane = dataclasses.replace(self.dataplane, **{kind: left})
+
+    def dirty(self):
+        self.dirtied += 1
+
+    def retry(self):
+        self.dirty()
+
+    def drain(self):
+        rang, self.bell = self.bell, False
+        return rang
+
+    def fds(self):
+        return []
+
+    def switch_answers(self):
+        return False
+
+    def wait(self, fds, timeout):
+        self.waits.append(timeout)
+        self.on_wait()
+
+
+class FakeSource:
+    def __init__(self, mesh):
+        self.mesh = mesh
+        self.problems = ()
+        self.confirmed = True
+        self.committed = 0
+        self.bell = False
+
+    def snapshot(self):
+        return Snapshot(self.mesh, self.problems, self.confirmed, 1.0)
+
+    def commit(self):
+        self.committed += 1
+        return ()
+
+    def drain(self):
+        rang, self.bell = self.bell, False
+        return rang
+
+    def fds(self):
+        return []
+
+    def close(self):
+        return
+
+
+class Shown:
+    def __init__(self):
+        self.turns = []
+        self.flushed = 0
+
+    def publish(self, turn, runtime):
+        self.turns.append(turn)
+
+    def flush(self):
+        self.flushed += 1
+
+
+class Clock:
+    """Time that passes only when someone waits."""
+
+    def __init__(self, host):
+        self.now = 1000.0
+        host.on_wait = lambda: self.advance(host.waits[-1])
+
+    def advance(self, seconds):
+        # select() never returns too early, and a moment always passes
+        self.now += seconds + 0.0005
+
+    def monotonic(self):
+        return self.now
+
+
+def make_host():
+    return FakeHost()
+
+
+def make_source():
+    return FakeSource(first(4))
+
+
+def make_state(tmp_path):
+    made = StateDir(tmp_path / "state")
+    made.ensure()
+    return made
+
+
+def make_agent(host, source, state):
+    return Agent("web1", source, host, state)
+
+
+def make_clock(host, monkeypatch):
+    made = Clock(host)
+    monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=made.monotonic, time=time.time))
+    monkeypatch.setattr(
+        room, "read_sysctls", lambda keys: {k: v for k, v in host.dataplane.sysctls.items() if k in keys}
+    )
+    return made
+
+
+def make_stop():
+    read, write = os.pipe()
+    for fd in (read, write):
+        os.set_blocking(fd, False)
+    yield SimpleNamespace(fd=read, now=lambda: os.write(write, b"x"))
+    os.close(read)
+    os.close(write)
+
+
+def run(agent, host, clock, stop, seconds, at=()):
+    """Runs the loop for so many seconds of the clock; `at` holds (second, what happens then)."""
+    start, shown, left = clock.now, Shown(), sorted(at, key=lambda pair: pair[0])
+
+    def pass_time():
+        until = clock.now + host.waits[-1]
+        if left and start + left[0][0] <= until:
+            when, what = left.pop(0)
+            clock.now = max(clock.now, start + when)
+            what()
+        else:
+            clock.advance(host.waits[-1])
+        if clock.now >= start + seconds:
+            stop.now()
+        assert len(host.waits) < 20_000, "the loop does not rest"
+
+    host.on_wait = pass_time
+    agent.run([stop.fd], shown)
+    return shown
+
+
+def braked(agent, source):
+    """A turn that finds that all three peers have left the mesh."""
+    agent.turn()
+    source.mesh = first(1)
+    return agent.turn()

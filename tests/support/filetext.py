@@ -1,0 +1,41 @@
+"""A mesh file on disk and its bell, for the tests of those who watch it."""
+
+from __future__ import annotations
+
+import select
+import time
+from pathlib import Path
+
+from ovsmesh.file_watch import FileBell
+from ovsmesh.mesh.file_source import FileSource, Snapshot
+
+HEAD = "apiVersion: ovsmesh.io/v1alpha1\nkind: Mesh\nspec:\n  clusterCIDRs: [10.0.0.0/8]\n"
+
+
+def text_of(*names: str, first: int = 1) -> str:
+    nodes = [f"  - {{name: {n}, address: 192.0.2.{ord(n)}, podCIDRs: [10.{first}.{ord(n)}.0/24]}}\n" for n in names]
+    return f"{HEAD}  nodes: {'[]' if not nodes else ''}\n{''.join(nodes)}"
+
+
+def rings(bell: FileBell | FileSource, within: float = 2.0) -> bool:
+    """True when the bell rings, at the latest after `within` seconds."""
+    until = time.monotonic() + within
+    while (left := until - time.monotonic()) > 0:
+        if select.select(bell.fds(), [], [], left)[0] and bell.drain():
+            return True
+    return False
+
+
+def silent(bell: FileBell | FileSource) -> bool:
+    return not rings(bell, within=0.05)
+
+
+def members(snapshot: Snapshot) -> str:
+    assert snapshot.mesh is not None
+    return "".join(n.name for n in snapshot.mesh.nodes)
+
+
+def by_rename(path: Path) -> None:
+    new = path.with_name("new")
+    new.write_text(text_of("a", "b", "c"))
+    new.rename(path)

@@ -1,0 +1,85 @@
+"""What the tests of the filter rules share: namespaces of their own, a mesh of two, one pass of the agent."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from ovsmesh.dataplane import firewall_rules
+from ovsmesh.dataplane.types import Dataplane, Facts
+from ovsmesh.linux.firewall import Firewall
+from ovsmesh.mesh.types import Mesh, Node
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces: needs root")
+needs_nft = pytest.mark.skipif(not shutil.which("nft"), reason="nft is not installed")
+
+ME = Node("web1", ip_address("192.0.2.1"), (ip_network("10.97.1.0/24"), ip_network("fd00:97:1::/64")))
+PEER = Node("web2", ip_address("192.0.2.2"), (ip_network("10.97.2.0/24"),))
+MESH = Mesh((ip_network("10.97.0.0/16"), ip_network("fd00:97::/32")), (ME, PEER))
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@contextlib.contextmanager
+def inside(name):
+    """The calling thread, and what it starts, in a network namespace."""
+    with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{name}") as there:
+        assert LIBC.setns(there.fileno(), 0) == 0
+        try:
+            yield
+        finally:
+            assert LIBC.setns(home.fileno(), 0) == 0
+
+
+def sh(*commands):
+    for command in commands:
+        subprocess.run(command.split(), check=True, capture_output=True, timeout=10)
+
+
+def nft(script):
+    return subprocess.run(["nft", "-f", "-"], input=script, text=True, check=True, capture_output=True, timeout=10)
+
+
+def desired(mesh=MESH, facts=None, peers=(PEER,)):
+    return Dataplane(
+        rules=firewall_rules.rules(mesh, ME, facts or Facts()),
+        filter_peers=dict(firewall_rules.peer_set(peer) for peer in peers),
+    )
+
+
+def converge(firewall, want):
+    """One pass as the agent makes it: returns whether anything had to be written, and what is there after."""
+    want = firewall.possible(want)
+    have = firewall.observe(want.rules)
+    differs = (list(have.rules.items()), have.peers) != (list(want.rules.items()), want.filter_peers)
+    firewall.apply(want.rules, want.filter_peers)
+    after = firewall.observe(want.rules)
+    assert (list(after.rules.items()), after.peers) == (list(want.rules.items()), want.filter_peers)
+    return differs
+
+
+@pytest.fixture
+def namespaces():
+    made = []
+
+    def make(*names):
+        for name in names:
+            sh(f"ip netns add fw{os.getpid()}{name}")
+            made.append(f"fw{os.getpid()}{name}")
+        return made[-len(names) :]
+
+    yield make
+    for name in made:
+        sh(f"ip netns del {name}")
+
+
+@pytest.fixture
+def firewall(namespaces):
+    (name,) = namespaces("n")
+    with inside(name):
+        firewall = Firewall()
+        yield firewall
+        firewall.close()

@@ -1,0 +1,97 @@
+"""Netlink messages as the kernel would tell them, of one host that is wired, for the tests of the mirror."""
+
+from __future__ import annotations
+
+from ovsmesh.dataplane.types import KBR, MARK, OBR, Route
+from ovsmesh.linux import rtnetlink
+
+ETH0, KBR_INDEX, OBR_INDEX, POD = 2, 4, 5, 6
+PEER_MAC = "0a:58:0a:61:02:01"
+OURS = Route("unicast", "10.97.2.1", KBR, 1462)
+DST = ("10.97.2.0/24", 111)
+
+
+def message(kind, data):
+    (found,) = rtnetlink.messages(data)
+    return found._replace(type=kind)
+
+
+def link(
+    index,
+    name,
+    gone=False,
+    kind="",
+    mtu=1500,
+    up=True,
+    master=0,
+    mac="",
+    alias="",
+    quiet=False,
+    family=0,
+    hairpin=False,
+):
+    attr = rtnetlink._attr
+    body = rtnetlink._IFINFO.pack(family, 1, index, int(up), 0) + attr(3, name.encode() + b"\0")
+    body += attr(4, mtu.to_bytes(4, "little")) + (attr(10, master.to_bytes(4, "little")) if master else b"")
+    body += attr(1, rtnetlink._mac(mac)) + attr(20, alias.encode())
+    info = attr(1, kind.encode() + b"\0")
+    if master:
+        port = b"".join(attr(flag, bytes([not quiet])) for flag in (8, 9, 27, 30)) + attr(4, bytes([hairpin]))
+        info += attr(5, port)
+        body += attr(12, port) if family else b""
+    return message(rtnetlink.DELLINK if gone else rtnetlink.NEWLINK, rtnetlink._pack(16, 0, 1, body + attr(18, info)))
+
+
+def kbr(index=KBR_INDEX, **changes):
+    return link(index, KBR, **{"kind": "bridge", "mtu": 1462, "mac": "0a:58:0a:61:01:01", "alias": MARK, **changes})
+
+
+def obr(**changes):
+    return link(OBR_INDEX, OBR, **{"kind": "tun", "mtu": 1462, "master": KBR_INDEX, "quiet": True, **changes})
+
+
+def pod(**changes):
+    return link(POD, "veth1", **{"kind": "veth", "master": KBR_INDEX, **changes})
+
+
+def route(
+    dst=DST[0],
+    metric=111,
+    gone=False,
+    type="unicast",
+    via="10.97.2.1",
+    oif=KBR_INDEX,
+    mtu=1462,
+    protocol=111,
+    flags=rtnetlink.CREATE,
+):
+    entry = rtnetlink.RouteEntry(dst, metric, type, via, oif, mtu, protocol, 254)
+    data = rtnetlink.route(rtnetlink.NEWROUTE, flags, 1, entry)
+    return message(rtnetlink.DELROUTE if gone else rtnetlink.NEWROUTE, data)
+
+
+def replaced(**route_):
+    """As `ip route replace` is told: the new route, and by a flag alone that an old one went (Linux, measured)."""
+    return route(**route_, flags=rtnetlink.REPLACE)
+
+
+def neighbour(dst="10.97.2.1", mac=PEER_MAC, gone=False, index=KBR_INDEX, state=rtnetlink.PERMANENT, protocol=111):
+    entry = rtnetlink.NeighbourEntry(0, dst, mac, index, state, protocol, 0)
+    return message(
+        rtnetlink.DELNEIGH if gone else rtnetlink.NEWNEIGH, rtnetlink.neighbour(rtnetlink.NEWNEIGH, 0, 1, entry)
+    )
+
+
+def fdb(mac=PEER_MAC, gone=False, index=OBR_INDEX, state=rtnetlink.NOARP, master=KBR_INDEX):
+    attr = rtnetlink._attr
+    body = (
+        rtnetlink._NDMSG.pack(7, 0, index, state, 0, 0)
+        + attr(2, rtnetlink._mac(mac))
+        + attr(9, master.to_bytes(4, "little"))
+    )
+    return message(rtnetlink.DELNEIGH if gone else rtnetlink.NEWNEIGH, rtnetlink._pack(28, 0, 1, body))
+
+
+def address(text="10.97.1.1/24", gone=False, index=KBR_INDEX, protocol=111):
+    data = rtnetlink.address(rtnetlink.NEWADDR, 0, 1, rtnetlink.AddressEntry(text, index, protocol))
+    return message(rtnetlink.DELADDR if gone else rtnetlink.NEWADDR, data)

@@ -1,0 +1,101 @@
+"""What tests of the mesh from MeshSlices share: slices on a stub, sources of them, a turn to tell of."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+from ovsmesh.agent.result import Turn
+from ovsmesh.dataplane.plan import Plan
+from ovsmesh.dataplane.types import Dataplane, Facts, Observed
+from ovsmesh.errors import Problem
+from ovsmesh.kube.client import Api, Object
+from ovsmesh.kube.config import load
+from ovsmesh.mesh.file_source import Snapshot
+from ovsmesh.mesh.slice_source import SLICES, KubeSource
+from ovsmesh.mesh.types import Mesh, Node
+from ovsmesh.state_dir import StateDir
+from tests.support.kubestub import Stub
+
+CLUSTER = "10.0.0.0/8"
+SETTINGS = {"clusterCIDRs": [CLUSTER], "encapsulation": "gre", "mtu": "auto"}
+LABELS = {"ovsmesh.io/mesh": "default"}
+
+
+def node(number: int, **change: Any) -> Object:
+    high, low = divmod(number, 250)
+    entry = {"name": f"n{number}", "uid": f"u{number}", "address": f"192.0.{high}.{low + 1}"}
+    return {**entry, "podCIDRs": [f"10.{high}.{low}.0/24"], **change}
+
+
+def spec(index: int, count: int, *nodes: Object, generation: int = 1, **settings: Any) -> Object:
+    about = {"mesh": "default", "index": index, "count": count, "meshGeneration": generation}
+    return {**about, "settings": {**SETTINGS, **settings}, "nodes": list(nodes)}
+
+
+def put(stub: Stub, index: int, count: int, *nodes: Object, **more: Any) -> None:
+    stub.put(f"{SLICES}/default-{index:03d}", spec(index, count, *nodes, **more), labels=LABELS)
+
+
+def make_stub(tmp_path: Path) -> Iterator[Stub]:
+    made = Stub(tmp_path)
+    yield made
+    made.close()
+
+
+def make_state(tmp_path: Path) -> Path:
+    StateDir(tmp_path / "state").ensure()
+    return tmp_path / "state"
+
+
+Open = Callable[..., KubeSource]
+
+
+def make_open_source(stub: Stub, state: Path) -> Iterator[Open]:
+    made: list[KubeSource] = []
+    apis: list[Api] = []
+
+    def make(self_name: str = "n0", **options: Any) -> KubeSource:
+        apis.append(Api(load(stub.kubeconfig()), timeout=2.0))
+        made.append(KubeSource(apis[-1], state, self_name, **{"silence": 2.0, "seconds": 30, **options}))
+        return made[-1]
+
+    yield make
+    for source in made:
+        source.close()
+    for api in apis:
+        api.close()
+
+
+def members(snapshot: Snapshot) -> str:
+    return " ".join(n.name for n in snapshot.mesh.nodes) if snapshot.mesh else "-"
+
+
+def reasons(snapshot: Snapshot) -> list[str]:
+    return [problem.reason for problem in snapshot.problems]
+
+
+def becomes(source: KubeSource, names: str, confirmed: bool = True, within: float = 20.0) -> Snapshot:
+    """Waits at the bell, as the loop does, until the snapshot is this."""
+    end = time.monotonic() + within
+    while True:
+        found = source.snapshot()
+        if members(found) == names and found.confirmed is confirmed:
+            return found
+        left = end - time.monotonic()
+        assert left > 0, (members(found), found.confirmed, [str(p) for p in found.problems])
+        select.select(source.fds(), [], [], left)
+        source.drain()
+
+
+def turn(converged: bool = True, *, me: str = "n0", problems: tuple[Problem, ...] = (), uid: str = "u0") -> Turn:
+    nodes = (
+        Node(me, ip_address("192.0.2.1"), (ip_network("10.0.1.0/24"),), uid),
+        Node("z", ip_address("192.0.2.2"), (ip_network("10.0.2.0/24"),), "uz"),
+    )
+    mesh = Mesh((ip_network(CLUSTER),), nodes)
+    return Turn(mesh, Facts(1500), None, Observed(Dataplane()), Plan(), problems, converged, True)

@@ -1,0 +1,188 @@
+"""The agent's loop: what wakes it, that it rests otherwise, and how it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+
+from ovsmesh.agent import reconciler as room
+from ovsmesh.agent.reconciler import held_digest
+from ovsmesh.dataplane.types import Dataplane, Foreign
+from ovsmesh.errors import Problem
+from tests.support import fake_host
+from tests.support.fake_host import Shown, braked, run
+from tests.support.meshkit import FACTS, first, want
+
+host = pytest.fixture(fake_host.make_host)
+source = pytest.fixture(fake_host.make_source)
+state = pytest.fixture(fake_host.make_state)
+agent = pytest.fixture(fake_host.make_agent)
+clock = pytest.fixture(fake_host.make_clock)
+stop = pytest.fixture(fake_host.make_stop)
+
+
+# the loop
+
+
+def test_the_loop_rests_when_nothing_happens(agent, host, clock, stop):
+    shown = run(agent, host, clock, stop, 45)
+    assert len(shown.turns) == 1
+    # it looks at the sysctls now and then, and that is all
+    assert len(host.waits) <= 45 / room.SYSCTL_POLL + 2
+    assert shown.flushed > 0
+
+
+def test_a_bell_makes_a_turn_at_once(agent, host, clock, stop):
+    def cut():
+        host.lose("routes", ("10.97.2.0/24", 111))
+        host.bell = True
+
+    shown = run(agent, host, clock, stop, 10, [(3.1, cut)])
+    assert len(shown.turns) == 2 and agent.runtime.drift == Counter(routes=1)
+    assert host.dataplane == want(first(4))
+
+
+def test_what_changes_while_the_agent_works_needs_no_second_bell(agent, host, clock, stop):
+    observe = host.observe
+
+    def meanwhile(wanted):
+        have = observe(wanted)
+        if have.dataplane.ports:
+            # the turn takes the notification in with this reading, and its facts are of before
+            host.known, host.observe = dataclasses.replace(FACTS, underlay_mtu=9000), observe
+        return have
+
+    host.observe = meanwhile
+    shown = run(agent, host, clock, stop, 0.1)
+    assert len(shown.turns) == 2 and shown.turns[-1].converged
+    assert host.dataplane == want(first(4), facts=host.known)
+    assert agent.runtime.drift == {}
+
+
+def test_the_sources_bell_makes_a_turn_and_what_is_applied_is_kept(agent, host, source, clock, stop):
+    def join():
+        source.mesh, source.bell = first(5), True
+
+    shown = run(agent, host, clock, stop, 10, [(3.1, join)])
+    assert len(shown.turns) == 2 and len(host.dataplane.ports) == 4
+    assert source.committed == 2
+
+
+def test_a_mesh_that_could_not_be_applied_is_not_kept(agent, host, source, clock, stop):
+    host.deaf = True
+    run(agent, host, clock, stop, 5)
+    assert source.committed == 0
+
+
+def test_a_flipped_sysctl_needs_no_bell(agent, host, clock, stop):
+    def flip():
+        values = {**host.dataplane.sysctls, "net/ipv4/ip_forward": "0"}
+        host.dataplane = dataclasses.replace(host.dataplane, sysctls=values)
+
+    shown = run(agent, host, clock, stop, 10, [(3.1, flip)])
+    assert agent.runtime.drift == Counter(sysctls=1) and len(shown.turns) == 2
+    assert host.dataplane.sysctls["net/ipv4/ip_forward"] == "1"
+
+
+def test_a_sysctl_that_can_not_be_set_does_not_ring_for_ever(agent, host, clock, stop):
+    host.foreign = (Foreign("links", "kbr0", "bridge kbr0 is not ours"),)
+    host.dataplane = Dataplane(sysctls=dict.fromkeys(want(first(4)).sysctls, "9"))
+    shown = run(agent, host, clock, stop, 20)
+    assert len(shown.turns) <= 2
+
+
+def test_all_is_read_again_now_and_then(agent, host, clock, stop):
+    shown = run(agent, host, clock, stop, 10 * room.RESYNC)
+    assert 9 <= host.dirtied <= 13
+    assert len(shown.turns) == host.dirtied + 1
+
+
+def test_failures_are_tried_again_ever_more_seldom(agent, host, clock, stop):
+    host.fails = 10**6
+    shown = run(agent, host, clock, stop, 120)
+    # 0.2 + 0.4 + … + 25.6 s, then every 15 to 30 s, and the resyncs
+    assert 9 <= len(shown.turns) <= 25
+
+
+def test_the_end_of_a_failure_is_found_without_a_bell(agent, host, clock, stop):
+    host.fails = 4
+    shown = run(agent, host, clock, stop, 10)
+    assert shown.turns[-1].converged and not shown.turns[0].converged
+
+
+def test_a_switch_that_is_gone_is_looked_for_and_costs_no_turns(agent, host, clock, stop):
+    host.switch_up, host.switch_lost = False, True
+    host.unknown, host.problems = frozenset({"flows"}), (Problem("SwitchDown", "does not answer"),)
+
+    def back():
+        host.switch_answers = lambda: True
+        host.unknown, host.problems, host.switch_up, host.switch_lost = frozenset(), (), True, False
+        host.bell = True
+
+    shown = run(agent, host, clock, stop, 10, [(5.0, back)])
+    assert len(shown.turns) == 2 and shown.turns[-1].converged
+
+
+def test_stop_ends_it_and_leaves_the_dataplane(agent, host, clock, stop):
+    run(agent, host, clock, stop, 1)
+    assert host.dataplane == want(first(4))
+    assert [step for todo in host.plans for step in todo.steps if step.op == "-"] == []
+
+
+def test_a_confirmation_is_heard_without_a_bell(agent, host, source, state, clock, stop):
+    digest = held_digest(braked(agent, source).plan)
+    shown = run(agent, host, clock, stop, 20, [(5.0, lambda: state.request_confirm(digest))])
+    assert not host.dataplane.ports and len(shown.turns) == 2
+
+
+def test_confirmed_removals_are_carried_out_and_the_loop_rests(agent, host, source, state, clock, stop):
+    turn = braked(agent, source)
+    state.request_confirm(held_digest(turn.plan))
+    shown = run(agent, host, clock, stop, 20)
+    assert not host.dataplane.ports
+    assert state.confirmation() is None
+    assert shown.turns[-1].converged
+    assert len(shown.turns) <= 3
+
+
+# once
+
+
+def test_once_ends_when_nothing_is_left(agent, host, clock):
+    shown = Shown()
+    assert agent.once(shown).converged
+    assert len(shown.turns) == 1 and host.waits == []
+
+
+def test_once_tries_again(agent, host, clock):
+    host.fails = 2
+    shown = Shown()
+    assert agent.once(shown).converged and [turn.converged for turn in shown.turns] == [False, False, True]
+
+
+def test_once_gives_up(agent, host, clock):
+    host.fails = 10**6
+    start = clock.now
+    turn = agent.once(Shown())
+    assert not turn.converged and turn.plan.steps
+    assert agent.runtime.failures == 4 and clock.now - start < 10
+
+
+def test_once_does_not_wait_for_what_only_someone_else_can_mend(agent, host, source, clock):
+    host.foreign = (Foreign("links", "kbr0", "bridge kbr0 is not ours"),)
+    turn = agent.once(Shown())
+    assert not turn.converged and host.waits == [] and turn.plan.blocked
+
+
+def test_once_does_not_wait_for_the_brake(agent, host, source, clock):
+    host.dataplane = want(first(12))
+    turn = agent.once(Shown())
+    assert not turn.converged and host.waits == [] and turn.plan.held
+
+
+def test_once_keeps_to_its_deadline(agent, host, clock):
+    host.fails = 10**6
+    agent.once(Shown(), deadline=0.01)
+    assert agent.runtime.failures == 1

@@ -1,0 +1,137 @@
+"""What systemd is told, on real datagram sockets, and that a hostile NOTIFY_SOCKET is no one's concern."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import pytest
+
+from ovsmesh.agent import systemd as module
+from ovsmesh.agent.result import Runtime, Turn
+from ovsmesh.agent.systemd import Notifier, status_line
+from ovsmesh.dataplane.plan import Plan, plan
+from ovsmesh.dataplane.types import Dataplane
+from ovsmesh.errors import Problem
+from tests.support.meshkit import FACTS, first, seen, want
+
+
+def turn(*problems, have=None):
+    mesh = first(3)
+    wanted = want(mesh)
+    todo = plan(wanted, seen(wanted if have is None else have))
+    return Turn(mesh, FACTS, wanted, None, todo, problems, not todo.steps and not problems, True)
+
+
+class Systemd(NamedTuple):
+    """A socket as systemd's, and how NOTIFY_SOCKET names it."""
+
+    name: str
+    listener: socket.socket
+
+
+@pytest.fixture(params=["path", "abstract"])
+def systemd(request, tmp_path):
+    name = str(tmp_path / "notify") if request.param == "path" else f"@ovsmesh-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(name.replace("@", "\0"))
+        listener.setblocking(False)
+        yield Systemd(name, listener)
+
+
+@pytest.fixture
+def notifier_of():
+    with ExitStack() as ending:
+
+        def make(environ):
+            made = Notifier(environ)
+            ending.callback(made.close)
+            return made
+
+        yield make
+
+
+def heard(systemd):
+    found = []
+    while True:
+        try:
+            found += systemd.listener.recv(4096).decode().splitlines()
+        except BlockingIOError:
+            return found
+
+
+def test_ready_with_the_first_turn_however_it_ended_and_stopping_at_the_end(systemd, notifier_of):
+    environ = {"NOTIFY_SOCKET": systemd.name, "PATH": "/bin"}
+    notifier = notifier_of(environ)
+    assert environ == {"PATH": "/bin"}
+    notifier.flush()
+    assert heard(systemd) == []
+    notifier.publish(turn(Problem("TunnelAddressMissing", "is on no link")), Runtime())
+    assert heard(systemd) == ["READY=1", "STATUS=2 peers, not converged; is on no link"]
+    notifier.publish(turn(), Runtime())
+    notifier.publish(turn(), Runtime())
+    assert heard(systemd) == ["STATUS=2 peers, converged"]
+    notifier.close()
+    notifier.close()
+    assert heard(systemd) == ["STOPPING=1", "STATUS=stopping; what is in place stays"]
+
+
+def test_the_watchdog_is_fed_at_half_its_time_by_whoever_turns(systemd, monkeypatch, notifier_of):
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    notifier = notifier_of(
+        {"NOTIFY_SOCKET": systemd.name, "WATCHDOG_USEC": "4000000", "WATCHDOG_PID": str(os.getpid())}
+    )
+    beats = []
+    for _ in range(10):
+        notifier.flush()
+        beats.append(len(heard(systemd)))
+        now[0] += 0.5
+    assert beats == [1, 0, 0, 0, 1, 0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("more", [{"WATCHDOG_PID": "1", "WATCHDOG_USEC": "4000000"}, {"WATCHDOG_USEC": "soon"}, {}])
+def test_a_watchdog_of_another_process_or_none_is_not_fed(systemd, more, notifier_of):
+    notifier = notifier_of({"NOTIFY_SOCKET": systemd.name, **more})
+    notifier.flush()
+    assert heard(systemd) == []
+
+
+@pytest.mark.parametrize(
+    "address", ["", "relative", "/nowhere/at/all", "vsock:2:99", "/" + 200 * "x", "/nul\0in", "@", "/dev/null", "/tmp"]
+)
+def test_a_socket_that_is_nobodys_is_ignored(address, notifier_of):
+    notifier = notifier_of({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "1"})
+    notifier.publish(turn(), Runtime())
+    notifier.flush()
+    notifier.close()
+
+
+def test_what_did_not_fit_is_said_again(systemd, notifier_of):
+    notifier = notifier_of({"NOTIFY_SOCKET": systemd.name})
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as flood:
+        flood.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                flood.sendto(b"X=1", systemd.name.replace("@", "\0"))
+    notifier.publish(turn(), Runtime())
+    assert "READY=1" not in heard(systemd)
+    notifier.publish(turn(), Runtime())
+    assert heard(systemd) == ["READY=1", "STATUS=2 peers, converged"]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (turn(), "2 peers, converged"),
+        (turn(have=Dataplane()), "2 peers, not converged"),
+        (turn(Problem("X", "bad\nREADY=1\x00 name", fatal=True)), "2 peers, not converged; bad READY=1  name"),
+        (Turn(None, None, None, None, Plan(), (Problem("X", "no file"),), False), "no mesh yet; no file"),
+        (Turn(first(2), None, None, None, Plan(), (Problem("X", 999 * "y"),), False), "the last turn failed; yyy"),
+    ],
+)
+def test_the_status_is_one_short_line(found, said):
+    text = status_line(found)
+    assert text.startswith(said) and len(text) <= 200 and "\n" not in text

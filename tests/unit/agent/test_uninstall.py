@@ -1,0 +1,84 @@
+"""An agent whose Namespace is being deleted: it removes all of ours, and says so to who runs the switch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import pytest
+
+from ovsmesh.agent import cleanup, main
+from ovsmesh.errors import OvsmeshError
+
+
+class Fake:
+    """Everything that an agent has around it, as far as its end goes; `seen` is what happened, in order."""
+
+    def __init__(self, folder, left):
+        self.left, self.seen = list(left), []
+        self.marker = folder / main.REMOVING
+        self.stop, self.write = os.pipe()
+        self.fd = os.eventfd(0)
+        self.leaving = True
+
+    def run(self, fds, tells):
+        assert self.fd in fds
+        self.seen.append(f"run, marker {self.marker.exists()}")
+
+    def ask(self):
+        return self.leaving
+
+    def remove(self, options, state):
+        self.seen.append(f"remove, marker {self.marker.exists()}")
+        found = self.left.pop(0)
+        if not self.left:
+            # the kubelet's word, which comes at any time
+            os.write(self.write, b"x")
+        if isinstance(found, OvsmeshError):
+            raise found
+        return ["said"], found
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch, request):
+    made = Fake(tmp_path, request.param)
+
+    @contextlib.contextmanager
+    def agent(options, state, tells, patience):
+        yield made, tells, made
+        made.seen.append("closed")
+
+    monkeypatch.setattr(main, "_agent", agent)
+    monkeypatch.setattr(main, "_AGAIN", 0.01)
+    monkeypatch.setattr(cleanup, "remove", made.remove)
+    made.options = main.Options("", "n", f"unix:{tmp_path}/db.sock", str(tmp_path / "state"), "")
+    yield made
+    for fd in (made.stop, made.write, made.fd):
+        os.close(fd)
+
+
+def left(fake):
+    return [path.name for path in fake.marker.parent.glob("ovsmesh.*")]
+
+
+@pytest.mark.parametrize("fake", [[False, OvsmeshError("no switch"), True]], indirect=True)
+def test_what_is_left_is_removed_again_under_a_marker(fake):
+    fake.marker.touch()  # of an earlier one that was killed at this
+    main.serve(fake.options, fake.stop)
+    assert fake.seen == ["run, marker False", "closed", *["remove, marker True"] * 3]
+    assert left(fake) == [main.REMOVED]
+
+
+@pytest.mark.parametrize("fake", [[False]], indirect=True)
+def test_there_is_an_end_to_it_when_told(fake):
+    main.serve(fake.options, fake.stop)
+    assert fake.seen[-1] == "remove, marker True"
+    assert left(fake) == []
+
+
+@pytest.mark.parametrize("fake", [[True]], indirect=True)
+def test_a_roll_out_removes_nothing(fake):
+    fake.leaving = False
+    main.serve(fake.options, fake.stop)
+    assert fake.seen == ["run, marker False", "closed"]
+    assert left(fake) == []

@@ -1,0 +1,315 @@
+"""The command line: options, environment, exit codes, and errors as one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from ovsmesh import __version__
+from ovsmesh.agent import cleanup
+from ovsmesh.agent import main as room
+from ovsmesh.agent.options import Options
+from ovsmesh.agent.result import Turn
+from ovsmesh.cli import inspect
+from ovsmesh.cli import main as cli
+from ovsmesh.dataplane.plan import Plan, plan
+from ovsmesh.dataplane.types import Dataplane, Foreign
+from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.state_dir import StateDir
+from tests.support.meshkit import FACTS, first, seen, want
+from tests.support.meshtext import A, B, text_of
+
+COMMANDS = ["agent", "plan", "status", "cleanup", "confirm", "lab"]
+
+
+@pytest.fixture(autouse=True)
+def as_root(monkeypatch):
+    monkeypatch.setattr("ovsmesh.cli.main.os.geteuid", lambda: 0)
+    for name in [name for name in os.environ if name.startswith("OVSMESH_")]:
+        monkeypatch.delenv(name)
+
+
+def invoke(*argv, **env):
+    return CliRunner().invoke(cli.cli, argv, env=env)
+
+
+def turn(have, mesh=None, problems=(), whole=True):
+    mesh = mesh or first(3)
+    wanted = want(mesh)
+    todo = plan(wanted, have)
+    return Turn(mesh, FACTS, wanted, have, todo, problems, not todo.steps and not todo.blocked, whole)
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """What inspect.look finds, and what it was asked."""
+    asked = {}
+
+    def look(options):
+        asked.update(dataclasses.asdict(options))
+        if isinstance(asked.get("finds"), Exception):
+            raise asked["finds"]
+        return asked["finds"]
+
+    monkeypatch.setattr(inspect, "look", look)
+    return asked
+
+
+@pytest.fixture
+def agents(monkeypatch):
+    """The options with which an agent is started."""
+    started = []
+    monkeypatch.setattr(room, "serve", lambda options, fd: started.append(options))
+    monkeypatch.setattr(cli, "_stop_fd", lambda: -1)
+    return started
+
+
+# help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(command):
+    found = invoke(command, "--help")
+    assert found.exit_code == 0 and "Usage:" in found.output and "--help" in found.output
+    listed = invoke("--help").output
+    assert command in listed
+
+
+def test_version():
+    assert invoke("--version").output == f"ovsmesh, version {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv", [["plan", "--nonsense"], ["nonsense"], ["status", "-o", "xml"], ["agent", "--log-level", "loud"]]
+)
+def test_wrong_usage_is_exit_2_and_says_where_help_is(argv):
+    found = invoke(*argv)
+    assert found.exit_code == 2 and "--help" in found.output and "Traceback" not in found.output
+
+
+# options
+
+
+def test_each_option_of_agent_by_environment(agents, tmp_path):
+    found = invoke(
+        "agent",
+        OVSMESH_AGENT_MESH="/m.yaml",
+        OVSMESH_AGENT_NODE="web1",
+        OVSMESH_AGENT_OVSDB="unix:/x.sock",
+        OVSMESH_AGENT_STATE_DIR=str(tmp_path),
+        OVSMESH_AGENT_LISTEN="127.0.0.1:0",
+        OVSMESH_AGENT_LOG_LEVEL="error",
+    )
+    assert found.exit_code == 0, found.output
+    assert agents == [Options("/m.yaml", "web1", "unix:/x.sock", str(tmp_path), "127.0.0.1:0")]
+
+
+def test_the_command_line_wins_over_the_environment(agents):
+    invoke("agent", "--node", "web2", "--mesh", "/m.yaml", OVSMESH_AGENT_NODE="web1")
+    assert agents[0].node == "web2"
+
+
+def test_another_commands_environment_is_not_taken(agents):
+    found = invoke("agent", OVSMESH_PLAN_MESH="/m.yaml")
+    assert isinstance(found.exception, OvsmeshError) and agents == []
+
+
+def test_defaults_of_agent(agents, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "web7")
+    invoke("agent", "--mesh", "/m.yaml")
+    assert agents == [
+        Options("/m.yaml", "web7", "unix:/var/run/openvswitch/db.sock", "/var/lib/ovsmesh", "127.0.0.1:9474")
+    ]
+
+
+def test_once_listens_nowhere_and_tells_how_it_ended(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(room, "once", lambda options: (asked.append(options), turn(seen(want(first(3)))))[1])
+    found = invoke("agent", "--once", "--mesh", "/m.yaml", "--node", "web1", "--listen", "127.0.0.1:9")
+    assert (found.exit_code, found.stderr) == (0, "converged\n")
+    assert asked[0].listen == ""
+
+
+def test_once_by_environment(monkeypatch, agents):
+    monkeypatch.setattr(room, "once", lambda options: turn(seen(want(first(3)))))
+    assert invoke("agent", OVSMESH_AGENT_MESH="/m.yaml", OVSMESH_AGENT_ONCE="1").exit_code == 0
+    assert agents == []
+
+
+@pytest.mark.parametrize(
+    ("ended", "last"),
+    [
+        (turn(seen(Dataplane())), "not converged"),
+        (dataclasses.replace(turn(seen(want(first(3)))), whole=False), "not converged"),
+        (turn(seen(Dataplane(), Foreign("links", "kbr0", "bridge kbr0 is not ours"))), "not converged"),
+    ],
+)
+def test_once_that_is_not_converged_is_exit_1_with_what_is_left(monkeypatch, ended, last):
+    monkeypatch.setattr(room, "once", lambda options: dataclasses.replace(ended, problems=(Problem("R", "said so"),)))
+    found = invoke("agent", "--once", "--mesh", "/m.yaml")
+    assert found.exit_code == 1
+    lines = found.stderr.splitlines()
+    assert lines == [*ended.plan.lines(), "said so", last]
+
+
+def test_what_the_agent_left_fills_in_for_options(looks, tmp_path):
+    state = StateDir(tmp_path)
+    told = {"mesh": "/m.yaml", "node": "web1", "ovsdb": "unix:/x.sock", "listen": "127.0.0.1:1", "pid": 1}
+    state.write_agent(told | {"cni_dir": "/etc/cni/net.d", "docker": "replace", "docker_timeout": "soon"})
+    looks["finds"] = turn(seen(want(first(3)))), False
+    assert invoke("plan", "--state-dir", str(tmp_path), "--node", "web2").exit_code == 0
+    del looks["finds"]
+    known = Options(
+        "/m.yaml", "web2", "unix:/x.sock", str(tmp_path), "127.0.0.1:1", cni_dir="/etc/cni/net.d", docker="replace"
+    )
+    assert looks == dataclasses.asdict(known)
+
+
+def test_garbage_in_the_state_directory_is_only_a_hint_lost(looks, tmp_path):
+    (tmp_path / "agent.json").write_text('{"node": ')
+    looks["finds"] = turn(seen(want(first(3)))), False
+    assert invoke("plan", "--state-dir", str(tmp_path), "--mesh", "/m.yaml").exit_code == 0
+    assert looks["ovsdb"] == cli.DEFAULT_OVSDB
+
+
+# plan
+
+
+@pytest.mark.parametrize(
+    ("found", "in_the_way", "code"),
+    [
+        (turn(seen(want(first(3)))), False, 0),
+        (turn(seen(Dataplane())), False, 2),
+        (turn(seen(want(first(12)))), False, 2),
+        (turn(seen(want(first(3))), problems=(Problem("DatabaseDown", "does not answer"),)), True, 1),
+        (turn(seen(Dataplane(), Foreign("links", "kbr0", "bridge kbr0 is not ours"))), True, 1),
+    ],
+)
+def test_exit_codes_of_plan(looks, found, in_the_way, code):
+    looks["finds"] = found, in_the_way
+    result = invoke("plan", "--mesh", "/m.yaml", "--node", "web1")
+    assert result.exit_code == code
+    expected = "nothing to change\n" if code == 0 else f"{found.plan}\n" if str(found.plan) else ""
+    assert result.stdout == expected
+    assert result.stderr == "".join(f"! {p}\n" for p in found.problems)
+
+
+def test_exit_code_of_cleanup(monkeypatch):
+    for clean, code in ((True, 0), (False, 1)):
+        monkeypatch.setattr(cleanup, "cleanup", lambda *_, clean=clean: (["- port gre-web2", "proof"], clean))
+        found = invoke("cleanup", "--dry-run")
+        assert (found.exit_code, found.stdout) == (code, "- port gre-web2\nproof\n")
+
+
+@pytest.mark.parametrize(("argv", "output"), [([], "table"), (["-o", "json"], "json"), (["--output", "yaml"], "yaml")])
+def test_status_is_printed_as_asked(monkeypatch, argv, output):
+    monkeypatch.setattr(inspect, "status", lambda _, output: f"as {output}")
+    assert invoke("status", *argv).stdout == f"as {output}\n"
+
+
+def test_confirm_leaves_its_word_for_the_agent(tmp_path):
+    assert invoke("confirm", "0123456789ab", "--state-dir", str(tmp_path)).exit_code == 0
+    assert StateDir(tmp_path).confirmation() == "0123456789ab"
+    assert invoke("confirm").exit_code == 2
+
+
+# errors
+
+
+def main(capsys, monkeypatch, *argv):
+    """The console script: its exit code and what it said."""
+    monkeypatch.setattr(sys, "argv", ["ovsmesh", *argv])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
+    return ended.value.code, said.out, said.err
+
+
+def good(tmp_path):
+    path = tmp_path / "mesh.yaml"
+    path.write_text(text_of(A, B))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (None, "mesh.yaml"),
+        ("", "mesh.yaml"),
+        ("a: [\n", "mesh.yaml"),
+        ("a: 1\nb: 2\n", "mesh.yaml"),
+        (text_of(B), "web9"),
+        ("\x00\n\n", "mesh.yaml"),
+    ],
+)
+def test_a_bad_mesh_file_is_one_line(capsys, monkeypatch, tmp_path, text, word):
+    path = tmp_path / "mesh.yaml"
+    if text is not None:
+        path.write_text(text)
+    options = ["--mesh", str(path), "--node", "web9", "--state-dir", str(tmp_path / "state")]
+    code, out, err = main(capsys, monkeypatch, "plan", *options)
+    assert code == 1 and out == ""
+    assert err.startswith("ovsmesh: ") and err.count("\n") == 1 and word in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["agent"], "no mesh: give --mesh FILE"),
+        (["plan", "--state-dir", "{tmp}/none"], "no mesh: no agent has left its options in"),
+        (["status", "--state-dir", "{tmp}/none"], "no mesh: no agent has left its options in"),
+        (["plan", "--mesh", "{mesh}", "--node", "a", "--ovsdb", "tcp:127.0.0.1:6640"], "wanted unix:/PATH"),
+        (["plan", "--mesh", "{mesh}", "--node", "a", "--ovsdb", "unix:relative"], "wanted unix:/PATH"),
+        (["agent", "--once", "--mesh", "{mesh}", "--state-dir", "{mesh}"], "state directory"),
+        (["confirm", "../x", "--state-dir", "{tmp}"], "is no digest of held removals"),
+        (["confirm", "0123", "--state-dir", "{tmp}/none"], "can't be written"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_1(capsys, monkeypatch, tmp_path, argv, words):
+    places = {"tmp": str(tmp_path), "mesh": good(tmp_path)}
+    code, out, err = main(capsys, monkeypatch, *(word.format(**places) for word in argv))
+    assert (code, out) == (1, "")
+    assert err.startswith("ovsmesh: ") and err.count("\n") == 1 and words in err, err
+
+
+@pytest.mark.parametrize("command", ["agent", "plan", "status", "cleanup"])
+def test_who_is_not_root_is_told_so(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.setattr("ovsmesh.cli.main.os.geteuid", lambda: 1000)
+    code, _, err = main(capsys, monkeypatch, command, "--mesh", good(tmp_path))
+    assert (code, err.count("\n")) == (1, 1)
+    assert "run it as root" in err
+
+
+def test_an_agent_of_the_same_state_directory_is_named(capsys, monkeypatch, tmp_path):
+    state = StateDir(tmp_path / "state")
+    state.lock()
+    try:
+        for command in (["agent", "--once", "--mesh", good(tmp_path)], ["cleanup"]):
+            code, _, err = main(capsys, monkeypatch, *command, "--state-dir", str(tmp_path / "state"))
+            assert code == 1 and f"pid {os.getpid()}" in err
+    finally:
+        state.unlock()
+
+
+def test_as_a_module_in_a_process_of_its_own(tmp_path):
+    argv = [sys.executable, "-m", "ovsmesh", "confirm", "0123", "--state-dir", str(tmp_path / "none")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("ovsmesh: ")
+
+
+def test_the_agent_carries_no_table_drawing_and_no_kubernetes():
+    code = "import sys, json; import ovsmesh.cli.main, ovsmesh.agent.main; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
+    loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}
+    assert not loaded & {"rich", "kubernetes", "pyroute2"}
+
+
+def test_an_empty_plan_has_no_lines():
+    assert list(Plan().lines()) == []

@@ -1,0 +1,193 @@
+"""Who is a member, who is not and why: Nodes and static members as values."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ovsmesh.controller.membership import NodeView, Roster, project, roster
+from ovsmesh.mesh.meshslice import Entry
+from ovsmesh.mesh.types import Mesh
+from ovsmesh.mesh.validation import clusters_of
+from tests.support.meshkit import node as member
+
+CLUSTERS = ("10.97.0.0/16", "fd00:97::/32")
+
+
+def view(number: int, *cidrs: str, created: int | None = None, **more: object) -> NodeView:
+    created = number if created is None else created
+    made = NodeView(
+        f"web{number}",
+        f"uid{number}",
+        f"2026-01-01T00:00:{created:02d}Z",
+        (f"192.0.2.{number}",),
+        "",
+        False,
+        cidrs or (f"10.97.{number}.0/24",),
+    )
+    return made._replace(**more)  # type: ignore[arg-type]
+
+
+def of(*nodes: NodeView, static: tuple[object, ...] = (), held: tuple[Entry, ...] = ()) -> Roster:
+    mesh = Mesh(clusters_of(CLUSTERS)[0], static)  # type: ignore[arg-type]
+    return roster(mesh, CLUSTERS, nodes, held)
+
+
+def names(found: Roster) -> list[str]:
+    return [entry.name for entry in found.entries]
+
+
+def test_an_entry_carries_what_agents_need() -> None:
+    (entry,) = of(view(1, "10.97.1.0/24", "fd00:97:1::/64", zone="z1")).entries
+    assert entry == Entry("web1", "uid1", "192.0.2.1", ("10.97.1.0/24", "fd00:97:1::/64"), "z1")
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"pod_cidrs": ()}, "PodCIDRMissing"),
+        ({"pod_cidrs": ("10.98.0.0/24",)}, "PodCIDROutside"),
+        ({"pod_cidrs": ("2001:db8::/64",)}, "PodCIDROutside"),
+        ({"pod_cidrs": ("10.97.1.0/24",)}, "PodCIDRConflict"),
+        ({"pod_cidrs": ("10.97.0.0/22",)}, "PodCIDRConflict"),
+        ({"pod_cidrs": ("10.97.9.0/24", "10.97.1.128/25")}, "PodCIDRConflict"),
+        ({"addresses": ()}, "AddressMissing"),
+        ({"addresses": ("2001:db8::1",)}, "AddressMissing"),
+        ({"addresses": ("192.0.2.1",)}, "AddressConflict"),
+        ({"asked": "192.0.2.1"}, "AddressConflict"),
+        ({"asked": "nonsense"}, "AddressInvalid"),
+        ({"asked": "10.97.1.1"}, "AddressInvalid"),
+        ({"asked": "127.0.0.1"}, "AddressInvalid"),
+    ],
+)
+def test_one_bad_node_is_named_and_the_rest_are_in(bad: dict[str, object], reason: str) -> None:
+    found = of(view(1), view(2), view(3, **bad))
+    assert names(found) == ["web1", "web2"]
+    problem = found.problems["web3"]
+    assert (problem.reason, problem.node, problem.fatal) == (reason, "web3", True)
+    assert "left out" in problem.message
+
+
+def test_ipv6_only_and_dual_stack_nodes_are_members() -> None:
+    found = of(view(1), view(2, "fd00:97:2::/64"), view(3, "10.97.3.0/24", "fd00:97:3::/64"))
+    assert names(found) == ["web1", "web2", "web3"] and not found.problems
+
+
+def test_the_older_keeps_it_in_whatever_order_they_come() -> None:
+    old, new = view(2, "10.97.1.0/24", created=1), view(1, "10.97.1.0/24", created=2)
+    for nodes in ((old, new), (new, old)):
+        assert names(of(*nodes)) == ["web2"]
+    # at the same second the uid decides
+    twins = view(1, "10.97.1.0/24", created=1, uid="b"), view(2, "10.97.1.0/24", created=1, uid="a")
+    assert names(of(*twins)) == ["web2"]
+
+
+def test_who_has_lost_takes_nothing_from_others() -> None:
+    """web2 loses its address to web1: its pod CIDR is free for web3, younger than both."""
+    found = of(view(1), view(2, addresses=("192.0.2.1",)), view(3, "10.97.2.0/24"))
+    assert names(found) == ["web1", "web3"]
+
+
+def test_the_newer_is_in_once_the_older_has_left() -> None:
+    assert names(of(view(1), view(2, "10.97.1.0/24"))) == ["web1"]
+    assert names(of(view(2, "10.97.1.0/24"))) == ["web2"]
+
+
+def test_excluded_nodes_hold_nothing() -> None:
+    found = of(view(1, excluded=True), view(2, "10.97.1.0/24"))
+    assert names(found) == ["web2"] and not found.problems
+
+
+def test_the_annotation_comes_first_and_leading_space_is_forgiven() -> None:
+    (entry,) = of(view(1, asked="198.51.100.7")).entries
+    assert entry.address == "198.51.100.7"
+
+
+def test_the_family_that_most_use_is_kept() -> None:
+    dual = [view(n, addresses=(f"2001:db8::{n}", f"192.0.2.{n}")) for n in (1, 2)]
+    assert [e.address for e in of(*dual).entries] == ["192.0.2.1", "192.0.2.2"]
+    held = of(*(n._replace(addresses=n.addresses[:1]) for n in dual)).entries
+    assert [e.address for e in held] == ["2001:db8::1", "2001:db8::2"]
+    assert of(*dual, held=held).entries == held
+    # One that has the other only does not turn all others round.
+    found = of(*dual, view(3), held=held)
+    assert found.entries == held and found.problems["web3"].reason == "AddressMissing"
+
+
+def test_a_node_that_turns_bad_keeps_its_last_good_entry() -> None:
+    held = of(view(1), view(2)).entries
+    found = of(view(1), view(2, addresses=()), held=held)
+    assert found.entries == held
+    assert not found.problems["web2"].fatal and "last good" in found.problems["web2"].message
+    # but not when it is another Node, or when another has what it had
+    assert names(of(view(1), view(2, addresses=(), uid="new"), held=held)) == ["web1"]
+    found = of(view(1), view(2, addresses=()), view(3, addresses=("192.0.2.2",)), held=held)
+    assert names(found) == ["web1", "web3"] and found.problems["web2"].fatal
+
+
+def test_static_members() -> None:
+    static = member("rack1", "198.51.100.1", "10.97.200.0/24")
+    found = of(view(1), static=(static,))
+    assert names(found) == ["rack1", "web1"] and found.statics == {"rack1"}
+    held = found.entries
+    # One that is there already goes before a Node, a new one after it.
+    newcomer = view(2, "10.97.200.0/24")
+    found = of(view(1), newcomer, static=(static,), held=held)
+    assert names(found) == ["rack1", "web1"] and found.problems["web2"].reason == "PodCIDRConflict"
+    found = of(view(1), newcomer, static=(static,))
+    assert names(found) == ["web1", "web2"] and found.static[0].node == "rack1"
+
+
+def test_projection() -> None:
+    found = {
+        "metadata": {
+            "name": "web1",
+            "uid": "u",
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+            "labels": {"ovsmesh.io/exclude": "true", "topology.kubernetes.io/zone": "z"},
+            "annotations": {"ovsmesh.io/tunnel-address": " 192.0.2.9 "},
+        },
+        "spec": {"podCIDR": "10.97.1.0/24", "taints": [{"key": "a"}, {"key": "node.ovsmesh.io/agent-not-ready"}]},
+        "status": {
+            "addresses": [{"type": "Hostname", "address": "web1"}, {"type": "InternalIP", "address": "192.0.2.1"}],
+            "conditions": [{"type": "Ready", "status": "True"}, {"type": "NetworkUnavailable", "status": "False"}],
+        },
+    }
+    node = project(found)
+    assert (node.asked, node.excluded, node.taints, node.zone) == ("192.0.2.9", True, (1,), "z")
+    assert node.addresses == ("192.0.2.1",) and node.pod_cidrs == ("10.97.1.0/24",)
+    assert node.network is not None and node.network.status == "False" and node.ready is None
+    bare = project({"metadata": {"name": "x"}})
+    assert bare.pod_cidrs == () and bare.addresses == ()
+
+
+views = st.builds(
+    lambda number, cidr, length, address, created: view(
+        number,
+        f"10.97.{cidr >> (24 - length) << (24 - length)}.0/{length}",
+        addresses=(f"192.0.2.{address}",),
+        created=created,
+    ),
+    st.integers(1, 30),
+    st.integers(0, 15),
+    st.integers(20, 24),
+    st.integers(1, 12),
+    st.integers(0, 5),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(views, max_size=12, unique_by=lambda v: v.name), st.randoms())
+def test_never_two_that_claim_one_thing(nodes: list[NodeView], random: object) -> None:
+    found = of(*nodes)
+    shuffled = list(nodes)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert of(*shuffled) == found
+    addresses = [entry.address for entry in found.entries]
+    assert len(set(addresses)) == len(addresses)
+    networks = [n for entry in found.entries for n in clusters_of(entry.pod_cidrs)[0]]
+    assert not any(a.overlaps(b) for i, a in enumerate(networks) for b in networks[:i])
+    assert {e.name for e in found.entries} | found.problems.keys() == {n.name for n in nodes}
+    # Held by itself it stays as it is.
+    assert of(*nodes, held=found.entries) == found

@@ -1,0 +1,40 @@
+"""Which Nodes' conditions are to be written, as time goes by; writing them is tests/kube's."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from ovsmesh.controller import node_writer
+from ovsmesh.controller.node_conditions import Condition
+from ovsmesh.controller.node_writer import LOST, NodeWriter
+from tests.unit.controller.test_node_conditions import GOOD, NODE, ROSTER
+
+READY = NODE._replace(
+    network=Condition("False", "MeshConverged", ""), ready=Condition("True", "MeshConverged", "its part of the mesh")
+)
+
+
+def test_a_meshnode_deleted_by_hand_takes_no_node_out_until_its_agent_had_its_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(node_writer.time, "monotonic", lambda: now[0])
+    writer = NodeWriter(cast(Any, None), cast(Any, None))
+
+    def due(node: Any = READY, **reports: Any) -> list[str]:
+        writer.survey({"web1": node}, ROSTER, reports)
+        found, _ = sorted(writer._wanted), writer.forget() if node is not READY else None
+        return found
+
+    assert due() == []
+    now[0] += LOST - 1
+    assert due() == []
+    now[0] += 2
+    assert due() == ["web1"]
+    # it came back, and is deleted again: that is counted anew
+    writer.survey({"web1": READY}, ROSTER, {"web1": GOOD})
+    assert due() == []
+    # a Node that was never ready waits for its agent's own word
+    assert due(NODE) == ["web1"]

@@ -1,0 +1,268 @@
+"""The conflist as text, what keeps it from being written, and what other networks' files beside it mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovsmesh.dataplane.cni_config import FILE, File, judge, problems, standing, wanted, words
+from ovsmesh.dataplane.desired import dataplane
+from ovsmesh.dataplane.plan import plan
+from ovsmesh.dataplane.types import Cni, CniPlugin, Dataplane, Observed
+from tests.support.meshkit import FACTS, first, golden, mesh_of, node, want
+
+OLD = ("0.3.0", "0.3.1", "0.4.0")
+DEBIAN = ("0.1.0", "0.2.0", *OLD, "1.0.0")
+NEW = (*DEBIAN, "1.1.0")
+DIR = "/etc/cni/net.d"
+
+
+def cni(kept="", **versions):
+    """Facts with these plugins' versions (a text: why it can't be used); the others are Debian's."""
+    every = {"bridge": DEBIAN, "host_local": DEBIAN, "portmap": DEBIAN, "loopback": DEBIAN} | versions
+    return Cni(
+        DIR,
+        tuple(
+            CniPlugin(name.replace("_", "-"), () if isinstance(v, str) else v, v if isinstance(v, str) else "")
+            for name, v in every.items()
+        ),
+        kept,
+    )
+
+
+def made(mesh=None, **versions):
+    facts = dataclasses.replace(FACTS, cni=cni(**versions))
+    return want(mesh or first(3, key=7), facts=facts).cni
+
+
+def conf(**versions):
+    return json.loads(made(**versions)[FILE])
+
+
+def reasons(**versions):
+    return [(p.reason, p.fatal) for p in problems(cni(**versions))]
+
+
+def test_golden():
+    golden("conflist.json", made()[FILE])
+
+
+def test_golden_with_plugins_of_the_newest_version():
+    golden("conflist-1.1.json", made(bridge=NEW, host_local=NEW, portmap=NEW)[FILE])
+
+
+def test_without_cni_dir_there_is_none():
+    assert want(first(3)).cni == {}
+
+
+def test_a_node_of_one_family_has_one_route():
+    (bridge, _) = json.loads(made(mesh_of(node("web1", "192.0.2.11", "10.97.1.0/24")))[FILE])["plugins"]
+    assert bridge["ipam"]["ranges"] == [[{"subnet": "10.97.1.0/24", "gateway": "10.97.1.1"}]]
+    assert bridge["ipam"]["routes"] == [{"dst": "0.0.0.0/0"}]
+
+
+def test_two_ranges_of_a_family_give_a_pod_one_address():
+    mesh = mesh_of(node("web1", "192.0.2.11", "10.97.1.0/24", "10.97.2.0/24", "fd00:97:1::/64"))
+    (bridge, _) = json.loads(made(mesh)[FILE])["plugins"]
+    assert [[r["gateway"] for r in one] for one in bridge["ipam"]["ranges"]] == [
+        ["10.97.1.1", "10.97.2.1"],
+        ["fd00:97:1::1"],
+    ]
+
+
+def test_a_kernel_without_ipv6_gets_no_ipv6():
+    facts = dataclasses.replace(FACTS, cni=cni(), ipv6=False)
+    assert dict(words(want(first(3), facts=facts).cni[FILE]))["ranges"] == "10.97.1.0/24"
+
+
+@pytest.mark.parametrize(
+    ("versions", "version", "offered"),
+    [
+        ({}, "1.0.0", None),
+        ({"host_local": OLD}, "0.4.0", None),
+        ({"portmap": ("0.3.1", "0.4.0")}, "0.4.0", None),
+        ({"bridge": NEW}, "1.0.0", None),
+        ({"bridge": NEW, "host_local": NEW, "portmap": NEW}, "1.0.0", ["0.4.0", "1.0.0", "1.1.0"]),
+        ({"bridge": ("0.3.0",), "host_local": NEW, "portmap": ("0.3.0",)}, "0.3.0", None),
+        ({"bridge": (*DEBIAN, "9.9.9")}, "1.0.0", None),
+    ],
+)
+def test_the_version_is_the_highest_that_all_plugins_have(versions, version, offered):
+    found = conf(**versions)
+    assert (found["cniVersion"], found.get("cniVersions")) == (version, offered)
+    assert reasons(**versions) == []
+
+
+def test_without_portmap_there_is_a_conflist_all_the_same():
+    assert [p["type"] for p in conf(portmap="not there")["plugins"]] == ["bridge"]
+    assert reasons(portmap="not there") == [("CNIPluginMissing", False)]
+
+
+def test_a_portmap_that_is_too_old_for_the_others_is_left_out():
+    found = conf(portmap=("0.2.0",))
+    assert (found["cniVersion"], len(found["plugins"])) == ("1.0.0", 1)
+    assert reasons(portmap=("0.2.0",)) == [("CNIPluginMissing", False)]
+
+
+def test_loopback_is_the_runtime_s():
+    assert conf(loopback="away") == conf()
+    assert reasons(loopback="away") == [("CNIPluginMissing", False)]
+
+
+@pytest.mark.parametrize("versions", [{"bridge": "away"}, {"host_local": "away"}, {"bridge": ("0.2.0",)}])
+def test_without_a_usable_plugin_there_is_none_and_one_that_is_there_stays(versions):
+    assert made(**versions) == {}
+    assert made(kept="{…}", **versions) == {FILE: "{…}"}
+    ((reason, fatal),) = reasons(**versions)
+    assert reason in ("CNIPluginsMissing", "CNIVersionMissing") and fatal
+
+
+def test_what_lacks_is_said_with_what_to_do():
+    (problem,) = problems(cni(bridge="not in /opt/cni/bin", host_local="/x did not answer"))
+    for text in ("bridge (not in /opt/cni/bin)", "host-local (/x did not answer)", "containernetworking-plugins"):
+        assert text in str(problem)
+
+
+# what is there
+
+
+def judged(found):
+    return judge(DIR, {name: f if isinstance(f, File) else File(f.encode()) for name, f in found.items()})
+
+
+OURS = made()[FILE]
+LIST = '{"cniVersion":"0.3.1","name":"cbr0","plugins":[{"type":"flannel"}]}'
+CONF = '{"cniVersion":"0.3.1","name":"old","type":"bridge"}'
+
+
+def test_ours_is_ours():
+    assert judged({FILE: OURS}) == ({FILE: OURS}, [], [])
+    assert judged({}) == ({}, [], [])
+
+
+def test_ours_that_someone_edited_is_ours():
+    edited = OURS.replace("1462", "1500").replace("1458", "1500")
+    assert judged({FILE: edited})[0] == {FILE: edited}
+
+
+@pytest.mark.parametrize("text", ["", " \n", "{", "[]", "null", '"x"', "\x00\x01", "[" * 100_000])
+def test_what_is_no_network_under_our_name_is_ours_to_mend(text):
+    ours, foreign, _ = judged({FILE: text})
+    assert ours == {FILE: text} and not foreign
+
+
+def test_bytes_that_are_no_text():
+    assert judged({FILE: File(b"\xff\xfe")})[0].keys() == {FILE}
+
+
+@pytest.mark.parametrize("held", [LIST, "{}", '{"name":7}', File(b"", "is a FIFO, not a regular file")])
+def test_another_network_under_our_name_is_named_and_stays(held):
+    ours, (foreign,), _ = judged({FILE: held})
+    assert not ours and foreign.kind == "cni" and foreign.key == FILE and foreign.blocks
+    todo = plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(), (foreign,)))
+    assert not todo.steps and "blocked" in str(todo) and f"{DIR}/{FILE}" in str(todo)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("10-flannel.conflist", LIST, "network cbr0 wins"),
+        ("05-cilium.conf", CONF, "network old wins"),
+        ("00-x.json", CONF, "network old wins"),
+        ("00-x.conflist", "{", "is not JSON, and containerd stops at it"),
+        ("00-x.conflist", CONF, "names no plugins"),
+        ("00-x.conflist", '{"name":"a","plugins":[]}', "names no plugins"),
+        ("00-x.conflist", '{"name":"a","plugins":[{"type":7}]}', "names no plugins"),
+        ("00-x.conf", LIST, "no plugin type"),
+        ("00-x.conf", "", "is empty"),
+        ("00-x.conf", File(b"", "is a FIFO, not a regular file"), "can't be read: is a FIFO"),
+    ],
+)
+def test_a_file_before_ours_wins_and_is_said_to(name, text, says):
+    _, foreign, (problem,) = judged({name: text, FILE: OURS})
+    assert not foreign
+    assert problem.reason == "CNIOverruled" and problem.fatal
+    assert says in str(problem) and f"{DIR}/{name}" in str(problem)
+
+
+def test_files_after_ours_are_named_in_one_line():
+    _, _, (problem,) = judged({FILE: OURS} | {f"{n}-x.conf": CONF for n in range(87, 99)})
+    assert problem.reason == "CNILeftover" and not problem.fatal
+    assert "and 9 more" in str(problem) and "not used" in str(problem)
+
+
+def test_a_file_after_ours_is_used_while_ours_is_away():
+    _, _, (problem,) = judged({"87-podman-bridge.conflist": LIST})
+    assert "used until" in str(problem)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.sampled_from(["name", "type", "plugins", "ipam", "ranges"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@given(json_values, st.sampled_from([FILE, "00-a.conf", "00-a.conflist", "99-a.json"]))
+def test_whatever_json_lies_there_is_judged_and_told(value, name):
+    text = json.dumps(value)
+    ours, foreign, said = judged({name: text})
+    assert [*ours, *foreign, *said]
+    for one in ours.values():
+        str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: one}))))
+
+
+@pytest.mark.parametrize("evil", ["\\ud800", "\\u001b[2J", "a\\nb", "x" * 10_000])
+def test_others_words_steer_no_terminal_and_break_no_log(evil):
+    odd = OURS.replace('"1.0.0"', f'"{evil}"').replace('"portmap"', f'"{evil}"').replace("10.97.1.0/24", evil)
+    lines = [*map(str, judged({"00-x.conflist": LIST.replace("cbr0", evil)})[2])]
+    lines += [*map(str, judged({FILE: LIST.replace("cbr0", evil)})[1])]
+    lines.append(str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: odd})))))
+    lines.append(str(standing(cni(), {FILE: OURS}, {FILE: odd})))
+    for line in lines:
+        assert line.isprintable() and len(line.encode()) < 1000, line
+
+
+@given(st.binary(max_size=64))
+def test_whatever_bytes_lie_there_are_judged(data):
+    ours, foreign, _ = judged({FILE: File(data)})
+    assert bool(ours) != bool(foreign)
+
+
+# what is told
+
+
+def test_a_plan_tells_what_is_written_and_what_differs():
+    has = Observed(Dataplane())
+    (line,) = plan(Dataplane(cni={FILE: OURS}), has).lines()
+    assert line == (
+        f"+ cni {FILE} network ovsmesh version 1.0.0 mtu 1458 ranges 10.97.1.0/24,fd00:97:1::/64 "
+        "plugins bridge,host-local,portmap"
+    )
+    edited = OURS.replace("1458", "1500")
+    assert str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: edited})))) == (
+        f"~ cni {FILE} mtu 1500 → 1458"
+    )
+    odd = OURS.replace('"hairpinMode": true', '"hairpinMode": false')
+    assert str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: odd})))) == f"~ cni {FILE} text differs"
+
+
+def test_the_standing():
+    full = {FILE: OURS}
+    assert str(standing(cni(), full, full)) == (f"{DIR}/{FILE} (written; version 1.0.0; bridge, host-local, portmap)")
+    assert standing(cni(), full, {}).state == "waits"
+    assert standing(cni(), full, {FILE: "{}"}).state == "differs"
+    assert str(standing(cni(bridge="away"), {}, {})) == f"{DIR}/{FILE} (none)"
+    assert standing(cni(kept=OURS, bridge="away"), full, full).state == "kept"
+    assert wanted(cni(kept=OURS, bridge="away"), [], [], 1) == full
+
+
+def test_facts_are_compared_by_value():
+    assert cni() == cni() and cni() != cni(bridge=OLD)
+    assert dataplane(first(2), "web1", dataclasses.replace(FACTS, cni=cni()))[1] == ()

@@ -1,0 +1,127 @@
+"""The wanted filter rules, as text."""
+
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from ovsmesh.dataplane.firewall_rules import CHAINS, digest, peer_set, rules, within
+from ovsmesh.dataplane.types import Facts
+from ovsmesh.mesh.types import Mesh, Node
+
+ME = Node("web1", ip_address("192.0.2.11"), (ip_network("10.97.1.0/24"), ip_network("fd00:97:1::/64")))
+MESH = Mesh((ip_network("10.97.0.0/16"), ip_network("fd00:97::/32")), (ME,))
+
+
+def shown(found):
+    return [f"{' '.join(key)}: {rule.text}" for key, rule in found.items()]
+
+
+def test_golden_dual_stack():
+    enters = 'meta ibrname "kbr0" iifname != "obr0"'
+    assert shown(rules(MESH, ME, Facts())) == [
+        "inet postrouting masquerade-v4: ip saddr { 10.97.1.0/24 } "
+        'ip daddr != { 10.97.0.0/16, 224.0.0.0/4, 255.255.255.255 } oifname != "kbr0" masquerade fully-random',
+        "inet postrouting masquerade-v6: ip6 saddr { fd00:97:1::/64 } "
+        'ip6 daddr != { fd00:97::/32, ff00::/8 } oifname != "kbr0" masquerade fully-random',
+        'inet input tunnel-from-pod: iifname "kbr0" ip daddr 192.0.2.11 meta l4proto gre @th,16,16 0x6558 drop',
+        "inet input tunnel-not-peer: ip daddr 192.0.2.11 meta l4proto gre @th,16,16 0x6558 ip saddr != @peers4 drop",
+        'inet forward tunnel-from-pod: iifname "kbr0" ip daddr @peers4 meta l4proto gre @th,16,16 0x6558 drop',
+        f"bridge prerouting spoof-range-v4: {enters} ip saddr {{ 10.97.0.0/16 }} ip saddr != {{ 10.97.1.0/24 }} drop",
+        f"bridge prerouting spoof-gateway-v4: {enters} ip saddr {{ 10.97.1.1 }} drop",
+        f"bridge prerouting spoof-tunnel-v4: {enters} ip saddr 192.0.2.11 drop",
+        f"bridge prerouting spoof-peer-v4: {enters} ip saddr @peers4 drop",
+        f"bridge prerouting spoof-range-arp: {enters} "
+        "arp saddr ip { 10.97.0.0/16 } arp saddr ip != { 10.97.1.0/24 } drop",
+        f"bridge prerouting spoof-gateway-arp: {enters} arp saddr ip {{ 10.97.1.1 }} drop",
+        f"bridge prerouting spoof-tunnel-arp: {enters} arp saddr ip 192.0.2.11 drop",
+        f"bridge prerouting spoof-peer-arp: {enters} arp saddr ip @peers4 drop",
+        f"bridge prerouting spoof-range-v6: {enters} "
+        "ip6 saddr { fd00:97::/32 } ip6 saddr != { fd00:97:1::/64 } drop",
+        f"bridge prerouting spoof-gateway-v6: {enters} ip6 saddr {{ fd00:97:1::1 }} drop",
+        f"bridge prerouting spoof-gateway-nd: {enters} "
+        "icmpv6 type nd-neighbor-advert @th,64,128 0xfd000097000100000000000000000001 drop",
+    ]
+
+
+def test_golden_docker():
+    found = rules(MESH, ME, Facts(forward_drop=("iptables",)))
+    assert [line for line in shown(found) if line.startswith("ip")] == [
+        "iptables FORWARD mesh-out: -i kbr0 -o kbr0 -s 10.97.1.0/24 -d 10.97.0.0/16 -j ACCEPT",
+        "iptables FORWARD mesh-in: -i kbr0 -o kbr0 -d 10.97.1.0/24 -j ACCEPT",
+        "iptables FORWARD leave: -i kbr0 ! -o kbr0 -s 10.97.1.0/24 -j ACCEPT",
+        "iptables FORWARD return: -o kbr0 -d 10.97.1.0/24 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+    ]
+
+
+def test_no_ipv6_in_the_kernel_no_ipv6_rules():
+    assert not [
+        line for line in shown(rules(MESH, ME, Facts(ipv6=False, forward_drop=("ip6tables",)))) if "ip6" in line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("encapsulation", "key", "match"),
+    [
+        ("gre", 7, "meta l4proto gre @th,16,16 0x6558"),
+        ("vxlan", 7, "udp dport 4789 @th,96,24 7"),
+        ("vxlan", None, "udp dport 4789 @th,96,24 0"),
+        ("geneve", 9, "udp dport 6081 @th,96,24 9"),
+    ],
+)
+def test_encapsulations(encapsulation, key, match):
+    found = rules(replace(MESH, encapsulation=encapsulation, key=key), ME, Facts())
+    assert found["inet", "input", "tunnel-not-peer"].text == f"ip daddr 192.0.2.11 {match} ip saddr != @peers4 drop"
+
+
+def test_ipv6_underlay_uses_its_own_set():
+    me = replace(ME, address=ip_address("2001:db8::11"))
+    found = rules(MESH, me, Facts())
+    assert peer_set(me) == ("2001:db8::11", "peers6")
+    assert found["inet", "input", "tunnel-not-peer"].text.endswith("ip6 saddr != @peers6 drop")
+    assert ("bridge", "prerouting", "spoof-tunnel-v6") in found
+    assert ("bridge", "prerouting", "spoof-tunnel-v4") not in found
+
+
+def test_overlapping_ranges_are_merged():
+    mesh = replace(MESH, cluster_cidrs=(ip_network("10.97.1.0/24"), ip_network("10.96.0.0/15")))
+    text = rules(mesh, ME, Facts())["inet", "postrouting", "masquerade-v4"].text
+    assert "ip daddr != { 10.96.0.0/15, 224.0.0.0/4, 255.255.255.255 }" in text
+
+
+def test_several_ranges_have_names_of_their_own():
+    me = replace(ME, pod_cidrs=(ip_network("10.97.1.0/24"), ip_network("10.98.1.0/24")))
+    mesh = replace(MESH, cluster_cidrs=(ip_network("10.97.0.0/16"), ip_network("10.98.0.0/16")))
+    names = [key[2] for key in rules(mesh, me, Facts(forward_drop=("iptables",))) if key[0] == "iptables"]
+    assert names == [
+        *("mesh-out", "mesh-out-to-2", "mesh-in", "leave", "return"),
+        *("mesh-out-2", "mesh-out-2-to-2", "mesh-in-2", "leave-2", "return-2"),
+    ]
+
+
+def test_names_fit_a_comment_and_chains_are_known():
+    for key in rules(MESH, ME, Facts(forward_drop=("iptables", "ip6tables"))):
+        assert key[0].endswith("tables") or key[:2] in CHAINS
+        assert len(key[2]) < 60 and key[2].replace("-", "").isalnum()
+
+
+def test_digest_covers_chain_and_text():
+    found = rules(MESH, ME, Facts())
+    assert len({digest(key, rule) for key, rule in found.items()}) == len(found)
+    (key, rule) = next(iter(found.items()))
+    assert digest(key, rule) == digest(key, rule._replace(text=str(rule.text)))
+    assert digest(("inet", "input", key[2]), rule) != digest(key, rule)
+
+
+def test_within_leaves_out_what_is_lacking():
+    found = rules(MESH, ME, Facts(forward_drop=("iptables",)))
+    assert within(found, ()) == found
+    assert {key[0] for key in within(found, ["nft"])} == {"iptables"}
+    assert {key[0] for key in within(found, ["bridge", "iptables"])} == {"inet"}
+    assert {key[1] for key in within(found, ["inet postrouting", "bridge", "iptables"])} == {"input", "forward"}
+
+
+def test_within_without_the_bridge_name():
+    found = [line for line in shown(within(rules(MESH, ME, Facts()), ["ibrname"])) if line.startswith("bridge")]
+    assert len(found) == 7 and all('meta iifkind "veth" iifname != "obr0"' in line for line in found)
+    assert not any("peers" in line or "192.0.2" in line for line in found)

@@ -1,0 +1,396 @@
+"""The ordered difference, what it says of itself, and the brake."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from ovsmesh.dataplane.plan import due, plan
+from ovsmesh.dataplane.types import FALLBACK_METRIC, KBR, KINDS, OBR, Dataplane, Foreign, Port, Route, Rule
+from ovsmesh.errors import Problem
+from tests.support.meshkit import first, golden, node, numbered, seen, want
+from tests.support.meshkit import mesh_of as mesh
+
+EMPTY = Dataplane()
+FULL = want(first(3, key=7))
+LONER = want(first(1, key=7))
+
+
+def lines(*args, **named):
+    return str(plan(*args, **named)).splitlines()
+
+
+def without(dataplane, kind, *keys):
+    return replace(dataplane, **{kind: {k: v for k, v in getattr(dataplane, kind).items() if k not in keys}})
+
+
+def with_(dataplane, kind, key, value):
+    return replace(dataplane, **{kind: {**getattr(dataplane, kind), key: value}})
+
+
+def changed(dataplane, kind, part, /, **words):
+    return with_(dataplane, kind, part, getattr(dataplane, kind)[part]._replace(**words))
+
+
+# what it says
+
+
+def test_golden_from_nothing():
+    golden("plan-from-nothing.txt", f"{plan(FULL, seen(EMPTY))}\n")
+
+
+def test_golden_one_peer_joins():
+    golden("plan-peer-joins.txt", f"{plan(want(first(3, key=7)), seen(want(first(2, key=7))))}\n")
+
+
+def test_golden_one_peer_leaves():
+    golden("plan-peer-leaves.txt", f"{plan(want(first(2, key=7)), seen(want(first(3, key=7))))}\n")
+
+
+def test_golden_all_goes():
+    golden("plan-all-goes.txt", f"{plan(EMPTY, seen(FULL), confirmed=True)}\n")
+
+
+@pytest.mark.parametrize(
+    ("have", "line"),
+    [
+        (changed(FULL, "links", KBR, mtu=1500), "~ link kbr0 mtu 1500 → 1458"),
+        (changed(FULL, "links", KBR, mac="02:00:00:00:00:01"), "~ link kbr0 mac 02:00:00:00:00:01 → 0a:58:0a:61:01:01"),
+        (changed(FULL, "links", KBR, up=False), "~ link kbr0 state down → up"),
+        (changed(FULL, "links", OBR, master=""), "~ link obr0 master none → kbr0"),
+        (changed(FULL, "links", OBR, quiet=False), "~ link obr0 flooding on → off"),
+        (
+            changed(FULL, "links", OBR, mtu=1500, up=False, quiet=False),
+            "~ link obr0 mtu 1500 → 1458, state down → up, flooding on → off",
+        ),
+        (changed(FULL, "bridges", OBR, fail_mode="secure"), "~ bridge obr0 fail-mode secure → standalone"),
+        (changed(FULL, "bridges", OBR, datapath_type="netdev"), "~ bridge obr0 datapath netdev → system"),
+        (changed(FULL, "bridges", OBR, mtu_request=0), "~ bridge obr0 mtu 0 → 1458"),
+        (changed(FULL, "ports", "gre-web2", remote="192.0.2.99"), "~ port gre-web2 remote 192.0.2.99 → 192.0.2.12"),
+        (changed(FULL, "ports", "gre-web2", key=""), "~ port gre-web2 key none → 7"),
+        (changed(FULL, "ports", "gre-web2", protected=False), "~ port gre-web2 protected no → yes"),
+        (
+            changed(FULL, "ports", "gre-web2", type="gre with [('csum', 'true')]"),
+            "~ port gre-web2 type gre with [('csum', 'true')] → gre",
+        ),
+        (
+            changed(FULL, "routes", ("10.97.2.0/24", 111), via="10.97.3.1", mtu=0),
+            "~ route 10.97.2.0/24 via 10.97.3.1 → 10.97.2.1, mtu none → 1458",
+        ),
+        (
+            with_(FULL, "neighbours", "10.97.2.1", "0a:58:00:00:00:00"),
+            "~ neighbour 10.97.2.1 lladdr 0a:58:00:00:00:00 → 0a:58:0a:61:02:01",
+        ),
+        (with_(FULL, "fdb", "0a:58:0a:61:02:01", "veth1"), "~ fdb 0a:58:0a:61:02:01 dev veth1 → obr0"),
+        (with_(FULL, "addresses", "10.97.1.1/24", OBR), "~ address 10.97.1.1/24 dev obr0 → kbr0"),
+        (with_(FULL, "filter_peers", "192.0.2.12", "x"), "~ filter-peer 192.0.2.12 in x → peers4"),
+        (with_(FULL, "flows", "0 ", "NORMAL"), "~ flow priority=0 → drop"),
+        (with_(FULL, "sysctls", "net/ipv4/ip_forward", "0"), "~ sysctl net/ipv4/ip_forward 0 → 1"),
+        (without(FULL, "sysctls", "net/ipv4/ip_forward"), "~ sysctl net/ipv4/ip_forward (absent) → 1"),
+        (without(FULL, "ports", "gre-web2"), "+ port gre-web2 remote 192.0.2.12"),
+        (
+            without(FULL, "routes", ("10.97.2.0/24", 111)),
+            "+ route 10.97.2.0/24 via 10.97.2.1 dev kbr0 mtu 1458",
+        ),
+        (
+            without(FULL, "routes", ("10.97.0.0/16", FALLBACK_METRIC)),
+            "+ route 10.97.0.0/16 type unreachable",
+        ),
+        (without(FULL, "neighbours", "fd00:97:2::1"), "+ neighbour fd00:97:2::1 lladdr 0a:58:0a:61:02:01"),
+        (without(FULL, "fdb", "0a:58:0a:61:02:01"), "+ fdb 0a:58:0a:61:02:01 dev obr0"),
+        (without(FULL, "addresses", "10.97.1.1/24"), "+ address 10.97.1.1/24 dev kbr0"),
+        (without(FULL, "filter_peers", "192.0.2.12"), "+ filter-peer 192.0.2.12 in peers4"),
+        (without(FULL, "flows", "0 "), "+ flow priority=0 → drop"),
+        (
+            without(FULL, "flows", "100 dl_dst=0a:58:0a:61:02:01,in_port=LOCAL"),
+            "+ flow priority=100,dl_dst=0a:58:0a:61:02:01,in_port=LOCAL → output:gre-web2",
+        ),
+        (with_(FULL, "flows", "50 tcp", "NORMAL"), "- flow priority=50,tcp not in the mesh"),
+        (with_(FULL, "addresses", "10.97.8.1/24", KBR), "- address 10.97.8.1/24"),
+        (with_(FULL, "rules", ("inet", "input", "old"), Rule("drop")), "- rule inet input old"),
+        (
+            with_(FULL, "rules", ("inet", "input", "tunnel-from-pod"), Rule("digest 123")),
+            '~ rule inet input tunnel-from-pod: iifname "kbr0" ip daddr 192.0.2.11 '
+            "meta l4proto gre @th,16,16 0x6558 drop",
+        ),
+        (
+            with_(FULL, "restore_wait", "flow-restore-wait", True),
+            "- ovs flow-restore-wait cleared: its flows are back",
+        ),
+        (
+            with_(FULL, "routes", ("10.99.0.0/16", FALLBACK_METRIC), Route("unreachable")),
+            "- route 10.99.0.0/16",
+        ),
+        (
+            with_(FULL, "ports", "vx-web2", Port("vxlan", "192.0.2.12", "192.0.2.11", "", "web2", "")),
+            "- port vx-web2 replaced at peer (web2)",
+        ),
+    ],
+)
+def test_one_difference_is_one_line(have, line):
+    assert lines(FULL, seen(have)) == [line]
+
+
+def test_sysctls_of_others_are_left_alone():
+    assert not plan(FULL, seen(with_(FULL, "sysctls", "net/ipv4/tcp_ecn", "1")))
+
+
+def test_rules_in_another_order_are_a_change():
+    turned = replace(FULL, rules=dict(reversed(FULL.rules.items())))
+    assert [step.kind for step in plan(FULL, seen(turned)).steps] == ["rules"]
+
+
+def test_a_plan_is_true_when_there_is_something_to_do():
+    assert plan(FULL, seen(EMPTY))
+    assert not plan(FULL, seen(FULL)) and str(plan(FULL, seen(FULL))) == ""
+
+
+# the order
+
+
+def test_additions_in_the_order_of_kinds_and_removals_in_reverse():
+    whole = replace(FULL, docker={"bridge": KBR}, cni={"10-ovsmesh.conflist": "{}"})
+    up = [step.kind for step in plan(whole, seen(EMPTY)).steps]
+    down = [step.kind for step in plan(EMPTY, seen(whole), confirmed=True).steps]
+    kinds = [kind for kind in KINDS if kind != "restore_wait"]
+    assert list(dict.fromkeys(up)) == kinds
+    assert list(dict.fromkeys(down)) == [kind for kind in reversed(kinds) if kind != "sysctls"]
+
+
+def test_what_carries_is_there_before_what_uses_it():
+    order = ["bridges", "links", "ports", "flows", "neighbours", "fdb", "routes"]
+    up = [step.kind for step in plan(FULL, seen(EMPTY)).steps]
+    down = [step.kind for step in plan(EMPTY, seen(FULL), confirmed=True).steps]
+    for before, after in itertools.pairwise(order):
+        assert max(i for i, k in enumerate(up) if k == before) < up.index(after)
+        assert max(i for i, k in enumerate(down) if k == after) < down.index(before)
+
+
+def test_a_peer_is_replaced_without_a_gap():
+    # web2 moves to another address and name: what is new stands before anything old goes
+    moved = replace(numbered(2), name="web9", address=node("x", "192.0.2.99", "10.0.0.0/8").address)
+    steps = plan(want(mesh(numbered(1), moved, numbered(3))), seen(want(first(3)))).steps
+    ops = [step.op for step in steps]
+    assert ops == sorted(ops, key="+~-".index) or "-" not in ops[: ops.index("-")]
+    assert "-" not in ops[: max(i for i, op in enumerate(ops) if op != "-")]
+
+
+def test_the_switch_is_told_that_its_flows_are_back_only_after_they_are():
+    have = with_(replace(FULL, flows={}), "restore_wait", "flow-restore-wait", True)
+    kinds = [step.kind for step in plan(FULL, seen(have)).steps]
+    assert kinds == ["flows"] * len(FULL.flows) + ["restore_wait"]
+
+
+# why
+
+
+def test_what_goes_says_whose_it_was():
+    steps = plan(want(first(2)), seen(want(first(3)))).steps
+    assert {step.why for step in steps} == {"peer left (web3)"}
+    assert {step.kind for step in steps} == {"filter_peers", "ports", "flows", "neighbours", "fdb", "routes"}
+
+
+def test_a_peer_that_stays_is_not_said_to_have_left():
+    fewer = replace(numbered(2), pod_cidrs=numbered(2).pod_cidrs[:1])
+    steps = plan(want(mesh(numbered(1), fewer)), seen(want(first(2)))).steps
+    assert len(steps) == 3
+    assert {step.why for step in steps} == {"replaced at peer (web2)"}
+
+
+# the brake
+
+
+def mesh_without(count, *left):
+    return want(mesh(*(numbered(n) for n in range(1, count + 1) if n not in left)))
+
+
+@pytest.mark.parametrize(
+    ("peers", "gone", "confirmed", "held"),
+    [
+        (1, 1, False, False),
+        (2, 2, False, False),
+        (3, 2, False, False),
+        (3, 3, False, True),
+        (6, 2, False, False),
+        # exactly a third goes, one more is held
+        (9, 3, False, False),
+        (8, 3, False, True),
+        (9, 4, False, True),
+        (12, 4, False, False),
+        (12, 5, False, True),
+        (12, 12, False, True),
+        (8, 3, True, False),
+        (12, 12, True, False),
+    ],
+)
+def test_brake(peers, gone, confirmed, held):
+    left = range(2, 2 + gone)
+    have = want(first(peers + 1))
+    found = plan(mesh_without(peers + 1, *left), seen(have), confirmed)
+    assert found.held_peers == (tuple(sorted(f"web{n}" for n in left)) if held else ())
+    # a peer is a port, four flows, two neighbours, two routes, an FDB entry and a filter entry
+    assert len(found.held if held else found.steps) == gone * 11
+    assert not (found.steps if held else found.held)
+
+
+def test_brake_holds_removals_alone():
+    # four leave, one joins, one is repaired, a rule of no peer goes
+    have = with_(want(first(6)), "rules", ("inet", "input", "old"), Rule("drop"))
+    have = without(have, "routes", ("10.97.6.0/24", 111))
+    found = plan(want(mesh(numbered(1), numbered(6), numbered(7))), seen(have))
+    assert found.held_peers == ("web2", "web3", "web4", "web5")
+    assert {step.why for step in found.held} == {f"peer left ({name})" for name in found.held_peers}
+    assert sum(step.op == "+" for step in found.steps) == 11 + 1
+    assert [str(step) for step in found.steps if step.op == "-"] == ["- rule inet input old"]
+
+
+def test_held_removals_are_shown_as_such():
+    text = lines(mesh_without(4, 2, 3, 4), seen(want(first(4))))
+    assert len(text) == 33 and all(line.startswith("= held ") for line in text)
+    assert "= held port gre-web2 peer left (web2)" in text
+
+
+def test_brake_counts_peers_that_are_there():
+    # nine have left the mesh, but eight of them were removed before: one goes
+    have = want(mesh(numbered(1), numbered(2), numbered(3)))
+    assert not plan(mesh_without(11, *range(3, 12)), seen(have)).held
+
+
+def test_peers_that_are_renumbered_do_not_leave():
+    moved = [replace(numbered(n), pod_cidrs=numbered(n + 100).pod_cidrs) for n in (2, 3, 4)]
+    found = plan(want(mesh(numbered(1), *moved)), seen(want(first(4))))
+    assert not found.held
+    assert {step.why for step in found.steps if step.op == "-"} == {f"replaced at peer (web{n})" for n in (2, 3, 4)}
+
+
+def test_brake_holds_when_ports_were_deleted_before():
+    have = replace(want(first(10)), ports={})
+    assert plan(want(first(1)), seen(have)).held
+
+
+def test_brake_holds_when_ports_are_unknown():
+    # ovsdb-server is away: the kernel's part of the peers is as much theirs as before
+    have = replace(want(first(10)), bridges={}, ports={}, flows={})
+    found = plan(want(first(1)), seen(have, unknown=("bridges", "ports", "flows", "restore_wait")))
+    assert not [step for step in found.steps if step.kind in ("routes", "neighbours", "fdb")]
+
+
+# what is not ours, what is not known
+
+
+def test_foreign_kbr0_blocks_everything():
+    found = plan(FULL, seen(without(EMPTY, "links"), Foreign("links", KBR, "bridge kbr0 is not ours")))
+    assert found.steps == ()
+    assert str(found) == "! link kbr0 blocked: bridge kbr0 is not ours"
+
+
+def test_foreign_obr0_blocks_everything_of_both_sides():
+    have = replace(EMPTY, links={KBR: FULL.links[KBR]}, routes={("10.97.9.0/24", 111): Route("unicast", "10.97.9.1")})
+    found = plan(FULL, seen(have, Foreign("bridges", OBR, "OVS bridge obr0 is not ours")))
+    assert found.steps == () and found.held == ()
+    assert str(found) == "! bridge obr0 blocked: OVS bridge obr0 is not ours"
+
+
+def test_cleanup_is_not_stopped_by_a_foreign_bridge():
+    # someone put a kbr0 of theirs in the place of ours; the rest of ours is still there and still ours
+    have = without(FULL, "links", KBR)
+    found = plan(EMPTY, seen(have, Foreign("links", KBR, "bridge kbr0 is not ours")), confirmed=True)
+    assert {(step.kind, step.key) for step in found.steps} >= {
+        ("bridges", OBR),
+        ("routes", ("10.97.0.0/16", FALLBACK_METRIC)),
+    }
+    assert not [step for step in found.steps if step.key == KBR]
+
+
+def test_a_foreign_route_blocks_its_own_and_nothing_else():
+    have = without(FULL, "routes", *FULL.routes)
+    found = plan(FULL, seen(have, Foreign("routes", "10.97.2.0/24", "route 10.97.2.0/24 via 192.0.2.1 is not ours")))
+    assert [str(b) for b in found.blocked] == [
+        "! route 10.97.2.0/24 blocked: route 10.97.2.0/24 via 192.0.2.1 is not ours"
+    ]
+    assert {step.key for step in found.steps} == set(FULL.routes) - {("10.97.2.0/24", 111)}
+
+
+def test_a_foreign_route_to_a_cluster_range_does_not_take_the_fallback_away():
+    have = without(FULL, "routes", ("10.97.0.0/16", FALLBACK_METRIC))
+    found = plan(FULL, seen(have, Foreign("routes", "10.97.0.0/16", "is not ours")))
+    assert [step.key for step in found.steps] == [("10.97.0.0/16", FALLBACK_METRIC)]
+
+
+def test_a_foreign_route_beside_ours_is_named_and_both_stay():
+    found = plan(FULL, seen(FULL, Foreign("routes", "10.97.2.0/24", "is not ours")))
+    assert not found.steps
+    assert str(found) == "! route 10.97.2.0/24 blocked: is not ours"
+
+
+def test_a_foreign_port_blocks_its_name_only():
+    have = without(FULL, "ports", "gre-web2", "gre-web3")
+    found = plan(FULL, seen(have, Foreign("ports", "gre-web2", "port gre-web2 is not ours")))
+    assert [step.key for step in found.steps] == ["gre-web3"]
+    assert [b.step.key for b in found.blocked] == ["gre-web2"]
+
+
+def test_what_is_merely_near_blocks_nothing():
+    have = without(FULL, "flows", "0 ")
+    found = plan(FULL, seen(have, Foreign("flows", "0 ", "flow of someone", blocks=False)))
+    assert [step.key for step in found.steps] == ["0 "] and not found.blocked
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_planned_for_what_can_not_be_seen(kind):
+    for wanted, have in ((FULL, EMPTY), (EMPTY, FULL)):
+        known = plan(wanted, seen(have), confirmed=True)
+        blind = plan(wanted, seen(have, unknown=(kind,)), confirmed=True)
+        assert [s for s in known.steps if s.kind != kind] and not [s for s in blind.steps if s.kind == kind]
+        # the words that say whose a part was may be lost with it, the steps not
+        assert [s[:5] for s in blind.steps] == [s[:5] for s in known.steps if s.kind != kind]
+
+
+# what waits
+
+CNI = replace(FULL, cni={"10-ovsmesh.conflist": "{}"})
+FATAL, MILD = Problem("DatabaseDown", "no"), Problem("FilterUnavailable", "no", fatal=False)
+
+
+def kinds(todo):
+    return {step.kind for step in todo.steps}
+
+
+def test_a_conflist_waits_for_all_else():
+    todo = plan(CNI, seen(EMPTY))
+    assert [s.kind for s in todo.steps][-1] == "cni"
+    assert kinds(due(todo, ())) == kinds(todo) - {"cni"}
+    alone = plan(CNI, seen(FULL))
+    assert due(alone, ()) is alone and kinds(alone) == {"cni"}
+
+
+@pytest.mark.parametrize(
+    ("problem", "waits"),
+    [(FATAL, True), (MILD, False), (Problem("CNIOverruled", "x"), False), (Problem("DockerX", "x"), False)],
+)
+def test_a_conflist_waits_for_what_is_fatal_and_not_of_containers(problem, waits):
+    alone = plan(CNI, seen(FULL))
+    assert due(alone, (problem,)).steps == (() if waits else alone.steps)
+
+
+def test_a_conflist_waits_for_what_is_blocked():
+    key = next(k for k, r in FULL.routes.items() if r.type == "unicast")
+    blocked = plan(CNI, seen(without(FULL, "routes", key), Foreign("routes", key[0], "theirs")))
+    assert blocked.blocked and kinds(blocked) == {"cni"} and not due(blocked, ()).steps
+
+
+def test_a_conflist_does_not_wait_for_docker():
+    todo = plan(replace(CNI, docker={"bridge": KBR}), seen(FULL))
+    assert kinds(due(todo, ())) == {"docker", "cni"}
+
+
+def test_a_conflist_is_changed_last_and_removed_first():
+    old = replace(FULL, cni={"10-ovsmesh.conflist": "old"})
+    assert not due(plan(CNI, seen(without(old, "sysctls", "net/ipv4/ip_forward"))), ()).steps[1:]
+    gone = plan(EMPTY, seen(CNI), confirmed=True)
+    assert gone.steps[0].kind == "cni" and due(gone, (FATAL,)) is gone
+
+
+def test_a_kbr0_that_the_bridge_plugin_made_is_told():
+    (line,) = lines(FULL, seen(changed(FULL, "links", KBR, unmarked=True, mac="02:00:00:00:00:01")))
+    assert line == "~ link kbr0 mac 02:00:00:00:00:01 → 0a:58:0a:61:01:01, alias none → ovsmesh"

@@ -1,0 +1,185 @@
+"""The report of a node: golden texts, and what must hold for any."""
+
+import json
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from ovsmesh.dataplane import desired as meshes
+from ovsmesh.dataplane.plan import Plan, plan
+from ovsmesh.dataplane.report import Runtime, Traffic, age, report
+from ovsmesh.dataplane.report_text import clean, render_text
+from ovsmesh.dataplane.types import Dataplane, Facts, Foreign, Observed
+from ovsmesh.errors import Problem
+from ovsmesh.mesh.types import Mesh, Node
+
+NOW = 1_800_000_000.0
+NODES = tuple(
+    Node(f"web{n}", ip_address(f"192.0.2.1{n}"), (ip_network(f"10.97.{n}.0/24"),), uid=f"uid-{n}") for n in (1, 2, 3)
+)
+MESH = Mesh((ip_network("10.97.0.0/16"),), NODES)
+FACTS = Facts(underlay_mtu=1500)
+RUNTIME = Runtime(
+    NOW,
+    agent_since=NOW - 3725,
+    agent_version="0.1.0",
+    ovs_version="3.1.0",
+    mesh_from="/etc/ovsmesh/mesh.yaml",
+    mesh_since=NOW - 185,
+    last_change={"web2": (NOW - 61, "+ port gre-web2")},
+)
+
+
+def copy(dataplane, **changes):
+    return replace(dataplane, **{kind: dict(parts) for kind, parts in changes.items()})
+
+
+def wanted(mesh=MESH):
+    return meshes.dataplane(mesh, "web1", FACTS)
+
+
+def made(mesh=MESH, observed=None, runtime=RUNTIME, problems=()):
+    want, refused = wanted(mesh)
+    have = observed or Observed(want)
+    todo = plan(want, have)
+    wiring = meshes.wiring(mesh, mesh.nodes[0], FACTS)
+    parts = meshes.peers(mesh, mesh.nodes[0], wiring)[0]
+    every = (*problems, *refused, *have.problems)
+    converged = not (todo.steps or todo.blocked or todo.held or any(p.fatal for p in have.problems))
+    traffic = {"gre-web2": Traffic(12, 34, 1200, 3400, 0)}
+    return report(mesh, "web1", FACTS, want, have, todo, every, converged, parts, traffic, runtime)
+
+
+def test_golden_converged():
+    assert render_text(made()).splitlines() == [
+        "web1 is converged: all 2 peers ok",
+        "",
+        "  node          web1 192.0.2.11 gre",
+        "  pod CIDRs     10.97.1.0/24 (gateway 10.97.1.1)",
+        "  MTU           1462 (underlay 1500 − 38 of gre)",
+        "  Open vSwitch  3.1.0, datapath system",
+        "  agent         0.1.0 running for 1h2m (since 2027-01-15T06:57:55Z)",
+        "  mesh          /etc/ovsmesh/mesh.yaml, read 3m5s ago",
+        "",
+        "CONDITION    STATUS  REASON    MESSAGE",
+        "Converged    True    AsWanted",
+        "Degraded     False   AsWanted",
+        "MeshCurrent  True    Read      from /etc/ovsmesh/mesh.yaml",
+        "",
+        "PEER  ADDRESS     POD CIDRS     PORT      RX  TX  ERRORS  CHANGED  STATE",
+        "web2  192.0.2.12  10.97.2.0/24  gre-web2  12  34       0     1m1s  ok",
+        "web3  192.0.2.13  10.97.3.0/24  gre-web3   -   -       -        -  ok",
+    ]
+
+
+def test_golden_degraded():
+    want, _ = wanted()
+    routes = {key: value for key, value in want.routes.items() if key[0] != "10.97.3.0/24"}
+    ports = {name: port for name, port in want.ports.items() if name != "gre-web3"}
+    foreign = Foreign("routes", "10.97.3.0/24", "a foreign route 10.97.3.0/24 via 192.0.2.254 dev eth0")
+    have = Observed(copy(want, routes=routes, ports=ports), (foreign,))
+    text = render_text(made(observed=have))
+    lines = text.splitlines()
+    assert lines[:2] == [
+        "web1 is degraded: 1 of 2 peers not converged",
+        "! web3: port gre-web3 remote 192.0.2.13 missing; "
+        "route 10.97.3.0/24 via 10.97.3.1 dev kbr0 mtu 1462 missing: "
+        "a foreign route 10.97.3.0/24 via 192.0.2.254 dev eth0",
+    ]
+    assert "Converged    False   Blocked       1 changes to do, 1 blocked, 0 held" in lines
+    assert "Degraded     True    PeersMissing  PeersMissing, Blocked" in lines
+    assert lines[-1].endswith("missing: port gre-web3 remote 192.0.2.13 missing (+1)")
+
+
+def test_switch_down_is_unknown_not_missing():
+    want, _ = wanted()
+    problem = Problem("SwitchDown", "ovs-vswitchd does not answer")
+    have = Observed(copy(want, flows={}), (), (problem,), frozenset({"flows"}))
+    found = made(observed=have)
+    assert {peer.state for peer in found.peers} == {"unknown"}
+    assert render_text(found).splitlines()[:2] == [
+        "web1 is degraded: 2 of 2 peers not converged",
+        "! ovs-vswitchd does not answer",
+    ]
+
+
+def test_refused_peer_says_why():
+    nodes = (NODES[0], NODES[1], replace(NODES[2], address=ip_address("2001:db8::3")))
+    found = made(replace(MESH, nodes=nodes))
+    assert [peer.state for peer in found.peers] == ["ok", "refused"]
+    assert "another address family" in found.peers[1].missing[0]
+    assert found.count("wanted") == 1 and found.count("refused") == 1
+    assert found.headline == "web1 is degraded: 1 of 2 peers not converged"
+
+
+def test_held_removals_and_last_known_good():
+    want, _ = wanted()
+    small = replace(MESH, nodes=NODES[:1])
+    have = Observed(want)
+    todo = replace(plan(want, have), held=plan(wanted(small)[0], have).steps, held_peers=("web2", "web3"))
+    runtime = replace(RUNTIME, mesh_current=False)
+    found = report(small, "web1", FACTS, wanted(small)[0], have, todo, (), False, {}, {}, runtime)
+    assert found.headline == "web1 holds back the removal of 2 peers"
+    assert [(peer.name, peer.state, peer.port) for peer in found.peers] == [
+        ("web2", "held", "gre-web2"),
+        ("web3", "held", "gre-web3"),
+    ]
+    conditions = {c.type: c for c in found.conditions}
+    assert conditions["RemovalHeld"].message == "2 peers: web2, web3"
+    assert conditions["MeshCurrent"].reason == "LastKnownGood" and "3m5s old" in conditions["MeshCurrent"].message
+    assert "last known good" in render_text(found)
+
+
+def test_no_mesh_yet():
+    found = report(None, "web1", None, None, None, Plan(), (), False, {}, {}, Runtime(NOW))
+    assert "waits for a mesh" in render_text(found) and "not running" in render_text(found)
+    assert found.to_dict()["conditions"][0]["status"] == "Unknown"
+
+
+def test_problems_first_and_bounded():
+    problems = [Problem("X", f"trouble {n}", fatal=False) for n in range(20)]
+    problems.append(Problem("Y", "the worst"))
+    lines = render_text(made(problems=problems)).splitlines()
+    assert lines[0] == "web1 is converged, with problems: all 2 peers ok"
+    assert lines[1] == "! the worst" and lines[9] == "and 13 more"
+
+
+def test_filter_peers_that_can_not_be_had_are_not_missing():
+    want, _ = wanted()
+    want = replace(want, rules={}, filter_peers={})
+    wiring = meshes.wiring(MESH, NODES[0], FACTS)
+    parts = meshes.peers(MESH, NODES[0], wiring)[0]
+    found = report(MESH, "web1", FACTS, want, Observed(want), Plan(), (), True, parts, {}, RUNTIME)
+    assert found.count("ok") == 2
+
+
+def test_dict_is_json_with_camel_case_names():
+    plain = made().to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["self"]["podCIDRs"] == ["10.97.1.0/24"] and plain["self"]["mtuFrom"]
+    assert plain["peers"][0]["traffic"]["rxPackets"] == 12
+    assert plain["peers"][0]["lastChange"] == "2027-01-15T07:58:59Z"
+    assert "traffic" not in plain["peers"][1]
+
+
+def test_text_can_not_steer_a_terminal():
+    want, _ = wanted()
+    have = Observed(want, (Foreign("ports", "evil", "port \x1b[2J\x07evil\nroot", False),))
+    text = render_text(made(observed=have))
+    assert "\x1b" not in text and "port ?[2J?evil?root" in text
+    assert clean("→ − ok") == "→ − ok"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0s"), (59.9, "59s"), (60, "1m0s"), (3725, "1h2m"), (86400, "1d")],
+)
+def test_age(seconds, text):
+    assert age(seconds) == text
+
+
+def test_empty_observed():
+    found = made(observed=Observed(Dataplane()))
+    assert {peer.state for peer in found.peers} == {"missing"}
+    assert len(render_text(found).splitlines()) < 30

@@ -1,0 +1,44 @@
+"""The words: frozen, comparable, and said in full."""
+
+import dataclasses
+
+import pytest
+
+from ovsmesh.dataplane.types import KINDS, Dataplane
+from ovsmesh.errors import Problem
+from tests.support.meshkit import first
+
+
+@pytest.mark.parametrize(
+    ("problem", "text"),
+    [
+        (Problem("R", "is wrong"), "is wrong"),
+        (Problem("R", "is wrong", "web2"), "node web2: is wrong"),
+        (
+            Problem("R", "has host bits", "web2", "podCIDRs[0]", "10.97.2.1/24"),
+            "node web2: podCIDRs[0] 10.97.2.1/24: has host bits",
+        ),
+        (Problem("R", "is missing", field="ibrname"), "ibrname: is missing"),
+    ],
+)
+def test_a_problem_names_node_field_and_value(problem, text):
+    assert str(problem) == text
+
+
+def test_kinds_are_the_parts_in_the_order_of_adding():
+    assert [f.name for f in dataclasses.fields(Dataplane)] == list(KINDS)
+    order = [KINDS.index(kind) for kind in ("bridges", "ports", "flows", "neighbours", "fdb", "routes")]
+    assert order == sorted(order)
+
+
+def test_an_empty_dataplane_can_not_be_written_to():
+    with pytest.raises(TypeError):
+        Dataplane().ports["gre-web2"] = None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Dataplane().ports = {}
+
+
+def test_node_is_found_by_its_whole_name():
+    mesh = first(12)
+    assert mesh.node("web1").name == "web1"
+    assert mesh.node("web") is None
