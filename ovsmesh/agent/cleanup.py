@@ -57,12 +57,12 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
         failed += host.apply(_spared(left, have), want)
         have, left = _settled(host, want)
     lines = [*steps, *(f"! {problem}" for problem in (*problems, *failed, *have.problems))]
-    lines += [f"left alone: {f.detail}" for f in have.foreign]
+    lines += [f"left alone: {f.detail}" for f in have.unmanaged]
     if pods:
         lines.append(f"left without a bridge, as {KBR} is gone: {', '.join(pods)}")
     counts = [f"{len(getattr(have.dataplane, kind))} {kind.replace('_', ' ')}" for kind in _PROOF]
     lines.append(f"proof, read back from the system: {', '.join(counts)}")
-    guests = [f.key for f in have.foreign if f.kind == "ports"]
+    guests = [f.key for f in have.unmanaged if f.kind == "ports"]
     if guests:
         lines.append(f"{OBR} stays, as {', '.join(map(str, guests))} in it is not ours: move that, then run this again")
     clean = not left.steps and not any(p.fatal for p in failed) and not have.unknown
@@ -106,6 +106,6 @@ def _settled(host: Host, want: Dataplane) -> tuple[Observed, Plan]:
 
 def _spared(todo: Plan, have: Observed) -> Plan:
     """Without the end of obr0 while a port of someone else is in it, which would end too."""
-    if not any(f.kind == "ports" for f in have.foreign):
+    if not any(f.kind == "ports" for f in have.unmanaged):
         return todo
     return Plan(tuple(step for step in todo.steps if step.key != OBR))

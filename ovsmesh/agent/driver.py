@@ -19,7 +19,7 @@ from ovsmesh.containers.cni import Cni
 from ovsmesh.containers.docker import STRANGER, Docker, Kernel, Seen
 from ovsmesh.dataplane.docker_config import DOCKER0
 from ovsmesh.dataplane.plan import Plan, Step
-from ovsmesh.dataplane.types import KBR, KINDS, OBR, Dataplane, Facts, Foreign, Observed
+from ovsmesh.dataplane.types import KBR, KINDS, OBR, Dataplane, Facts, Observed, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.linux.firewall import Firewall
 from ovsmesh.linux.netlink import Netlink, write_sysctl
@@ -133,8 +133,8 @@ class Host:
     def observe(self, want: Dataplane) -> Observed:
         """Reads back all that is ours, and what stands in its way; `want` says which sysctls matter."""
         conflists, unplugged, problems = self.cni.observe()
-        kernel, foreign = self.net.observe(want.sysctls, plugged=bool(conflists))
-        foreign += unplugged
+        kernel, unmanaged = self.net.observe(want.sysctls, plugged=bool(conflists))
+        unmanaged += unplugged
         unknown: set[str] = set()
         rules, peers, filter_problems = self.firewall.observe(want.rules)
         problems += filter_problems
@@ -143,8 +143,8 @@ class Host:
         restore: dict[str, bool] = {}
         flows: dict[str, str] = {}
         if self.ovs.synced:
-            bridges, ports, restore, ovs_foreign, ovs_problems = self.ovs.observe()
-            foreign += ovs_foreign
+            bridges, ports, restore, ovs_unmanaged, ovs_problems = self.ovs.observe()
+            unmanaged += ovs_unmanaged
             problems += ovs_problems
             found = self._flows(problems) if bridges else ({}, ())
             self.switch_up = found is not None
@@ -156,7 +156,7 @@ class Host:
                 problems.append(Problem("SwitchDown", text))
             else:
                 flows = found[0]
-                foreign += found[1]
+                unmanaged += found[1]
         else:
             # a switch without its database may not answer, so what is known of its flows has to do
             found = self._flows(problems) if self.ovs.ofports and self.flows.known else None
@@ -166,7 +166,7 @@ class Host:
             text = f"ovsdb-server does not answer at {self.ovs.remote}, so ports can't be kept; is it running?"
             problems.append(Problem("DatabaseDown", text))
         docker = self.docker.observe(want, self._about_bridges()) if self.docker else Seen()
-        foreign += docker.foreign
+        unmanaged += docker.unmanaged
         problems += docker.problems
         unknown |= set() if docker.known else {"docker"}
         have = Dataplane(
@@ -185,7 +185,7 @@ class Host:
             docker=docker.settings,
             cni=conflists,
         )
-        relevant = tuple(_relevant(foreign, want))
+        relevant = tuple(_relevant(unmanaged, want))
         return Observed(have, relevant, tuple(problems), frozenset(unknown), docker.note)
 
     def _about_bridges(self) -> Kernel:
@@ -215,7 +215,7 @@ class Host:
     def _waited(self) -> bool:
         return self._waiting_since is not None and time.monotonic() - self._waiting_since >= OTHERS_GRACE
 
-    def _flows(self, problems: list[Problem]) -> tuple[dict[str, str], tuple[Foreign, ...]] | None:
+    def _flows(self, problems: list[Problem]) -> tuple[dict[str, str], tuple[Unmanaged, ...]] | None:
         try:
             return self.flows.observe(self.ovs.ofports)
         except OvsmeshError as error:
@@ -346,10 +346,10 @@ class Host:
         return [Problem("ApplyFailed", f"{step}: {text}") for step, text in refused.items()]
 
 
-def _relevant(foreign: list[Foreign], want: Dataplane) -> list[Foreign]:
-    """Leaves out obr0's link while its bridge is foreign too: one thing, named once."""
-    bridges = {f.key for f in foreign if f.kind == "bridges"}
-    return [f for f in foreign if not (f.kind == "links" and f.key in bridges)]
+def _relevant(unmanaged: list[Unmanaged], want: Dataplane) -> list[Unmanaged]:
+    """Leaves out obr0's link while its bridge is unmanaged too: one thing, named once."""
+    bridges = {f.key for f in unmanaged if f.kind == "bridges"}
+    return [f for f in unmanaged if not (f.kind == "links" and f.key in bridges)]
 
 
 def kernel_datapath() -> bool:

@@ -172,7 +172,7 @@ def _page_body(report: Report) -> str:
     me, now = report.self, report.time
     bad = any(c.type == "Degraded" and c.status == "True" for c in report.conditions) or not report.converged
     parts = [f"<h1{' class=bad' if bad else ''}>{html.escape(report.headline)}</h1>"]
-    troubles = [str(p) for p in sorted(report.problems, key=lambda p: not p.fatal)] + list(report.foreign)
+    troubles = [str(p) for p in sorted(report.problems, key=lambda p: not p.fatal)] + list(report.unmanaged)
     if troubles:
         parts.append(f"<ul>{''.join(f'<li>{html.escape(text)}' for text in troubles[:_PAGE_PEERS])}</ul>")
     facts = [

@@ -78,6 +78,6 @@ def report(turn: Turn, node: str, traffic: Mapping[str, reports.Traffic], about:
 
 
 def around(have: Observed, todo: Plan) -> tuple[Problem, ...]:
-    """Foreign things that block nothing of ours, named all the same."""
-    told = {blocked.foreign for blocked in todo.blocked}
-    return tuple(Problem("Foreign", f.detail, fatal=False) for f in have.foreign if f not in told)
+    """Unmanaged things that block nothing of ours, named all the same."""
+    told = {blocked.unmanaged for blocked in todo.blocked}
+    return tuple(Problem("Foreign", f.detail, fatal=False) for f in have.unmanaged if f not in told)

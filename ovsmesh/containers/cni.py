@@ -18,7 +18,7 @@ from pathlib import Path
 from ovsmesh.dataplane import cni_config
 from ovsmesh.dataplane.plan import Step
 from ovsmesh.dataplane.types import Cni as CniFacts
-from ovsmesh.dataplane.types import CniPlugin, Foreign
+from ovsmesh.dataplane.types import CniPlugin, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.file_watch import FileBell
 from ovsmesh.state_dir import read_regular, write_atomic
@@ -100,7 +100,7 @@ class Cni:
 
     # what is there
 
-    def observe(self) -> tuple[dict[str, str], list[Foreign], list[Problem]]:
+    def observe(self) -> tuple[dict[str, str], list[Unmanaged], list[Problem]]:
         """Our conflist by its name, what is in its place, and what the other files there mean."""
         if not self._directory:
             return {}, [], []
@@ -117,8 +117,8 @@ class Cni:
             # a runtime passes over directories, and over nothing else
             if not os.path.isdir(path) or os.path.islink(path):
                 files[cni_config.plain(name, 255)] = _read(path, name == cni_config.FILE)
-        ours, foreign, problems = cni_config.judge(self._directory, files)
-        return ours, foreign, [*cni_config.problems(self._known), *problems] if self._known else []
+        ours, unmanaged, problems = cni_config.judge(self._directory, files)
+        return ours, unmanaged, [*cni_config.problems(self._known), *problems] if self._known else []
 
     # changing
 

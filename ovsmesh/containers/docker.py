@@ -25,7 +25,7 @@ from ovsmesh.containers.docker_state import Config, DockerFile, Mark, digest
 from ovsmesh.dataplane import docker_config as settings
 from ovsmesh.dataplane.docker_config import AWAY, DAEMON, DOCKER0, DOWN, daemon_text, some
 from ovsmesh.dataplane.plan import Step
-from ovsmesh.dataplane.types import KBR, Dataplane, Foreign
+from ovsmesh.dataplane.types import KBR, Dataplane, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.file_watch import FileBell
 from ovsmesh.state_dir import StateDir
@@ -54,7 +54,7 @@ class Seen(NamedTuple):
     """What was read back. `known` is False while it is under way, or was not looked at yet."""
 
     settings: Mapping[str, str] = {}
-    foreign: tuple[Foreign, ...] = ()
+    unmanaged: tuple[Unmanaged, ...] = ()
     problems: tuple[Problem, ...] = ()
     known: bool = True
     note: str = ""
@@ -151,7 +151,7 @@ class Docker:
         except OvsmeshError as error:
             if not want.docker and not self._removing:
                 return Seen(note=f"{_where(daemon)}; {error}")
-            return Seen({}, (Foreign("docker", "bridge", str(error)),), self._trouble(), note=str(error))
+            return Seen({}, (Unmanaged("docker", "bridge", str(error)),), self._trouble(), note=str(error))
         if self._switch.busy or (mark and mark.step and not self._removing):
             text = self._switch.text()
             return Seen({}, (), (Problem("DockerSwitching", text), *self._trouble()), known=False, note=text)
@@ -187,10 +187,10 @@ class Docker:
             text = f"dockerd still runs {daemon_text(daemon)}: restart Docker when its containers may stop"
             problems.append(Problem("DockerStale", text, fatal=False))
         restart = have.get(DAEMON) != wanted.get(DAEMON)
-        foreign: tuple[Foreign, ...] = ()
+        unmanaged: tuple[Unmanaged, ...] = ()
         if restart or have != wanted:
             why = self._obstacle(daemon, wanted, config, mark, restart)
-            foreign = (Foreign("docker", DAEMON, why),) if why else ()
+            unmanaged = (Unmanaged("docker", DAEMON, why),) if why else ()
             stops = settings.stops(daemon) if restart else ""
             problems += [Problem("DockerRestart", stops, fatal=False)] if stops else []
         if DAEMON in wanted and daemon.state == "up":
@@ -198,7 +198,7 @@ class Docker:
             if not restart and mark and self._acting and mark.seen != self._switch.here:
                 self._cached = None
                 self._switch.keep(replace(mark, seen=self._switch.here))
-        return Seen(have, foreign, tuple(problems), note=_where(daemon))
+        return Seen(have, unmanaged, tuple(problems), note=_where(daemon))
 
     def _daemon(
         self, daemon: Daemon, wanted: str, mark: Mark | None, file: Mapping[str, object]

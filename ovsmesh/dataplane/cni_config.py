@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ovsmesh.dataplane.types import KBR, Cni, CniPlugin, Foreign
+from ovsmesh.dataplane.types import KBR, Cni, CniPlugin, Unmanaged
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import IPNetwork
 
@@ -198,14 +198,14 @@ def _network(name: str, file: File) -> tuple[str, str, dict[str, Any] | None]:
     return network, bad, found
 
 
-def judge(directory: str, files: Mapping[str, File]) -> tuple[dict[str, str], list[Foreign], list[Problem]]:
+def judge(directory: str, files: Mapping[str, File]) -> tuple[dict[str, str], list[Unmanaged], list[Problem]]:
     """Of the directory's files: ours, what holds its place, and what the others do to it.
 
     Ours is what has its name and our network's, and also what has its name and is no network at all: that is of
     use to nobody, and the runtime would stop at it.
     """
     ours: dict[str, str] = {}
-    foreign: list[Foreign] = []
+    unmanaged: list[Unmanaged] = []
     said: list[Problem] = []
     after: list[str] = []
     for name in sorted(files):
@@ -213,12 +213,12 @@ def judge(directory: str, files: Mapping[str, File]) -> tuple[dict[str, str], li
         where = f"{directory}/{name}"
         if name == FILE:
             if files[name].why:
-                foreign.append(Foreign("cni", FILE, f"{where} {bad}; remove it, and ovsmesh writes its own"))
+                unmanaged.append(Unmanaged("cni", FILE, f"{where} {bad}; remove it, and ovsmesh writes its own"))
             elif found is None or found.get("name") == NETWORK:
                 ours[FILE] = files[name].data.decode(errors="replace")
             else:
                 whose = f"is of network {network or '?'}, not ours ({NETWORK})"
-                foreign.append(Foreign("cni", FILE, f"{where} {whose}; rename or remove it"))
+                unmanaged.append(Unmanaged("cni", FILE, f"{where} {whose}; rename or remove it"))
         elif name < FILE:
             does = f"it {bad}, and containerd stops at it" if bad else f"its network {network or '?'} wins"
             why = f"{where} comes before {FILE}, so pods do not come to {KBR}: {does}"
@@ -230,7 +230,7 @@ def judge(directory: str, files: Mapping[str, File]) -> tuple[dict[str, str], li
         which = f"{', '.join(after[:_SHOWN])}{more} in {directory}"
         does = f"not used, as {FILE} comes first" if FILE in ours else f"used until {FILE} is there"
         said.append(Problem("CNILeftover", f"{which}: {does}", fatal=False))
-    return ours, foreign, said
+    return ours, unmanaged, said
 
 
 def words(conf: str) -> list[tuple[str, str]]:

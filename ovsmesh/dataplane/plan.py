@@ -3,11 +3,11 @@
 Pure: imports model and conflist only. An empty plan is convergence. `str(step)` is what CLI, log and golden
 tests show alike.
 
-    in want  in have   equal    foreign there   outcome
-    yes      no        -        no              + step
-    yes      yes       no       no              ~ step
-    yes      any       -        yes             blocked, named
-    no       yes       -        -               - step, or held by the brake
+    in want  in have   equal    unmanaged     outcome
+    yes      no        -        no            + step
+    yes      yes       no       no            ~ step
+    yes      any       -        yes           blocked, named
+    no       yes       -        -             - step, or held by the brake
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ovsmesh.dataplane import cni_config
-from ovsmesh.dataplane.types import KBR, KINDS, MARK, OBR, Dataplane, Foreign, Observed, Route
+from ovsmesh.dataplane.types import KBR, KINDS, MARK, OBR, Dataplane, Observed, Route, Unmanaged
 from ovsmesh.errors import Problem
 
 BRAKE_PEERS = 2
@@ -65,13 +65,13 @@ class Step(NamedTuple):
 
 
 class Blocked(NamedTuple):
-    """A wanted part whose place something foreign holds."""
+    """A wanted part whose place something unmanaged holds."""
 
     step: Step
-    foreign: Foreign
+    unmanaged: Unmanaged
 
     def __str__(self) -> str:
-        return f"! {_NAMES[self.step.kind]} {_key_text(self.step.kind, self.step.key)} blocked: {self.foreign.detail}"
+        return f"! {_NAMES[self.step.kind]} {_key_text(self.step.kind, self.step.key)} blocked: {self.unmanaged.detail}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,19 +238,19 @@ def _removals(want: Dataplane, have: Dataplane, steps: list[Step]) -> list[Step]
     return told
 
 
-def _blocks(step: Step, foreign: dict[tuple[str, Any], Foreign]) -> Foreign | None:
-    hit = foreign.get((step.kind, step.key))
+def _blocks(step: Step, unmanaged: dict[tuple[str, Any], Unmanaged]) -> Unmanaged | None:
+    hit = unmanaged.get((step.kind, step.key))
     if hit is None and step.kind == "routes":
-        # a foreign route to the same destination wins or loses by its metric: either way one of the two is wrong
-        hit = foreign.get(("routes", step.key[0])) if step.want.type == "unicast" else None
+        # an unmanaged route to the same destination wins or loses by its metric: either way one of the two is wrong
+        hit = unmanaged.get(("routes", step.key[0])) if step.want.type == "unicast" else None
     return hit
 
 
 def _all_or_nothing(
-    kind: str, foreign: Iterable[Foreign], added: list[Step], removed: list[Step]
+    kind: str, unmanaged: Iterable[Unmanaged], added: list[Step], removed: list[Step]
 ) -> tuple[list[Blocked], list[Step], list[Step]]:
     """Where one thing stands in the way of a kind: a Docker that is switched by half is worse than none."""
-    hit = next((f for f in foreign if f.kind == kind), None)
+    hit = next((f for f in unmanaged if f.kind == kind), None)
     first = next((step for step in (*added, *removed) if step.kind == kind), None)
     if hit is None or first is None:
         return [], added, removed
@@ -258,11 +258,11 @@ def _all_or_nothing(
     return [Blocked(first, hit)], left[0], left[1]
 
 
-def _overruled(want: Dataplane, have: Dataplane, foreign: dict[tuple[str, Any], Foreign]) -> list[Blocked]:
-    """Routes of ours that are in place, with a foreign one to the same destination beside them."""
-    beside = [(key, value) for key, value in want.routes.items() if ("routes", key[0]) in foreign]
+def _overruled(want: Dataplane, have: Dataplane, unmanaged: dict[tuple[str, Any], Unmanaged]) -> list[Blocked]:
+    """Routes of ours that are in place, with an unmanaged one to the same destination beside them."""
+    beside = [(key, value) for key, value in want.routes.items() if ("routes", key[0]) in unmanaged]
     return [
-        Blocked(Step("~", "routes", key, value, value), foreign["routes", key[0]])
+        Blocked(Step("~", "routes", key, value, value), unmanaged["routes", key[0]])
         for key, value in beside
         if value.type == "unicast" and have.routes.get(key) == value
     ]
@@ -324,15 +324,17 @@ def plan(want: Dataplane, observed: Observed, confirmed: bool = False) -> Plan:
     have = observed.dataplane
     kinds = [kind for kind in KINDS if kind not in observed.unknown]
     added, removed = _differences(want, have, kinds)
-    foreign = {(f.kind, f.key): f for f in observed.foreign if f.blocks}
+    unmanaged = {(f.kind, f.key): f for f in observed.unmanaged if f.blocks}
     blocked: list[Blocked] = []
-    if foreign:
-        docker, added, removed = _all_or_nothing("docker", foreign.values(), added, removed)
-        hits = [(step, _blocks(step, foreign)) for step in added]
+    if unmanaged:
+        docker, added, removed = _all_or_nothing("docker", unmanaged.values(), added, removed)
+        hits = [(step, _blocks(step, unmanaged)) for step in added]
         blocked = [Blocked(step, hit) for step, hit in hits if hit]
         added = [step for step, hit in hits if not hit]
-        blocked += _overruled(want, have, foreign) + docker
-        if (("links", KBR) in foreign and KBR in want.links) or (("bridges", OBR) in foreign and OBR in want.bridges):
+        blocked += _overruled(want, have, unmanaged) + docker
+        if (("links", KBR) in unmanaged and KBR in want.links) or (
+            ("bridges", OBR) in unmanaged and OBR in want.bridges
+        ):
             # everything hangs on these two; half a dataplane around someone else's bridge would touch theirs
             return Plan(blocked=tuple(blocked))
     removed = _removals(want, have, removed)

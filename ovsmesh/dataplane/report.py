@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ovsmesh.dataplane import cni_config
 from ovsmesh.dataplane import desired as meshes
 from ovsmesh.dataplane.plan import Plan, Step
-from ovsmesh.dataplane.types import KBR, Dataplane, Facts, Foreign, Observed
+from ovsmesh.dataplane.types import KBR, Dataplane, Facts, Observed, Unmanaged
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import Mesh, Node
 
@@ -115,7 +115,7 @@ class Report:
     peers: tuple[Peer, ...]
     pending: tuple[str, ...]
     """The plan's lines: what is still to be done, is blocked or is held."""
-    foreign: tuple[str, ...]
+    unmanaged: tuple[str, ...]
     problems: tuple[Problem, ...]
 
     def count(self, state: str) -> int:
@@ -136,6 +136,8 @@ def _camel(name: str) -> str:
     return head + "".join("CIDRs" if word == "cidrs" else word.title() for word in rest)
 
 
+_JSON_NAMES = {"unmanaged": "foreign"}
+"""Field → its key in JSON, where it has had another name since the first release."""
 _TIMES = frozenset({"time", "agent_since", "mesh_since", "last_change"})
 
 
@@ -149,7 +151,7 @@ def _plain(value: Any) -> Any:
     else:
         return value
     return {
-        _camel(name): timestamp(item) if name in _TIMES and item is not None else _plain(item)
+        _JSON_NAMES.get(name, _camel(name)): timestamp(item) if name in _TIMES and item is not None else _plain(item)
         for name, item in pairs
         if item is not None and item != ""
     }
@@ -175,7 +177,9 @@ def age(seconds: float) -> str:
 # From the parts to the report
 
 
-def _part_lines(kind: str, wanted: Mapping[Any, Any], have: Observed, foreign: Mapping[Any, Foreign]) -> Iterator[str]:
+def _part_lines(
+    kind: str, wanted: Mapping[Any, Any], have: Observed, unmanaged: Mapping[Any, Unmanaged]
+) -> Iterator[str]:
     found = getattr(have.dataplane, kind)
     if wanted.items() <= found.items():
         return
@@ -184,8 +188,8 @@ def _part_lines(kind: str, wanted: Mapping[Any, Any], have: Observed, foreign: M
         if old == value:
             continue
         line = str(Step("+" if old is None else "~", kind, key, value, old))[2:]
-        # a foreign route to the same destination counts whatever its metric is
-        hit = foreign.get((kind, key)) or (foreign.get((kind, key[0])) if kind == "routes" else None)
+        # an unmanaged route to the same destination counts whatever its metric is
+        hit = unmanaged.get((kind, key)) or (unmanaged.get((kind, key[0])) if kind == "routes" else None)
         yield f"{line} {'missing' if old is None else 'differs'}{f': {hit.detail}' if hit else ''}"
 
 
@@ -194,12 +198,14 @@ def _unobserved(have: Observed) -> str:
     return f"{', '.join(sorted(have.unknown & set(PEER_KINDS)))} can't be observed{': ' + why if why else ''}"
 
 
-def _peer(node: Node, parts: Dataplane, have: Observed, foreign: Mapping[Any, Foreign]) -> tuple[str, tuple[str, ...]]:
+def _peer(
+    node: Node, parts: Dataplane, have: Observed, unmanaged: Mapping[Any, Unmanaged]
+) -> tuple[str, tuple[str, ...]]:
     lines = [
         line
         for kind in PEER_KINDS
         if kind not in have.unknown
-        for line in _part_lines(kind, getattr(parts, kind), have, foreign)
+        for line in _part_lines(kind, getattr(parts, kind), have, unmanaged)
     ]
     if lines:
         return "missing", tuple(lines)
@@ -216,7 +222,7 @@ def _peers(
     traffic: Mapping[str, Traffic],
     runtime: Runtime,
 ) -> Iterator[Peer]:
-    foreign = {(f.kind, f.key): f for f in have.foreign if f.blocks}
+    unmanaged = {(f.kind, f.key): f for f in have.unmanaged if f.blocks}
     whys: dict[str, list[str]] = {}
     for problem in problems:
         whys.setdefault(problem.node, []).append(str(problem).removeprefix(f"node {problem.node}: "))
@@ -230,7 +236,7 @@ def _peers(
             why = tuple(whys.pop(node.name, ["it can't be joined"]))
             yield Peer(node.name, "refused", str(node.address), cidrs, missing=why)
             continue
-        state, missing = _peer(node, part, have, foreign)
+        state, missing = _peer(node, part, have, unmanaged)
         port = next(iter(part.ports), "")
         yield Peer(node.name, state, str(node.address), cidrs, port, traffic.get(port), when, how, missing)
     for name in plan.held_peers:
@@ -363,7 +369,7 @@ def report(
         conditions,
         peers,
         tuple(plan.lines()),
-        tuple(f.detail for f in have.foreign),
+        tuple(f.detail for f in have.unmanaged),
         problems,
     )
 

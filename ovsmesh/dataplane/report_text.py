@@ -49,7 +49,7 @@ def _trouble(report: Report) -> Iterator[str]:
         for why, names in causes.items()
     )
     shown = " ".join(line for peer in bad for line in peer.missing)
-    yield from _some(f"! in the way: {detail}" for detail in report.foreign if detail not in shown + told)
+    yield from _some(f"! in the way: {detail}" for detail in report.unmanaged if detail not in shown + told)
     # what belongs to a peer stands with the peer
     rest = [line for line in report.pending if line[2:].split(" blocked")[0] not in shown and line[0] != "="]
     if not bad:

@@ -174,11 +174,11 @@ class Dataplane:
 KINDS: tuple[str, ...] = tuple(f.name for f in fields(Dataplane))
 
 
-class Foreign(NamedTuple):
-    """Something that stands where ours should, or inside what is ours, and is not ours.
+class Unmanaged(NamedTuple):
+    """An unmanaged object that conflicts with a managed one, or stands inside it.
 
     `kind` and `key` are those of the part of Dataplane that it stands in the way of;
-    `blocks` is False when it is only in our neighbourhood (a foreign port in obr0).
+    `blocks` is False where it only stands beside managed parts (a port of another owner in obr0).
     """
 
     kind: str
@@ -192,7 +192,7 @@ class Observed:
     """What was read back from the system: ours, what is in the way, what could not be read."""
 
     dataplane: Dataplane
-    foreign: tuple[Foreign, ...] = ()
+    unmanaged: tuple[Unmanaged, ...] = ()
     problems: tuple[Problem, ...] = ()
     unknown: frozenset[str] = frozenset()
     """Kinds (fields of Dataplane) that can't be observed now, so nothing is planned for them."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from ipaddress import ip_interface
 
-from ovsmesh.dataplane.types import KBR, MARK, OBR, PROTOCOL, Foreign, Link, Route, RouteKey
+from ovsmesh.dataplane.types import KBR, MARK, OBR, PROTOCOL, Link, Route, RouteKey, Unmanaged
 from ovsmesh.linux import rtnetlink
 from ovsmesh.mesh.types import IPNetwork
 
@@ -51,7 +51,7 @@ class Mirror:
         self._indexes = {}
         self._addresses: dict[tuple[str, int], int] = {}
         self.routes: dict[RouteKey, Route] = {}
-        self._foreign_routes: dict[tuple[str, int, int], str] = {}
+        self._unmanaged_routes: dict[tuple[str, int, int], str] = {}
         self._ra_links: set[int] = set()
         self.neighbours: dict[str, str] = {}
         self.fdb: dict[str, str] = {}
@@ -69,7 +69,7 @@ class Mirror:
         self._orphans.clear()
 
     def watch(self, cidrs: Iterable[IPNetwork]) -> None:
-        """Which ranges foreign routes are of interest in: the cluster CIDRs."""
+        """Which ranges unmanaged routes are of interest in: the cluster CIDRs."""
         ranges: list[tuple[int, int, int]] = []
         ranges += [(c.version, int(c.network_address), int(c.broadcast_address)) for c in cidrs]
         if ranges != self._ranges:
@@ -112,7 +112,7 @@ class Mirror:
         if replaces and there:
             # told as one new route, never as the old one's end
             self.routes.pop(key, None)
-            self._foreign_routes = {k: text for k, text in self._foreign_routes.items() if k[:2] != key}
+            self._unmanaged_routes = {k: text for k, text in self._unmanaged_routes.items() if k[:2] != key}
             self.changed = True
         if entry.protocol == PROTOCOL:
             if there:
@@ -133,9 +133,9 @@ class Mirror:
             via = f"via {entry.via} " if entry.via else ""
             where = f"{via}dev {self.name(entry.oif) or 'none'} metric {entry.metric} proto {entry.protocol}"
             text = f"route {entry.dst} {where} is not ours; delete it if the mesh is to have this range"
-            self._foreign_routes[*key, entry.oif] = text
+            self._unmanaged_routes[*key, entry.oif] = text
         else:
-            self._foreign_routes.pop((*key, entry.oif), None)
+            self._unmanaged_routes.pop((*key, entry.oif), None)
         self.changed = True
 
     def _interesting(self, dst: str) -> bool:
@@ -211,13 +211,13 @@ class Mirror:
     def index(self, name: str) -> int | None:
         return self._indexes.get(name)
 
-    def our_links(self, plugged: bool = False) -> tuple[dict[str, Link], list[Foreign]]:
+    def our_links(self, plugged: bool = False) -> tuple[dict[str, Link], list[Unmanaged]]:
         """kbr0 and obr0 where they are ours, and what stands in their place where not.
 
         `plugged`: a conflist of ours has the CNI bridge plugin plug pods into kbr0, and make one that is not there.
         """
         ours: dict[str, Link] = {}
-        foreign = []
+        unmanaged = []
         for name in (KBR, OBR):
             entry = self.links.get(self._indexes.get(name, 0))
             if entry is None:
@@ -225,15 +225,15 @@ class Mirror:
             marked = name == OBR or entry.alias == MARK
             if not marked and not (plugged and self._by_plugin(entry)):
                 text = f"{entry.kind or 'device'} {KBR} is there and not ours (no alias {MARK}); rename or delete it"
-                foreign.append(Foreign("links", KBR, text))
+                unmanaged.append(Unmanaged("links", KBR, text))
             elif name == OBR and entry.kind not in _OVS_KINDS:
                 text = f"{entry.kind or 'device'} {OBR} is there and not an Open vSwitch port; rename or delete it"
-                foreign.append(Foreign("links", OBR, text))
+                unmanaged.append(Unmanaged("links", OBR, text))
             else:
                 kind, mac = (entry.kind, entry.mac) if name == KBR else ("", "")
                 quiet = entry.quiet and name == OBR
                 ours[name] = Link(kind, entry.mtu, entry.up, self.name(entry.master), mac, quiet, not marked)
-        return ours, foreign
+        return ours, unmanaged
 
     def _by_plugin(self, entry: rtnetlink.LinkEntry) -> bool:
         """Whether a bridge is as the CNI bridge plugin makes it by our conflist: no alias, no address, pods only.
@@ -266,17 +266,17 @@ class Mirror:
         host = int.from_bytes(packed, "big") & ((1 << (len(packed) * 8 - int(length))) - 1)
         return host == 1 and self._interesting(address)
 
-    def foreign_routes(self) -> list[Foreign]:
+    def unmanaged_routes(self) -> list[Unmanaged]:
         """Routes in the watched ranges that are not ours."""
         kbr = self._indexes.get(KBR)
         # Docker routes its IPv6 range into the bridge once more, as the kernel has done already
         own = {str(ip_interface(a).network) for a, index in self._addresses if index == kbr}
         twice = {
             key
-            for key, text in self._foreign_routes.items()
+            for key, text in self._unmanaged_routes.items()
             if key[2] == kbr and key[0] in own and text.startswith(f"route {key[0]} dev ")
         }
-        return [Foreign("routes", key[0], text) for key, text in self._foreign_routes.items() if key not in twice]
+        return [Unmanaged("routes", key[0], text) for key, text in self._unmanaged_routes.items() if key not in twice]
 
     def carrier(self, address: str) -> rtnetlink.LinkEntry | None:
         """The link that has this address."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ovsmesh.dataplane.types import KBR, MARK, PROTOCOL, Foreign, Link
+from ovsmesh.dataplane.types import KBR, MARK, PROTOCOL, Link, Unmanaged
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.linux import rtnetlink
 from ovsmesh.linux.cache import Mirror
@@ -61,7 +61,7 @@ class Netlink:
         self.mirror.doubt = True
 
     def watch(self, cidrs: Iterable[IPNetwork]) -> None:
-        """Which ranges foreign routes are of interest in: the cluster CIDRs."""
+        """Which ranges unmanaged routes are of interest in: the cluster CIDRs."""
         self.mirror.watch(cidrs)
 
     def drain(self) -> bool:
@@ -125,13 +125,15 @@ class Netlink:
             self._seq += 1
             self._request(rtnetlink.get_link(self._seq, self.mirror.reread.pop()), self.mirror.take)
 
-    def observe(self, sysctls: Iterable[str], plugged: bool = False) -> tuple[dict[str, dict[Any, Any]], list[Foreign]]:
-        """What the kernel holds of ours, by field of Dataplane, the given sysctls, and foreign things.
+    def observe(
+        self, sysctls: Iterable[str], plugged: bool = False
+    ) -> tuple[dict[str, dict[Any, Any]], list[Unmanaged]]:
+        """What the kernel holds of ours, by field of Dataplane, the given sysctls, and unmanaged things.
 
         `plugged`: whether a kbr0 may be the CNI bridge plugin's, see Mirror.our_links.
         """
         self._read()
-        links, foreign = self.mirror.our_links(plugged)
+        links, unmanaged = self.mirror.our_links(plugged)
         found: dict[str, dict[Any, Any]] = {
             "sysctls": read_sysctls(sysctls),
             "links": dict(links),
@@ -140,7 +142,7 @@ class Netlink:
             "fdb": dict(self.mirror.fdb),
             "routes": dict(self.mirror.routes),
         }
-        return found, [*foreign, *self.mirror.foreign_routes()]
+        return found, [*unmanaged, *self.mirror.unmanaged_routes()]
 
     def underlay(self, address: str) -> tuple[str, int] | None:
         """The link that carries this address and its MTU in bytes; None when no link does."""
@@ -261,7 +263,7 @@ class Netlink:
         kbr = self.mirror.index(KBR) or _index(KBR)
         gone = op == "-"
         if kind == "routes":
-            # never in the place of a foreign one
+            # never in the place of an unmanaged one
             flags = {"+": rtnetlink.CREATE | rtnetlink.EXCL, "~": rtnetlink.CREATE | rtnetlink.REPLACE, "-": 0}[op]
             oif = kbr if value.dev == KBR else self.mirror.index(value.dev) or 0
             entry = rtnetlink.RouteEntry(key[0], key[1], value.type, value.via, oif, value.mtu, PROTOCOL, 254)

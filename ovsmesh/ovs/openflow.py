@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ovsmesh.dataplane.types import COOKIE, OBR, Foreign
+from ovsmesh.dataplane.types import COOKIE, OBR, Unmanaged
 from ovsmesh.errors import OvsmeshError
 
 TIMEOUT = 10.0
@@ -86,7 +86,7 @@ class FlowTable:
         self._bridge = f"unix:{self._socket}"
         self._raw: dict[str, str] | None = None
         """"PRIORITY MATCH" with numbers, our cookie only → actions with numbers; None: read it again."""
-        self._foreign: tuple[Foreign, ...] = ()
+        self._unmanaged: tuple[Unmanaged, ...] = ()
         self._named: dict[str, _Named] = {}
         self._result: tuple[dict[str, str] | None, dict[int, str], dict[str, str]] = (None, {}, {})
         self._monitor: subprocess.Popen[bytes] | None = None
@@ -203,8 +203,8 @@ class FlowTable:
         if not echo:
             self._raw = None
 
-    def observe(self, ofports: Mapping[str, int]) -> tuple[dict[str, str], tuple[Foreign, ...]] | None:
-        """Our flows with port names in place of the numbers in `ofports`, and foreign ones.
+    def observe(self, ofports: Mapping[str, int]) -> tuple[dict[str, str], tuple[Unmanaged, ...]] | None:
+        """Our flows with port names in place of the numbers in `ofports`, and unmanaged ones.
 
         None when the switch does not answer. Raises OvsmeshError without ovs-ofctl.
         """
@@ -216,7 +216,7 @@ class FlowTable:
         assert self._raw is not None
         if self._result[0] is not self._raw or self._result[1] != names:
             self._result = (self._raw, names, self._with_names(self._raw, names))
-        return self._result[2], self._foreign
+        return self._result[2], self._unmanaged
 
     def _with_names(self, raw: Mapping[str, str], names: Mapping[int, str]) -> dict[str, str]:
         """The flows with names for numbers; a flow whose port has the same name as before is not looked at again."""
@@ -244,7 +244,7 @@ class FlowTable:
         if done.returncode:
             return False
         raw: dict[str, str] = {}
-        foreign = []
+        unmanaged = []
         for line in done.stdout.splitlines():
             found = _parse(line)
             if found is None:
@@ -255,8 +255,8 @@ class FlowTable:
             elif not (cookie == 0 and key == "0 " and actions == "NORMAL"):
                 # the NORMAL flow is what standalone mode puts in by itself; ours replaces it
                 text = f"flow {line.strip()} in {OBR} is not ours (cookie {COOKIE:#x}); left as it is"
-                foreign.append(Foreign("flows", key, text, blocks=False))
-        self._raw, self._foreign = raw, tuple(foreign)
+                unmanaged.append(Unmanaged("flows", key, text, blocks=False))
+        self._raw, self._unmanaged = raw, tuple(unmanaged)
         return True
 
     def apply(self, add: Mapping[str, str], delete: list[str], ofports: Mapping[str, int]) -> None:
@@ -289,7 +289,7 @@ class FlowTable:
         if self._raw is not None:
             self._raw = {k: v for k, v in self._raw.items() if k not in set(deletes)} | adds
             # one in the place of ours is ours now
-            self._foreign = tuple(f for f in self._foreign if f.key not in adds)
+            self._unmanaged = tuple(f for f in self._unmanaged if f.key not in adds)
 
 
 def _spec(key: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import ovs.db.idl
 import ovs.poller
 
-from ovsmesh.dataplane.types import MARK, OBR, Bridge, Foreign, Port
+from ovsmesh.dataplane.types import MARK, OBR, Bridge, Port, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.ovs.idl import Replica, references, run_dir
 
@@ -116,12 +116,12 @@ class Ovs:
         dict[str, Bridge],
         dict[str, Port],
         dict[str, bool],
-        list[Foreign],
+        list[Unmanaged],
         list[Problem],
     ]:
         """What the replica holds of ours; only when `synced`.
 
-        Returns bridges, ports, restore_wait (as in Dataplane), foreign things and problems.
+        Returns bridges, ports, restore_wait (as in Dataplane), unmanaged things and problems.
         """
         self._refresh()
         root = self._root
@@ -133,19 +133,19 @@ class Ovs:
             return {}, {}, restore, found, []
         if row.external_ids.get(MARK) is None:
             text = f"OVS bridge {OBR} is there and not ours (no external_ids:{MARK}); rename or delete it"
-            return {}, {}, restore, [Foreign("bridges", OBR, text)], []
+            return {}, {}, restore, [Unmanaged("bridges", OBR, text)], []
         local = self._interface(OBR)
         mtu = local.mtu_request[0] if local is not None and local.mtu_request else 0
         fail_mode = row.fail_mode[0] if row.fail_mode else "standalone"
         bridge = Bridge(row.datapath_type or "system", fail_mode, mtu)
-        foreign = []
+        unmanaged = []
         for uuid in self._members:
             name = self._port_names.get(uuid)
             if name is not None and name not in self._ports and name != OBR:
                 text = (
                     f"port {name} in {OBR} is not ours (no external_ids:{MARK}); left as it is, its frames are dropped"
                 )
-                foreign.append(Foreign("ports", name, text, blocks=True))
+                unmanaged.append(Unmanaged("ports", name, text, blocks=True))
         problems = [
             Problem(
                 "PortError",
@@ -157,13 +157,13 @@ class Ovs:
             for name, text in self._errors.items()
             if name in self._ports
         ]
-        return {OBR: bridge}, dict(self._ports), restore, foreign, problems
+        return {OBR: bridge}, dict(self._ports), restore, unmanaged, problems
 
-    def _stray(self, name: str) -> list[Foreign]:
+    def _stray(self, name: str) -> list[Unmanaged]:
         """A port of that name in another bridge stands in the way of making ours."""
         if all(row.name != name for row in self._idl.tables["Port"].rows.values()):
             return []
-        return [Foreign("bridges", name, f"an OVS port called {name} is in another bridge; rename or delete it")]
+        return [Unmanaged("bridges", name, f"an OVS port called {name} is in another bridge; rename or delete it")]
 
     def _interface(self, name: str) -> Any:
         port = self._uuids.get(name)

@@ -182,7 +182,7 @@ def test_cleanup_leaves_what_others_put_beside_ours(used: tuple[Lab, list[State]
     netns.ip_batch([line.replace(" add ", " del ") for line in lines], host.ns)
 
 
-def test_cleanup_leaves_a_foreign_port_and_says_so(used: tuple[Lab, list[State]]) -> None:
+def test_cleanup_leaves_an_unmanaged_port_and_says_so(used: tuple[Lab, list[State]]) -> None:
     made, before = used
     host = made.host(1)
     host.ovs_vsctl("add-port", "obr0", "alien", "--", "set", "interface", "alien", "type=internal")

@@ -18,7 +18,7 @@ from tests.support.labtools import SOON, Make, State, await_state, difference, d
 
 pytestmark = pytest.mark.lab
 
-FOREIGN_NFT = """
+UNMANAGED_NFT = """
 table inet others { chain forward { type filter hook forward priority 10; policy accept; counter; }; }
 table bridge others { set peers4 { type ipv4_addr; elements = { 192.0.2.99 }; }; }
 """
@@ -29,7 +29,7 @@ def three(module_lab: Make) -> Lab:
     made = module_lab(3, 1, dual_stack=True)
     host = made.host(1)
     # what others have on this host, and no repair may touch
-    host.run(["nft", "-f", "-"], text=FOREIGN_NFT)
+    host.run(["nft", "-f", "-"], text=UNMANAGED_NFT)
     lines = [
         "link add others type bridge",
         "link set others up",
@@ -238,7 +238,7 @@ def test_a_repair_costs_the_other_peers_no_packet(mesh: Lab) -> None:
     assert_whole(stream.tracks)
 
 
-def test_a_foreign_flow_is_named_and_left(mesh: Lab) -> None:
+def test_an_unmanaged_flow_is_named_and_left(mesh: Lab) -> None:
     host = mesh.host(1)
     host.ovs_ofctl("add-flow", "obr0", "priority=5,udp,tp_dst=9,actions=drop")
     try:

@@ -221,20 +221,20 @@ def told(host: Host, *words: str) -> None:
         "10.97.2.0/24 dev kbr0 metric 111",
     ],
 )
-def test_a_foreign_route_to_a_peers_range_is_named_and_left(mesh: Lab, route: str) -> None:
+def test_an_unmanaged_route_to_a_peers_range_is_named_and_left(mesh: Lab, route: str) -> None:
     host = mesh.host(1)
     before = wiring(host)
     host.run(["ip", "route", "replace", *route.split()])
-    foreign = [line for line in routes(host) if line not in before["routes"]]
-    assert len(foreign) == 1
+    unmanaged = [line for line in routes(host) if line not in before["routes"]]
+    assert len(unmanaged) == 1
     told(host, "route 10.97.2.0/24", "is not ours")
-    assert foreign[0] in routes(host)
+    assert unmanaged[0] in routes(host)
     host.start_agent()
     wait_for("/readyz to say no", lambda: host.http("/readyz")[0] == 503, SOON)
     # a repair beside it leaves it too
     host.run(["ip", "route", "del", "10.97.3.0/24"])
     wait_for("the other route", lambda: any("10.97.3.0/24 via 10.97.3.1" in line for line in routes(host)), SOON)
-    assert foreign[0] in routes(host)
+    assert unmanaged[0] in routes(host)
     assert_whole(ping([mesh.pair(mesh.pod(1, 1), mesh.pod(3, 1))], 2))
     host.run(["ip", "route", "del", *route.split()])
     mesh.converged(SOON, thorough=True)
@@ -242,7 +242,7 @@ def test_a_foreign_route_to_a_peers_range_is_named_and_left(mesh: Lab, route: st
     assert_reach(mesh)
 
 
-def test_a_foreign_port_in_obr0_is_named_and_left(mesh: Lab) -> None:
+def test_an_unmanaged_port_in_obr0_is_named_and_left(mesh: Lab) -> None:
     host = mesh.host(1)
     host.ovs_vsctl("add-port", "obr0", "alien", "--", "set", "interface", "alien", "type=internal")
     try:
@@ -264,17 +264,17 @@ def test_a_foreign_port_in_obr0_is_named_and_left(mesh: Lab) -> None:
         host.ovs_vsctl("--if-exists", "del-port", "obr0", "alien")
 
 
-def _foreign_kbr0(host: Host) -> None:
+def _unmanaged_kbr0(host: Host) -> None:
     netns.ip_batch(["link add kbr0 type bridge", "link set kbr0 up", "addr add 172.30.0.1/24 dev kbr0"], host.ns)
 
 
-def _foreign_obr0(host: Host) -> None:
+def _unmanaged_obr0(host: Host) -> None:
     datapath = host.wiring.datapath
     host.ovs_vsctl("add-br", "obr0", "--", "set", "bridge", "obr0", f"datapath_type={datapath}")
 
 
-@pytest.mark.parametrize(("make", "word"), [(_foreign_kbr0, "kbr0"), (_foreign_obr0, "obr0")], ids=["kbr0", "obr0"])
-def test_a_foreign_bridge_under_our_name_is_named_and_left(lab: Make, make: Any, word: str) -> None:
+@pytest.mark.parametrize(("make", "word"), [(_unmanaged_kbr0, "kbr0"), (_unmanaged_obr0, "obr0")], ids=["kbr0", "obr0"])
+def test_an_unmanaged_bridge_under_our_name_is_named_and_left(lab: Make, make: Any, word: str) -> None:
     made = lab(2, 1, agents=False)
     host = made.host(1)
     make(host)

@@ -25,7 +25,7 @@ class FakeHost:
     def __init__(self):
         self.dataplane = Dataplane()
         self.known = FACTS
-        self.foreign = ()
+        self.unmanaged = ()
         self.problems = ()
         self.unknown = frozenset()
         self.switch_up = True
@@ -52,7 +52,7 @@ class FakeHost:
         have = self.dataplane
         parts = {f.name: ({} if f.name in self.unknown else getattr(have, f.name)) for f in dataclasses.fields(have)}
         parts["sysctls"] = {k: v for k, v in have.sysctls.items() if k in want.sysctls}
-        return Observed(Dataplane(**parts), self.foreign, self.problems, self.unknown)
+        return Observed(Dataplane(**parts), self.unmanaged, self.problems, self.unknown)
 
     def apply(self, todo, want):
         self.plans.append(todo)

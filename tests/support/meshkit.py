@@ -36,8 +36,8 @@ def want(mesh: Mesh, name: str = "web1", facts: Facts = FACTS) -> Dataplane:
     return dataplane(mesh, name, facts)[0]
 
 
-def seen(dataplane: Dataplane, *foreign: object, unknown: tuple[str, ...] = ()) -> Observed:
-    return Observed(dataplane, tuple(foreign), (), frozenset(unknown))  # type: ignore[arg-type]
+def seen(dataplane: Dataplane, *unmanaged: object, unknown: tuple[str, ...] = ()) -> Observed:
+    return Observed(dataplane, tuple(unmanaged), (), frozenset(unknown))  # type: ignore[arg-type]
 
 
 def shown(dataplane: Dataplane) -> str:

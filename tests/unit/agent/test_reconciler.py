@@ -9,7 +9,7 @@ import pytest
 
 from ovsmesh.agent import reconciler as room
 from ovsmesh.agent.reconciler import Agent, held_digest
-from ovsmesh.dataplane.types import Cni, CniPlugin, Dataplane, Foreign
+from ovsmesh.dataplane.types import Cni, CniPlugin, Dataplane, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from tests.support import fake_host
 from tests.support.fake_host import braked
@@ -154,11 +154,11 @@ def test_what_is_wrong_with_others_does_not_keep_this_node_from_converging(agent
     assert turn.converged and [p.reason for p in turn.problems] == ["AddressFamilyMismatch"]
 
 
-def test_foreign_things_are_named_each_way(agent, host):
-    host.foreign = (Foreign("flows", "1 ", "flow x is not ours", blocks=False),)
+def test_unmanaged_things_are_named_each_way(agent, host):
+    host.unmanaged = (Unmanaged("flows", "1 ", "flow x is not ours", blocks=False),)
     turn = agent.turn()
     assert turn.converged and [str(p) for p in turn.problems] == ["flow x is not ours"]
-    host.foreign = (Foreign("routes", "10.97.2.0/24", "route x is not ours"),)
+    host.unmanaged = (Unmanaged("routes", "10.97.2.0/24", "route x is not ours"),)
     host.lose("routes", ("10.97.2.0/24", 111))
     turn = agent.turn()
     assert not turn.converged and len(turn.plan.blocked) == 1
@@ -237,7 +237,7 @@ def test_back_off_grows_to_its_limit_and_starts_anew_after_success(agent, host, 
 
 
 def test_something_in_the_way_waits_for_its_bell(agent, host, clock):
-    host.foreign = (Foreign("links", "kbr0", "bridge kbr0 is not ours"),)
+    host.unmanaged = (Unmanaged("links", "kbr0", "bridge kbr0 is not ours"),)
     turn = agent.turn()
     assert not turn.converged and agent._retry_at == float("inf") and agent.runtime.failures == 0
 

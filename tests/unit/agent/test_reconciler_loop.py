@@ -9,7 +9,7 @@ import pytest
 
 from ovsmesh.agent import reconciler as room
 from ovsmesh.agent.reconciler import held_digest
-from ovsmesh.dataplane.types import Dataplane, Foreign
+from ovsmesh.dataplane.types import Dataplane, Unmanaged
 from ovsmesh.errors import Problem
 from tests.support import fake_host
 from tests.support.fake_host import Shown, braked, run
@@ -87,7 +87,7 @@ def test_a_flipped_sysctl_needs_no_bell(agent, host, clock, stop):
 
 
 def test_a_sysctl_that_can_not_be_set_does_not_ring_for_ever(agent, host, clock, stop):
-    host.foreign = (Foreign("links", "kbr0", "bridge kbr0 is not ours"),)
+    host.unmanaged = (Unmanaged("links", "kbr0", "bridge kbr0 is not ours"),)
     host.dataplane = Dataplane(sysctls=dict.fromkeys(want(first(4)).sysctls, "9"))
     shown = run(agent, host, clock, stop, 20)
     assert len(shown.turns) <= 2
@@ -171,7 +171,7 @@ def test_once_gives_up(agent, host, clock):
 
 
 def test_once_does_not_wait_for_what_only_someone_else_can_mend(agent, host, source, clock):
-    host.foreign = (Foreign("links", "kbr0", "bridge kbr0 is not ours"),)
+    host.unmanaged = (Unmanaged("links", "kbr0", "bridge kbr0 is not ours"),)
     turn = agent.once(Shown())
     assert not turn.converged and host.waits == [] and turn.plan.blocked
 

@@ -19,7 +19,7 @@ from ovsmesh.agent.result import Turn
 from ovsmesh.cli import inspect
 from ovsmesh.cli import main as cli
 from ovsmesh.dataplane.plan import Plan, plan
-from ovsmesh.dataplane.types import Dataplane, Foreign
+from ovsmesh.dataplane.types import Dataplane, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.state_dir import StateDir
 from tests.support.meshkit import FACTS, first, seen, want
@@ -147,7 +147,7 @@ def test_once_by_environment(monkeypatch, agents):
     [
         (turn(seen(Dataplane())), "not converged"),
         (dataclasses.replace(turn(seen(want(first(3)))), whole=False), "not converged"),
-        (turn(seen(Dataplane(), Foreign("links", "kbr0", "bridge kbr0 is not ours"))), "not converged"),
+        (turn(seen(Dataplane(), Unmanaged("links", "kbr0", "bridge kbr0 is not ours"))), "not converged"),
     ],
 )
 def test_once_that_is_not_converged_is_exit_1_with_what_is_left(monkeypatch, ended, last):
@@ -188,7 +188,7 @@ def test_garbage_in_the_state_directory_is_only_a_hint_lost(looks, tmp_path):
         (turn(seen(Dataplane())), False, 2),
         (turn(seen(want(first(12)))), False, 2),
         (turn(seen(want(first(3))), problems=(Problem("DatabaseDown", "does not answer"),)), True, 1),
-        (turn(seen(Dataplane(), Foreign("links", "kbr0", "bridge kbr0 is not ours"))), True, 1),
+        (turn(seen(Dataplane(), Unmanaged("links", "kbr0", "bridge kbr0 is not ours"))), True, 1),
     ],
 )
 def test_exit_codes_of_plan(looks, found, in_the_way, code):

@@ -205,8 +205,8 @@ def test_another_network_is_not_removed(room: Cni, net: Path) -> None:
 def test_what_is_at_our_name_is_never_followed(room: Cni, net: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text(TEXT)
     (net / FILE).symlink_to(tmp_path / "elsewhere")
-    ours, (foreign,), _ = room.observe()
-    assert not ours and "symbolic link" in foreign.detail
+    ours, (unmanaged,), _ = room.observe()
+    assert not ours and "symbolic link" in unmanaged.detail
 
 
 def test_nobody_is_waited_for_and_nothing_large_is_read(room: Cni, net: Path) -> None:
@@ -217,8 +217,8 @@ def test_nobody_is_waited_for_and_nothing_large_is_read(room: Cni, net: Path) ->
     (net / "03.conf").mkdir()
     (net / "04.conf").symlink_to(net)
     assert room.facts() is not None
-    _, (foreign,), said = room.observe()
-    assert "FIFO" in foreign.detail
+    _, (unmanaged,), said = room.observe()
+    assert "FIFO" in unmanaged.detail
     told = " ".join(map(str, said))
     assert all(text in told for text in ("00.conf", "FIFO", "01.conf", "02.conf", "04.conf", "a directory"))
     assert "03.conf" not in told, "a runtime passes over directories"

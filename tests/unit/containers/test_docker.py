@@ -17,7 +17,7 @@ from ovsmesh.containers.docker_api import Daemon, Watch
 from ovsmesh.dataplane import docker_config
 from ovsmesh.dataplane.desired import dataplane
 from ovsmesh.dataplane.plan import plan
-from ovsmesh.dataplane.types import Cni, CniPlugin, Dataplane, Foreign
+from ovsmesh.dataplane.types import Cni, CniPlugin, Dataplane, Unmanaged
 from tests.support.meshkit import FACTS, first, mesh_of, node, seen, want
 
 REPLACE = dataclasses.replace(FACTS, docker="replace")
@@ -139,13 +139,13 @@ def test_nothing_of_a_switch_is_done_while_a_part_is_blocked() -> None:
     wanted = Dataplane(docker=WANTED)
     steps = [str(step) for step in plan(wanted, seen(have)).steps]
     assert len(steps) == 7 and "+ docker bridge kbr0" in steps and "- docker bip" in steps
-    foreign = Foreign("docker", "daemon", "no")
-    blocked = plan(wanted, seen(have, foreign))
+    unmanaged = Unmanaged("docker", "daemon", "no")
+    blocked = plan(wanted, seen(have, unmanaged))
     assert blocked.steps == () and [str(b) for b in blocked.blocked] == ["! docker bridge blocked: no"]
     # what is only to be taken away too
-    only = plan(wanted, seen(Dataplane(docker={**WANTED, "bip": "x"}), foreign))
+    only = plan(wanted, seen(Dataplane(docker={**WANTED, "bip": "x"}), unmanaged))
     assert only.steps == () and len(only.blocked) == 1
-    assert plan(wanted, seen(Dataplane(docker=WANTED), foreign)) == plan(wanted, seen(wanted))
+    assert plan(wanted, seen(Dataplane(docker=WANTED), unmanaged)) == plan(wanted, seen(wanted))
 
 
 FILTER = """-P FORWARD DROP

@@ -151,8 +151,8 @@ def test_ours_that_someone_edited_is_ours():
 
 @pytest.mark.parametrize("text", ["", " \n", "{", "[]", "null", '"x"', "\x00\x01", "[" * 100_000])
 def test_what_is_no_network_under_our_name_is_ours_to_mend(text):
-    ours, foreign, _ = judged({FILE: text})
-    assert ours == {FILE: text} and not foreign
+    ours, unmanaged, _ = judged({FILE: text})
+    assert ours == {FILE: text} and not unmanaged
 
 
 def test_bytes_that_are_no_text():
@@ -161,9 +161,9 @@ def test_bytes_that_are_no_text():
 
 @pytest.mark.parametrize("held", [LIST, "{}", '{"name":7}', File(b"", "is a FIFO, not a regular file")])
 def test_another_network_under_our_name_is_named_and_stays(held):
-    ours, (foreign,), _ = judged({FILE: held})
-    assert not ours and foreign.kind == "cni" and foreign.key == FILE and foreign.blocks
-    todo = plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(), (foreign,)))
+    ours, (unmanaged,), _ = judged({FILE: held})
+    assert not ours and unmanaged.kind == "cni" and unmanaged.key == FILE and unmanaged.blocks
+    todo = plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(), (unmanaged,)))
     assert not todo.steps and "blocked" in str(todo) and f"{DIR}/{FILE}" in str(todo)
 
 
@@ -183,8 +183,8 @@ def test_another_network_under_our_name_is_named_and_stays(held):
     ],
 )
 def test_a_file_before_ours_wins_and_is_said_to(name, text, says):
-    _, foreign, (problem,) = judged({name: text, FILE: OURS})
-    assert not foreign
+    _, unmanaged, (problem,) = judged({name: text, FILE: OURS})
+    assert not unmanaged
     assert problem.reason == "CNIOverruled" and problem.fatal
     assert says in str(problem) and f"{DIR}/{name}" in str(problem)
 
@@ -212,8 +212,8 @@ json_values = st.recursive(
 @given(json_values, st.sampled_from([FILE, "00-a.conf", "00-a.conflist", "99-a.json"]))
 def test_whatever_json_lies_there_is_judged_and_told(value, name):
     text = json.dumps(value)
-    ours, foreign, said = judged({name: text})
-    assert [*ours, *foreign, *said]
+    ours, unmanaged, said = judged({name: text})
+    assert [*ours, *unmanaged, *said]
     for one in ours.values():
         str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: one}))))
 
@@ -231,8 +231,8 @@ def test_others_words_steer_no_terminal_and_break_no_log(evil):
 
 @given(st.binary(max_size=64))
 def test_whatever_bytes_lie_there_are_judged(data):
-    ours, foreign, _ = judged({FILE: File(data)})
-    assert bool(ours) != bool(foreign)
+    ours, unmanaged, _ = judged({FILE: File(data)})
+    assert bool(ours) != bool(unmanaged)
 
 
 # what is told

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ovsmesh.dataplane.plan import due, plan
-from ovsmesh.dataplane.types import FALLBACK_METRIC, KBR, KINDS, OBR, Dataplane, Foreign, Port, Route, Rule
+from ovsmesh.dataplane.types import FALLBACK_METRIC, KBR, KINDS, OBR, Dataplane, Port, Route, Rule, Unmanaged
 from ovsmesh.errors import Problem
 from tests.support.meshkit import first, golden, node, numbered, seen, want
 from tests.support.meshkit import mesh_of as mesh
@@ -278,23 +278,23 @@ def test_brake_holds_when_ports_are_unknown():
 # what is not ours, what is not known
 
 
-def test_foreign_kbr0_blocks_everything():
-    found = plan(FULL, seen(without(EMPTY, "links"), Foreign("links", KBR, "bridge kbr0 is not ours")))
+def test_unmanaged_kbr0_blocks_everything():
+    found = plan(FULL, seen(without(EMPTY, "links"), Unmanaged("links", KBR, "bridge kbr0 is not ours")))
     assert found.steps == ()
     assert str(found) == "! link kbr0 blocked: bridge kbr0 is not ours"
 
 
-def test_foreign_obr0_blocks_everything_of_both_sides():
+def test_unmanaged_obr0_blocks_everything_of_both_sides():
     have = replace(EMPTY, links={KBR: FULL.links[KBR]}, routes={("10.97.9.0/24", 111): Route("unicast", "10.97.9.1")})
-    found = plan(FULL, seen(have, Foreign("bridges", OBR, "OVS bridge obr0 is not ours")))
+    found = plan(FULL, seen(have, Unmanaged("bridges", OBR, "OVS bridge obr0 is not ours")))
     assert found.steps == () and found.held == ()
     assert str(found) == "! bridge obr0 blocked: OVS bridge obr0 is not ours"
 
 
-def test_cleanup_is_not_stopped_by_a_foreign_bridge():
+def test_cleanup_is_not_stopped_by_an_unmanaged_bridge():
     # someone put a kbr0 of theirs in the place of ours; the rest of ours is still there and still ours
     have = without(FULL, "links", KBR)
-    found = plan(EMPTY, seen(have, Foreign("links", KBR, "bridge kbr0 is not ours")), confirmed=True)
+    found = plan(EMPTY, seen(have, Unmanaged("links", KBR, "bridge kbr0 is not ours")), confirmed=True)
     assert {(step.kind, step.key) for step in found.steps} >= {
         ("bridges", OBR),
         ("routes", ("10.97.0.0/16", FALLBACK_METRIC)),
@@ -302,37 +302,37 @@ def test_cleanup_is_not_stopped_by_a_foreign_bridge():
     assert not [step for step in found.steps if step.key == KBR]
 
 
-def test_a_foreign_route_blocks_its_own_and_nothing_else():
+def test_an_unmanaged_route_blocks_its_own_and_nothing_else():
     have = without(FULL, "routes", *FULL.routes)
-    found = plan(FULL, seen(have, Foreign("routes", "10.97.2.0/24", "route 10.97.2.0/24 via 192.0.2.1 is not ours")))
+    found = plan(FULL, seen(have, Unmanaged("routes", "10.97.2.0/24", "route 10.97.2.0/24 via 192.0.2.1 is not ours")))
     assert [str(b) for b in found.blocked] == [
         "! route 10.97.2.0/24 blocked: route 10.97.2.0/24 via 192.0.2.1 is not ours"
     ]
     assert {step.key for step in found.steps} == set(FULL.routes) - {("10.97.2.0/24", 111)}
 
 
-def test_a_foreign_route_to_a_cluster_range_does_not_take_the_fallback_away():
+def test_an_unmanaged_route_to_a_cluster_range_does_not_take_the_fallback_away():
     have = without(FULL, "routes", ("10.97.0.0/16", FALLBACK_METRIC))
-    found = plan(FULL, seen(have, Foreign("routes", "10.97.0.0/16", "is not ours")))
+    found = plan(FULL, seen(have, Unmanaged("routes", "10.97.0.0/16", "is not ours")))
     assert [step.key for step in found.steps] == [("10.97.0.0/16", FALLBACK_METRIC)]
 
 
-def test_a_foreign_route_beside_ours_is_named_and_both_stay():
-    found = plan(FULL, seen(FULL, Foreign("routes", "10.97.2.0/24", "is not ours")))
+def test_an_unmanaged_route_beside_ours_is_named_and_both_stay():
+    found = plan(FULL, seen(FULL, Unmanaged("routes", "10.97.2.0/24", "is not ours")))
     assert not found.steps
     assert str(found) == "! route 10.97.2.0/24 blocked: is not ours"
 
 
-def test_a_foreign_port_blocks_its_name_only():
+def test_an_unmanaged_port_blocks_its_name_only():
     have = without(FULL, "ports", "gre-web2", "gre-web3")
-    found = plan(FULL, seen(have, Foreign("ports", "gre-web2", "port gre-web2 is not ours")))
+    found = plan(FULL, seen(have, Unmanaged("ports", "gre-web2", "port gre-web2 is not ours")))
     assert [step.key for step in found.steps] == ["gre-web3"]
     assert [b.step.key for b in found.blocked] == ["gre-web2"]
 
 
 def test_what_is_merely_near_blocks_nothing():
     have = without(FULL, "flows", "0 ")
-    found = plan(FULL, seen(have, Foreign("flows", "0 ", "flow of someone", blocks=False)))
+    found = plan(FULL, seen(have, Unmanaged("flows", "0 ", "flow of someone", blocks=False)))
     assert [step.key for step in found.steps] == ["0 "] and not found.blocked
 
 
@@ -375,7 +375,7 @@ def test_a_conflist_waits_for_what_is_fatal_and_not_of_containers(problem, waits
 
 def test_a_conflist_waits_for_what_is_blocked():
     key = next(k for k, r in FULL.routes.items() if r.type == "unicast")
-    blocked = plan(CNI, seen(without(FULL, "routes", key), Foreign("routes", key[0], "theirs")))
+    blocked = plan(CNI, seen(without(FULL, "routes", key), Unmanaged("routes", key[0], "theirs")))
     assert blocked.blocked and kinds(blocked) == {"cni"} and not due(blocked, ()).steps
 
 

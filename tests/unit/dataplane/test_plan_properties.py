@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ovsmesh.dataplane.desired import dataplane, mac
 from ovsmesh.dataplane.plan import Plan, plan
-from ovsmesh.dataplane.types import KBR, KINDS, Dataplane, Facts, Foreign, Link, Observed, Port, Route, Rule
+from ovsmesh.dataplane.types import KBR, KINDS, Dataplane, Facts, Link, Observed, Port, Route, Rule, Unmanaged
 from ovsmesh.mesh.types import Mesh, Node
 from tests.support.meshkit import FACTS, mesh_of, node, seen, want
 
@@ -158,15 +158,15 @@ def test_only_what_is_there_is_removed(pair: tuple[Dataplane, Dataplane], confir
 
 @CALM
 @given(pairs(), st.data())
-def test_what_is_foreign_is_never_touched(pair: tuple[Dataplane, Dataplane], data: st.DataObject) -> None:
+def test_what_is_unmanaged_is_never_touched(pair: tuple[Dataplane, Dataplane], data: st.DataObject) -> None:
     want, have = pair
     keys = [(kind, key) for kind in KINDS for key in getattr(want, kind) if key not in getattr(have, kind)]
     assume(keys)
     kind, key = data.draw(st.sampled_from(keys))
-    foreign = Foreign(kind, key[0] if kind == "routes" else key, "someone's")
-    todo = plan(want, seen(have, foreign))
+    unmanaged = Unmanaged(kind, key[0] if kind == "routes" else key, "someone's")
+    todo = plan(want, seen(have, unmanaged))
     assert (kind, key) not in [(s.kind, s.key) for s in todo.steps] or (kind == "routes" and key[1] != 111)
-    assert all(f in [b.foreign for b in todo.blocked] for f in [foreign]) or kind == "routes"
+    assert all(f in [b.unmanaged for b in todo.blocked] for f in [unmanaged]) or kind == "routes"
 
 
 @CALM

@@ -10,7 +10,7 @@ from ovsmesh.dataplane import desired as meshes
 from ovsmesh.dataplane.plan import Plan, plan
 from ovsmesh.dataplane.report import Runtime, Traffic, age, report
 from ovsmesh.dataplane.report_text import clean, render_text
-from ovsmesh.dataplane.types import Dataplane, Facts, Foreign, Observed
+from ovsmesh.dataplane.types import Dataplane, Facts, Observed, Unmanaged
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import Mesh, Node
 
@@ -77,15 +77,15 @@ def test_golden_degraded():
     want, _ = wanted()
     routes = {key: value for key, value in want.routes.items() if key[0] != "10.97.3.0/24"}
     ports = {name: port for name, port in want.ports.items() if name != "gre-web3"}
-    foreign = Foreign("routes", "10.97.3.0/24", "a foreign route 10.97.3.0/24 via 192.0.2.254 dev eth0")
-    have = Observed(copy(want, routes=routes, ports=ports), (foreign,))
+    unmanaged = Unmanaged("routes", "10.97.3.0/24", "an unmanaged route 10.97.3.0/24 via 192.0.2.254 dev eth0")
+    have = Observed(copy(want, routes=routes, ports=ports), (unmanaged,))
     text = render_text(made(observed=have))
     lines = text.splitlines()
     assert lines[:2] == [
         "web1 is degraded: 1 of 2 peers not converged",
         "! web3: port gre-web3 remote 192.0.2.13 missing; "
         "route 10.97.3.0/24 via 10.97.3.1 dev kbr0 mtu 1462 missing: "
-        "a foreign route 10.97.3.0/24 via 192.0.2.254 dev eth0",
+        "an unmanaged route 10.97.3.0/24 via 192.0.2.254 dev eth0",
     ]
     assert "Converged    False   Blocked       1 changes to do, 1 blocked, 0 held" in lines
     assert "Degraded     True    PeersMissing  PeersMissing, Blocked" in lines
@@ -165,7 +165,7 @@ def test_dict_is_json_with_camel_case_names():
 
 def test_text_can_not_steer_a_terminal():
     want, _ = wanted()
-    have = Observed(want, (Foreign("ports", "evil", "port \x1b[2J\x07evil\nroot", False),))
+    have = Observed(want, (Unmanaged("ports", "evil", "port \x1b[2J\x07evil\nroot", False),))
     text = render_text(made(observed=have))
     assert "\x1b" not in text and "port ?[2J?evil?root" in text
     assert clean("→ − ok") == "→ − ok"

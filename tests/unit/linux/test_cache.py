@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovsmesh.dataplane.types import KBR, MARK, OBR, Foreign, Link, Route
+from ovsmesh.dataplane.types import KBR, MARK, OBR, Link, Route, Unmanaged
 from ovsmesh.linux import rtnetlink
 from ovsmesh.linux.cache import Mirror
 from tests.support.rtnl_messages import (
@@ -53,12 +53,12 @@ def feed(mirror, *messages):
 
 
 def test_what_is_wired_is_ours(mirror):
-    links, foreign = mirror.our_links()
+    links, unmanaged = mirror.our_links()
     assert links == {
         KBR: Link("bridge", 1462, True, "", "0a:58:0a:61:01:01"),
         OBR: Link("", 1462, True, KBR, "", True),
     }
-    assert foreign == [] == mirror.foreign_routes()
+    assert unmanaged == [] == mirror.unmanaged_routes()
     assert mirror.our_addresses() == {"10.97.1.1/24": KBR}
     assert mirror.routes == {DST: OURS}
     assert mirror.neighbours == {"10.97.2.1": PEER_MAC}
@@ -96,48 +96,48 @@ def test_an_unreachable_route_has_no_link(mirror):
     assert mirror.routes[("fd00:97::/32", 4278198272)] == Route("unreachable")
 
 
-def test_a_foreign_route_is_named_with_all_that_finds_it(mirror):
+def test_an_unmanaged_route_is_named_with_all_that_finds_it(mirror):
     feed(mirror, route("10.97.3.0/24", 0, via="192.0.2.1", oif=ETH0, mtu=0, protocol=4))
     text = "route 10.97.3.0/24 via 192.0.2.1 dev eth0 metric 0 proto 4 is not ours; delete it if the mesh is to have "
-    assert mirror.foreign_routes() == [Foreign("routes", "10.97.3.0/24", text + "this range")]
+    assert mirror.unmanaged_routes() == [Unmanaged("routes", "10.97.3.0/24", text + "this range")]
     assert mirror.changed
     feed(mirror, route("10.97.3.0/24", 0, via="192.0.2.1", oif=ETH0, mtu=0, protocol=4, gone=True))
-    assert mirror.foreign_routes() == []
+    assert mirror.unmanaged_routes() == []
 
 
 def test_our_route_replaced_is_told_by_the_new_one_alone(mirror):
     feed(mirror, replaced(via="192.0.2.1", oif=ETH0, protocol=4))
     assert mirror.routes == {}
-    assert [f.key for f in mirror.foreign_routes()] == ["10.97.2.0/24"]
+    assert [f.key for f in mirror.unmanaged_routes()] == ["10.97.2.0/24"]
 
 
-def test_a_foreign_route_beside_ours_leaves_ours(mirror):
+def test_an_unmanaged_route_beside_ours_leaves_ours(mirror):
     # ip route append; or any other metric
     feed(mirror, route(via="", oif=ETH0, protocol=3, flags=0xC00), route(metric=0, via="", oif=ETH0, protocol=3))
     assert mirror.routes == {DST: OURS}
-    assert [f.key for f in mirror.foreign_routes()] == ["10.97.2.0/24"] * 2
+    assert [f.key for f in mirror.unmanaged_routes()] == ["10.97.2.0/24"] * 2
 
 
-def test_a_foreign_route_that_ours_replaced_leaves_no_ghost(mirror):
+def test_an_unmanaged_route_that_ours_replaced_leaves_no_ghost(mirror):
     feed(mirror, replaced(via="", oif=ETH0, protocol=3), replaced())
-    assert mirror.routes == {DST: OURS} and mirror.foreign_routes() == []
+    assert mirror.routes == {DST: OURS} and mirror.unmanaged_routes() == []
 
 
 def test_our_route_replaced_by_one_through_kbr0(mirror):
     # ip route replace 10.97.2.0/24 dev kbr0 metric 111
     feed(mirror, replaced(via="", mtu=0, protocol=3))
     assert mirror.routes == {}
-    assert [f.key for f in mirror.foreign_routes()] == ["10.97.2.0/24"]
+    assert [f.key for f in mirror.unmanaged_routes()] == ["10.97.2.0/24"]
     assert mirror.changed
 
 
-def test_a_foreign_route_replaced_by_one_through_another_link_leaves_no_ghost(mirror):
+def test_an_unmanaged_route_replaced_by_one_through_another_link_leaves_no_ghost(mirror):
     feed(mirror, link(9, "eth1"))
     feed(mirror, route("10.97.3.0/24", 0, via="", oif=ETH0, mtu=0, protocol=3))
     feed(mirror, replaced(dst="10.97.3.0/24", metric=0, via="", oif=9, mtu=0, protocol=3))
-    assert ["dev eth1" in f.detail for f in mirror.foreign_routes()] == [True]
+    assert ["dev eth1" in f.detail for f in mirror.unmanaged_routes()] == [True]
     feed(mirror, route("10.97.3.0/24", 0, via="", oif=9, mtu=0, protocol=3, gone=True))
-    assert mirror.foreign_routes() == []
+    assert mirror.unmanaged_routes() == []
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_foreign_route_replaced_by_one_through_another_link_leaves_no_ghost(mi
 )
 def test_routes_that_are_no_ones_business(mirror, other):
     feed(mirror, other)
-    assert mirror.foreign_routes() == [] and mirror.routes == {DST: OURS}
+    assert mirror.unmanaged_routes() == [] and mirror.routes == {DST: OURS}
 
 
 def test_other_tables_are_no_ones_business(mirror):
@@ -162,7 +162,7 @@ def test_other_tables_are_no_ones_business(mirror):
     # rtm_table
     data[16 + 4] = 255
     feed(mirror, message(rtnetlink.NEWROUTE, bytes(data)))
-    assert mirror.foreign_routes() == []
+    assert mirror.unmanaged_routes() == []
 
 
 def test_links_that_live_by_router_advertisements(mirror):
@@ -208,18 +208,18 @@ def test_the_underlays_link_matters(mirror, changes):
 
 def test_a_bridge_without_our_alias_is_someone_elses(mirror):
     feed(mirror, kbr(alias=""))
-    links, foreign = mirror.our_links()
+    links, unmanaged = mirror.our_links()
     assert KBR not in links
-    assert [(f.kind, f.key, f.blocks) for f in foreign] == [("links", KBR, True)]
-    assert "no alias ovsmesh" in foreign[0].detail
+    assert [(f.kind, f.key, f.blocks) for f in unmanaged] == [("links", KBR, True)]
+    assert "no alias ovsmesh" in unmanaged[0].detail
 
 
 def test_an_obr0_that_is_no_ovs_port_is_someone_elses(mirror):
     feed(mirror, obr(kind="dummy"))
-    links, foreign = mirror.our_links()
+    links, unmanaged = mirror.our_links()
     assert OBR not in links
-    assert [(f.kind, f.key) for f in foreign] == [("links", OBR)]
-    assert foreign[0].detail.startswith("dummy obr0 is there")
+    assert [(f.kind, f.key) for f in unmanaged] == [("links", OBR)]
+    assert unmanaged[0].detail.startswith("dummy obr0 is there")
 
 
 def test_kbr0_deleted_leaves_its_ports_to_be_found_again(mirror):
@@ -265,8 +265,8 @@ def by_plugin(mirror, *more):
 
 
 def test_a_kbr0_that_the_bridge_plugin_made_by_our_conflist_is_ours_to_mark(mirror):
-    links, foreign = by_plugin(mirror)
-    assert links[KBR] == Link("bridge", 1462, mac="02:00:00:00:00:07", unmarked=True) and not foreign
+    links, unmanaged = by_plugin(mirror)
+    assert links[KBR] == Link("bridge", 1462, mac="02:00:00:00:00:07", unmarked=True) and not unmanaged
     links, (named,) = mirror.our_links(plugged=False)
     assert KBR not in links and named.key == KBR
 
@@ -288,8 +288,8 @@ def test_our_own_address_on_a_bridge_that_the_plugin_made_just_before_is_no_one_
     ],
 )
 def test_a_kbr0_that_the_bridge_plugin_would_not_make_is_someone_s(mirror, more):
-    links, foreign = by_plugin(mirror, more)
-    assert KBR not in links and [f.key for f in foreign] == [KBR]
+    links, unmanaged = by_plugin(mirror, more)
+    assert KBR not in links and [f.key for f in unmanaged] == [KBR]
 
 
 def test_a_pod_unplugged_long_before_is_not_an_orphan(mirror, monkeypatch):
@@ -419,7 +419,7 @@ def test_no_order_of_notifications_confuses_it(events):
     links, _ = mirror.our_links()
     assert all(mirror.name(mirror.index(name)) == name for name in links)
     assert set(mirror.our_addresses().values()) <= {KBR}
-    mirror.foreign_routes(), mirror.ra_links(), mirror.ports_of(KBR)
+    mirror.unmanaged_routes(), mirror.ra_links(), mirror.ports_of(KBR)
 
 
 @CALM

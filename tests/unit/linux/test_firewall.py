@@ -95,7 +95,7 @@ class TestKept:
         assert all(script.startswith("delete element") for script in calls) and len(calls) <= 2
         assert not firewall.drain()
 
-    def test_a_foreign_write_at_the_same_time_is_not_taken_for_our_own(self, firewall, monkeypatch):
+    def test_an_unmanaged_write_at_the_same_time_is_not_taken_for_our_own(self, firewall, monkeypatch):
         converge(firewall, desired())
         from ovsmesh.linux import firewall as module
 
@@ -111,13 +111,13 @@ class TestKept:
         firewall.apply(firewall.possible(more).rules, more.filter_peers)
         assert "203.0.113.9" in firewall.observe(more.rules).peers
 
-    def test_foreign_tables_ring_no_bell_and_stay(self, firewall):
+    def test_unmanaged_tables_ring_no_bell_and_stay(self, firewall):
         converge(firewall, desired())
         firewall.drain()
-        foreign = (
+        unmanaged = (
             'add table inet other\nadd chain inet other c\nadd rule inet other c counter comment "ovsmesh \\\\ 1"\n'
         )
-        nft(foreign)
+        nft(unmanaged)
         assert not firewall.drain()
         firewall.apply({}, {})
         left = subprocess.run(["nft", "list", "ruleset"], text=True, capture_output=True, check=True).stdout

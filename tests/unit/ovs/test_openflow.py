@@ -131,12 +131,12 @@ def test_forms_of_our_own_flow(switch, table, line):
         f" {COOKIE}, table=2, priority=9,icmp actions=resubmit(,3)",
     ],
 )
-def test_foreign_flows_are_named_and_not_taken_for_ours(switch, table, line):
+def test_unmanaged_flows_are_named_and_not_taken_for_ours(switch, table, line):
     (switch.run / "dump").write_text(f"NXST_FLOW reply (xid=0x4):\n{line}\n {COOKIE}, priority=0 actions=drop\n")
-    flows, foreign = table.observe(OFPORTS)
+    flows, unmanaged = table.observe(OFPORTS)
     assert flows == {"0 ": "drop"}
-    assert [(f.kind, f.blocks) for f in foreign] == [("flows", False)]
-    assert f"flow {line.strip()} in obr0 is not ours" in foreign[0].detail
+    assert [(f.kind, f.blocks) for f in unmanaged] == [("flows", False)]
+    assert f"flow {line.strip()} in obr0 is not ours" in unmanaged[0].detail
 
 
 @pytest.mark.parametrize("line", [" priority=0 actions=NORMAL", " cookie=0x0, priority=0 actions=NORMAL"])
@@ -148,9 +148,9 @@ def test_what_standalone_mode_puts_in_is_no_one_elses(switch, table, line):
 def test_a_flow_without_priority_and_match(switch, table):
     # it drops all, and it has our cookie: it must go
     (switch.run / "dump").write_text(f"{DUMP} {COOKIE}, actions=drop\n {COOKIE}, udp actions=NORMAL\n")
-    flows, foreign = table.observe(OFPORTS)
+    flows, unmanaged = table.observe(OFPORTS)
     assert flows == FLOWS | {"32768 ": "drop", "32768 udp": "NORMAL"}
-    assert foreign == ()
+    assert unmanaged == ()
 
 
 def test_a_port_without_a_name_keeps_its_number(table):
