@@ -11,7 +11,7 @@ import threading
 
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import Api, Object, path_of
-from ovsmesh.kube.reflector import Bell, Reflector
+from ovsmesh.kube.reflector import Reflector, Wakeup
 
 NAMESPACES = "/api/v1/namespaces"
 ON_DELETE = "ovsmesh.io/on-delete"
@@ -31,7 +31,7 @@ class Home:
     def __init__(self, api: Api, namespace: str) -> None:
         self._api, self._namespace = api, namespace
         self._leaving = threading.Event()
-        self._bell, self._unheard = Bell(), Bell()
+        self._bell, self._unheard = Wakeup(), Wakeup()
         self._reflector: Reflector[bool] = Reflector(
             api, NAMESPACES, self._project, self._unheard, fields=f"metadata.name={namespace}"
         )
@@ -46,7 +46,7 @@ class Home:
         # whose Namespace it is, is not left to the server's filter
         if found["metadata"]["name"] == self._namespace and leaving(found):
             self._leaving.set()
-            self._bell.ring()
+            self._bell.wake()
         return self._leaving.is_set()
 
     def leaving(self) -> bool:

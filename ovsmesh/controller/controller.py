@@ -27,9 +27,9 @@ from ovsmesh.controller.pod_cidr_allocator import Allocator
 from ovsmesh.controller.slice_writer import SLICES, SliceWriter
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.kube.client import Api, ApiError, Conflict, NotLeader, path_of
-from ovsmesh.kube.events import Events
-from ovsmesh.kube.leader_election import Lease, Times
-from ovsmesh.kube.reflector import Bell, Reflector
+from ovsmesh.kube.events import EventRecorder
+from ovsmesh.kube.leader_election import LeaderElector, Timing
+from ovsmesh.kube.reflector import Reflector, Wakeup
 from ovsmesh.mesh import meshslice
 
 log = logging.getLogger("ovsmesh")
@@ -54,10 +54,10 @@ class _Seen:
     """What a turn looks at; compared by identity, as a look is replaced whenever something changed."""
 
     def __init__(self, controller: Controller) -> None:
-        self.mesh = controller.meshes.look().items.get(MESH)
-        self.nodes = controller.nodes.look().items
-        self.slices = controller.slices.look().items
-        self.reports = controller.reports.look().items
+        self.mesh = controller.meshes.collection().items.get(MESH)
+        self.nodes = controller.nodes.collection().items
+        self.slices = controller.slices.collection().items
+        self.reports = controller.reports.collection().items
         self.parts = tuple(map(id, (self.mesh, self.nodes, self.slices, self.reports)))
         """What it is compared by: as long as it is kept, nothing else can have these ids."""
 
@@ -66,18 +66,18 @@ class Controller:
     """`run` until the file descriptor is readable. `identity` must be this process's alone."""
 
     def __init__(
-        self, api: Api, identity: str, health: ControllerHealth | None = None, times: Times | None = None
+        self, api: Api, identity: str, health: ControllerHealth | None = None, times: Timing | None = None
     ) -> None:
-        self.bell = Bell()
+        self.bell = Wakeup()
         self._api, self._health = api, health
         self.meshes = Reflector(api, MESHES, project_mesh, self.bell, fields=f"metadata.name={MESH}")
         self.nodes = self._node_reflector()
         self.slices = Reflector(api, SLICES, meshslice.project, self.bell)
         self.reports = Reflector(api, MESHNODES, node_conditions.project, self.bell)
-        self.lease = Lease(api, NAMESPACE, LEASE, identity, self._lease_changed, times)
+        self.lease = LeaderElector(api, NAMESPACE, LEASE, identity, self._lease_changed, times)
         path = path_of("/apis/coordination.k8s.io/v1/namespaces", NAMESPACE, "leases", LEASE)
         fenced = api.fenced(self.lease.remaining)
-        self.events = Events(fenced, LEASE, identity)
+        self.events = EventRecorder(fenced, LEASE, identity)
         self._fenced = fenced
         self._slice_writer = SliceWriter(fenced, MESH)
         self._node_writer = NodeWriter(fenced, self.events)
@@ -107,7 +107,7 @@ class Controller:
     def _lease_changed(self, leads: bool) -> None:
         # in the lease's thread, before anything is written in the new term
         self._terms += leads
-        self.bell.ring()
+        self.bell.wake()
 
     def start(self) -> None:
         for one in (self.meshes, self.nodes, self.slices, self.reports, self.lease, self.events):
@@ -130,7 +130,7 @@ class Controller:
             ready = [fd for fd, _ in poll.poll(pause * 1000)]
             if stop in ready:
                 return
-            self.bell.drain()
+            self.bell.clear()
             began = time.monotonic()
             pause = self.turn()
             self._turns += 1
@@ -141,7 +141,7 @@ class Controller:
 
     def turn(self) -> float:
         """Does what is due; returns the seconds after which it wants to be called again, bells apart."""
-        if not self.lease.leads:
+        if not self.lease.is_leader:
             return IDLE
         if self._waiting():
             return 1.0
@@ -174,10 +174,10 @@ class Controller:
     def _waiting(self) -> str:
         """What has not been read whole yet."""
         looks = {
-            "Meshes": self.meshes.look().synced,
-            "Nodes": self.nodes.look().synced,
-            "MeshSlices": self.slices.look().synced,
-            "MeshNodes": self.reports.look().synced,
+            "Meshes": self.meshes.collection().synced,
+            "Nodes": self.nodes.collection().synced,
+            "MeshSlices": self.slices.collection().synced,
+            "MeshNodes": self.reports.collection().synced,
         }
         return ", ".join(name for name, synced in looks.items() if not synced)
 
@@ -186,7 +186,7 @@ class Controller:
 
         The one who led before may have seen more than our watch, if that hangs.
         """
-        have = self.nodes.look().items
+        have = self.nodes.collection().items
         now = time.monotonic()
         if self._caught_up is None:
             fresh: dict[str, NodeView] = {}
@@ -338,11 +338,11 @@ class Controller:
         waiting = self._waiting()
         counts = Counts(
             synced=not waiting,
-            leads=self.lease.leads,
+            leads=self.lease.is_leader,
             nodes=len(self._roster.entries),
             converged=self._converged,
             refused=len(self._roster.problems) + len(self._roster.static),
-            slices=len(self.slices.look().items),
+            slices=len(self.slices.collection().items),
             turns=self._turns,
             slice_writes=self._slice_writer.writes,
             node_writes=self._node_writer.writes,

@@ -18,7 +18,7 @@ from ovsmesh.controller.membership import NodeView, Roster
 from ovsmesh.controller.node_conditions import mesh_status
 from ovsmesh.errors import Problem
 from ovsmesh.kube.client import GROUP, JSON, Api, Conflict, Forbidden, Invalid, NotFound, Object, path_of
-from ovsmesh.kube.events import About, Events
+from ovsmesh.kube.events import EventRecorder, ObjectReference
 from ovsmesh.mesh.manifest import API_VERSION, parse
 from ovsmesh.mesh.types import Mesh, MeshError
 
@@ -79,7 +79,7 @@ def project(found: Object) -> MeshView:
 class MeshObject:
     """`take` a view, then `mesh` is the last good Mesh and `problems` what is wrong with the view."""
 
-    def __init__(self, api: Api, events: Events) -> None:
+    def __init__(self, api: Api, events: EventRecorder) -> None:
         self._api, self._events = api, events
         self.mesh: Mesh | None = None
         self.problems: tuple[Problem, ...] = ()
@@ -112,7 +112,7 @@ class MeshObject:
             return _PAUSE  # someone else was faster; the watch tells
         message = f"made with clusterCIDRs {', '.join(cidrs)}, from the Nodes' podCIDRs; edit it where that is wrong"
         log.info("Mesh %s: %s", MESH, message)
-        self._events.emit(About(API_VERSION, "Mesh", MESH, uid), "MeshDerived", message, warning=False)
+        self._events.record(ObjectReference(API_VERSION, "Mesh", MESH, uid), "MeshDerived", message, warning=False)
         return IDLE
 
     def widen(self, view: MeshView, nodes: Iterable[NodeView], now: float) -> bool:
@@ -174,7 +174,7 @@ class MeshObject:
         for text, problem in now.items():
             if text not in self._told:
                 log.warning("%s", problem)
-                self._events.emit(About(API_VERSION, "Mesh", MESH, uid), problem.reason, text)
+                self._events.record(ObjectReference(API_VERSION, "Mesh", MESH, uid), problem.reason, text)
         self._told = set(now)
 
     def tell(self, view: MeshView, roster: Roster, converged: int, now: float) -> float:

@@ -17,7 +17,7 @@ from ovsmesh.controller.membership import TAINT, NodeView, Roster
 from ovsmesh.controller.node_conditions import Report, Wanted, changes, judge
 from ovsmesh.errors import Problem
 from ovsmesh.kube.client import JSON, Api, Conflict, Forbidden, Invalid, NotFound, path_of
-from ovsmesh.kube.events import About, Events
+from ovsmesh.kube.events import EventRecorder, ObjectReference
 
 log = logging.getLogger("ovsmesh")
 
@@ -43,7 +43,7 @@ class _Sent:
 class NodeWriter:
     """`survey` finds what is to be written, `work` writes of it for a given time."""
 
-    def __init__(self, api: Api, events: Events) -> None:
+    def __init__(self, api: Api, events: EventRecorder) -> None:
         self._api, self._events = api, events
         self._todo: deque[str] = deque()
         self._wanted: dict[str, tuple[NodeView, Wanted]] = {}
@@ -152,4 +152,4 @@ class NodeWriter:
         if problem is None or (node.ready is not None and node.ready.message == str(problem)[:1024]):
             return
         log.warning("%s", problem)
-        self._events.emit(About("v1", "Node", node.name, node.uid), problem.reason, str(problem))
+        self._events.record(ObjectReference("v1", "Node", node.name, node.uid), problem.reason, str(problem))

@@ -1,6 +1,6 @@
-"""Knows how to tell a cluster's users of something through Events: repeats are counted, floods are cut off.
+"""Record Events for a cluster's users: repeats are counted, floods are cut off.
 
-Telling is best effort and never delays who tells. Imports kube and model only.
+Best effort; never delays the caller.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ovsmesh.kube.client import MERGE, Api, NotFound, Object, path_of
 log = logging.getLogger("ovsmesh")
 
 REPEAT = 60.0
-"""Seconds in which repeats of one event are counted together and written once."""
+"""Seconds in which repeats of one Event are counted together and written once."""
 _BURST, _REFILL = 25.0, 1 / 30
-"""Events about one object: so many at once, and so many a second after that."""
+"""Events about one object: this many at once, then this many a second."""
 _KNOWN = 4096
 _QUEUE = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class About:
-    """The object that an event is about. `uid` makes `kubectl describe` show it."""
+class ObjectReference:
+    """The object that an Event is about. `uid` makes `kubectl describe` show it."""
 
     api_version: str
     kind: str
@@ -48,30 +48,30 @@ class _Known:
     exists: bool = False
 
 
-class Events:
-    """A thread that writes Events. `component` is who reports, `instance` which of its processes."""
+class EventRecorder:
+    """A thread that writes Events. `component` is who reports, `instance` is which of its processes."""
 
     def __init__(self, api: Api, component: str, instance: str, repeat: float = REPEAT) -> None:
         self._api, self._component, self._instance, self._repeat = api, component, instance, repeat
-        self._queue: queue.Queue[tuple[About, str, str, str] | None] = queue.Queue(_QUEUE)
-        self._known: OrderedDict[tuple[About, str, str], _Known] = OrderedDict()
-        self._budget: OrderedDict[About, tuple[float, float]] = OrderedDict()
+        self._queue: queue.Queue[tuple[ObjectReference, str, str, str] | None] = queue.Queue(_QUEUE)
+        self._known: OrderedDict[tuple[ObjectReference, str, str], _Known] = OrderedDict()
+        self._budget: OrderedDict[ObjectReference, tuple[float, float]] = OrderedDict()
         self.dropped = 0
-        """Events that were not told, as there were too many."""
+        """Number of Events dropped because there were too many."""
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def emit(self, about: About, reason: str, message: str, warning: bool = True) -> None:
-        """Tells of `reason` (CamelCase) about an object; the same again within a minute is counted. Never blocks."""
+    def record(self, about: ObjectReference, reason: str, message: str, warning: bool = True) -> None:
+        """Record `reason` (CamelCase) about an object; repeats within a minute are counted. Never blocks."""
         try:
             self._queue.put_nowait((about, reason, message[:1000], "Warning" if warning else "Normal"))
         except queue.Full:
             self.dropped += 1
 
     def close(self, timeout: float = 2.0) -> None:
-        """Writes what is waiting, for `timeout` seconds at most."""
+        """Write what is queued, for `timeout` seconds at most."""
         end = time.monotonic() + timeout
         if self._thread.is_alive():
             try:
@@ -85,16 +85,16 @@ class Events:
     def _run(self) -> None:
         while True:
             try:
-                told = self._queue.get(timeout=self._repeat / 4)
+                queued = self._queue.get(timeout=self._repeat / 4)
             except queue.Empty:
                 self._flush(False)
                 continue
-            if told is None:
+            if queued is None:
                 self._flush(True)
                 return
-            self._one(*told)
+            self._handle(*queued)
 
-    def _one(self, about: About, reason: str, message: str, kind: str) -> None:
+    def _handle(self, about: ObjectReference, reason: str, message: str, kind: str) -> None:
         key = (about, reason, message)
         now = time.monotonic()
         known = self._known.get(key)
@@ -102,7 +102,7 @@ class Events:
             if not self._allowed(about, now):
                 self.dropped += 1
                 return
-            # a name of its own for each process and first telling, valid however long the object's name is
+            # a name unique to the process and the first occurrence, valid however long the object's name is
             seed = f"{self._instance} {time.time_ns()} {key}"
             mark = hashlib.sha256(seed.encode()).hexdigest()[:16]
             name = about.name.lower()[:200].rstrip(".-") or "event"
@@ -116,7 +116,7 @@ class Events:
                 return
         self._write(key, known, kind)
 
-    def _allowed(self, about: About, now: float) -> bool:
+    def _allowed(self, about: ObjectReference, now: float) -> bool:
         left, at = self._budget.pop(about, (_BURST, now))
         left = min(_BURST, left + (now - at) * _REFILL)
         self._budget[about] = (left - 1 if left >= 1 else left, now)
@@ -130,7 +130,7 @@ class Events:
             if known.exists and known.written < known.count and (last or now - known.written_at >= self._repeat):
                 self._write(key, known, "")
 
-    def _write(self, key: tuple[About, str, str], known: _Known, kind: str) -> None:
+    def _write(self, key: tuple[ObjectReference, str, str], known: _Known, kind: str) -> None:
         about, reason, message = key
         known.written_at = time.monotonic()
         collection = path_of("/api/v1/namespaces", about.namespace or "default", "events")
@@ -148,9 +148,9 @@ class Events:
                 known.exists = True
             known.written = known.count
         except OvsmeshError as error:
-            log.warning("event %s about %s %s could not be told: %s", reason, about.kind, about.name, error)
+            log.warning("event %s about %s %s could not be recorded: %s", reason, about.kind, about.name, error)
 
-    def _object(self, about: About, reason: str, message: str, kind: str, known: _Known) -> Object:
+    def _object(self, about: ObjectReference, reason: str, message: str, kind: str, known: _Known) -> Object:
         involved = {"apiVersion": about.api_version, "kind": about.kind, "name": about.name, "uid": about.uid}
         if about.namespace:
             involved["namespace"] = about.namespace

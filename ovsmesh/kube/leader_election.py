@@ -1,7 +1,7 @@
-"""Knows which of several processes leads: one Lease object, renewed by its holder, taken over when it is not.
+"""Elect one leader of several processes by a Lease object, which its holder renews and another takes over when not.
 
-The holder stops counting itself as such strictly before anyone else may take over, measured on its own
-monotonic clock from before the request that renewed. Imports kube and model only.
+The holder stops leading strictly before anyone else may take over, by its own monotonic clock, from before the request
+that renewed.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ log = logging.getLogger("ovsmesh")
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
-    """Seconds. `deadline` < `duration`: the holder is out before another is in; `retry` is between two tries."""
+class Timing:
+    """Seconds. `deadline` < `duration`: the holder is out before another is in; `retry` is between two attempts."""
 
     duration: int = 15
     deadline: float = 10.0
     retry: float = 2.0
 
 
-class Lease:
-    """A thread that gets and keeps the Lease. `changed(True/False)` is called in it when that succeeds or ends.
+class LeaderElector:
+    """A thread that acquires and renews the Lease. It calls `changed(True/False)` when it wins or loses it.
 
-    `remaining()` is for Api.fenced: 0 as soon as the lease may be another's, whether or not the thread has
-    noticed. Once lost, it may be won again, unless `close` was called.
+    `remaining()` is for Api.fenced: 0 as soon as another may hold the lease, whether or not the thread has noticed.
+    A lost lease may be won again, unless `close` was called.
     """
 
     def __init__(
@@ -45,21 +45,21 @@ class Lease:
         name: str,
         identity: str,
         changed: Callable[[bool], None],
-        times: Times | None = None,
+        timing: Timing | None = None,
     ) -> None:
-        self._times = times or Times()
-        assert self._times.retry < self._times.deadline < self._times.duration
+        self._timing = timing or Timing()
+        assert self._timing.retry < self._timing.deadline < self._timing.duration
         self._api = api
         self._collection = path_of("/apis/coordination.k8s.io/v1/namespaces", namespace, "leases")
         self._path = path_of(self._collection, name)
         self._name, self._identity, self._changed = name, identity, changed
         self._until = 0.0
-        self._leads = False
+        self._led = False
         self._seen: tuple[object, ...] = ()
         self._seen_at = 0.0
-        self._told = ""
+        self._logged = ""
         self.holder = ""
-        """Who holds it as far as we know."""
+        """Identity of the holder, as last read."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
@@ -67,54 +67,55 @@ class Lease:
         self._thread.start()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Gives the lease back, so that another has it within one of its tries. Writes are fenced off first."""
+        """Release the lease, so that another takes it at its next attempt. Writes are fenced off first."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
 
     def remaining(self) -> float:
-        """Seconds for which the lease is ours for certain; 0 when it is not."""
+        """Return the seconds for which this process surely holds the lease; 0 where it does not."""
         return max(0.0, self._until - time.monotonic())
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
+        """Whether this process surely holds the lease now."""
         return self.remaining() > 0
 
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._try()
-            self._settle()
-            # While it leads: woken in time to notice the end, whatever happens to the renewals.
-            pause = self._times.retry * random.uniform(0.8, 1.2)
-            self._stop.wait(min(pause, self.remaining() + 0.01) if self._leads else pause)
-            self._settle()
-        self._give_back()
+            self._attempt()
+            self._announce()
+            # A leader wakes in time to notice the end, whatever happens to the renewals.
+            pause = self._timing.retry * random.uniform(0.8, 1.2)
+            self._stop.wait(min(pause, self.remaining() + 0.01) if self._led else pause)
+            self._announce()
+        self._release()
 
-    def _settle(self) -> None:
-        """Says so where we lead now and did not, or the reverse."""
-        leads = self.leads
-        if leads != self._leads:
-            self._leads = leads
+    def _announce(self) -> None:
+        """Call `changed` where leadership was won or lost since the last call."""
+        leads = self.is_leader
+        if leads != self._led:
+            self._led = leads
             log.info("lease %s: %s", self._name, f"held as {self._identity}" if leads else "lost")
             self._changed(leads)
 
-    def _try(self) -> None:
+    def _attempt(self) -> None:
         began = time.monotonic()
-        # a renewal that comes back too late is of no use, so it is not waited for
-        limit = max(0.5, self.remaining()) if self._leads else self._times.retry * 2
-        api = self._api.within(min(limit, self._times.deadline / 2))
+        # a renewal that returns too late is useless, so it is not waited for
+        limit = max(0.5, self.remaining()) if self._led else self._timing.retry * 2
+        api = self._api.within(min(limit, self._timing.deadline / 2))
         try:
             self._renew(api, began)
         except Conflict:
-            pass  # someone else was faster: looked at again the next time
+            pass  # another was faster: read again at the next attempt
         except OvsmeshError as error:
-            if str(error) != self._told:
-                self._told = str(error)
+            if str(error) != self._logged:
+                self._logged = str(error)
                 log.warning("lease %s: %s", self._name, error)
         else:
-            self._told = ""
+            self._logged = ""
 
     def _renew(self, api: Api, began: float) -> None:
         try:
@@ -131,7 +132,7 @@ class Lease:
             api.replace(self._path, self._object(found, began))
             self._won(began)
             return
-        if self._leads:
+        if self._led:
             self._until = 0.0
         if self.holder and not self._expired(found, spec, began):
             return
@@ -139,38 +140,38 @@ class Lease:
         self._won(began)
 
     def _expired(self, found: Object, spec: dict[str, Any], now: float) -> bool:
-        """Whether the holder has not renewed for its duration, by our clock: theirs may be wrong."""
+        """Whether the holder has not renewed for its duration, by this host's clock: the holder's may be wrong."""
         seen = (self.holder, spec.get("renewTime"), found["metadata"].get("resourceVersion"))
         if seen != self._seen:
             self._seen, self._seen_at = seen, now
         duration = spec.get("leaseDurationSeconds")
-        wait = duration if isinstance(duration, int) and duration > 0 else self._times.duration
+        wait = duration if isinstance(duration, int) and duration > 0 else self._timing.duration
         return now - self._seen_at > wait
 
     def _won(self, began: float) -> None:
         self.holder = self._identity
-        self._until = began + self._times.deadline
+        self._until = began + self._timing.deadline
 
     def _object(self, found: Object | None, began: float) -> Object:
-        """The lease in our hands; with the resourceVersion of `found`, so that it is refused where that changed."""
+        """Return the Lease with this holder; refused where the resourceVersion of `found` has changed."""
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         old: dict[str, Any] = (found or {}).get("spec") or {}
-        ours = old.get("holderIdentity") == self._identity
+        renewal = old.get("holderIdentity") == self._identity
         count = old.get("leaseTransitions")
         spec = {
             "holderIdentity": self._identity,
-            "leaseDurationSeconds": self._times.duration,
-            "acquireTime": old.get("acquireTime") if ours else now,
+            "leaseDurationSeconds": self._timing.duration,
+            "acquireTime": old.get("acquireTime") if renewal else now,
             "renewTime": now,
-            "leaseTransitions": (count if isinstance(count, int) else 0) + (not ours and found is not None),
+            "leaseTransitions": (count if isinstance(count, int) else 0) + (not renewal and found is not None),
         }
         metadata = found["metadata"] if found else {"name": self._name}
         return {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
 
-    def _give_back(self) -> None:
-        ours, self._until = self.leads, 0.0
-        self._settle()
-        if not ours:
+    def _release(self) -> None:
+        held, self._until = self.is_leader, 0.0
+        self._announce()
+        if not held:
             return
         try:
             api = self._api.within(2.0)
@@ -180,4 +181,4 @@ class Lease:
                 found["spec"]["leaseDurationSeconds"] = 1
                 api.replace(self._path, found)
         except (OvsmeshError, KeyError, TypeError) as error:
-            log.warning("lease %s: could not be given back, it runs out by itself: %s", self._name, error)
+            log.warning("lease %s: could not be released, it expires by itself: %s", self._name, error)

@@ -1,8 +1,7 @@
-"""Knows how to keep a copy of a collection current: list → replace → watch, for ever, with jittered back-off.
+"""Keep a copy of a collection current: list, replace, watch, with jittered back-off, until closed.
 
-Each object is projected when it comes, and only that is kept. What the server does wrong (410, ERROR events,
-garbage, silence, cut connections) ends in another list or watch; until that is through, what is there stays.
-Imports kube and model only.
+Each object is projected when it arrives, and only the projection is kept. Whatever the server does wrong (410, ERROR
+events, garbage, silence, cut connections) ends in another list or watch; until that succeeds the old copy stays.
 """
 
 from __future__ import annotations
@@ -29,31 +28,31 @@ log = logging.getLogger("ovsmesh")
 T = TypeVar("T")
 
 SECONDS = 540
-"""Seconds after which a watch is ended by the server, so that watches spread over servers again."""
+"""Seconds after which the server ends a watch, so that watches spread over the servers again."""
 SILENCE = 90.0
-"""Seconds without a byte after which a watch is taken for stalled: bookmarks come every 60 to 75 s."""
+"""Seconds without a byte after which a watch has stalled: bookmarks come every 60 to 75 s."""
 _HEALTHY = 5.0
-"""Seconds that a watch must have lived for the back-off to begin anew."""
+"""Seconds that a watch must have lived for the back-off to start again."""
 _BACKOFF = wait_random_exponential(multiplier=0.4, max=8.0, min=0.05)
 """Uniform between 0.05 s and 0.4, 0.8, 1.6, … 8 s: three thousand agents must not come back together."""
 _MISSHAPEN = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 
-class Bell:
-    """Rings in any thread, is heard where `fd` is waited on for reading."""
+class Wakeup:
+    """An event source for a loop: wake() from any thread makes `fd` readable until clear()."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()
         self._open = True
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         with self._lock:
             if self._open:
                 os.eventfd_write(self.fd, 1)
 
-    def drain(self) -> bool:
-        """Whether it rang since the last time."""
+    def clear(self) -> bool:
+        """Return whether wake() was called since the last clear()."""
         with self._lock, contextlib.suppress(BlockingIOError):
             return self._open and os.eventfd_read(self.fd) > 0
         return False
@@ -66,32 +65,32 @@ class Bell:
 
 
 @dataclass(frozen=True, slots=True)
-class Look(Generic[T]):
-    """A collection as a Reflector knows it: never changed, replaced by another."""
+class Collection(Generic[T]):
+    """A collection as a Reflector last saw it: never changed, replaced by another."""
 
     items: Mapping[str, T]
-    """Name (with the namespace and a slash before it, where there is one) → what was projected of it."""
+    """Name, prefixed with "namespace/" where there is one → the projection."""
     synced: bool = False
-    """A whole list has come. It stays True: what is there may be old, see `problem`, but never is a part."""
+    """A whole list has arrived. Stays True: the copy may be old (see `problem`), but never partial."""
     problem: str = ""
-    """Why this is not current, "" when a watch is open."""
+    """Why the copy is not current; "" while a watch is open."""
     since: float = 0.0
-    """When it was last known to be current, in seconds since the epoch; 0 for never."""
+    """When it was last current, in seconds since the epoch; 0 for never."""
     lists: int = 0
-    """How many lists it took so far."""
+    """Number of lists so far."""
 
     @property
     def current(self) -> bool:
-        """A whole list has come, and a watch is open."""
+        """A whole list has arrived, and a watch is open."""
         return self.synced and self.since > 0 and not self.problem
 
 
 class Reflector(Generic[T]):
-    """A thread that keeps `look()` current and rings `bell` when it changes.
+    """A thread that keeps `collection()` current and calls wakeup.wake() when it changes.
 
-    `project` takes the raw object and gives what is to be kept, which must compare by value: an equal one
-    rings no bell. None leaves the object out. It runs in the thread; what it raises (KeyError, TypeError,
-    ValueError, AttributeError) is logged, and the last good projection of that object stays.
+    `project` takes the raw object and returns what to keep. It must compare by value: an equal projection wakes nobody.
+    None leaves the object out. It runs in the thread; what it raises (KeyError, TypeError, ValueError,
+    AttributeError) is logged, and the last good projection of that object stays.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Reflector(Generic[T]):
         api: Api,
         path: str,
         project: Callable[[Object], T | None],
-        bell: Bell,
+        wakeup: Wakeup,
         *,
         labels: str = "",
         fields: str = "",
@@ -107,12 +106,12 @@ class Reflector(Generic[T]):
         seconds: int = SECONDS,
         silence: float = SILENCE,
     ) -> None:
-        self._api, self._path, self._project, self._bell = api, path, project, bell
+        self._api, self._path, self._project, self._wakeup = api, path, project, wakeup
         self._query = {**({"labelSelector": labels} if labels else {}), **({"fieldSelector": fields} if fields else {})}
         self._limit, self._seconds, self._silence = limit, seconds, silence
         self._lock = threading.Lock()
         self._items: dict[str, T] = {}
-        self._look: Look[T] = Look(MappingProxyType({}))
+        self._collection: Collection[T] = Collection(MappingProxyType({}))
         self._stale = False
         self._version = ""
         self._stop = threading.Event()
@@ -126,7 +125,7 @@ class Reflector(Generic[T]):
         self._thread.start()
 
     def close(self, timeout: float = 2.0) -> None:
-        """Ends the thread; waits for it for `timeout` seconds."""
+        """End the thread; wait for it up to `timeout` seconds."""
         self._stop.set()
         with self._lock:
             if self._stream is not None:
@@ -134,13 +133,13 @@ class Reflector(Generic[T]):
         if self._thread.is_alive():
             self._thread.join(timeout)
 
-    def look(self) -> Look[T]:
-        """The collection as it is known now; the same object while nothing changed."""
+    def collection(self) -> Collection[T]:
+        """Return the collection as it is now; the same object while nothing changes."""
         with self._lock:
             if self._stale:
-                self._look = replace(self._look, items=MappingProxyType(dict(self._items)))
+                self._collection = replace(self._collection, items=MappingProxyType(dict(self._items)))
                 self._stale = False
-            return self._look
+            return self._collection
 
     @property
     def received(self) -> int:
@@ -166,7 +165,7 @@ class Reflector(Generic[T]):
         self._stop.wait(seconds)
 
     def _round(self) -> None:
-        """List where needed, watch until it ends. Returns after a watch that lived well, else raises."""
+        """List where needed, then watch until it ends. Returns after a healthy watch, else raises."""
         try:
             if not self._version:
                 self._list()
@@ -175,12 +174,12 @@ class Reflector(Generic[T]):
             if time.monotonic() - began < _HEALTHY and not self._stop.is_set():
                 raise ApiError(f"{self._path}: the watch ended at once")
         except (Gone, Garbage, NotFound) as error:
-            # what was missed can't be known
+            # what was missed is unknown
             self._version = ""
-            self._tell(str(error))
+            self._set_problem(str(error))
             raise
         except OvsmeshError as error:
-            self._tell(str(error))
+            self._set_problem(str(error))
             raise
 
     def _list(self) -> None:
@@ -193,21 +192,20 @@ class Reflector(Generic[T]):
             if self._stop.is_set():
                 return
         with self._lock:
-            changed = found != self._items or not self._look.synced
+            changed = found != self._items or not self._collection.synced
             self._items = found
             self._stale = True
-            self._look = replace(self._look, synced=True, lists=self._look.lists + 1)
+            self._collection = replace(self._collection, synced=True, lists=self._collection.lists + 1)
         self._version = version
         if changed:
-            self._bell.ring()
+            self._wakeup.wake()
 
     def _take(self, into: dict[str, T], name: str, item: Object) -> None:
         try:
             kept = self._project(item)
         except _MISSHAPEN as error:
-            log.warning(
-                "%s %s: can't be read (%s: %s); its last good state stays", self._path, name, type(error), error
-            )
+            why = f"{type(error).__name__}: {error}"
+            log.warning("%s %s: cannot be read (%s); its last good state stays", self._path, name, why)
             if name in self._items:
                 into[name] = self._items[name]
             return
@@ -217,7 +215,7 @@ class Reflector(Generic[T]):
             into[name] = kept
 
     def _watch(self) -> None:
-        # those who came together, after the server was away, do not come together again
+        # Clients that came back together after an outage must not return together again.
         seconds = max(1, int(self._seconds * random.uniform(0.6, 1.0)))
         stream = self._api.watch(self._path, self._version, seconds, self._silence, **self._query)
         with self._lock:
@@ -225,7 +223,7 @@ class Reflector(Generic[T]):
         try:
             if self._stop.is_set():
                 return
-            self._tell("")
+            self._set_problem("")
             for kind, item in stream:
                 self.events += 1
                 self._event(kind, item)
@@ -238,7 +236,7 @@ class Reflector(Generic[T]):
     def _event(self, kind: str, item: Object) -> None:
         if kind == "ERROR":
             code, message = item.get("code"), str(item.get("message") or item)[:500]
-            # whatever it is, what came before it may not be all
+            # whatever the error is, events may be missing
             raise Gone(f"{self._path}: the watch ended in an error: {message}", code if isinstance(code, int) else 0)
         if kind not in ("ADDED", "MODIFIED", "DELETED", "BOOKMARK"):
             raise Garbage(f"{self._path}: unknown watch event {kind[:40]!a}")
@@ -257,27 +255,27 @@ class Reflector(Generic[T]):
                 changed = self._items.get(name) != before
                 self._stale = self._stale or changed
             if changed:
-                self._bell.ring()
+                self._wakeup.wake()
         self._version = version
 
-    def _tell(self, problem: str) -> None:
-        """Notes whether the collection is current; rings where that changes."""
+    def _set_problem(self, problem: str) -> None:
+        """Record whether the collection is current; wake the loop where that changes."""
         with self._lock:
-            before = self._look
+            before = self._collection
             if before.problem == problem and problem:
                 return
             current = not before.problem and before.since
             since = time.time() if not problem or current else before.since
-            self._look = replace(before, problem=problem, since=since)
+            self._collection = replace(before, problem=problem, since=since)
         if self._stop.is_set() or before.problem == problem:
             return
         (log.warning if problem else log.info)("%s", problem or f"{self._path}: watching")
         if bool(problem) != bool(before.problem):
-            self._bell.ring()
+            self._wakeup.wake()
 
 
 def _wait(state: RetryCallState) -> float:
-    """The back-off, or what the server asks for where that is longer, as far as half a minute."""
+    """Return the back-off, or the server's Retry-After where that is longer, up to half a minute."""
     error = state.outcome.exception() if state.outcome else None
     asked = min(error.retry_after, 30.0) if isinstance(error, ApiError) else 0.0
     return max(float(_BACKOFF(state)), asked)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ovsmesh.errors import Problem
 from ovsmesh.kube.client import GROUP, Api, Object
-from ovsmesh.kube.reflector import SECONDS, SILENCE, Bell, Look, Reflector
+from ovsmesh.kube.reflector import SECONDS, SILENCE, Collection, Reflector, Wakeup
 from ovsmesh.mesh.file_source import SAVE_AGAIN, Snapshot, last_good
 from ovsmesh.mesh.manifest import API_VERSION, KIND, MAX_CIDRS, dump, parse
 from ovsmesh.mesh.types import Mesh, MeshError
@@ -166,7 +166,7 @@ class KubeSource:
         self.node = node
         self._server = api.config.server
         self._store = StateDir(state_dir).mesh_file
-        self._bell = Bell()
+        self._bell = Wakeup()
         labels = f"ovsmesh.io/mesh={mesh}"
         self._reflector: Reflector[Part] = Reflector(
             api, SLICES, project, self._bell, labels=labels, seconds=seconds, silence=silence
@@ -178,12 +178,12 @@ class KubeSource:
         self._saved_at = 0.0
         self._save_problem: tuple[Problem, ...] = ()
         self._store_problem: tuple[Problem, ...] = ()
-        self._from: tuple[Look[Part], bool] | None = None
+        self._from: tuple[Collection[Part], bool] | None = None
         self._read = Snapshot(None)
         self._shown: Snapshot | None = None
         self._grace_over = time.monotonic() + grace
         self._load_store()
-        self._timer = threading.Timer(grace, self._bell.ring)
+        self._timer = threading.Timer(grace, self._bell.wake)
         self._timer.daemon = True
         self._timer.start()
         self._reflector.start()
@@ -192,7 +192,7 @@ class KubeSource:
         return [self._bell.fd]
 
     def drain(self) -> bool:
-        return self._bell.drain()
+        return self._bell.clear()
 
     def close(self) -> None:
         self._timer.cancel()
@@ -206,7 +206,7 @@ class KubeSource:
         """
         end = time.monotonic() + timeout
         waiting = threading.Event()
-        while self._waiting(look := self._reflector.look()) or (self._good is None and not look.synced):
+        while self._waiting(look := self._reflector.collection()) or (self._good is None and not look.synced):
             if time.monotonic() >= end:
                 return False
             waiting.wait(0.01)
@@ -222,8 +222,8 @@ class KubeSource:
         return self._reflector.received
 
     def snapshot(self) -> Snapshot:
-        self._bell.drain()
-        look = self._reflector.look()
+        self._bell.clear()
+        look = self._reflector.collection()
         waiting = self._waiting(look)
         if self._from is None or look is not self._from[0] or waiting != self._from[1]:
             self._from = look, waiting
@@ -251,10 +251,10 @@ class KubeSource:
 
     # ------------------------------------------------------------ what a snapshot is made of
 
-    def _waiting(self, look: Look[Part]) -> bool:
+    def _waiting(self, look: Collection[Part]) -> bool:
         return not look.synced and not look.problem and time.monotonic() < self._grace_over
 
-    def _now(self, look: Look[Part], waiting: bool) -> Snapshot:
+    def _now(self, look: Collection[Part], waiting: bool) -> Snapshot:
         if waiting:
             return Snapshot(None, (Problem("MeshWaiting", f"waits for {self._server}", fatal=False),))
         if look.synced:
@@ -265,7 +265,7 @@ class KubeSource:
         self._good, self._good_since, self._store_problem = last_good(self._store, self.node)
         self._saved = self._good
 
-    def _fresh(self, look: Look[Part]) -> Snapshot:
+    def _fresh(self, look: Collection[Part]) -> Snapshot:
         reason, message = lacking(look.items)
         if reason:
             return self._kept(reason, message)

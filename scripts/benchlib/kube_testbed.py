@@ -20,7 +20,7 @@ from typing import Any
 
 from benchlib.testbed import Peer, Stage
 from ovsmesh.kube.client import Api, load
-from ovsmesh.kube.reflector import Bell, Reflector
+from ovsmesh.kube.reflector import Reflector, Wakeup
 from ovsmesh.lab import netns
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import LabError
@@ -132,12 +132,12 @@ class Sight:
 
     def __init__(self, plane: ControlPlane) -> None:
         self.seen: dict[str, float] = {}
-        self._bell = Bell()
+        self._bell = Wakeup()
         self._api = Api(load(str(plane.kubeconfig())))
         self.watch = Reflector(self._api, SLICES, self._note, self._bell)
         # a thread that is started inside the namespace stays in it
         netns.within(plane.ns, self.watch.start)
-        netns.wait_for("the slices to be listed", lambda: self.watch.look().synced, 30)
+        netns.wait_for("the slices to be listed", lambda: self.watch.collection().synced, 30)
 
     def _note(self, found: Object) -> int:
         now = time.monotonic()

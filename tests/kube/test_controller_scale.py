@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ovsmesh.kube.reflector import Bell, Reflector
+from ovsmesh.kube.reflector import Reflector, Wakeup
 from tests.support.controllerkit import NODES, STRATEGIC, Cluster, Object, mesh, numbered
 from tests.support.kubekit import GROUP, eventually
 
@@ -45,7 +45,7 @@ def test_a_thousand_nodes(kube: Cluster, record_property: pytest.RecordProperty)
     # One by one (closer together they wait for each other, 0.1 s at most): from the request that makes a Node
     # to its entry in a watch of the slices.
     seen: dict[str, float] = {}
-    bell = Bell()
+    bell = Wakeup()
 
     def note(found: Object) -> int:
         for entry in found["spec"]["nodes"]:
@@ -54,7 +54,7 @@ def test_a_thousand_nodes(kube: Cluster, record_property: pytest.RecordProperty)
 
     watch = Reflector(kube.api, f"{GROUP}/meshslices", note, bell)
     watch.start()
-    eventually(lambda: watch.look().synced)
+    eventually(lambda: watch.collection().synced)
     times = []
     for number in range(NUMBER, NUMBER + 50):
         found = big(number)

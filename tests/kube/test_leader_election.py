@@ -10,8 +10,8 @@ import pytest
 from ovsmesh.kube import client
 from ovsmesh.kube.client import Api
 from ovsmesh.kube.config import load
-from ovsmesh.kube.events import About, Events
-from ovsmesh.kube.leader_election import Times
+from ovsmesh.kube.events import EventRecorder, ObjectReference
+from ovsmesh.kube.leader_election import Timing
 from tests.support import apikit
 from tests.support.apikit import THINGS, lease_of
 from tests.support.controlplane import ControlPlane
@@ -28,7 +28,7 @@ real = pytest.fixture(apikit.make_real)
 
 def test_one_leads_and_the_next_takes_over_when_it_is_given_back(stub: Stub, api: Api) -> None:
     told: list[str] = []
-    times = Times(duration=30, deadline=20, retry=0.2)
+    times = Timing(duration=30, deadline=20, retry=0.2)
     a, b = lease_of(api, "a", told, times), lease_of(api, "b", told, times)
     a.start()
     eventually(lambda: told == ["a on"], 10)
@@ -36,7 +36,7 @@ def test_one_leads_and_the_next_takes_over_when_it_is_given_back(stub: Stub, api
     eventually(lambda: b.holder == "a", 10)
     time.sleep(1.0)
     assert told == ["a on"]
-    assert not b.leads
+    assert not b.is_leader
     a.close()
     assert a.remaining() == 0
     eventually(lambda: told == ["a on", "a off", "b on"], 15)  # long before it would run out
@@ -57,7 +57,7 @@ def test_who_can_t_renew_is_out_before_another_is_in(stub: Stub, api: Api, tmp_p
     cut_off.down()
     eventually(lambda: len(told) == 3, 20)
     assert told == ["a on", "a off", "b on"]
-    assert not (a.leads and b.leads)
+    assert not (a.is_leader and b.is_leader)
     a.close()
     b.close()
 
@@ -84,16 +84,16 @@ EVENTS = "/api/v1/namespaces/default/events"
 
 
 def test_repeats_are_counted_and_floods_are_cut_off(stub: Stub, api: Api) -> None:
-    events = Events(api, "ovsmesh-controller", "c-1", repeat=0.4)
+    events = EventRecorder(api, "ovsmesh-controller", "c-1", repeat=0.4)
     events.start()
-    node = About("v1", "Node", "n1", "uid-1")
+    node = ObjectReference("v1", "Node", "n1", "uid-1")
     for _ in range(50):
-        events.emit(node, "PodCIDRMissing", "give it one")
+        events.record(node, "PodCIDRMissing", "give it one")
     eventually(lambda: [e["count"] for p, e in stub.objects.items() if p.startswith(EVENTS)] == [50], 20)
     assert stub.count("POST") == 1
     assert stub.count("PATCH") <= 2
     for n in range(100):
-        events.emit(node, "Flood", f"number {n}")
+        events.record(node, "Flood", f"number {n}")
     events.close(5.0)
     assert len([p for p in stub.objects if p.startswith(EVENTS)]) <= 26
     assert events.dropped >= 74
@@ -101,11 +101,11 @@ def test_repeats_are_counted_and_floods_are_cut_off(stub: Stub, api: Api) -> Non
 
 def test_events_never_hold_anyone_up(stub: Stub, api: Api) -> None:
     stub.down()
-    events = Events(api.within(0.5), "c", "c-1")
+    events = EventRecorder(api.within(0.5), "c", "c-1")
     events.start()
     began = time.monotonic()
     for n in range(3000):
-        events.emit(About("v1", "Node", f"n{n}"), "Reason", "text")
+        events.record(ObjectReference("v1", "Node", f"n{n}"), "Reason", "text")
     assert time.monotonic() - began < 10  # a wait for each would take 25 minutes
     events.close(0.1)
 
@@ -130,11 +130,11 @@ def test_a_real_lease_changes_hands(real: Api) -> None:
 
 def test_a_real_event_is_shown_on_its_node(cluster: ControlPlane, real: Api) -> None:
     node = real.create("/api/v1/nodes", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}})
-    events = Events(real, "ovsmesh-controller", "c-1", repeat=0.5)
+    events = EventRecorder(real, "ovsmesh-controller", "c-1", repeat=0.5)
     events.start()
-    about = About("v1", "Node", "n1", node["metadata"]["uid"])
+    about = ObjectReference("v1", "Node", "n1", node["metadata"]["uid"])
     for _ in range(3):
-        events.emit(about, "PodCIDRMissing", "node n1 has no podCIDR")
+        events.record(about, "PodCIDRMissing", "node n1 has no podCIDR")
     events.close(5.0)
     text = cluster.kubectl("describe", "node", "n1")
     assert "PodCIDRMissing" in text

@@ -12,7 +12,7 @@ import pytest
 from ovsmesh.kube import client
 from ovsmesh.kube import reflector as module
 from ovsmesh.kube.client import Api
-from ovsmesh.kube.reflector import Bell, Reflector
+from ovsmesh.kube.reflector import Reflector, Wakeup
 from tests.support import apikit
 from tests.support.apikit import THINGS, Watch, items
 from tests.support.controlplane import APISERVER, ETCD, ControlPlane
@@ -28,29 +28,29 @@ real = pytest.fixture(apikit.make_real)
 def test_what_changes_is_followed(stub: Stub, watch: Watch) -> None:
     stub.put(f"{THINGS}/a", {"n": 1})
     reflector = watch()
-    eventually(lambda: reflector.look().current)
+    eventually(lambda: reflector.collection().current)
     assert items(reflector) == {"a": 1}
-    before = reflector.look()
-    assert reflector.look() is before
+    before = reflector.collection()
+    assert reflector.collection() is before
     stub.put(f"{THINGS}/b", {"n": 2})
     eventually(lambda: items(reflector) == {"a": 1, "b": 2})
     assert dict(before.items) == {"a": 1}
     stub.remove(f"{THINGS}/a")
     eventually(lambda: items(reflector) == {"b": 2})
-    assert reflector.look().lists == 1
+    assert reflector.collection().lists == 1
 
 
 def test_an_object_that_changes_nothing_that_is_kept_rings_no_bell(stub: Stub, watch: Watch) -> None:
     stub.put(f"{THINGS}/a", {"n": 1})
     reflector = watch()
-    eventually(lambda: reflector.look().current)
-    reflector._bell.drain()
-    before, events = reflector.look(), reflector.events
+    eventually(lambda: reflector.collection().current)
+    reflector._wakeup.clear()
+    before, events = reflector.collection(), reflector.events
     for beat in range(20):
         stub.put(f"{THINGS}/a", {"n": 1, "heartbeat": beat})
     eventually(lambda: reflector.events == events + 20)
-    assert not reflector._bell.drain()
-    assert reflector.look() is before
+    assert not reflector._wakeup.clear()
+    assert reflector.collection() is before
 
 
 @pytest.mark.parametrize("fault", ["410", "410 event", "500 event", "garbage", "no object", "no name", "unknown type"])
@@ -58,7 +58,7 @@ def test_what_may_have_lost_something_is_listed_again(stub: Stub, watch: Watch, 
     stub.faults = [fault]
     stub.put(f"{THINGS}/a", {"n": 1})
     reflector = watch()
-    eventually(lambda: reflector.look().lists == 2 and reflector.look().current, 20)
+    eventually(lambda: reflector.collection().lists == 2 and reflector.collection().current, 20)
     stub.put(f"{THINGS}/b", {"n": 2})
     eventually(lambda: items(reflector) == {"a": 1, "b": 2}, 20)
 
@@ -71,7 +71,7 @@ def test_what_only_ended_is_watched_again_from_where_it_was(stub: Stub, watch: W
     eventually(lambda: stub.count("WATCH") >= 1, 20)
     stub.put(f"{THINGS}/b", {"n": 2})
     eventually(lambda: items(reflector) == {"a": 1, "b": 2}, 20)
-    assert reflector.look().lists == 1
+    assert reflector.collection().lists == 1
 
 
 def test_a_server_that_cuts_every_watch_is_not_hammered(stub: Stub, watch: Watch) -> None:
@@ -85,25 +85,25 @@ def test_a_server_that_cuts_every_watch_is_not_hammered(stub: Stub, watch: Watch
 def test_what_is_there_stays_while_the_server_is_away(stub: Stub, watch: Watch) -> None:
     stub.put(f"{THINGS}/a", {"n": 1})
     reflector = watch()
-    eventually(lambda: reflector.look().current)
+    eventually(lambda: reflector.collection().current)
     stub.down()
-    eventually(lambda: reflector.look().problem)
-    assert reflector.look().synced
+    eventually(lambda: reflector.collection().problem)
+    assert reflector.collection().synced
     assert items(reflector) == {"a": 1}
     stub.put(f"{THINGS}/a", {"n": 7})
     stub.up()
-    eventually(lambda: items(reflector) == {"a": 7} and not reflector.look().problem, 10)
-    assert reflector.look().lists == 1
+    eventually(lambda: items(reflector) == {"a": 7} and not reflector.collection().problem, 10)
+    assert reflector.collection().lists == 1
 
 
 def test_an_empty_answer_in_place_of_a_list_removes_nothing(stub: Stub, watch: Watch) -> None:
     stub.put(f"{THINGS}/a", {"n": 1})
     stub.faults = ["", "410 event"]
     reflector = watch()
-    eventually(lambda: reflector.look().current)
+    eventually(lambda: reflector.collection().current)
     stub.answers = [(200, b"{}", {}), (200, b'{"items": [], "metadata": {}}', {}), (200, b'{"items": 3}', {})]
     stub.cut_all()
-    eventually(lambda: not stub.answers and reflector.look().lists == 2, 30)
+    eventually(lambda: not stub.answers and reflector.collection().lists == 2, 30)
     assert items(reflector) == {"a": 1}
 
 
@@ -119,7 +119,7 @@ def test_a_list_that_ends_between_two_pages_is_begun_again(stub: Stub, watch: Wa
 
     def synced() -> bool:
         seen.append(len(items(reflector)))
-        return reflector.look().synced
+        return reflector.collection().synced
 
     eventually(synced, 20)
     assert set(seen) <= {0, 5}
@@ -129,7 +129,7 @@ def test_a_list_that_ends_between_two_pages_is_begun_again(stub: Stub, watch: Wa
 def test_an_object_that_can_t_be_read_keeps_its_last_good_state(stub: Stub, watch: Watch) -> None:
     stub.put(f"{THINGS}/a", {"n": 1})
     reflector = watch()
-    eventually(lambda: reflector.look().current)
+    eventually(lambda: reflector.collection().current)
     stub.put(f"{THINGS}/a", {"n": "x"})
     stub.put(f"{THINGS}/b", None)
     stub.put(f"{THINGS}/c", {"n": 3})
@@ -139,7 +139,7 @@ def test_an_object_that_can_t_be_read_keeps_its_last_good_state(stub: Stub, watc
 def test_how_long_the_server_asks_to_wait_is_waited(stub: Stub, watch: Watch) -> None:
     stub.answers = [(429, b"", {"Retry-After": "1"})]
     reflector = watch()
-    eventually(lambda: reflector.look().synced)
+    eventually(lambda: reflector.collection().synced)
     (first, *_), (second, *_) = stub.log[:2]
     assert 1.0 <= second - first < 2.0
 
@@ -148,36 +148,36 @@ def test_a_watch_that_the_server_ends_in_time_is_no_trouble(stub: Stub, watch: W
     monkeypatch.setattr(module, "_HEALTHY", 0.5)
     reflector = watch(seconds=1)
     eventually(lambda: stub.count("WATCH") == 3, 20)
-    assert not reflector.look().problem
-    assert reflector.look().lists == 1
+    assert not reflector.collection().problem
+    assert reflector.collection().lists == 1
 
 
 # ---------------------------------------------------------------- a real API server
 
 
 def test_a_real_server_is_listed_and_watched(real: Api) -> None:
-    api, bell = real, Bell()
+    api, bell = real, Wakeup()
     path = "/api/v1/nodes"
     for n in range(7):
         api.create(path, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"n{n}"}})
     reflector: Reflector[str] = Reflector(api, path, lambda found: found["metadata"]["uid"], bell, limit=3)
     reflector.start()
-    eventually(lambda: len(reflector.look().items) == 7 and reflector.look().current)
+    eventually(lambda: len(reflector.collection().items) == 7 and reflector.collection().current)
     times = []
 
     def has(name: str) -> bool:
-        return name in reflector.look().items
+        return name in reflector.collection().items
 
     for n in range(7, 27):
         began = time.monotonic()
         api.create(path, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"n{n}"}})
         eventually(partial(has, f"n{n}"), every=0.001)
         times.append(time.monotonic() - began)
-    uid = reflector.look().items["n3"]
+    uid = reflector.collection().items["n3"]
     with pytest.raises(client.Conflict):
         api.delete(f"{path}/n3", uid="another")
     api.delete(f"{path}/n3", uid=uid)
-    eventually(lambda: "n3" not in reflector.look().items)
+    eventually(lambda: "n3" not in reflector.collection().items)
     with pytest.raises(client.NotFound):
         api.get(f"{path}/n3")
     with pytest.raises(client.AlreadyExists):
@@ -192,34 +192,34 @@ def test_a_real_server_is_listed_and_watched(real: Api) -> None:
 
 @pytest.mark.timeout(180)
 def test_a_real_server_that_goes_comes_back_or_stalls(cluster: ControlPlane, real: Api) -> None:
-    api, bell = real, Bell()
+    api, bell = real, Wakeup()
     path = "/api/v1/nodes"
     api.create(path, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "before"}})
     reflector: Reflector[str] = Reflector(api, path, lambda f: f["metadata"]["uid"], bell, silence=3.0, seconds=30)
     reflector.start()
-    eventually(lambda: "before" in reflector.look().items and reflector.look().current)
+    eventually(lambda: "before" in reflector.collection().items and reflector.collection().current)
     add = iter(range(100))
 
     def follows() -> bool:
         name = f"after{next(add)}"
         api.create(path, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
-        eventually(lambda: name in reflector.look().items, 20)
+        eventually(lambda: name in reflector.collection().items, 20)
         return True
 
     cluster.kill(APISERVER)
-    eventually(lambda: reflector.look().problem)
+    eventually(lambda: reflector.collection().problem)
     time.sleep(2.0)
-    assert "before" in reflector.look().items
+    assert "before" in reflector.collection().items
     cluster.start(APISERVER)
     assert follows()
     cluster.restart(ETCD)
     eventually(follows, 30)
     cluster.pause(APISERVER)
     try:
-        eventually(lambda: reflector.look().problem, 10)
+        eventually(lambda: reflector.collection().problem, 10)
     finally:
         cluster.resume(APISERVER)
-    eventually(lambda: not reflector.look().problem, 20)
+    eventually(lambda: not reflector.collection().problem, 20)
     assert follows()
     reflector.close()
     bell.close()

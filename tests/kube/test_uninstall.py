@@ -24,7 +24,7 @@ GOING = "2026-01-01T00:00:00Z"
 def home(stub: Stub, api: Api) -> Iterator[Home]:
     stub.put(OURS, {})
     made = Home(api, "ovsmesh")
-    eventually(lambda: made._reflector.look().current)
+    eventually(lambda: made._reflector.collection().current)
     yield made
     made.close()
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from ovsmesh.kube.client import Api, Object
 from ovsmesh.kube.config import load
-from ovsmesh.kube.leader_election import Lease, Times
-from ovsmesh.kube.reflector import Bell, Reflector
+from ovsmesh.kube.leader_election import LeaderElector, Timing
+from ovsmesh.kube.reflector import Reflector, Wakeup
 from tests.support.controlplane import ControlPlane
 from tests.support.kubestub import Stub
 
@@ -38,10 +38,10 @@ Watch = Callable[..., Reflector[int]]
 
 
 def make_watch(api: Api) -> Iterator[Watch]:
-    made: list[tuple[Reflector[int], Bell]] = []
+    made: list[tuple[Reflector[int], Wakeup]] = []
 
     def make(**options: Any) -> Reflector[int]:
-        bell = Bell()
+        bell = Wakeup()
         reflector = Reflector(api, THINGS, spec_of, bell, **{"silence": 2.0, "seconds": 30, **options})
         made.append((reflector, bell))
         reflector.start()
@@ -55,7 +55,7 @@ def make_watch(api: Api) -> Iterator[Watch]:
 
 
 def items(reflector: Reflector[int]) -> dict[str, int]:
-    return dict(reflector.look().items)
+    return dict(reflector.collection().items)
 
 
 def make_real(cluster: ControlPlane) -> Iterator[Api]:
@@ -63,10 +63,10 @@ def make_real(cluster: ControlPlane) -> Iterator[Api]:
         yield made
 
 
-FAST = Times(duration=2, deadline=1.2, retry=0.2)
+FAST = Timing(duration=2, deadline=1.2, retry=0.2)
 
 
-def lease_of(api: Api, who: str, told: list[str], times: Times = FAST) -> Lease:
-    return Lease(
+def lease_of(api: Api, who: str, told: list[str], times: Timing = FAST) -> LeaderElector:
+    return LeaderElector(
         api, "ovsmesh", "ovsmesh-controller", who, lambda leads: told.append(f"{who} {'on' if leads else 'off'}"), times
     )

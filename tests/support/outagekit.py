@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ovsmesh.kube.client import Api, load
-from ovsmesh.kube.reflector import Bell, Reflector
+from ovsmesh.kube.reflector import Reflector, Wakeup
 from ovsmesh.lab import netns
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.ping import Track
@@ -92,7 +92,7 @@ class Storm:
                 time.sleep(0.7)
             back = self.join()
             found = min(self._members)
-        assert least.look().synced
+        assert least.collection().synced
         tracks: list[Track] = stream.tracks
         silent = [f"{t.pair.source} → {t.pair.target}: {t.lost} of {len(t.sent)}" for t in tracks if t.lost]
         sent, lost = sum(len(t.sent) for t in tracks), sum(t.lost for t in tracks)
@@ -102,11 +102,11 @@ class Storm:
     def _watched(self) -> Iterator[Reflector[int]]:
         """Notes how many members each version of the slices has."""
         self._members = [len(self.lab.hosts)]
-        with closing(Api(load(str(self.plane.kubeconfig())))) as api, closing(Bell()) as bell:
+        with closing(Api(load(str(self.plane.kubeconfig())))) as api, closing(Wakeup()) as bell:
             watch: Reflector[int] = Reflector(api, SLICES, self._note, bell)
             with closing(watch):
                 netns.within(self.plane.ns, watch.start)
-                eventually(lambda: watch.look().synced)
+                eventually(lambda: watch.collection().synced)
                 yield watch
 
     def _note(self, found: dict[str, object]) -> int:
