@@ -20,6 +20,7 @@ from ovsmesh.dataplane import report as reports
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import GROUP, AlreadyExists, Api, Conflict, NotFound, Object, path_of
 from ovsmesh.kube.http import ApiError
+from ovsmesh.names import API_VERSION
 
 log = logging.getLogger("ovsmesh")
 
@@ -246,7 +247,7 @@ class MeshNodeWriter:
             if self._uid:
                 # the MeshNode goes with its Node
                 metadata["ownerReferences"] = [_owner(self._node, self._uid)]
-            made = {"apiVersion": "ovsmesh.io/v1alpha1", "kind": "MeshNode", "metadata": metadata, "spec": {}}
+            made = {"apiVersion": API_VERSION, "kind": "MeshNode", "metadata": metadata, "spec": {}}
             try:
                 found = self._api.create(MESHNODES, made)
                 self._new = True

@@ -19,8 +19,9 @@ from ovsmesh.controller.node_conditions import mesh_status
 from ovsmesh.errors import Problem
 from ovsmesh.kube.client import GROUP, JSON, Api, Conflict, Forbidden, Invalid, NotFound, Object, path_of
 from ovsmesh.kube.events import EventRecorder, ObjectReference
-from ovsmesh.mesh.manifest import API_VERSION, parse
+from ovsmesh.mesh.manifest import parse
 from ovsmesh.mesh.types import Mesh, MeshError
+from ovsmesh.names import API_VERSION
 
 log = logging.getLogger("ovsmesh")
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from ovsmesh.controller.slice_layout import Write, assign
 from ovsmesh.kube.client import GROUP, Api, Conflict, Forbidden, Invalid, NotFound, Object, path_of
 from ovsmesh.mesh.meshslice import Entry, Settings, Slice, labels, project
+from ovsmesh.names import API_VERSION
 
 log = logging.getLogger("ovsmesh")
 
@@ -91,7 +92,7 @@ class SliceWriter:
             return None
         if not write.resource_version:
             meta = {"name": write.name, "labels": labels(self._mesh)}
-            body = {"apiVersion": "ovsmesh.io/v1alpha1", "kind": "MeshSlice", "metadata": meta, "spec": write.spec}
+            body = {"apiVersion": API_VERSION, "kind": "MeshSlice", "metadata": meta, "spec": write.spec}
             return self._api.create(SLICES, body)
         body = {"metadata": {"resourceVersion": write.resource_version, "labels": labels(self._mesh)}}
         try:

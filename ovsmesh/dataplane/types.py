@@ -12,11 +12,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ovsmesh.errors import Problem
+from ovsmesh.names import KBR as KBR
+from ovsmesh.names import OBR as OBR
 
-KBR = "kbr0"
-"""The Linux bridge that containers plug into."""
-OBR = "obr0"
-"""The Open vSwitch bridge that holds the tunnel ports."""
 MARK = "ovsmesh"
 """Ownership mark: link alias, external_ids key, nft table name."""
 PROTOCOL = 111

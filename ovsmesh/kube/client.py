@@ -45,6 +45,7 @@ from ovsmesh.kube.http import (
     name_of,
     parse_object,
 )
+from ovsmesh.names import API_VERSION
 
 __all__ = [
     "APPLY", "GROUP", "JSON", "MERGE", "AlreadyExists", "Api", "ApiError", "Config", "Conflict", "Forbidden", "Garbage",
@@ -52,7 +53,7 @@ __all__ = [
     "load", "name_of", "path_of",
 ]  # fmt: skip
 
-GROUP = "/apis/ovsmesh.io/v1alpha1"
+GROUP = f"/apis/{API_VERSION}"
 MERGE = "application/merge-patch+json"
 JSON = "application/json-patch+json"
 APPLY = "application/apply-patch+yaml"

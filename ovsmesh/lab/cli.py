@@ -25,7 +25,7 @@ from ovsmesh.lab import netns
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.ping import Track
 from ovsmesh.lab.state import MOST_HOSTS, load, names
-from ovsmesh.mesh.types import ENCAPSULATIONS
+from ovsmesh.names import ENCAPSULATIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
 _DATAPATHS = {"auto": "", "kernel": "system", "userspace": "netdev"}

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 import click
 from rich.console import Console
 
-from ovsmesh.dataplane.types import OBR
 from ovsmesh.lab import netns
 from ovsmesh.lab.cli import Steps, ended, failed, show_matrix
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import LabError, wait_for
 from ovsmesh.lab.ping import Outage, Pair, Prober, Track
+from ovsmesh.names import OBR
 
 _HOSTS, _PODS = 5, 2
 _INTERVAL = 0.002

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import ovsmesh
-from ovsmesh.dataplane.types import KBR
 from ovsmesh.lab import netns
 from ovsmesh.lab.capture import Capture
 from ovsmesh.lab.netns import LabError, Process
+from ovsmesh.names import KBR
 
 BR_PHY = "br-phy"
 """Userspace datapath only: the OVS bridge that holds eth0 and the underlay address."""

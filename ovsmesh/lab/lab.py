@@ -24,7 +24,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ovsmesh.dataplane.types import KBR
 from ovsmesh.lab import netns, state
 from ovsmesh.lab import underlay as underlay
 from ovsmesh.lab.host import Host, Pod, Wiring
@@ -33,8 +32,8 @@ from ovsmesh.lab.ping import Pair, Prober, Track, ping
 from ovsmesh.lab.state import (
     BASE,
     MOST_HOSTS,
+    LabSettings,
     Proof,
-    Settings,
     Step,
     kernel_datapath,
     names,
@@ -43,6 +42,7 @@ from ovsmesh.lab.state import (
     quiet,
     write,
 )
+from ovsmesh.names import KBR
 
 _WORKERS = 6
 _numbers = itertools.count(1)
@@ -79,7 +79,7 @@ class Lab:
         numbers = tuple(range(1, hosts + 1))
         datapath = datapath or ("system" if kernel_datapath() else "netdev")
         name = name or f"t{os.getpid()}-{next(_numbers)}"
-        self.settings = Settings(
+        self.settings = LabSettings(
             name, numbers, pods, dual_stack, underlay6, encapsulation, key, underlay_mtu, datapath, me
         )
         self.made = False
@@ -94,7 +94,7 @@ class Lab:
         lab = cls.__new__(cls)
         lab._base, lab._agents, lab.step, lab.made = base, True, step, True
         if remains and not (base / name / "lab.json").exists() and (own(name) or (base / name).exists()):
-            lab.settings = Settings(name, ())
+            lab.settings = LabSettings(name, ())
         else:
             lab.settings = state.load(base, name)
         return lab

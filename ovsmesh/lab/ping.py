@@ -23,6 +23,7 @@ from ipaddress import ip_address
 from types import TracebackType
 from typing import NamedTuple
 
+from ovsmesh.checksum import internet_checksum
 from ovsmesh.lab.netns import LabError, within
 
 _SO_TIMESTAMPNS = 35
@@ -152,17 +153,7 @@ class _Endpoint:
         if self.family == socket.AF_INET6:
             return struct.pack("!BBHHH", 128, 0, 0, self.id, number & 0xFFFF) + body
         packet = struct.pack("!BBHHH", 8, 0, 0, self.id, number & 0xFFFF) + body
-        return packet[:2] + struct.pack("!H", checksum(packet)) + packet[4:]
-
-
-def checksum(data: bytes) -> int:
-    """The Internet checksum (RFC 1071) of `data`."""
-    if len(data) % 2:
-        data += b"\0"
-    total = sum(int.from_bytes(data[n : n + 2], "big") for n in range(0, len(data), 2))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
+        return packet[:2] + struct.pack("!H", internet_checksum(packet)) + packet[4:]
 
 
 class Prober:

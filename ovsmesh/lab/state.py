@@ -19,6 +19,7 @@ from typing import Any
 
 from ovsmesh.lab import netns
 from ovsmesh.lab.netns import LabError, Process
+from ovsmesh.names import API_VERSION
 
 BASE = Path("/run/ovsmesh-lab")
 MOST_HOSTS = 20
@@ -32,7 +33,7 @@ Step = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class LabSettings:
     """What a lab was asked to be; kept in its state directory as lab.json."""
 
     name: str
@@ -88,7 +89,7 @@ def preflight(datapath: str) -> None:
         raise LabError(f"not found: {', '.join(missing)}; install with: apt-get install {packages}")
 
 
-def check(settings: Settings, base: Path) -> None:
+def check(settings: LabSettings, base: Path) -> None:
     """Raises LabError for what no lab can be."""
     if not 1 <= len(settings.hosts) <= MOST_HOSTS:
         text = f"{len(settings.hosts)} hosts: a lab has 2 to {MOST_HOSTS}"
@@ -102,7 +103,7 @@ def check(settings: Settings, base: Path) -> None:
         raise LabError(f"state directory {base / settings.name}: too long for a unix socket in it; use a shorter one")
 
 
-def load(base: Path, name: str) -> Settings:
+def load(base: Path, name: str) -> LabSettings:
     """Raises LabError when there is no such lab."""
     try:
         raw = json.loads((base / name / "lab.json").read_text())
@@ -111,14 +112,14 @@ def load(base: Path, name: str) -> Settings:
         raise LabError(f"lab {name}: not there (looked in {base}; labs there: {known}); `ovsmesh lab up`") from error
     raw["hosts"] = tuple(raw["hosts"])
     raw["owner"] = Process(*raw["owner"]) if raw["owner"] else None
-    return Settings(**raw)
+    return LabSettings(**raw)
 
 
-def save(base: Path, settings: Settings) -> None:
+def save(base: Path, settings: LabSettings) -> None:
     write(base / settings.name / "lab.json", json.dumps(asdict(settings), indent=1))
 
 
-def mesh_text(settings: Settings, nodes: Sequence[Mapping[str, Any]], spec: Mapping[str, Any]) -> str:
+def mesh_text(settings: LabSettings, nodes: Sequence[Mapping[str, Any]], spec: Mapping[str, Any]) -> str:
     """A mesh file; `spec` overrides or adds."""
     import yaml
 
@@ -126,7 +127,7 @@ def mesh_text(settings: Settings, nodes: Sequence[Mapping[str, Any]], spec: Mapp
     content: dict[str, Any] = {"clusterCIDRs": cidrs, "encapsulation": settings.encapsulation}
     content |= {} if settings.key is None else {"key": settings.key}
     content |= {**spec, "nodes": [dict(node) for node in nodes]}
-    head = {"apiVersion": "ovsmesh.io/v1alpha1", "kind": "Mesh", "metadata": {"name": "default"}}
+    head = {"apiVersion": API_VERSION, "kind": "Mesh", "metadata": {"name": "default"}}
     return str(yaml.safe_dump({**head, "spec": content}, sort_keys=False))
 
 

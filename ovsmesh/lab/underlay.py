@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ovsmesh.lab import netns
 from ovsmesh.lab.host import Host
-from ovsmesh.lab.state import Settings
+from ovsmesh.lab.state import LabSettings
 
 _QUIET = {
     # each multicast group that a link speaks to takes an entry of the machine-wide neighbour table
@@ -20,11 +20,11 @@ _QUIET = {
 }
 
 
-def hub(settings: Settings) -> str:
+def hub(settings: LabSettings) -> str:
     return f"{settings.name}-hub"
 
 
-def join(settings: Settings, hosts: Sequence[Host]) -> None:
+def join(settings: LabSettings, hosts: Sequence[Host]) -> None:
     """Makes the namespaces of these hosts and their pods, and joins the hosts to the hub (made if need be)."""
     centre = hub(settings)
     if centre not in netns.namespaces():

@@ -14,8 +14,8 @@ from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import ENCAPSULATIONS, Mesh, MeshError, Node
 from ovsmesh.mesh.validation import Claim, Refusal, claim, clusters_of, settle
 from ovsmesh.mesh.yaml_reader import Map, Scalar, Tree, kind_of, load, show
+from ovsmesh.names import API_VERSION
 
-API_VERSION = "ovsmesh.io/v1alpha1"
 KIND = "Mesh"
 MAX_CIDRS = 16
 """Pod CIDRs of one node; Kubernetes gives at most two."""

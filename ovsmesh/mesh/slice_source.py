@@ -19,9 +19,10 @@ from ovsmesh.errors import Problem
 from ovsmesh.kube.client import GROUP, Api, Object
 from ovsmesh.kube.reflector import SECONDS, SILENCE, Collection, Reflector, Wakeup
 from ovsmesh.mesh.file_source import SAVE_AGAIN, Snapshot, last_good
-from ovsmesh.mesh.manifest import API_VERSION, KIND, MAX_CIDRS, dump, parse
+from ovsmesh.mesh.manifest import KIND, MAX_CIDRS, dump, parse
 from ovsmesh.mesh.types import Mesh, MeshError
 from ovsmesh.mesh.validation import Claim, Refusal, claim, settle
+from ovsmesh.names import API_VERSION
 from ovsmesh.state_dir import StateDir, write_atomic
 
 GRACE = 0.5

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.names import ENCAPSULATIONS as ENCAPSULATIONS
 
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
-
-ENCAPSULATIONS = ("gre", "vxlan", "geneve")
 
 
 class MeshError(OvsmeshError):

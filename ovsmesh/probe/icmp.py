@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterable
 from ipaddress import ip_address
 
+from ovsmesh.checksum import internet_checksum
+
 _GRE = 47
 _IP_RECVERR, _IPV6_RECVERR = 11, 25
 _ORIGIN_ICMP = (2, 3)
@@ -130,11 +132,8 @@ def _echo(sock: socket.socket, address: str, mark: bytes) -> None:
     """Sends an echo request; one that can't be sent is one without an answer."""
     kind = 128 if ":" in address else 8
     packet = struct.pack("!BBHHH", kind, 0, 0, os.getpid() & 0xFFFF, 1) + mark
-    total = sum(struct.unpack(f"!{len(packet) // 2}H", packet))
-    total = (total >> 16) + (total & 0xFFFF)
-    checksum = ~(total + (total >> 16)) & 0xFFFF
     try:
         # the kernel fills ICMPv6's in by itself
-        sock.sendto(packet[:2] + struct.pack("!H", checksum) + packet[4:], (address, 0))
+        sock.sendto(packet[:2] + struct.pack("!H", internet_checksum(packet)) + packet[4:], (address, 0))
     except OSError:
         return

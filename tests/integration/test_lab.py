@@ -235,7 +235,7 @@ DIE_AT = """
 import os, signal, sys
 from contextlib import nullcontext
 from pathlib import Path
-from ovsmesh.lab import Lab
+from ovsmesh.lab.lab import Lab
 left = int(sys.argv[2])
 def step(name):
     global left

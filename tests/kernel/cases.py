@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
+from ovsmesh.checksum import internet_checksum
 from ovsmesh.dataplane.types import COOKIE, KBR, OBR, PROTOCOL
 from ovsmesh.lab import netns
 from ovsmesh.lab.host import Host, Pod
@@ -158,18 +159,12 @@ def gre_echo(lab: Lab, source: Pod, target: Host) -> bytes:
     """An echo request to the target's first pod, as a peer sends it: GRE, Ethernet, IPv4, ICMP."""
     mac = json.loads(ip(target, "-j", "link", "show", KBR))[0]["address"]
     icmp = struct.pack("!BBHHH", 8, 0, 0, 7, 7)
-    icmp = icmp[:2] + struct.pack("!H", checksum(icmp)) + icmp[4:]
+    icmp = icmp[:2] + struct.pack("!H", internet_checksum(icmp)) + icmp[4:]
     ends = source.addresses[0].packed + target.pod(1).addresses[0].packed
     header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(icmp), 1, 0, 64, socket.IPPROTO_ICMP, 0) + ends
-    header = header[:10] + struct.pack("!H", checksum(header)) + header[12:]
+    header = header[:10] + struct.pack("!H", internet_checksum(header)) + header[12:]
     ethernet = bytes.fromhex(mac.replace(":", "")) + bytes.fromhex("020000000001") + b"\x08\x00"
     return struct.pack("!HH", 0, 0x6558) + ethernet + header + icmp
-
-
-def checksum(data: bytes) -> int:
-    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    total = (total & 0xFFFF) + (total >> 16)
-    return ~(total + (total >> 16)) & 0xFFFF
 
 
 def send_gre(ns: str, packet: bytes, target: Host) -> None:

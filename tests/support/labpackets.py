@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from ipaddress import ip_address
 from types import TracebackType
 
+from ovsmesh.checksum import internet_checksum
 from ovsmesh.lab import netns
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import LabError, wait_for
-from ovsmesh.lab.ping import Pair, Track, checksum, ping
+from ovsmesh.lab.ping import Pair, Track, ping
 from tests.support.labtools import SOON
 
 
@@ -101,11 +102,11 @@ def datagram(source: str, target: str, payload: bytes, protocol: int = socket.IP
     if protocol == socket.IPPROTO_UDP:
         head = struct.pack("!HHHH", 4000, 4001, 8 + len(payload), 0)
         pseudo = a.packed + b.packed + struct.pack("!II", 8 + len(payload), protocol)
-        payload = head[:6] + struct.pack("!H", checksum(pseudo + head + payload) or 0xFFFF) + payload
+        payload = head[:6] + struct.pack("!H", internet_checksum(pseudo + head + payload) or 0xFFFF) + payload
     if a.version == 6:
         return struct.pack("!IHBB", 6 << 28, len(payload), protocol, 64) + a.packed + b.packed + payload
     head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 0, 0, 64, protocol, 0) + a.packed + b.packed
-    return head[:10] + struct.pack("!H", checksum(head)) + head[12:] + payload
+    return head[:10] + struct.pack("!H", internet_checksum(head)) + head[12:] + payload
 
 
 def ethernet(target: str, source: str, packet: bytes) -> bytes:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from ovsmesh.checksum import internet_checksum
 from ovsmesh.dataplane import firewall_rules
-from ovsmesh.lab.ping import checksum
 from ovsmesh.linux.firewall import Firewall
 from tests.support.firewallkit import MESH, converge, desired, inside, needs_nft, needs_root, sh
 
@@ -17,7 +17,7 @@ from tests.support.firewallkit import MESH, converge, desired, inside, needs_nft
 def ipv4(source, target, protocol, payload):
     head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0,
                        socket.inet_aton(source), socket.inet_aton(target))  # fmt: skip
-    return head[:10] + struct.pack("!H", checksum(head)) + head[12:] + payload
+    return head[:10] + struct.pack("!H", internet_checksum(head)) + head[12:] + payload
 
 
 def udp(payload, port=9):
