@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from ipaddress import IPv4Address
 
 from benchlib.cold import add_port
-from benchlib.event_probe import Event, Eyes
+from benchlib.event_probe import Event, EventProbe
 from benchlib.figures import Figure
-from benchlib.testbed import Peer, Plan, Stage, peer, stage
+from benchlib.testbed import Peer, Plan, Testbed, peer, testbed
 from ovsmesh.lab.netns import LabError
 
 _FLOWS = 3
@@ -57,24 +57,24 @@ class _Samples:
 def _at(plan: Plan, size: int) -> list[Figure]:
     more, less = _Samples(), _Samples()
     tries = plan.tries(30 if size >= 1000 else 20, 8)
-    with stage(size) as s:
+    with testbed(size) as s:
         s.host.start_agent()
         s.ready()
         base = [peer(n) for n in range(size)]
-        with Eyes(s.host) as eyes:
-            eyes.quiet(1.5)
+        with EventProbe(s.host) as probe:
+            probe.quiet(1.5)
             for number in range(tries):
                 extra = Peer(f"x{number}", str(IPv4Address("172.31.0.1") + number), f"10.200.{number}.0/24")
-                eyes.addresses = {extra.address}
-                more.take(*_more(s, eyes, base, extra))
-                _rest(eyes)
+                probe.addresses = {extra.address}
+                more.take(*_more(s, probe, base, extra))
+                _rest(probe)
                 if number in (0, tries - 1):
                     s.check()
                 more.by_hand.append(_by_hand(s, add_port(_HAND, str(s.host.address))))
                 less.by_hand.append(_by_hand(s, ["del-port", "obr0", _HAND.port]))
-                _rest(eyes)
-                less.take(*_less(s, eyes, base, extra))
-                _rest(eyes)
+                _rest(probe)
+                less.take(*_less(s, probe, base, extra))
+                _rest(probe)
                 if number in (0, tries - 1):
                     s.check()
                 if number % 10 == 9 or number == tries - 1:
@@ -91,14 +91,14 @@ def _at(plan: Plan, size: int) -> list[Figure]:
 _HAND = Peer("hand", "172.31.255.1", "10.255.255.0/24")
 
 
-def _rest(eyes: Eyes) -> None:
+def _rest(probe: EventProbe) -> None:
     until = time.monotonic() + random.uniform(*_REST)
     while (left := until - time.monotonic()) > 0:
-        eyes.look(left)
-    eyes.clear()
+        probe.look(left)
+    probe.clear()
 
 
-def _more(s: Stage, eyes: Eyes, base: list[Peer], extra: Peer) -> tuple[float, dict[str, float]]:
+def _more(s: Testbed, probe: EventProbe, base: list[Peer], extra: Peer) -> tuple[float, dict[str, float]]:
     since = s.put([*base, extra])
     parts = {
         "port": ("port+", extra.port),
@@ -107,10 +107,10 @@ def _more(s: Stage, eyes: Eyes, base: list[Peer], extra: Peer) -> tuple[float, d
         "route": ("route+", extra.cidr),
         "filter": ("nft+", extra.address),
     }
-    return since, _seen(eyes, parts) | {"flows": eyes.wait_count("flow+", _FLOWS, 10)}
+    return since, _seen(probe, parts) | {"flows": probe.wait_count("flow+", _FLOWS, 10)}
 
 
-def _less(s: Stage, eyes: Eyes, base: list[Peer], extra: Peer) -> tuple[float, dict[str, float]]:
+def _less(s: Testbed, probe: EventProbe, base: list[Peer], extra: Peer) -> tuple[float, dict[str, float]]:
     since = s.put(base)
     parts = {
         "port": ("port-", extra.port),
@@ -119,22 +119,22 @@ def _less(s: Stage, eyes: Eyes, base: list[Peer], extra: Peer) -> tuple[float, d
         "route": ("route-", extra.cidr),
         "filter": ("nft-", extra.address),
     }
-    found = _seen(eyes, parts) | {"flows": eyes.wait_count("flow-", _FLOWS, 10)}
+    found = _seen(probe, parts) | {"flows": probe.wait_count("flow-", _FLOWS, 10)}
     # gone from the database, and then from the switch
     until = time.monotonic() + 10
-    while not (settled := [t for t, event in eyes.events if event == ("settled",) and t >= found["port"]]):
+    while not (settled := [t for t, event in probe.events if event == ("settled",) and t >= found["port"]]):
         if time.monotonic() > until:
             raise LabError("ovs-vswitchd did not take the removal over in 10 s")
-        eyes.look(0.5)
+        probe.look(0.5)
     return since, found | {"ovs-vswitchd": settled[0]}
 
 
-def _seen(eyes: Eyes, parts: Mapping[str, Event]) -> dict[str, float]:
-    found = eyes.wait(list(parts.values()), 10)
+def _seen(probe: EventProbe, parts: Mapping[str, Event]) -> dict[str, float]:
+    found = probe.wait(list(parts.values()), 10)
     return {part: found[event] for part, event in parts.items()}
 
 
-def _by_hand(s: Stage, words: list[str]) -> float:
+def _by_hand(s: Testbed, words: list[str]) -> float:
     process = s.host.agent()
     if process is None:
         raise LabError(f"the agent has ended: {s.host.logs(10)}")

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchlib.event_probe import Event, Eyes
+from benchlib.event_probe import Event, EventProbe
 from benchlib.figures import Figure
-from benchlib.testbed import Peer, Plan, Stage, cpu_seconds, peer, stage
+from benchlib.testbed import Peer, Plan, Testbed, cpu_seconds, peer, testbed
 from ovsmesh.lab import netns
 from ovsmesh.lab.netns import LabError
 
@@ -83,23 +83,23 @@ def _agent(size: int) -> tuple[float, float]:
 
     And the seconds of CPU that agent, ovsdb-server and ovs-vswitchd have used by then.
     """
-    with stage(size) as s, Eyes(s.host, flows=False, database=False) as eyes:
+    with testbed(size) as s, EventProbe(s.host, flows=False, database=False) as probe:
         start = time.monotonic()
         s.host.start_agent()
-        seen = eyes.wait(_expected(s.peers), 60)
+        seen = probe.wait(_expected(s.peers), 60)
         agent = s.host.agent()
         processes = (agent, s.host.daemon("ovsdb-server"), s.host.daemon("ovs-vswitchd"))
         used = sum(cpu_seconds(process.pid) for process in processes if process)
         s.ready()
-        eyes.look(0)
-        last_filter = max(when for when, event in eyes.events if event == ("gen",))
+        probe.look(0)
+        last_filter = max(when for when, event in probe.events if event == ("gen",))
         found = s.check()
         # a port is there before the flows that name its number
         return max(*seen.values(), found.last_flow, last_filter) - start, used
 
 
 def _split(size: int) -> dict[str, float]:
-    with stage(size) as s:
+    with testbed(size) as s:
         program = str(Path(__file__).with_name("startup_profile.py"))
         (s.host.state / "agent").mkdir(parents=True, exist_ok=True)
         host = s.host
@@ -110,8 +110,8 @@ def _split(size: int) -> dict[str, float]:
         return found
 
 
-def _by_hand(size: int, way: Callable[[Stage, str, list[Peer]], None]) -> float:
-    with stage(0) as s:
+def _by_hand(size: int, way: Callable[[Testbed, str, list[Peer]], None]) -> float:
+    with testbed(0) as s:
         database = f"--db={s.host.ovsdb}"
         kind = s.lab.settings.datapath
         subprocess.run(
@@ -131,13 +131,13 @@ def add_port(p: Peer, local: str) -> list[str]:
     return ["add-port", "obr0", p.port, "--", "set", "interface", p.port, "type=gre", *remote]
 
 
-def _one_vsctl(s: Stage, database: str, peers: list[Peer]) -> None:
+def _one_vsctl(s: Testbed, database: str, peers: list[Peer]) -> None:
     words = [word for p in peers for word in ("--", *add_port(p, str(s.host.address)))]
     subprocess.run(["ovs-vsctl", database, *words], check=True, timeout=120)
     _all_there(s, database, len(peers))
 
 
-def _loop(s: Stage, database: str, peers: list[Peer]) -> None:
+def _loop(s: Testbed, database: str, peers: list[Peer]) -> None:
     lines = "\n".join(" ".join(["ovs-vsctl", database, *add_port(p, str(s.host.address))]) for p in peers)
     script = s.host.state / "loop.sh"
     script.write_text(f"set -e\n{lines}\n")
@@ -145,7 +145,7 @@ def _loop(s: Stage, database: str, peers: list[Peer]) -> None:
     _all_there(s, database, len(peers))
 
 
-def _all_there(s: Stage, database: str, count: int) -> None:
+def _all_there(s: Testbed, database: str, count: int) -> None:
     done = subprocess.run(
         ["ovs-vsctl", database, "list-ports", "obr0"], capture_output=True, text=True, check=True, timeout=20
     )
@@ -153,6 +153,6 @@ def _all_there(s: Stage, database: str, count: int) -> None:
         raise LabError(f"{len(done.stdout.split())} ports in obr0, {count} were made by hand")
 
 
-def _ip_batch(s: Stage, database: str, peers: list[Peer]) -> None:
+def _ip_batch(s: Testbed, database: str, peers: list[Peer]) -> None:
     lines = ["link add kbr0 type bridge", "link set kbr0 up", "addr add 10.97.1.1/24 dev kbr0"]
     netns.ip_batch([*lines, *(f"route add {p.cidr} via {p.gateway} dev kbr0 onlink" for p in peers)], s.host.ns)

@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from benchlib import state
-from benchlib.event_probe import Eyes
+from benchlib.event_probe import EventProbe
 from benchlib.figures import Figure
 from benchlib.testbed import Plan
 from ovsmesh.dataplane.desired import mac
@@ -30,7 +30,7 @@ _TICK = 0.002
 _CALM = 0.25
 """Seconds for which all must stay whole before a repair counts as its end."""
 _UNSEEN = 2.0
-"""Seconds without a sight of the damage after which it must have been mended within a look."""
+"""Seconds in which damage is seen if it is seen at all; else it was repaired between two samples."""
 _TIMEOUT = 30.0
 """Seconds; the kernel itself may keep a writer of a forwarding sysctl waiting for its lock for many."""
 _GOAL = 1000.0
@@ -97,11 +97,11 @@ def _drifts(host: Host, peer: Host) -> list[Drift]:
 class _Watch:
     """Sees one host whole or not, by what was good when this was made."""
 
-    def __init__(self, host: Host, eyes: Eyes, kernel: state.Kernel) -> None:
-        self._host, self._eyes, self._kernel = host, eyes, kernel
-        eyes.quiet(0.7)
+    def __init__(self, host: Host, probe: EventProbe, kernel: state.Kernel) -> None:
+        self._host, self._probe, self._kernel = host, probe, kernel
+        probe.quiet(0.7)
         self._good_kernel = kernel.read()
-        self._good_switch = state.switch(eyes)
+        self._good_switch = state.switch(probe)
         self._good_filters = state.filters(host)
         self._good_sysctls = state.sysctls(host.ns, _SYSCTLS)
         self._seen = 0
@@ -110,7 +110,7 @@ class _Watch:
         self._whole: dict[str, bool] = {}
 
     def start(self) -> None:
-        self._eyes.clear()
+        self._probe.clear()
         self._seen = 0
         self.touched = False
         self._whole = dict.fromkeys(("kernel", "switch", "filters", "sysctls"), True)
@@ -120,17 +120,17 @@ class _Watch:
 
         `touched` then says whether any of them was changed, though it may be whole again.
         """
-        eyes = self._eyes
-        eyes.look(_TICK)
-        fresh = eyes.events[self._seen :]
-        self._seen = len(eyes.events)
+        probe = self._probe
+        probe.look(_TICK)
+        fresh = probe.events[self._seen :]
+        self._seen = len(probe.events)
         now = time.monotonic()
         self.touched |= any(event[0].startswith(_CHANGES) for _, event in fresh)
         for part in parts:
             if part == "sysctls":
                 self._whole[part] = state.sysctls(self._host.ns, _SYSCTLS) == self._good_sysctls
             elif part == "switch" and fresh:
-                self._whole[part] = state.switch(eyes) == self._good_switch
+                self._whole[part] = state.switch(probe) == self._good_switch
             elif part == "kernel" and (fresh or now - self._since_kernel > 0.02):
                 self._whole[part] = self._kernel.read() == self._good_kernel
                 self._since_kernel = now
@@ -149,8 +149,8 @@ def bench(plan: Plan) -> Iterator[Figure]:
     with Lab(2, 1, dual_stack=True, ephemeral=True) as lab:
         host, peer = lab.host(1), lab.host(2)
         lab.converged(20, thorough=True)
-        with Eyes(host) as eyes, closing(state.Kernel(host.ns)) as kernel:
-            watch = _Watch(host, eyes, kernel)
+        with EventProbe(host) as probe, closing(state.Kernel(host.ns)) as kernel:
+            watch = _Watch(host, probe, kernel)
             for drift in _drifts(host, peer):
                 repairs, lost, outages = _tries(lab, host, watch, drift, tries)
                 yield Figure("drift", drift.name, "ms", tuple(repairs), bound=_GOAL, bound_on_max=True, note=lost)
@@ -191,7 +191,7 @@ def _outage(track: Track, since: float, until: float) -> float:
 
 
 def _once(host: Host, watch: _Watch, drift: Drift) -> float:
-    """Does the damage and returns the milliseconds from its first sight until all is whole again."""
+    """Does the damage and returns the milliseconds from when it is first seen until all is whole again."""
     watch.start()
     argv = ["ip", "netns", "exec", host.ns, *drift.argv]
     child = subprocess.Popen(argv, env=os.environ | host.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -2,7 +2,7 @@
 
 Knows the four doors and nothing of the agent. Times are CLOCK_MONOTONIC seconds at which this
 process read the notification. The rtnetlink decoder is ovsmesh.rtnl's; what rests on it is
-confirmed by `Stage.check`, which does without.
+confirmed by `Testbed.check`, which does without.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def generation(ns: str) -> int:
     return int(struct.unpack_from("!I", reply, 24)[0])
 
 
-class Eyes:
+class EventProbe:
     """Collects events until it is closed. `flows` and `database` add those doors; rtnetlink and nft are always open.
 
     `addresses`: the set elements of interest, for ("nft+", …) and ("nft-", …).
@@ -90,7 +90,7 @@ class Eyes:
         if flows:
             self._open_flows(host)
 
-    def __enter__(self) -> Eyes:
+    def __enter__(self) -> EventProbe:
         return self
 
     def __exit__(

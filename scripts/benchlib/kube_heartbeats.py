@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from benchlib.figures import Figure
-from benchlib.kube_testbed import NODES, SLICES, STRATEGIC, KubeStage, kube_stage, mib
+from benchlib.kube_testbed import NODES, SLICES, STRATEGIC, KubeTestbed, kube_testbed, mib
 from benchlib.testbed import Plan, cpu_seconds, peer
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import Api, load
@@ -32,7 +32,7 @@ _RECEIVED = re.compile(r"bytes_received:(\d+)")
 class _Watch:
     """A raw watch in a thread: how many bytes and events came, bookmarks apart."""
 
-    def __init__(self, s: KubeStage, path: str, config: str) -> None:
+    def __init__(self, s: KubeTestbed, path: str, config: str) -> None:
         self._api = Api(load(config))
         self.bytes = self.bookmark_bytes = self.bookmarks = self.events = 0
         self._stream: Stream | None = None
@@ -66,7 +66,7 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def _watch(s: KubeStage, path: str, config: str) -> Iterator[_Watch]:
+def _watch(s: KubeTestbed, path: str, config: str) -> Iterator[_Watch]:
     made = _Watch(s, path, config)
     try:
         yield made
@@ -74,7 +74,7 @@ def _watch(s: KubeStage, path: str, config: str) -> Iterator[_Watch]:
         made.close()
 
 
-def _received(s: KubeStage) -> int:
+def _received(s: KubeTestbed) -> int:
     """Bytes on all connections of the agent to the API server since they were opened."""
     text = s.host.run(["ss", "-tinpH", "dst", f"{s.plane.address}:{s.plane.port}"]).stdout
     mine = [block for block in re.split(r"\n(?=\S)", text) if f"pid={s.pid()}," in block]
@@ -84,13 +84,13 @@ def _received(s: KubeStage) -> int:
     return total
 
 
-def _beat(s: KubeStage, number: int) -> None:
+def _beat(s: KubeTestbed, number: int) -> None:
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     status = {"conditions": [{"type": "Ready", "lastHeartbeatTime": now}]}
     s.admin.ask("PATCH", f"{NODES}/{peer(number).name}/status", {"status": status}, STRATEGIC)
 
 
-def _beats(s: KubeStage, seconds: float) -> tuple[int, float]:
+def _beats(s: KubeTestbed, seconds: float) -> tuple[int, float]:
     """Every Node's heartbeat each ten seconds: how many there were, and seconds that they took."""
     started = time.monotonic()
     count = int(seconds / _EVERY * _NODES)
@@ -106,7 +106,7 @@ def _beats(s: KubeStage, seconds: float) -> tuple[int, float]:
 
 def bench(plan: Plan) -> list[Figure]:
     seconds = plan.tries(60, 20)
-    with kube_stage([peer(n) for n in range(_NODES)]) as s:
+    with kube_testbed([peer(n) for n in range(_NODES)]) as s:
         config = s.cluster.agent_config(s.host)
         s.cluster.start_agent(s.host, config)
         s.ready()
@@ -158,7 +158,7 @@ def _framing(size: int) -> int:
     return len(f"{size:x}") + 4 + 22
 
 
-def _turns(s: KubeStage) -> int:
+def _turns(s: KubeTestbed) -> int:
     _, text = s.host.http("/metrics")
     found = re.search(r"^ovsmesh_reconcile_total (\S+)", text, re.MULTILINE)
     return int(float(found[1])) if found else -1

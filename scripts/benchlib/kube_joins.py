@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from contextlib import ExitStack
 
-from benchlib.event_probe import Event, Eyes
+from benchlib.event_probe import Event, EventProbe
 from benchlib.figures import Figure, percentile
 from benchlib.kube_testbed import cluster_lab
 from benchlib.testbed import Peer, Plan
@@ -157,16 +157,16 @@ def _leave(cluster: ClusterLab, new: Host) -> float:
         ("nft-", left.address),
     ]
     with ExitStack() as stack:
-        eyes = [stack.enter_context(Eyes(host)) for host in _others(cluster, new)]
-        for one in eyes:
-            one.quiet(0.2)
-            one.addresses = {left.address}
+        probes = [stack.enter_context(EventProbe(host)) for host in _others(cluster, new)]
+        for probe in probes:
+            probe.quiet(0.2)
+            probe.addresses = {left.address}
         since = time.monotonic()
         cluster.remove_node(new)
         last = []
-        for one in eyes:
-            last += one.wait(wanted, _TIMEOUT).values()
-            last.append(one.wait_count("flow-", 3, _TIMEOUT))
+        for probe in probes:
+            last += probe.wait(wanted, _TIMEOUT).values()
+            last.append(probe.wait_count("flow-", 3, _TIMEOUT))
     cluster.end(new.name)
     cluster.clean(new)
     netns.ip_batch(["link del vp1"], new.ns)

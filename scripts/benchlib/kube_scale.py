@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from ipaddress import IPv4Address
 
-from benchlib.event_probe import Event, Eyes
+from benchlib.event_probe import Event, EventProbe
 from benchlib.figures import Figure, percentile
-from benchlib.kube_testbed import KubeStage, Sight, kube_stage, mib, sight
+from benchlib.kube_testbed import KubeTestbed, SliceWatch, kube_testbed, mib, slice_watch
 from benchlib.testbed import Peer, Plan, cpu_seconds, peer
 from ovsmesh.lab.netns import LabError
 
@@ -30,7 +30,7 @@ _REST = (0.3, 0.8)
 
 def bench(plan: Plan) -> list[Figure]:
     figures = []
-    with kube_stage([peer(n) for n in range(NODES)]) as s:
+    with kube_testbed([peer(n) for n in range(NODES)]) as s:
         controller = s.pid("controller1")
         figures.append(
             Figure("kube-1000", "memory of the controller", "MiB", (mib(controller),), bound=_CONTROLLER_MIB)
@@ -57,32 +57,32 @@ def _parts(peers: Sequence[Peer], sign: str) -> dict[str, list[Event]]:
     }
 
 
-def _until(eyes: Eyes, peers: Sequence[Peer], sign: str, timeout: float) -> dict[str, float]:
+def _until(probe: EventProbe, peers: Sequence[Peer], sign: str, timeout: float) -> dict[str, float]:
     """When the last of each kind was seen."""
     parts = _parts(peers, sign)
-    seen = eyes.wait([event for events in parts.values() for event in events], timeout)
+    seen = probe.wait([event for events in parts.values() for event in events], timeout)
     last = {part: max(seen[event] for event in events) for part, events in parts.items()}
-    return last | {"flows": eyes.wait_count(f"flow{sign}", _FLOWS * len(peers), timeout)}
+    return last | {"flows": probe.wait_count(f"flow{sign}", _FLOWS * len(peers), timeout)}
 
 
-def _start(s: KubeStage, start: Callable[[], object], pid: Callable[[], int]) -> tuple[float, float, float]:
+def _start(s: KubeTestbed, start: Callable[[], object], pid: Callable[[], int]) -> tuple[float, float, float]:
     """From this start of an agent to the last part: seconds, CPU of the agent, and CPU of it and the switch."""
-    with Eyes(s.host, flows=False, database=False) as eyes:
+    with EventProbe(s.host, flows=False, database=False) as probe:
         parts = _parts(s.peers, "+")
         switch = [p.pid for name in ("ovsdb-server", "ovs-vswitchd") if (p := s.host.daemon(name))]
         before = sum(map(cpu_seconds, switch))
         began = time.monotonic()
         start()
-        seen = eyes.wait([event for part in ("neighbour", "FDB", "route") for event in parts[part]], 60)
+        seen = probe.wait([event for part in ("neighbour", "FDB", "route") for event in parts[part]], 60)
         agent = cpu_seconds(pid())
         whole = agent + sum(map(cpu_seconds, switch)) - before
         s.ready()
-        eyes.look(0)
-        last_filter = max(when for when, event in eyes.events if event == ("gen",))
+        probe.look(0)
+        last_filter = max(when for when, event in probe.events if event == ("gen",))
         return max(*seen.values(), s.check().last_flow, last_filter) - began, agent, whole
 
 
-def _from_file(s: KubeStage) -> float:
+def _from_file(s: KubeTestbed) -> float:
     """The same from a mesh file; removed again."""
 
     def pid() -> int:
@@ -98,7 +98,7 @@ def _from_file(s: KubeStage) -> float:
     return took
 
 
-def _starts(plan: Plan, s: KubeStage) -> list[Figure]:
+def _starts(plan: Plan, s: KubeTestbed) -> list[Figure]:
     """From an agent's process start to the last part, on a host where nothing of it is left. Leaves one running."""
     took: list[float] = []
     own: list[float] = []
@@ -130,8 +130,8 @@ def _starts(plan: Plan, s: KubeStage) -> list[Figure]:
 class _Joins:
     """Nodes that come and go one by one, and what was seen of it."""
 
-    def __init__(self, s: KubeStage, eyes: Eyes, looks: Sight) -> None:
-        self._s, self._eyes, self._looks = s, eyes, looks
+    def __init__(self, s: KubeTestbed, probe: EventProbe, looks: SliceWatch) -> None:
+        self._s, self._probe, self._looks = s, probe, looks
         self.more: list[float] = []
         self.less: list[float] = []
         self.sliced: list[float] = []
@@ -139,27 +139,27 @@ class _Joins:
 
     def one(self, number: int) -> None:
         extra = Peer(f"x{number}", str(IPv4Address("172.31.0.1") + number), f"10.200.{number}.0/24")
-        self._eyes.addresses = {extra.address}
+        self._probe.addresses = {extra.address}
         since = self._s.admin.add(extra)
-        found = _until(self._eyes, [extra], "+", 20)
+        found = _until(self._probe, [extra], "+", 20)
         self.more.append((max(found.values()) - since) * 1000)
         for part, at in found.items():
             self.parts.setdefault(part, []).append((at - since) * 1000)
         # the watch beside may hear of it later than the agent
         until = time.monotonic() + 5
         while extra.name not in self._looks.seen and time.monotonic() < until:
-            self._eyes.look(0.01)
+            self._probe.look(0.01)
         self.sliced.append((self._looks.seen[extra.name] - since) * 1000)
         self._rest()
         since = self._s.admin.remove(extra)
-        self.less.append((max(_until(self._eyes, [extra], "-", 20).values()) - since) * 1000)
+        self.less.append((max(_until(self._probe, [extra], "-", 20).values()) - since) * 1000)
         self._rest()
 
     def _rest(self) -> None:
         until = time.monotonic() + random.uniform(*_REST)
         while (left := until - time.monotonic()) > 0:
-            self._eyes.look(left)
-        self._eyes.clear()
+            self._probe.look(left)
+        self._probe.clear()
 
     @property
     def note(self) -> str:
@@ -171,13 +171,13 @@ class _Joins:
         return f"in a slice {of(self.sliced):.0f}, " + ", ".join(f"{part} {at:.0f}" for at, part in split)
 
 
-def _joins(plan: Plan, s: KubeStage) -> list[Figure]:
+def _joins(plan: Plan, s: KubeTestbed) -> list[Figure]:
     tries = plan.tries(50, 10)
     with ExitStack() as stack:
-        eyes = stack.enter_context(Eyes(s.host))
-        looks = stack.enter_context(sight(s.plane))
-        eyes.quiet(1.5)
-        calm, broken = _Joins(s, eyes, looks), _Joins(s, eyes, looks)
+        probe = stack.enter_context(EventProbe(s.host))
+        looks = stack.enter_context(slice_watch(s.plane))
+        probe.quiet(1.5)
+        calm, broken = _Joins(s, probe, looks), _Joins(s, probe, looks)
         for number in range(tries):
             calm.one(number)
             if number % 10 == 9:
@@ -186,7 +186,7 @@ def _joins(plan: Plan, s: KubeStage) -> list[Figure]:
             for number in range(tries // 2):
                 broken.one(tries + number)
             plan.progress(f"  with {bad} refused: {statistics.median(broken.more):.0f} ms")
-        eyes.quiet(1)
+        probe.quiet(1)
     return [
         Figure("kube-1000", "Node made to its last part, agent", "ms", tuple(calm.more), bound=_JOIN, note=calm.note),
         Figure("kube-1000", "  p99 of them", "ms", (percentile(calm.more, 0.99),), bound=_JOIN_WORST),
@@ -206,7 +206,7 @@ def _joins(plan: Plan, s: KubeStage) -> list[Figure]:
 class _InTheWay:
     """A port of someone else's, to the address of a Node that joins: the switch makes no second one like it."""
 
-    def __init__(self, s: KubeStage) -> None:
+    def __init__(self, s: KubeTestbed) -> None:
         self._s, self._peer = s, Peer("refused", "172.31.254.1", "10.201.0.0/24")
 
     def __enter__(self) -> str:
@@ -229,16 +229,16 @@ class _InTheWay:
         time.sleep(2)
 
 
-def _burst(plan: Plan, s: KubeStage) -> list[Figure]:
+def _burst(plan: Plan, s: KubeTestbed) -> list[Figure]:
     more = [peer(n) for n in range(NODES, NODES + _BURST)]
     writes = s.admin.slice_writes()
-    with Eyes(s.host) as eyes:
-        eyes.quiet(1)
-        eyes.addresses = {p.address for p in more}
+    with EventProbe(s.host) as probe:
+        probe.quiet(1)
+        probe.addresses = {p.address for p in more}
         started = time.monotonic()
         coming = threading.Thread(target=s.admin.fill, args=(more,))
         coming.start()
-        found = _until(eyes, more, "+", 60)
+        found = _until(probe, more, "+", 60)
         coming.join()
     took = max(found.values()) - started
     s.peers += more

@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchlib.testbed import Peer, Stage
+from benchlib.testbed import Peer, Testbed
 from ovsmesh.kube.client import Api, load
 from ovsmesh.kube.reflector import Reflector, Wakeup
 from ovsmesh.lab import netns
@@ -127,7 +127,7 @@ class Admin:
         return sum(one["metadata"]["generation"] for one in self.slices())
 
 
-class Sight:
+class SliceWatch:
     """A watch of the slices beside the agents': when each member was first in a slice that the API server sent."""
 
     def __init__(self, plane: ControlPlane) -> None:
@@ -151,8 +151,8 @@ class Sight:
         self._bell.close()
 
 
-class KubeStage(Stage):
-    """A Stage whose mesh comes from Nodes. `peers` are those that the host is to have."""
+class KubeTestbed(Testbed):
+    """A Testbed whose mesh comes from Nodes. `peers` are those that the host is to have."""
 
     def __init__(self, lab: Lab, cluster: ClusterLab) -> None:
         super().__init__(lab.hosts[0], lab)
@@ -210,15 +210,15 @@ def cluster_lab(
 
 
 @contextmanager
-def kube_stage(peers: Sequence[Peer]) -> Iterator[KubeStage]:
+def kube_testbed(peers: Sequence[Peer]) -> Iterator[KubeTestbed]:
     """One host, the Nodes of so many peers, a controller; no agent yet."""
     with cluster_lab(1, 0, clusterCIDRs=[CLUSTER]) as cluster:
-        made = KubeStage(cluster.lab, cluster)
+        made = KubeTestbed(cluster.lab, cluster)
         made.fill(peers)
         yield made
 
 
 @contextmanager
-def sight(plane: ControlPlane) -> Iterator[Sight]:
-    with closing(Sight(plane)) as made:
+def slice_watch(plane: ControlPlane) -> Iterator[SliceWatch]:
+    with closing(SliceWatch(plane)) as made:
         yield made

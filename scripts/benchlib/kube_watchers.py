@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchlib.figures import Figure
-from benchlib.kube_testbed import CLUSTER, KubeStage, cluster_lab, mib
+from benchlib.kube_testbed import CLUSTER, KubeTestbed, cluster_lab, mib
 from benchlib.testbed import Peer, Plan, cpu_seconds, peer
 from ovsmesh.lab.netns import LabError
 
@@ -31,7 +31,7 @@ _REST = (0.3, 0.7)
 class Watchers:
     """The load process, by its commands."""
 
-    def __init__(self, s: KubeStage, config: Path) -> None:
+    def __init__(self, s: KubeTestbed, config: Path) -> None:
         argv = ["ip", "netns", "exec", s.plane.ns, sys.executable, str(Path(__file__).with_name("watch_load.py"))]
         root = str(Path(__file__).resolve().parents[2])
         self.process = subprocess.Popen(
@@ -66,7 +66,7 @@ class Watchers:
 
 
 @contextmanager
-def _watchers(s: KubeStage) -> Iterator[Watchers]:
+def _watchers(s: KubeTestbed) -> Iterator[Watchers]:
     made = Watchers(s, s.cluster.agent_config(s.host))
     try:
         yield made
@@ -77,7 +77,7 @@ def _watchers(s: KubeStage) -> Iterator[Watchers]:
 def bench(plan: Plan) -> list[Figure]:
     figures = []
     with cluster_lab(1, 0, clusterCIDRs=[CLUSTER]) as cluster:
-        s = KubeStage(cluster.lab, cluster)
+        s = KubeTestbed(cluster.lab, cluster)
         s.fill([peer(n) for n in range(_NODES)])
         time.sleep(plan.tries(20, 8))
         with _watchers(s) as load:
@@ -88,7 +88,7 @@ def bench(plan: Plan) -> list[Figure]:
     return figures
 
 
-def _at(plan: Plan, s: KubeStage, load: Watchers, count: int, first: int) -> list[Figure]:
+def _at(plan: Plan, s: KubeTestbed, load: Watchers, count: int, first: int) -> list[Figure]:
     server = s.plane.pid("kube-apiserver")
     used = cpu_seconds(server)
     load.say(f"more {count}")

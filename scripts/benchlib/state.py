@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchlib.event_probe import Eyes
+from benchlib.event_probe import EventProbe
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.netns import within
 from ovsmesh.linux import rtnetlink
@@ -95,15 +95,15 @@ def sysctls(ns: str, paths: Iterable[str]) -> dict[str, str]:
     return within(ns, read)
 
 
-def switch(eyes: Eyes) -> frozenset[Part]:
+def switch(probe: EventProbe) -> frozenset[Part]:
     """The switch's part, from what was told of it: ports that have a number, flows with names for numbers."""
-    names = {str(number): name for name, number in eyes.ports.items() if number > 0 and name.startswith("gre-")}
+    names = {str(number): name for name, number in probe.ports.items() if number > 0 and name.startswith("gre-")}
 
     def named(text: str) -> str:
         return _PORT.sub(lambda found: found[1] + names.get(found[2], f"?{found[2]}"), text)
 
     ports: set[Part] = {("port", name) for name in names.values()}
-    return frozenset(ports | {("flow", named(match), named(actions)) for match, actions in eyes.table.items()})
+    return frozenset(ports | {("flow", named(match), named(actions)) for match, actions in probe.table.items()})
 
 
 def filters(host: Host) -> str:

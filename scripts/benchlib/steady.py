@@ -15,9 +15,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar
 
-from benchlib.event_probe import Event, Eyes, generation
+from benchlib.event_probe import Event, EventProbe, generation
 from benchlib.figures import Figure
-from benchlib.testbed import Plan, Stage, children, cpu_seconds, stage
+from benchlib.testbed import Plan, Testbed, children, cpu_seconds, testbed
 from ovsmesh.lab.netns import LabError
 
 _MIB_GOAL = 60.0
@@ -31,7 +31,7 @@ def _kib(pid: int, file: str, field: str) -> int:
     return int(found[1])
 
 
-def _pid(s: Stage) -> int:
+def _pid(s: Testbed) -> int:
     process = s.host.agent()
     if process is None:
         raise LabError(f"the agent has ended: {s.host.logs(10)}")
@@ -43,12 +43,12 @@ def memory(plan: Plan) -> list[Figure]:
     figures = []
     seconds = plan.tries(60, 15)
     with ExitStack() as stack:
-        stages = {size: stack.enter_context(stage(size)) for size in plan.sizes}
-        for s in stages.values():
+        beds = {size: stack.enter_context(testbed(size)) for size in plan.sizes}
+        for s in beds.values():
             s.host.start_agent()
             s.ready()
         time.sleep(3)
-        pids = {size: _pid(s) for size, s in stages.items()}
+        pids = {size: _pid(s) for size, s in beds.items()}
         plan.progress(f"  idle for {seconds} s")
         before = {size: cpu_seconds(pid) for size, pid in pids.items()}
         began = time.monotonic()
@@ -79,10 +79,10 @@ class _Counters:
 
     seen: ClassVar[Counter[Event]] = Counter()
 
-    def __init__(self, s: Stage, eyes: Eyes) -> None:
-        self._s, self._eyes = s, eyes
-        eyes.quiet(0.5)
-        eyes.events.clear()
+    def __init__(self, s: Testbed, probe: EventProbe) -> None:
+        self._s, self._probe = s, probe
+        probe.quiet(0.5)
+        probe.events.clear()
         self.since = time.monotonic()
         self._database = self._transactions()
         self._generation = generation(s.host.ns)
@@ -92,9 +92,9 @@ class _Counters:
 
     def written(self) -> dict[str, int]:
         """Since the counters were made, by kind."""
-        self._eyes.look(0.2)
+        self._probe.look(0.2)
         # the underlay's own neighbours come and go by themselves
-        events = [event for _, event in self._eyes.events if event[0] != "neigh~"]
+        events = [event for _, event in self._probe.events if event[0] != "neigh~"]
         kinds = Counter(event[0] for event in events)
         kernel = [
             event for event in events if event[0] not in ("cfg", "settled", "gen", "nft", "port+", "port-", "port?")
@@ -123,23 +123,23 @@ def again(plan: Plan) -> list[Figure]:
     ready: list[float] = []
     looks: dict[str, list[float]] = {"plan": [], "status": [], "status -o json": []}
     tries = plan.tries(5, 2)
-    with stage(size) as s:
+    with testbed(size) as s:
         s.host.start_agent()
         s.ready()
         s.check()
         time.sleep(1)
-        with Eyes(s.host, flows=False) as eyes:
+        with EventProbe(s.host, flows=False) as probe:
             for _ in range(tries):
                 s.host.stop_agent()
-                counters = _Counters(s, eyes)
+                counters = _Counters(s, probe)
                 once.append(_timed(lambda: _once(s)))
                 written["once"].update(counters.written())
-                counters = _Counters(s, eyes)
+                counters = _Counters(s, probe)
                 ready.append(_timed(lambda: _start(s)))
                 time.sleep(1)
                 written["restarted"].update(counters.written())
                 s.host.stop_agent(signal.SIGKILL)
-                counters = _Counters(s, eyes)
+                counters = _Counters(s, probe)
                 s.host.start_agent()
                 s.ready()
                 time.sleep(1)
@@ -161,18 +161,18 @@ def again(plan: Plan) -> list[Figure]:
     return figures
 
 
-def _start(s: Stage) -> None:
+def _start(s: Testbed) -> None:
     s.host.start_agent()
     s.ready()
 
 
-def _once(s: Stage) -> None:
+def _once(s: Testbed) -> None:
     done = s.host.run(s.command("agent", "--once", "--log-level", "warning"), timeout=60, check=False)
     if done.returncode:
         raise LabError(f"agent --once: exit status {done.returncode}: {done.stderr.strip()}")
 
 
-def _look(s: Stage, words: str) -> None:
+def _look(s: Testbed, words: str) -> None:
     command, *options = words.split()
     done = s.host.ovsmesh(command, *options, timeout=60)
     if done.returncode:

@@ -66,7 +66,7 @@ def peer(number: int) -> Peer:
 
 
 @dataclass
-class Stage:
+class Testbed:
     """The host, its mesh file and its agent."""
 
     host: Host
@@ -188,9 +188,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 @contextmanager
-def stage(peers: int) -> Iterator[Stage]:
+def testbed(peers: int) -> Iterator[Testbed]:
     """A host with Open vSwitch, a mesh file of `peers` peers, and no agent yet."""
     with Lab(1, 0, agents=False, ephemeral=True) as lab:
-        made = Stage(lab.host(1), lab)
+        made = Testbed(lab.host(1), lab)
         made.put([peer(n) for n in range(peers)])
         yield made
