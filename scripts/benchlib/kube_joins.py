@@ -62,7 +62,6 @@ def bench(plan: Plan) -> list[Figure]:
                 plan.progress(f"  {number + 1} of {tries}: {text}")
         _join(cluster, new, parts)
         moved, dark = _moves(plan, cluster, new)
-    split = ", ".join(f"{part} {statistics.median(times) * 1000:.0f}" for part, times in parts.items())
     name = "kube-joins"
     begun, complete = "Node made to all pods ping, agent's start included", "Node complete to all pods ping, agent runs"
     return [
@@ -163,7 +162,7 @@ def _leave(cluster: ClusterLab, new: Host) -> float:
             probe.addresses = {left.address}
         since = time.monotonic()
         cluster.remove_node(new)
-        last = []
+        last: list[float] = []
         for probe in probes:
             last += probe.wait(wanted, _TIMEOUT).values()
             last.append(probe.wait_count("flow-", 3, _TIMEOUT))

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -212,7 +213,7 @@ def test_an_agent_that_is_killed_amid_the_switch_is_gone_on_from(calm: Calm, mom
     host = docker.host
     docker.misbehave("slow")
     state = host.state / "agent"
-    reached = [
+    reached: Callable[[], bool] = [
         lambda: (state / "daemon.json.old").exists(),
         lambda: "kbr0" in docker.config.read_text(),
         lambda: docker.restarts() == 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_net_admin_is_needed_and_enough(lab: Make) -> None:
     assert once(host, "net_admin") == (0, "nothing to change\n")
 
 
-def test_the_old_iptables_needs_net_raw_too(lab: Make, tmp_path) -> None:
+def test_the_old_iptables_needs_net_raw_too(lab: Make, tmp_path: Path) -> None:
     legacy = shutil.which("iptables-legacy")
     if legacy is None:
         pytest.skip("iptables-legacy is not there")

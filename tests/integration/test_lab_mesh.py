@@ -8,6 +8,7 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -203,7 +204,7 @@ def test_an_agent_that_ends_and_starts_again_costs_no_packet(mesh: Lab, how: sig
     assert difference(before, wiring(host)) == []
 
 
-VARIANTS = {
+VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "vxlan": ({"encapsulation": "vxlan", "dual_stack": True}, 1450),
     "vxlan-key": ({"encapsulation": "vxlan", "key": 7}, 1450),
     "geneve": ({"encapsulation": "geneve", "dual_stack": True}, 1450),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def by_hand(host: Host, script: str, check: bool = True) -> str:
     [{"dual_stack": True}, {"key": 7, "underlay6": True}, {"encapsulation": "vxlan", "key": 5}],
     ids=["dual-stack", "key-ipv6-underlay", "vxlan"],
 )
-def test_the_recipe_alone_joins_all_pods_and_leaves_the_agent_nothing_to_do(lab: Make, options) -> None:
+def test_the_recipe_alone_joins_all_pods_and_leaves_the_agent_nothing_to_do(lab: Make, options: Any) -> None:
     made = lab(3, 1, agents=False, **options)
     for host in made.hosts:
         script = printed(host)

@@ -8,7 +8,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from ovsmesh.agent import reconciler as room
 from ovsmesh.agent.reconciler import Agent
@@ -22,39 +27,39 @@ from tests.support.meshkit import FACTS, first
 class FakeHost:
     """A system that does what it is told, unless a test says otherwise."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.dataplane = Dataplane()
         self.known = FACTS
         self.unmanaged = ()
         self.problems = ()
-        self.unknown = frozenset()
+        self.unknown: frozenset[str] = frozenset()
         self.switch_up = True
         self.switch_lost = False
         self.busy = self.expecting = False
         self.ovs = SimpleNamespace(version="3.1.0")
-        self.plans = []
+        self.plans: list[Any] = []
         self.fails = 0
         """How many more times applying is to fail."""
         self.deaf = False
         """Whether what is applied does not take."""
         self.dirtied = 0
-        self.waits = []
+        self.waits: list[Any] = []
         self.bell = False
-        self.on_wait = lambda: None
+        self.on_wait: Callable[[], object] = lambda: None
 
-    def facts(self, mesh, me):
+    def facts(self, mesh: Any, me: Any) -> Any:
         return self.known
 
-    def possible(self, want, try_out=True):
+    def possible(self, want: Any, try_out: Any = True) -> Any:
         return want
 
-    def observe(self, want):
+    def observe(self, want: Any) -> Any:
         have = self.dataplane
         parts = {f.name: ({} if f.name in self.unknown else getattr(have, f.name)) for f in dataclasses.fields(have)}
         parts["sysctls"] = {k: v for k, v in have.sysctls.items() if k in want.sysctls}
         return Observed(Dataplane(**parts), self.unmanaged, self.problems, self.unknown)
 
-    def apply(self, todo, want):
+    def apply(self, todo: Any, want: Any) -> Any:
         self.plans.append(todo)
         if self.fails:
             self.fails -= 1
@@ -70,103 +75,103 @@ class FakeHost:
             self.dataplane = Dataplane(**parts)
         return []
 
-    def lose(self, kind, *keys):
+    def lose(self, kind: Any, *keys: Any) -> None:
         left = {k: v for k, v in getattr(self.dataplane, kind).items() if k not in keys}
         self.dataplane = dataclasses.replace(self.dataplane, **{kind: left})
 
-    def dirty(self):
+    def dirty(self) -> None:
         self.dirtied += 1
 
-    def retry(self):
+    def retry(self) -> None:
         self.dirty()
 
-    def drain(self):
+    def drain(self) -> Any:
         rang, self.bell = self.bell, False
         return rang
 
-    def fds(self):
+    def fds(self) -> Any:
         return []
 
-    def switch_answers(self):
+    def switch_answers(self) -> Any:
         return False
 
-    def wait(self, fds, timeout):
+    def wait(self, fds: Any, timeout: Any) -> None:
         self.waits.append(timeout)
         self.on_wait()
 
 
 class FakeSource:
-    def __init__(self, mesh):
+    def __init__(self, mesh: Any) -> None:
         self.mesh = mesh
         self.problems = ()
         self.confirmed = True
         self.committed = 0
         self.bell = False
 
-    def snapshot(self):
+    def snapshot(self) -> Any:
         return Snapshot(self.mesh, self.problems, self.confirmed, 1.0)
 
-    def commit(self):
+    def commit(self) -> Any:
         self.committed += 1
         return ()
 
-    def drain(self):
+    def drain(self) -> Any:
         rang, self.bell = self.bell, False
         return rang
 
-    def fds(self):
+    def fds(self) -> Any:
         return []
 
-    def close(self):
+    def close(self) -> None:
         return
 
 
 class Shown:
-    def __init__(self):
-        self.turns = []
+    def __init__(self) -> None:
+        self.turns: list[Any] = []
         self.flushed = 0
 
-    def publish(self, turn, runtime):
+    def publish(self, turn: Any, runtime: Any) -> None:
         self.turns.append(turn)
 
-    def flush(self):
+    def flush(self) -> None:
         self.flushed += 1
 
 
 class Clock:
     """Time that passes only when someone waits."""
 
-    def __init__(self, host):
+    def __init__(self, host: Any) -> None:
         self.now = 1000.0
         host.on_wait = lambda: self.advance(host.waits[-1])
 
-    def advance(self, seconds):
+    def advance(self, seconds: Any) -> None:
         # select() never returns too early, and a moment always passes
         self.now += seconds + 0.0005
 
-    def monotonic(self):
+    def monotonic(self) -> Any:
         return self.now
 
 
-def make_host():
+def make_host() -> Any:
     return FakeHost()
 
 
-def make_source():
+def make_source() -> Any:
     return FakeSource(first(4))
 
 
-def make_state(tmp_path):
+def make_state(tmp_path: Path) -> Any:
     made = StateDir(tmp_path / "state")
     made.ensure()
     return made
 
 
-def make_agent(host, source, state):
+def make_agent(host: Any, source: Any, state: Any) -> Any:
     return Agent("web1", source, host, state)
 
 
-def make_clock(host, monkeypatch):
+def make_clock(host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = Clock(host)
     monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=made.monotonic, time=time.time))
     monkeypatch.setattr(
@@ -175,7 +180,7 @@ def make_clock(host, monkeypatch):
     return made
 
 
-def make_stop():
+def make_stop() -> Iterator[Any]:
     read, write = os.pipe()
     for fd in (read, write):
         os.set_blocking(fd, False)
@@ -184,11 +189,11 @@ def make_stop():
     os.close(write)
 
 
-def run(agent, host, clock, stop, seconds, at=()):
+def run(agent: Any, host: Any, clock: Any, stop: Any, seconds: Any, at: Any = ()) -> Any:
     """Runs the loop for so many seconds of the clock; `at` holds (second, what happens then)."""
     start, shown, left = clock.now, Shown(), sorted(at, key=lambda pair: pair[0])
 
-    def pass_time():
+    def pass_time() -> None:
         until = clock.now + host.waits[-1]
         if left and start + left[0][0] <= until:
             when, what = left.pop(0)
@@ -205,7 +210,7 @@ def run(agent, host, clock, stop, seconds, at=()):
     return shown
 
 
-def braked(agent, source):
+def braked(agent: Any, source: Any) -> Any:
     """A turn that finds that all three peers have left the mesh."""
     agent.turn()
     source.mesh = first(1)

@@ -1,11 +1,15 @@
 """What the tests of the filter rules share: namespaces of their own, a mesh of two, one pass of the agent."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import pytest
 
@@ -24,7 +28,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @contextlib.contextmanager
-def inside(name):
+def inside(name: Any) -> Iterator[Any]:
     """The calling thread, and what it starts, in a network namespace."""
     with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{name}") as there:
         assert LIBC.setns(there.fileno(), 0) == 0
@@ -34,23 +38,23 @@ def inside(name):
             assert LIBC.setns(home.fileno(), 0) == 0
 
 
-def sh(*commands):
+def sh(*commands: Any) -> None:
     for command in commands:
         subprocess.run(command.split(), check=True, capture_output=True, timeout=10)
 
 
-def nft(script):
+def nft(script: Any) -> Any:
     return subprocess.run(["nft", "-f", "-"], input=script, text=True, check=True, capture_output=True, timeout=10)
 
 
-def desired(mesh=MESH, facts=None, peers=(PEER,)):
+def desired(mesh: Any = MESH, facts: Any = None, peers: Any = (PEER,)) -> Any:
     return Dataplane(
         rules=firewall_rules.rules(mesh, ME, facts or Facts()),
         filter_peers=dict(firewall_rules.peer_set(peer) for peer in peers),
     )
 
 
-def converge(firewall, want):
+def converge(firewall: Any, want: Any) -> Any:
     """One pass as the agent makes it: returns whether anything had to be written, and what is there after."""
     want = firewall.possible(want)
     have = firewall.observe(want.rules)
@@ -62,10 +66,10 @@ def converge(firewall, want):
 
 
 @pytest.fixture
-def namespaces():
+def namespaces() -> Iterator[Any]:
     made = []
 
-    def make(*names):
+    def make(*names: Any) -> Any:
         for name in names:
             sh(f"ip netns add fw{os.getpid()}{name}")
             made.append(f"fw{os.getpid()}{name}")
@@ -77,7 +81,7 @@ def namespaces():
 
 
 @pytest.fixture
-def firewall(namespaces):
+def firewall(namespaces: Any) -> Iterator[Any]:
     (name,) = namespaces("n")
     with inside(name):
         firewall = Firewall()

@@ -117,10 +117,8 @@ def test_lock_names_the_holder(state: StateDir) -> None:
 
 
 def test_lock_ends_with_its_process(state: StateDir) -> None:
-    code = (
-        "import sys; from ovsmesh.state import StateDir; s = StateDir(sys.argv[1]); s.lock(); print('held', flush=True)"
-    )
-    code += "; sys.stdin.read()"
+    code = "import sys; from ovsmesh.state_dir import StateDir as S; s = S(sys.argv[1]); s.lock()"
+    code += "; print('held', flush=True); sys.stdin.read()"
     argv = [sys.executable, "-c", code, str(state.path)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None and child.stdout.readline() == "held\n"

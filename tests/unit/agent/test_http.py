@@ -1,11 +1,15 @@
 """The HTTP side of the agent, over real sockets."""
 
+from __future__ import annotations
+
 import http.client
 import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,7 +21,7 @@ from ovsmesh.errors import OvsmeshError, Problem
 COUNTERS = Counters(7, 1, 1.8e9, 0.03, {"routes": 2}, {("ports", "+"): 5})
 
 
-def made(peers=2, **changes):
+def made(peers: Any = 2, **changes: Any) -> Any:
     every = tuple(Peer(f"web{n}", "ok", f"192.0.2.{n}", traffic=Traffic(1, 2)) for n in range(peers))
     conditions = (Condition("Converged", "True", "AsWanted"),)
     report = Report(1.8e9, "web9 is converged", True, Self("web9", ovs_version="3.1.0"), conditions, every, (), (), ())
@@ -25,13 +29,13 @@ def made(peers=2, **changes):
 
 
 @pytest.fixture
-def health():
+def health() -> Iterator[Any]:
     health = Health("127.0.0.1:0")
     yield health
     health.close()
 
 
-def get(health, path="/", method="GET", headers=None):
+def get(health: Any, path: Any = "/", method: Any = "GET", headers: Any = None) -> Any:
     connection = http.client.HTTPConnection("127.0.0.1", health.port, timeout=5)
     try:
         connection.request(method, path, headers=headers or {})
@@ -41,13 +45,13 @@ def get(health, path="/", method="GET", headers=None):
         connection.close()
 
 
-def series(text):
+def series(text: Any) -> Any:
     return {
         (s.name, *sorted(s.labels.items())): s.value for f in text_string_to_metric_families(text) for s in f.samples
     }
 
 
-def test_metrics(health):
+def test_metrics(health: Any) -> None:
     health.publish(made(), COUNTERS)
     health.publish(made(), replace(COUNTERS, turns=8, duration=20.0))
     status, text, _ = get(health, "/metrics")
@@ -68,14 +72,14 @@ def test_metrics(health):
     assert "process_resident_memory_bytes" in text and "python_gc" not in text
 
 
-def test_series_do_not_grow_with_peers(health):
+def test_series_do_not_grow_with_peers(health: Any) -> None:
     health.publish(made(2), COUNTERS)
     few = get(health, "/metrics")[1].count("\n")
     health.publish(made(2000), COUNTERS)
     assert get(health, "/metrics")[1].count("\n") == few
 
 
-def test_before_the_first_turn(health):
+def test_before_the_first_turn(health: Any) -> None:
     assert get(health, "/healthz")[0] == 200
     assert get(health, "/readyz")[0] == 503
     assert get(health, "/status.json")[0] == 503
@@ -83,7 +87,7 @@ def test_before_the_first_turn(health):
     assert "ovsmesh_build_info" in get(health, "/metrics")[1]
 
 
-def test_healthz_needs_a_turning_loop():
+def test_healthz_needs_a_turning_loop() -> None:
     health = Health("127.0.0.1:0", deadline=0.05)
     try:
         time.sleep(0.1)
@@ -95,7 +99,7 @@ def test_healthz_needs_a_turning_loop():
         health.close()
 
 
-def test_readyz(health):
+def test_readyz(health: Any) -> None:
     health.publish(made(converged=False), COUNTERS)
     assert get(health, "/readyz")[:2] == (503, "not converged: web9 is converged\n")
     health.publish(made(), COUNTERS)
@@ -111,7 +115,7 @@ def test_readyz(health):
     assert get(health, "/readyz")[:2] == (503, "not converged: ovs-vswitchd does not answer\n")
 
 
-def test_page_is_escaped_and_bounded(health):
+def test_page_is_escaped_and_bounded(health: Any) -> None:
     peer = Peer("<script>alert(1)</script>", "missing", missing=("port <b>",))
     report = made(1000, headline="<i>")
     health.publish(replace(report, peers=(*report.peers, peer)), COUNTERS)
@@ -122,19 +126,19 @@ def test_page_is_escaped_and_bounded(health):
     assert headers["Content-Security-Policy"].startswith("default-src 'none'")
 
 
-def test_status_json(health):
+def test_status_json(health: Any) -> None:
     health.publish(made(), COUNTERS)
     assert json.loads(get(health, "/status.json?x=1")[1])["self"]["name"] == "web9"
 
 
 @pytest.mark.parametrize("path", ["/nope", "/../etc/passwd", "/metrics/", "/%2e%2e", "/" + "a" * 5000])
-def test_strange_paths(health, path):
+def test_strange_paths(health: Any, path: Any) -> None:
     status, text, _ = get(health, path)
     assert status == 404 and "passwd" not in text
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE"])
-def test_get_only(health, method):
+def test_get_only(health: Any, method: Any) -> None:
     status, _, headers = get(health, "/metrics", method)
     assert status == 405 and headers["Allow"] == "GET"
 
@@ -152,7 +156,7 @@ def test_get_only(health, method):
         b"GET / HTTP/1.1\r\nContent-Length: -5\r\nTransfer-Encoding: chunked\r\n\r\n",
     ],
 )
-def test_strange_requests(health, data):
+def test_strange_requests(health: Any, data: Any) -> None:
     with socket.create_connection(("127.0.0.1", health.port), timeout=5) as client:
         client.sendall(data)
         client.shutdown(socket.SHUT_WR)
@@ -160,7 +164,7 @@ def test_strange_requests(health, data):
     assert get(health, "/healthz")[0] == 200
 
 
-def test_slow_and_many_clients_do_not_stop_it(monkeypatch):
+def test_slow_and_many_clients_do_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ovsmesh.http_server._REQUEST_TIME", 0.5)
     health = Health("127.0.0.1:0")
     clients = [socket.create_connection(("127.0.0.1", health.port), timeout=10) for _ in range(40)]
@@ -186,18 +190,18 @@ def test_slow_and_many_clients_do_not_stop_it(monkeypatch):
         health.close()
 
 
-def test_port_in_use_says_what_to_do(health):
+def test_port_in_use_says_what_to_do(health: Any) -> None:
     with pytest.raises(OvsmeshError, match=rf"127.0.0.1:{health.port}: .*another ADDRESS:PORT"):
         Health(f"127.0.0.1:{health.port}")
 
 
 @pytest.mark.parametrize("listen", ["", "9474", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:99999", "192.0.2.1:1", "..:1"])
-def test_bad_addresses(listen):
+def test_bad_addresses(listen: Any) -> None:
     with pytest.raises(OvsmeshError):
         Health(listen)
 
 
-def test_ipv6():
+def test_ipv6() -> None:
     try:
         health = Health("[::1]:0")
     except OvsmeshError as e:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -29,21 +30,21 @@ CNI = dataclasses.replace(
 )
 
 
-def test_pods_are_let_in_when_all_else_is_true(agent, host):
+def test_pods_are_let_in_when_all_else_is_true(agent: Any, host: Any) -> None:
     host.known = CNI
     assert agent.turn().converged
     first_plan, last_plan = host.plans
     assert {s.kind for s in last_plan.steps} == {"cni"} and not {s for s in first_plan.steps if s.kind == "cni"}
 
 
-def test_no_pod_is_let_in_while_something_fails(agent, host):
+def test_no_pod_is_let_in_while_something_fails(agent: Any, host: Any) -> None:
     host.known, host.fails = CNI, 1
     turn = agent.turn()
     assert not turn.converged and not host.dataplane.cni
     assert agent.turn().converged and host.dataplane.cni
 
 
-def test_no_pod_is_let_in_while_something_can_t_be_seen_and_that_is_no_failure(agent, host):
+def test_no_pod_is_let_in_while_something_can_t_be_seen_and_that_is_no_failure(agent: Any, host: Any) -> None:
     host.known, host.problems, host.unknown = CNI, (Problem("DatabaseDown", "no"),), frozenset({"ports"})
     turn = agent.turn()
     assert not turn.converged and not host.dataplane.cni
@@ -53,7 +54,7 @@ def test_no_pod_is_let_in_while_something_can_t_be_seen_and_that_is_no_failure(a
     assert agent.turn().converged and host.dataplane.cni
 
 
-def test_a_conflist_stays_when_something_breaks(agent, host):
+def test_a_conflist_stays_when_something_breaks(agent: Any, host: Any) -> None:
     host.known = CNI
     agent.turn()
     host.lose("links", "kbr0")
@@ -61,7 +62,7 @@ def test_a_conflist_stays_when_something_breaks(agent, host):
     assert not agent.turn().converged and host.dataplane.cni
 
 
-def test_a_conflist_that_someone_removes_is_drift(agent, host):
+def test_a_conflist_that_someone_removes_is_drift(agent: Any, host: Any) -> None:
     host.known = CNI
     agent.turn()
     host.lose("cni", *host.dataplane.cni)
@@ -69,28 +70,28 @@ def test_a_conflist_that_someone_removes_is_drift(agent, host):
     assert agent.runtime.drift == {"cni": 1}
 
 
-def test_a_turn_brings_the_host_to_what_the_mesh_wants(agent, host):
+def test_a_turn_brings_the_host_to_what_the_mesh_wants(agent: Any, host: Any) -> None:
     turn = agent.turn()
     assert host.dataplane == want(first(4))
     assert turn.converged and turn.whole and not turn.plan and turn.problems == ()
     assert len(host.plans) == 1
 
 
-def test_a_second_turn_writes_nothing(agent, host):
+def test_a_second_turn_writes_nothing(agent: Any, host: Any) -> None:
     agent.turn()
     assert agent.turn().converged
     assert len(host.plans) == 1
     assert agent.runtime.operations["ports", "+"] == 3
 
 
-def test_an_agent_that_starts_again_writes_nothing(agent, host, source, state):
+def test_an_agent_that_starts_again_writes_nothing(agent: Any, host: Any, source: Any, state: Any) -> None:
     agent.turn()
     again = Agent("web1", source, host, state)
     assert again.turn().converged and len(host.plans) == 1
     assert again.runtime.drift == {} and again.runtime.operations == {}
 
 
-def test_no_mesh_touches_nothing(agent, host, source):
+def test_no_mesh_touches_nothing(agent: Any, host: Any, source: Any) -> None:
     source.mesh, source.problems = None, (Problem("MeshFileInvalid", "is not YAML"),)
     host.dataplane = want(first(3))
     turn = agent.turn()
@@ -98,23 +99,28 @@ def test_no_mesh_touches_nothing(agent, host, source):
     assert turn.problems == source.problems
 
 
-def test_the_last_good_mesh_is_followed_and_said_not_to_be_current(agent, host, source):
+def test_the_last_good_mesh_is_followed_and_said_not_to_be_current(agent: Any, host: Any, source: Any) -> None:
     source.confirmed, source.problems = False, (Problem("MeshFileUnreadable", "can't be read"),)
     turn = agent.turn()
     assert host.dataplane == want(first(4))
     assert turn.converged and not turn.whole and turn.problems == source.problems
 
 
-def test_old_sysctls_are_remembered_before_they_are_changed(agent, host, state):
+def test_old_sysctls_are_remembered_before_they_are_changed(agent: Any, host: Any, state: Any) -> None:
     host.dataplane = Dataplane(sysctls={"net/ipv4/ip_forward": "0"})
     seen = []
     apply = host.apply
-    host.apply = lambda todo, want: (seen.append(state.before()[0]), apply(todo, want))[1]
+
+    def applied(todo: Any, want: Any) -> Any:
+        seen.append(state.before()[0])
+        return apply(todo, want)
+
+    host.apply = applied
     agent.turn()
     assert seen[0] == {"net/ipv4/ip_forward": "0"}
 
 
-def test_what_does_not_take_is_said_and_not_tried_for_ever(agent, host):
+def test_what_does_not_take_is_said_and_not_tried_for_ever(agent: Any, host: Any) -> None:
     host.deaf = True
     turn = agent.turn()
     assert [p.reason for p in turn.problems] == ["NotConverged"]
@@ -125,8 +131,8 @@ def test_what_does_not_take_is_said_and_not_tried_for_ever(agent, host):
 @pytest.mark.parametrize(
     "error", [OvsmeshError("the kernel's tables change too fast"), PermissionError(1, "not allowed")]
 )
-def test_an_error_on_the_way_ends_the_turn_and_not_the_agent(agent, host, error):
-    def fail(want):
+def test_an_error_on_the_way_ends_the_turn_and_not_the_agent(agent: Any, host: Any, error: Any) -> None:
+    def fail(want: Any) -> None:
         raise error
 
     observe, host.observe = host.observe, fail
@@ -138,8 +144,8 @@ def test_an_error_on_the_way_ends_the_turn_and_not_the_agent(agent, host, error)
     assert agent.turn().converged
 
 
-def test_a_bug_is_not_taken_for_a_failure(agent, host):
-    def bug(want):
+def test_a_bug_is_not_taken_for_a_failure(agent: Any, host: Any) -> None:
+    def bug(want: Any) -> None:
         raise TypeError("a bug")
 
     host.observe = bug
@@ -147,14 +153,14 @@ def test_a_bug_is_not_taken_for_a_failure(agent, host):
         agent.turn()
 
 
-def test_what_is_wrong_with_others_does_not_keep_this_node_from_converging(agent, source):
+def test_what_is_wrong_with_others_does_not_keep_this_node_from_converging(agent: Any, source: Any) -> None:
     other = dataclasses.replace(numbered(3), address=numbered(3).pod_cidrs[1].network_address + 9)
     source.mesh = mesh_of(numbered(1), numbered(2), other)
     turn = agent.turn()
     assert turn.converged and [p.reason for p in turn.problems] == ["AddressFamilyMismatch"]
 
 
-def test_unmanaged_things_are_named_each_way(agent, host):
+def test_unmanaged_things_are_named_each_way(agent: Any, host: Any) -> None:
     host.unmanaged = (Unmanaged("flows", "1 ", "flow x is not ours", blocks=False),)
     turn = agent.turn()
     assert turn.converged and [str(p) for p in turn.problems] == ["flow x is not ours"]
@@ -167,7 +173,7 @@ def test_unmanaged_things_are_named_each_way(agent, host):
 # drift
 
 
-def test_what_someone_else_takes_away_is_drift_and_put_back(agent, host):
+def test_what_someone_else_takes_away_is_drift_and_put_back(agent: Any, host: Any) -> None:
     agent.turn()
     host.lose("routes", ("10.97.2.0/24", 111))
     host.lose("ports", "gre-web3")
@@ -176,7 +182,7 @@ def test_what_someone_else_takes_away_is_drift_and_put_back(agent, host):
     assert agent.runtime.drift == Counter(routes=1, ports=1)
 
 
-def test_what_someone_else_adds_or_changes_is_drift(agent, host):
+def test_what_someone_else_adds_or_changes_is_drift(agent: Any, host: Any) -> None:
     agent.turn()
     parts = {**host.dataplane.flows, "50 tcp": "NORMAL", "0 ": "NORMAL"}
     host.dataplane = dataclasses.replace(host.dataplane, flows=parts)
@@ -185,7 +191,7 @@ def test_what_someone_else_adds_or_changes_is_drift(agent, host):
 
 
 @pytest.mark.parametrize("what", ["mesh", "facts"])
-def test_another_wish_or_another_host_is_not_drift(agent, host, source, what):
+def test_another_wish_or_another_host_is_not_drift(agent: Any, host: Any, source: Any, what: Any) -> None:
     agent.turn()
     if what == "mesh":
         source.mesh = first(5)
@@ -195,7 +201,7 @@ def test_another_wish_or_another_host_is_not_drift(agent, host, source, what):
     assert len(host.plans) == 2 and agent.runtime.drift == {}
 
 
-def test_the_first_turn_and_unfinished_business_are_not_drift(agent, host):
+def test_the_first_turn_and_unfinished_business_are_not_drift(agent: Any, host: Any) -> None:
     host.fails = 9
     host.dataplane = dataclasses.replace(want(first(4)), routes={})
     for _ in range(12):
@@ -203,7 +209,7 @@ def test_the_first_turn_and_unfinished_business_are_not_drift(agent, host):
     assert agent.last.converged and agent.runtime.drift == {}
 
 
-def test_what_could_not_be_seen_for_a_while_is_not_drift(agent, host):
+def test_what_could_not_be_seen_for_a_while_is_not_drift(agent: Any, host: Any) -> None:
     agent.turn()
     host.unknown, host.problems = frozenset({"flows"}), (Problem("SwitchDown", "does not answer"),)
     assert not agent.turn().converged
@@ -217,7 +223,7 @@ def test_what_could_not_be_seen_for_a_while_is_not_drift(agent, host):
 # failing
 
 
-def test_back_off_grows_to_its_limit_and_starts_anew_after_success(agent, host, clock):
+def test_back_off_grows_to_its_limit_and_starts_anew_after_success(agent: Any, host: Any, clock: Any) -> None:
     host.fails = 10**6
     waits = []
     for _ in range(12):
@@ -236,7 +242,7 @@ def test_back_off_grows_to_its_limit_and_starts_anew_after_success(agent, host, 
     assert agent._retry_at - clock.now <= 0.2
 
 
-def test_something_in_the_way_waits_for_its_bell(agent, host, clock):
+def test_something_in_the_way_waits_for_its_bell(agent: Any, host: Any, clock: Any) -> None:
     host.unmanaged = (Unmanaged("links", "kbr0", "bridge kbr0 is not ours"),)
     turn = agent.turn()
     assert not turn.converged and agent._retry_at == float("inf") and agent.runtime.failures == 0
@@ -245,7 +251,7 @@ def test_something_in_the_way_waits_for_its_bell(agent, host, clock):
 # the brake
 
 
-def test_a_mass_removal_is_held_and_named(agent, host, source, clock):
+def test_a_mass_removal_is_held_and_named(agent: Any, host: Any, source: Any, clock: Any) -> None:
     turn = braked(agent, source)
     assert len(host.dataplane.ports) == 3 and not turn.converged
     assert [p.reason for p in turn.problems] == ["MassRemovalHeld"]
@@ -256,7 +262,7 @@ def test_a_mass_removal_is_held_and_named(agent, host, source, clock):
     assert agent.runtime.failures == 0 and agent._retry_at == float("inf")
 
 
-def test_a_held_removal_is_carried_out_in_the_end(agent, host, source, clock):
+def test_a_held_removal_is_carried_out_in_the_end(agent: Any, host: Any, source: Any, clock: Any) -> None:
     braked(agent, source)
     clock.now += room.BRAKE_HOLD - 1
     assert not agent.turn().converged and host.dataplane.ports
@@ -265,7 +271,7 @@ def test_a_held_removal_is_carried_out_in_the_end(agent, host, source, clock):
     assert agent.runtime.drift == {}
 
 
-def test_peers_that_come_back_end_it(agent, host, source, clock):
+def test_peers_that_come_back_end_it(agent: Any, host: Any, source: Any, clock: Any) -> None:
     braked(agent, source)
     source.mesh = first(4)
     turn = agent.turn()
@@ -276,7 +282,7 @@ def test_peers_that_come_back_end_it(agent, host, source, clock):
     assert agent.turn().plan.held
 
 
-def test_more_peers_missing_later_are_held_as_long(agent, host, source, clock):
+def test_more_peers_missing_later_are_held_as_long(agent: Any, host: Any, source: Any, clock: Any) -> None:
     source.mesh = first(12)
     agent.turn()
     source.mesh = first(7)
@@ -289,7 +295,9 @@ def test_more_peers_missing_later_are_held_as_long(agent, host, source, clock):
     assert len(host.dataplane.ports) == 11
 
 
-def test_a_confirmation_of_something_else_lifts_nothing(agent, host, source, state, clock):
+def test_a_confirmation_of_something_else_lifts_nothing(
+    agent: Any, host: Any, source: Any, state: Any, clock: Any
+) -> None:
     source.mesh = first(12)
     agent.turn()
     source.mesh = first(7)
@@ -302,14 +310,14 @@ def test_a_confirmation_of_something_else_lifts_nothing(agent, host, source, sta
     assert agent.turn().converged and not host.dataplane.ports
 
 
-def test_what_is_added_meanwhile_is_added(agent, host, source):
+def test_what_is_added_meanwhile_is_added(agent: Any, host: Any, source: Any) -> None:
     agent.turn()
     source.mesh = mesh_of(numbered(1), numbered(9))
     turn = agent.turn()
     assert "gre-web9" in host.dataplane.ports and turn.plan.held_peers == ("web2", "web3", "web4")
 
 
-def test_rules_in_order_are_converged(agent, host):
+def test_rules_in_order_are_converged(agent: Any, host: Any) -> None:
     # the order of rules is part of what is wanted
     agent.turn()
     host.dataplane = dataclasses.replace(host.dataplane, rules=dict(reversed(host.dataplane.rules.items())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ stop = pytest.fixture(fake_host.make_stop)
 # the loop
 
 
-def test_the_loop_rests_when_nothing_happens(agent, host, clock, stop):
+def test_the_loop_rests_when_nothing_happens(agent: Any, host: Any, clock: Any, stop: Any) -> None:
     shown = run(agent, host, clock, stop, 45)
     assert len(shown.turns) == 1
     # it looks at the sysctls now and then, and that is all
@@ -34,8 +35,8 @@ def test_the_loop_rests_when_nothing_happens(agent, host, clock, stop):
     assert shown.flushed > 0
 
 
-def test_a_bell_makes_a_turn_at_once(agent, host, clock, stop):
-    def cut():
+def test_a_bell_makes_a_turn_at_once(agent: Any, host: Any, clock: Any, stop: Any) -> None:
+    def cut() -> None:
         host.lose("routes", ("10.97.2.0/24", 111))
         host.bell = True
 
@@ -44,10 +45,10 @@ def test_a_bell_makes_a_turn_at_once(agent, host, clock, stop):
     assert host.dataplane == want(first(4))
 
 
-def test_what_changes_while_the_agent_works_needs_no_second_bell(agent, host, clock, stop):
+def test_what_changes_while_the_agent_works_needs_no_second_bell(agent: Any, host: Any, clock: Any, stop: Any) -> None:
     observe = host.observe
 
-    def meanwhile(wanted):
+    def meanwhile(wanted: Any) -> Any:
         have = observe(wanted)
         if have.dataplane.ports:
             # the turn takes the notification in with this reading, and its facts are of before
@@ -61,8 +62,10 @@ def test_what_changes_while_the_agent_works_needs_no_second_bell(agent, host, cl
     assert agent.runtime.drift == {}
 
 
-def test_the_sources_bell_makes_a_turn_and_what_is_applied_is_kept(agent, host, source, clock, stop):
-    def join():
+def test_the_sources_bell_makes_a_turn_and_what_is_applied_is_kept(
+    agent: Any, host: Any, source: Any, clock: Any, stop: Any
+) -> None:
+    def join() -> None:
         source.mesh, source.bell = first(5), True
 
     shown = run(agent, host, clock, stop, 10, [(3.1, join)])
@@ -70,14 +73,16 @@ def test_the_sources_bell_makes_a_turn_and_what_is_applied_is_kept(agent, host, 
     assert source.committed == 2
 
 
-def test_a_mesh_that_could_not_be_applied_is_not_kept(agent, host, source, clock, stop):
+def test_a_mesh_that_could_not_be_applied_is_not_kept(
+    agent: Any, host: Any, source: Any, clock: Any, stop: Any
+) -> None:
     host.deaf = True
     run(agent, host, clock, stop, 5)
     assert source.committed == 0
 
 
-def test_a_flipped_sysctl_needs_no_bell(agent, host, clock, stop):
-    def flip():
+def test_a_flipped_sysctl_needs_no_bell(agent: Any, host: Any, clock: Any, stop: Any) -> None:
+    def flip() -> None:
         values = {**host.dataplane.sysctls, "net/ipv4/ip_forward": "0"}
         host.dataplane = dataclasses.replace(host.dataplane, sysctls=values)
 
@@ -86,37 +91,37 @@ def test_a_flipped_sysctl_needs_no_bell(agent, host, clock, stop):
     assert host.dataplane.sysctls["net/ipv4/ip_forward"] == "1"
 
 
-def test_a_sysctl_that_can_not_be_set_does_not_ring_for_ever(agent, host, clock, stop):
+def test_a_sysctl_that_can_not_be_set_does_not_ring_for_ever(agent: Any, host: Any, clock: Any, stop: Any) -> None:
     host.unmanaged = (Unmanaged("links", "kbr0", "bridge kbr0 is not ours"),)
     host.dataplane = Dataplane(sysctls=dict.fromkeys(want(first(4)).sysctls, "9"))
     shown = run(agent, host, clock, stop, 20)
     assert len(shown.turns) <= 2
 
 
-def test_all_is_read_again_now_and_then(agent, host, clock, stop):
+def test_all_is_read_again_now_and_then(agent: Any, host: Any, clock: Any, stop: Any) -> None:
     shown = run(agent, host, clock, stop, 10 * room.RESYNC)
     assert 9 <= host.dirtied <= 13
     assert len(shown.turns) == host.dirtied + 1
 
 
-def test_failures_are_tried_again_ever_more_seldom(agent, host, clock, stop):
+def test_failures_are_tried_again_ever_more_seldom(agent: Any, host: Any, clock: Any, stop: Any) -> None:
     host.fails = 10**6
     shown = run(agent, host, clock, stop, 120)
     # 0.2 + 0.4 + … + 25.6 s, then every 15 to 30 s, and the resyncs
     assert 9 <= len(shown.turns) <= 25
 
 
-def test_the_end_of_a_failure_is_found_without_a_bell(agent, host, clock, stop):
+def test_the_end_of_a_failure_is_found_without_a_bell(agent: Any, host: Any, clock: Any, stop: Any) -> None:
     host.fails = 4
     shown = run(agent, host, clock, stop, 10)
     assert shown.turns[-1].converged and not shown.turns[0].converged
 
 
-def test_a_switch_that_is_gone_is_looked_for_and_costs_no_turns(agent, host, clock, stop):
+def test_a_switch_that_is_gone_is_looked_for_and_costs_no_turns(agent: Any, host: Any, clock: Any, stop: Any) -> None:
     host.switch_up, host.switch_lost = False, True
     host.unknown, host.problems = frozenset({"flows"}), (Problem("SwitchDown", "does not answer"),)
 
-    def back():
+    def back() -> None:
         host.switch_answers = lambda: True
         host.unknown, host.problems, host.switch_up, host.switch_lost = frozenset(), (), True, False
         host.bell = True
@@ -125,19 +130,23 @@ def test_a_switch_that_is_gone_is_looked_for_and_costs_no_turns(agent, host, clo
     assert len(shown.turns) == 2 and shown.turns[-1].converged
 
 
-def test_stop_ends_it_and_leaves_the_dataplane(agent, host, clock, stop):
+def test_stop_ends_it_and_leaves_the_dataplane(agent: Any, host: Any, clock: Any, stop: Any) -> None:
     run(agent, host, clock, stop, 1)
     assert host.dataplane == want(first(4))
     assert [step for todo in host.plans for step in todo.steps if step.op == "-"] == []
 
 
-def test_a_confirmation_is_heard_without_a_bell(agent, host, source, state, clock, stop):
+def test_a_confirmation_is_heard_without_a_bell(
+    agent: Any, host: Any, source: Any, state: Any, clock: Any, stop: Any
+) -> None:
     digest = held_digest(braked(agent, source).plan)
     shown = run(agent, host, clock, stop, 20, [(5.0, lambda: state.request_confirm(digest))])
     assert not host.dataplane.ports and len(shown.turns) == 2
 
 
-def test_confirmed_removals_are_carried_out_and_the_loop_rests(agent, host, source, state, clock, stop):
+def test_confirmed_removals_are_carried_out_and_the_loop_rests(
+    agent: Any, host: Any, source: Any, state: Any, clock: Any, stop: Any
+) -> None:
     turn = braked(agent, source)
     state.request_confirm(held_digest(turn.plan))
     shown = run(agent, host, clock, stop, 20)
@@ -150,19 +159,19 @@ def test_confirmed_removals_are_carried_out_and_the_loop_rests(agent, host, sour
 # once
 
 
-def test_once_ends_when_nothing_is_left(agent, host, clock):
+def test_once_ends_when_nothing_is_left(agent: Any, host: Any, clock: Any) -> None:
     shown = Shown()
     assert agent.once(shown).converged
     assert len(shown.turns) == 1 and host.waits == []
 
 
-def test_once_tries_again(agent, host, clock):
+def test_once_tries_again(agent: Any, host: Any, clock: Any) -> None:
     host.fails = 2
     shown = Shown()
     assert agent.once(shown).converged and [turn.converged for turn in shown.turns] == [False, False, True]
 
 
-def test_once_gives_up(agent, host, clock):
+def test_once_gives_up(agent: Any, host: Any, clock: Any) -> None:
     host.fails = 10**6
     start = clock.now
     turn = agent.once(Shown())
@@ -170,19 +179,19 @@ def test_once_gives_up(agent, host, clock):
     assert agent.runtime.failures == 4 and clock.now - start < 10
 
 
-def test_once_does_not_wait_for_what_only_someone_else_can_mend(agent, host, source, clock):
+def test_once_does_not_wait_for_what_only_someone_else_can_mend(agent: Any, host: Any, source: Any, clock: Any) -> None:
     host.unmanaged = (Unmanaged("links", "kbr0", "bridge kbr0 is not ours"),)
     turn = agent.once(Shown())
     assert not turn.converged and host.waits == [] and turn.plan.blocked
 
 
-def test_once_does_not_wait_for_the_brake(agent, host, source, clock):
+def test_once_does_not_wait_for_the_brake(agent: Any, host: Any, source: Any, clock: Any) -> None:
     host.dataplane = want(first(12))
     turn = agent.once(Shown())
     assert not turn.converged and host.waits == [] and turn.plan.held
 
 
-def test_once_keeps_to_its_deadline(agent, host, clock):
+def test_once_keeps_to_its_deadline(agent: Any, host: Any, clock: Any) -> None:
     host.fails = 10**6
     agent.once(Shown(), deadline=0.01)
     assert agent.runtime.failures == 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
-from ovsmesh.agent import systemd as module
 from ovsmesh.agent.result import Runtime, Turn
 from ovsmesh.agent.systemd import Notifier, status_line
 from ovsmesh.dataplane.plan import Plan, plan
@@ -18,7 +19,7 @@ from ovsmesh.errors import Problem
 from tests.support.meshkit import FACTS, first, seen, want
 
 
-def turn(*problems, have=None):
+def turn(*problems: Any, have: Any = None) -> Any:
     mesh = first(3)
     wanted = want(mesh)
     todo = plan(wanted, seen(wanted if have is None else have))
@@ -33,7 +34,7 @@ class Systemd(NamedTuple):
 
 
 @pytest.fixture(params=["path", "abstract"])
-def systemd(request, tmp_path):
+def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     name = str(tmp_path / "notify") if request.param == "path" else f"@ovsmesh-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(name.replace("@", "\0"))
@@ -42,10 +43,10 @@ def systemd(request, tmp_path):
 
 
 @pytest.fixture
-def notifier_of():
+def notifier_of() -> Iterator[Any]:
     with ExitStack() as ending:
 
-        def make(environ):
+        def make(environ: Any) -> Any:
             made = Notifier(environ)
             ending.callback(made.close)
             return made
@@ -53,7 +54,7 @@ def notifier_of():
         yield make
 
 
-def heard(systemd):
+def heard(systemd: Any) -> Any:
     found = []
     while True:
         try:
@@ -62,7 +63,7 @@ def heard(systemd):
             return found
 
 
-def test_ready_with_the_first_turn_however_it_ended_and_stopping_at_the_end(systemd, notifier_of):
+def test_ready_with_the_first_turn_however_it_ended_and_stopping_at_the_end(systemd: Any, notifier_of: Any) -> None:
     environ = {"NOTIFY_SOCKET": systemd.name, "PATH": "/bin"}
     notifier = notifier_of(environ)
     assert environ == {"PATH": "/bin"}
@@ -78,9 +79,11 @@ def test_ready_with_the_first_turn_however_it_ended_and_stopping_at_the_end(syst
     assert heard(systemd) == ["STOPPING=1", "STATUS=stopping; what is in place stays"]
 
 
-def test_the_watchdog_is_fed_at_half_its_time_by_whoever_turns(systemd, monkeypatch, notifier_of):
+def test_the_watchdog_is_fed_at_half_its_time_by_whoever_turns(
+    systemd: Any, monkeypatch: pytest.MonkeyPatch, notifier_of: Any
+) -> None:
     now = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("ovsmesh.agent.systemd.time.monotonic", lambda: now[0])
     notifier = notifier_of(
         {"NOTIFY_SOCKET": systemd.name, "WATCHDOG_USEC": "4000000", "WATCHDOG_PID": str(os.getpid())}
     )
@@ -93,7 +96,7 @@ def test_the_watchdog_is_fed_at_half_its_time_by_whoever_turns(systemd, monkeypa
 
 
 @pytest.mark.parametrize("more", [{"WATCHDOG_PID": "1", "WATCHDOG_USEC": "4000000"}, {"WATCHDOG_USEC": "soon"}, {}])
-def test_a_watchdog_of_another_process_or_none_is_not_fed(systemd, more, notifier_of):
+def test_a_watchdog_of_another_process_or_none_is_not_fed(systemd: Any, more: Any, notifier_of: Any) -> None:
     notifier = notifier_of({"NOTIFY_SOCKET": systemd.name, **more})
     notifier.flush()
     assert heard(systemd) == []
@@ -102,14 +105,14 @@ def test_a_watchdog_of_another_process_or_none_is_not_fed(systemd, more, notifie
 @pytest.mark.parametrize(
     "address", ["", "relative", "/nowhere/at/all", "vsock:2:99", "/" + 200 * "x", "/nul\0in", "@", "/dev/null", "/tmp"]
 )
-def test_a_socket_that_is_nobodys_is_ignored(address, notifier_of):
+def test_a_socket_that_is_nobodys_is_ignored(address: Any, notifier_of: Any) -> None:
     notifier = notifier_of({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "1"})
     notifier.publish(turn(), Runtime())
     notifier.flush()
     notifier.close()
 
 
-def test_what_did_not_fit_is_said_again(systemd, notifier_of):
+def test_what_did_not_fit_is_said_again(systemd: Any, notifier_of: Any) -> None:
     notifier = notifier_of({"NOTIFY_SOCKET": systemd.name})
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as flood:
         flood.setblocking(False)
@@ -132,6 +135,6 @@ def test_what_did_not_fit_is_said_again(systemd, notifier_of):
         (Turn(first(2), None, None, None, Plan(), (Problem("X", 999 * "y"),), False), "the last turn failed; yyy"),
     ],
 )
-def test_the_status_is_one_short_line(found, said):
+def test_the_status_is_one_short_line(found: Any, said: Any) -> None:
     text = status_line(found)
     assert text.startswith(said) and len(text) <= 200 and "\n" not in text

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -19,7 +21,7 @@ from ovsmesh.agent.result import Turn
 from ovsmesh.cli import inspect
 from ovsmesh.cli import main as cli
 from ovsmesh.dataplane.plan import Plan, plan
-from ovsmesh.dataplane.types import Dataplane, Unmanaged
+from ovsmesh.dataplane.types import DEFAULT_OVSDB, Dataplane, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.state_dir import StateDir
 from tests.support.meshkit import FACTS, first, seen, want
@@ -29,17 +31,17 @@ COMMANDS = ["agent", "plan", "status", "cleanup", "confirm", "lab"]
 
 
 @pytest.fixture(autouse=True)
-def as_root(monkeypatch):
+def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ovsmesh.cli.main.os.geteuid", lambda: 0)
     for name in [name for name in os.environ if name.startswith("OVSMESH_")]:
         monkeypatch.delenv(name)
 
 
-def invoke(*argv, **env):
+def invoke(*argv: Any, **env: Any) -> Any:
     return CliRunner().invoke(cli.cli, argv, env=env)
 
 
-def turn(have, mesh=None, problems=(), whole=True):
+def turn(have: Any, mesh: Any = None, problems: Any = (), whole: Any = True) -> Any:
     mesh = mesh or first(3)
     wanted = want(mesh)
     todo = plan(wanted, have)
@@ -47,11 +49,11 @@ def turn(have, mesh=None, problems=(), whole=True):
 
 
 @pytest.fixture
-def looks(monkeypatch):
+def looks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What inspect.look finds, and what it was asked."""
     asked = {}
 
-    def look(options):
+    def look(options: Any) -> Any:
         asked.update(dataclasses.asdict(options))
         if isinstance(asked.get("finds"), Exception):
             raise asked["finds"]
@@ -62,7 +64,7 @@ def looks(monkeypatch):
 
 
 @pytest.fixture
-def agents(monkeypatch):
+def agents(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The options with which an agent is started."""
     started = []
     monkeypatch.setattr(room, "serve", lambda options, fd: started.append(options))
@@ -74,21 +76,21 @@ def agents(monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_each_command(command):
+def test_help_of_each_command(command: Any) -> None:
     found = invoke(command, "--help")
     assert found.exit_code == 0 and "Usage:" in found.output and "--help" in found.output
     listed = invoke("--help").output
     assert command in listed
 
 
-def test_version():
+def test_version() -> None:
     assert invoke("--version").output == f"ovsmesh, version {__version__}\n"
 
 
 @pytest.mark.parametrize(
     "argv", [["plan", "--nonsense"], ["nonsense"], ["status", "-o", "xml"], ["agent", "--log-level", "loud"]]
 )
-def test_wrong_usage_is_exit_2_and_says_where_help_is(argv):
+def test_wrong_usage_is_exit_2_and_says_where_help_is(argv: Any) -> None:
     found = invoke(*argv)
     assert found.exit_code == 2 and "--help" in found.output and "Traceback" not in found.output
 
@@ -96,7 +98,7 @@ def test_wrong_usage_is_exit_2_and_says_where_help_is(argv):
 # options
 
 
-def test_each_option_of_agent_by_environment(agents, tmp_path):
+def test_each_option_of_agent_by_environment(agents: Any, tmp_path: Path) -> None:
     found = invoke(
         "agent",
         OVSMESH_AGENT_MESH="/m.yaml",
@@ -110,17 +112,17 @@ def test_each_option_of_agent_by_environment(agents, tmp_path):
     assert agents == [Options("/m.yaml", "web1", "unix:/x.sock", str(tmp_path), "127.0.0.1:0")]
 
 
-def test_the_command_line_wins_over_the_environment(agents):
+def test_the_command_line_wins_over_the_environment(agents: Any) -> None:
     invoke("agent", "--node", "web2", "--mesh", "/m.yaml", OVSMESH_AGENT_NODE="web1")
     assert agents[0].node == "web2"
 
 
-def test_another_commands_environment_is_not_taken(agents):
+def test_another_commands_environment_is_not_taken(agents: Any) -> None:
     found = invoke("agent", OVSMESH_PLAN_MESH="/m.yaml")
     assert isinstance(found.exception, OvsmeshError) and agents == []
 
 
-def test_defaults_of_agent(agents, monkeypatch):
+def test_defaults_of_agent(agents: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "web7")
     invoke("agent", "--mesh", "/m.yaml")
     assert agents == [
@@ -128,15 +130,20 @@ def test_defaults_of_agent(agents, monkeypatch):
     ]
 
 
-def test_once_listens_nowhere_and_tells_how_it_ended(monkeypatch, tmp_path):
+def test_once_listens_nowhere_and_tells_how_it_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
-    monkeypatch.setattr(room, "once", lambda options: (asked.append(options), turn(seen(want(first(3)))))[1])
+
+    def once(options: Options) -> Any:
+        asked.append(options)
+        return turn(seen(want(first(3))))
+
+    monkeypatch.setattr(room, "once", once)
     found = invoke("agent", "--once", "--mesh", "/m.yaml", "--node", "web1", "--listen", "127.0.0.1:9")
     assert (found.exit_code, found.stderr) == (0, "converged\n")
     assert asked[0].listen == ""
 
 
-def test_once_by_environment(monkeypatch, agents):
+def test_once_by_environment(monkeypatch: pytest.MonkeyPatch, agents: Any) -> None:
     monkeypatch.setattr(room, "once", lambda options: turn(seen(want(first(3)))))
     assert invoke("agent", OVSMESH_AGENT_MESH="/m.yaml", OVSMESH_AGENT_ONCE="1").exit_code == 0
     assert agents == []
@@ -150,7 +157,9 @@ def test_once_by_environment(monkeypatch, agents):
         (turn(seen(Dataplane(), Unmanaged("links", "kbr0", "bridge kbr0 is not ours"))), "not converged"),
     ],
 )
-def test_once_that_is_not_converged_is_exit_1_with_what_is_left(monkeypatch, ended, last):
+def test_once_that_is_not_converged_is_exit_1_with_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, ended: Any, last: Any
+) -> None:
     monkeypatch.setattr(room, "once", lambda options: dataclasses.replace(ended, problems=(Problem("R", "said so"),)))
     found = invoke("agent", "--once", "--mesh", "/m.yaml")
     assert found.exit_code == 1
@@ -158,7 +167,7 @@ def test_once_that_is_not_converged_is_exit_1_with_what_is_left(monkeypatch, end
     assert lines == [*ended.plan.lines(), "said so", last]
 
 
-def test_what_the_agent_left_fills_in_for_options(looks, tmp_path):
+def test_what_the_agent_left_fills_in_for_options(looks: Any, tmp_path: Path) -> None:
     state = StateDir(tmp_path)
     told = {"mesh": "/m.yaml", "node": "web1", "ovsdb": "unix:/x.sock", "listen": "127.0.0.1:1", "pid": 1}
     state.write_agent(told | {"cni_dir": "/etc/cni/net.d", "docker": "replace", "docker_timeout": "soon"})
@@ -171,11 +180,11 @@ def test_what_the_agent_left_fills_in_for_options(looks, tmp_path):
     assert looks == dataclasses.asdict(known)
 
 
-def test_garbage_in_the_state_directory_is_only_a_hint_lost(looks, tmp_path):
+def test_garbage_in_the_state_directory_is_only_a_hint_lost(looks: Any, tmp_path: Path) -> None:
     (tmp_path / "agent.json").write_text('{"node": ')
     looks["finds"] = turn(seen(want(first(3)))), False
     assert invoke("plan", "--state-dir", str(tmp_path), "--mesh", "/m.yaml").exit_code == 0
-    assert looks["ovsdb"] == cli.DEFAULT_OVSDB
+    assert looks["ovsdb"] == DEFAULT_OVSDB
 
 
 # plan
@@ -191,7 +200,7 @@ def test_garbage_in_the_state_directory_is_only_a_hint_lost(looks, tmp_path):
         (turn(seen(Dataplane(), Unmanaged("links", "kbr0", "bridge kbr0 is not ours"))), True, 1),
     ],
 )
-def test_exit_codes_of_plan(looks, found, in_the_way, code):
+def test_exit_codes_of_plan(looks: Any, found: Any, in_the_way: Any, code: Any) -> None:
     looks["finds"] = found, in_the_way
     result = invoke("plan", "--mesh", "/m.yaml", "--node", "web1")
     assert result.exit_code == code
@@ -200,7 +209,7 @@ def test_exit_codes_of_plan(looks, found, in_the_way, code):
     assert result.stderr == "".join(f"! {p}\n" for p in found.problems)
 
 
-def test_exit_code_of_cleanup(monkeypatch):
+def test_exit_code_of_cleanup(monkeypatch: pytest.MonkeyPatch) -> None:
     for clean, code in ((True, 0), (False, 1)):
         monkeypatch.setattr(cleanup, "cleanup", lambda *_, clean=clean: (["- port gre-web2", "proof"], clean))
         found = invoke("cleanup", "--dry-run")
@@ -208,12 +217,12 @@ def test_exit_code_of_cleanup(monkeypatch):
 
 
 @pytest.mark.parametrize(("argv", "output"), [([], "table"), (["-o", "json"], "json"), (["--output", "yaml"], "yaml")])
-def test_status_is_printed_as_asked(monkeypatch, argv, output):
+def test_status_is_printed_as_asked(monkeypatch: pytest.MonkeyPatch, argv: Any, output: Any) -> None:
     monkeypatch.setattr(inspect, "status", lambda _, output: f"as {output}")
     assert invoke("status", *argv).stdout == f"as {output}\n"
 
 
-def test_confirm_leaves_its_word_for_the_agent(tmp_path):
+def test_confirm_leaves_its_word_for_the_agent(tmp_path: Path) -> None:
     assert invoke("confirm", "0123456789ab", "--state-dir", str(tmp_path)).exit_code == 0
     assert StateDir(tmp_path).confirmation() == "0123456789ab"
     assert invoke("confirm").exit_code == 2
@@ -222,7 +231,7 @@ def test_confirm_leaves_its_word_for_the_agent(tmp_path):
 # errors
 
 
-def main(capsys, monkeypatch, *argv):
+def main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *argv: Any) -> Any:
     """The console script: its exit code and what it said."""
     monkeypatch.setattr(sys, "argv", ["ovsmesh", *argv])
     with pytest.raises(SystemExit) as ended:
@@ -232,7 +241,7 @@ def main(capsys, monkeypatch, *argv):
     return ended.value.code, said.out, said.err
 
 
-def good(tmp_path):
+def good(tmp_path: Path) -> Any:
     path = tmp_path / "mesh.yaml"
     path.write_text(text_of(A, B))
     return str(path)
@@ -249,7 +258,9 @@ def good(tmp_path):
         ("\x00\n\n", "mesh.yaml"),
     ],
 )
-def test_a_bad_mesh_file_is_one_line(capsys, monkeypatch, tmp_path, text, word):
+def test_a_bad_mesh_file_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: Any, word: Any
+) -> None:
     path = tmp_path / "mesh.yaml"
     if text is not None:
         path.write_text(text)
@@ -272,7 +283,9 @@ def test_a_bad_mesh_file_is_one_line(capsys, monkeypatch, tmp_path, text, word):
         (["confirm", "0123", "--state-dir", "{tmp}/none"], "can't be written"),
     ],
 )
-def test_an_error_is_one_line_and_exit_1(capsys, monkeypatch, tmp_path, argv, words):
+def test_an_error_is_one_line_and_exit_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, argv: Any, words: Any
+) -> None:
     places = {"tmp": str(tmp_path), "mesh": good(tmp_path)}
     code, out, err = main(capsys, monkeypatch, *(word.format(**places) for word in argv))
     assert (code, out) == (1, "")
@@ -280,14 +293,18 @@ def test_an_error_is_one_line_and_exit_1(capsys, monkeypatch, tmp_path, argv, wo
 
 
 @pytest.mark.parametrize("command", ["agent", "plan", "status", "cleanup"])
-def test_who_is_not_root_is_told_so(capsys, monkeypatch, tmp_path, command):
+def test_who_is_not_root_is_told_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: Any
+) -> None:
     monkeypatch.setattr("ovsmesh.cli.main.os.geteuid", lambda: 1000)
     code, _, err = main(capsys, monkeypatch, command, "--mesh", good(tmp_path))
     assert (code, err.count("\n")) == (1, 1)
     assert "run it as root" in err
 
 
-def test_an_agent_of_the_same_state_directory_is_named(capsys, monkeypatch, tmp_path):
+def test_an_agent_of_the_same_state_directory_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     state = StateDir(tmp_path / "state")
     state.lock()
     try:
@@ -298,18 +315,18 @@ def test_an_agent_of_the_same_state_directory_is_named(capsys, monkeypatch, tmp_
         state.unlock()
 
 
-def test_as_a_module_in_a_process_of_its_own(tmp_path):
+def test_as_a_module_in_a_process_of_its_own(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "ovsmesh", "confirm", "0123", "--state-dir", str(tmp_path / "none")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=20)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("ovsmesh: ")
 
 
-def test_the_agent_carries_no_table_drawing_and_no_kubernetes():
+def test_the_agent_carries_no_table_drawing_and_no_kubernetes() -> None:
     code = "import sys, json; import ovsmesh.cli.main, ovsmesh.agent.main; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
     loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}
     assert not loaded & {"rich", "kubernetes", "pyroute2"}
 
 
-def test_an_empty_plan_has_no_lines():
+def test_an_empty_plan_has_no_lines() -> None:
     assert list(Plan().lines()) == []

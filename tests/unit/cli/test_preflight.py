@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from tests.support.meshkit import first
 MESH = first(3)
 
 
-def states(checks):
+def states(checks: Any) -> Any:
     return [(check.state, check.name) for check in checks]
 
 
@@ -33,15 +34,15 @@ def states(checks):
         ({}, OK),
     ],
 )
-def test_routes_that_want_the_meshs_ranges(route, state):
+def test_routes_that_want_the_meshs_ranges(route: Any, state: Any) -> None:
     assert states(preflight.ranges(MESH, [route])) == [(state, "ranges")]
 
 
-def chain(policy="accept", hook="input", name="input"):
+def chain(policy: Any = "accept", hook: Any = "input", name: Any = "input") -> Any:
     return {"chain": {"family": "ip", "table": "filter", "name": name, "hook": hook, "policy": policy}}
 
 
-def rule(*expr, chain="input"):
+def rule(*expr: Any, chain: Any = "input") -> Any:
     return {"rule": {"family": "ip", "table": "filter", "chain": chain, "expr": list(expr)}}
 
 
@@ -65,20 +66,22 @@ TCP = {"match": {"op": "==", "left": {"payload": {"protocol": "ip", "field": "pr
         ([chain(), rule({"reject": None}, TCP)], False),
     ],
 )
-def test_filters_that_keep_gre_out(ruleset, closed):
+def test_filters_that_keep_gre_out(ruleset: Any, closed: Any) -> None:
     assert bool(preflight._closed(json.dumps({"nftables": [{"metainfo": {}}, *ruleset]}), "gre")) == closed
 
 
 @pytest.mark.parametrize("text", [None, "", "no JSON", "[]", '{"nftables": [1]}', '{"nftables": [{"rule": {}}]}'])
-def test_what_nft_says_may_be_anything(text):
+def test_what_nft_says_may_be_anything(text: Any) -> None:
     assert preflight._closed(text, "gre") == []
 
 
-def test_open_vswitch(monkeypatch):
+def test_open_vswitch(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"ovs-appctl": "ovs-vswitchd (Open vSwitch) 3.1.0", "modprobe": ""}
     monkeypatch.setattr(preflight, "output", lambda *argv: said.get(argv[0]))
 
-    def found(synced=True, version="3.1.0", datapath=True, carried=False, kind="gre"):
+    def found(
+        synced: Any = True, version: Any = "3.1.0", datapath: Any = True, carried: Any = False, kind: Any = "gre"
+    ) -> Any:
         return states(preflight.switch(synced, version, "unix:/x", datapath, carried, kind))
 
     good = [(OK, "openvswitch"), (OK, "datapath")]
@@ -90,18 +93,18 @@ def test_open_vswitch(monkeypatch):
     assert found(kind="nonsense") == [(FAIL, "openvswitch"), (FAIL, "datapath")]
 
 
-def test_tools_are_named_with_their_packages(monkeypatch):
-    monkeypatch.setattr(preflight.shutil, "which", lambda tool: None)
+def test_tools_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ovsmesh.cli.preflight.shutil.which", lambda tool: None)
     (check,) = preflight.tools()
     assert check.state == FAIL and "apt-get install iproute2 nftables openvswitch-switch" in check.text
 
 
-def test_the_kernel_is_old(monkeypatch):
-    monkeypatch.setattr(preflight.os, "uname", lambda: type("U", (), {"release": "4.19.0-21-amd64"}))
+def test_the_kernel_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ovsmesh.cli.preflight.os.uname", lambda: type("U", (), {"release": "4.19.0-21-amd64"}))
     assert next(preflight.kernel()).state == FAIL
-    monkeypatch.setattr(preflight.os, "uname", lambda: type("U", (), {"release": "5.0.0"}))
+    monkeypatch.setattr("ovsmesh.cli.preflight.os.uname", lambda: type("U", (), {"release": "5.0.0"}))
     assert next(preflight.kernel()).state == OK
 
 
-def test_a_line():
+def test_a_line() -> None:
     assert str(Check(FAIL, "mtu", "is too low")) == "FAIL  mtu          is too low"

@@ -9,6 +9,9 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,7 +85,7 @@ def test_docker_and_cni_share_the_range_and_no_address() -> None:
         ({}, {"mtu": "1462"}, set()),
     ],
 )
-def test_what_belongs_to_another_bridge_goes(file: dict, flags: dict, misfits: set) -> None:
+def test_what_belongs_to_another_bridge_goes(file: dict[str, Any], flags: dict[str, Any], misfits: set[str]) -> None:
     found = docker_config.found(file, flags, WANTED, OWN)
     assert {key for key in found if key not in WANTED} == set(misfits)
     assert all(found[key] == text for key, text in flags.items())
@@ -106,7 +109,7 @@ def test_a_value_of_the_wrong_type_is_not_as_wanted() -> None:
         ("dockerd --mtu", {}),
     ],
 )
-def test_options_of_a_command_line(argv: str, given: dict) -> None:
+def test_options_of_a_command_line(argv: str, given: dict[str, Any]) -> None:
     assert docker_config.flags(argv.split()) == given
 
 
@@ -191,15 +194,16 @@ def test_only_dockers_own_rules_of_that_bridge_go() -> None:
 class Listener:
     """What holds a socket as a Docker daemon does, and answers each request with what a test says."""
 
-    def __init__(self, path, answers):
-        self.answers, self.asked = answers, []
+    def __init__(self, path: Any, answers: Any) -> None:
+        self.answers = answers
+        self.asked: list[Any] = []
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.bind(str(path))
         self.sock.listen(20)
-        self.held = []
+        self.held: list[Any] = []
         threading.Thread(target=self.serve, daemon=True).start()
 
-    def serve(self):
+    def serve(self) -> None:
         while True:
             try:
                 there, _ = self.sock.accept()
@@ -208,7 +212,7 @@ class Listener:
             self.held.append(there)
             threading.Thread(target=self.talk, args=(there,), daemon=True).start()
 
-    def talk(self, there):
+    def talk(self, there: Any) -> None:
         with contextlib.suppress(OSError):
             while request := there.recv(4096):
                 path = request.split()[1].decode().partition("?")[0]
@@ -218,7 +222,7 @@ class Listener:
                     continue
                 there.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
 
-    def close(self):
+    def close(self) -> None:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
@@ -229,7 +233,7 @@ class Listener:
 
 
 @contextlib.contextmanager
-def watched(path, answers):
+def watched(path: Any, answers: Any) -> Iterator[Any]:
     listener, watch = Listener(path, {"/_ping": b"OK"} | answers), Watch(str(path))
     try:
         yield listener, watch
@@ -238,7 +242,7 @@ def watched(path, answers):
         watch.close()
 
 
-def until(check, seconds=10.0):
+def until(check: Any, seconds: Any = 10.0) -> None:
     end = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < end, "in vain"
@@ -253,7 +257,7 @@ GOOD = json.dumps(
 ).encode()
 
 
-def test_a_daemon_is_read_and_its_end_and_return_are_seen(tmp_path) -> None:
+def test_a_daemon_is_read_and_its_end_and_return_are_seen(tmp_path: Path) -> None:
     path = tmp_path / "docker.sock"
     about = {"/networks/bridge": GOOD, "/containers/json": b"[]", "/info": b'{"ServerVersion": "20.10.24"}'}
     with watched(path, about) as (listener, watch):
@@ -281,7 +285,7 @@ def test_a_daemon_is_read_and_its_end_and_return_are_seen(tmp_path) -> None:
         {"/containers/json": b"{}"},
     ],
 )
-def test_what_is_no_docker_brings_nothing_down(tmp_path, answers) -> None:
+def test_what_is_no_docker_brings_nothing_down(tmp_path: Path, answers: Any) -> None:
     with watched(tmp_path / "s", answers) as (_, watch):
         until(lambda: watch.daemon is not None and watch.daemon.state == "down")
         assert watch.daemon.why
@@ -294,13 +298,13 @@ def test_what_is_no_docker_brings_nothing_down(tmp_path, answers) -> None:
         {"/networks/bridge": b'{"IPAM": 5}', "/containers/json": b'[{"Names": ["/\\u001b[2Ja"], "Id": 5}]'},
     ],
 )
-def test_odd_answers_are_read_as_far_as_they_go(tmp_path, answers) -> None:
+def test_odd_answers_are_read_as_far_as_they_go(tmp_path: Path, answers: Any) -> None:
     with watched(tmp_path / "s", answers) as (_, watch):
         until(lambda: watch.daemon is not None and watch.daemon.state == "up")
         assert watch.daemon.subnets == () and all(name.isprintable() for name in watch.daemon.running)
 
 
-def test_a_daemon_that_does_not_answer_yet_is_starting(tmp_path) -> None:
+def test_a_daemon_that_does_not_answer_yet_is_starting(tmp_path: Path) -> None:
     with watched(tmp_path / "s", {"/_ping": None}) as (_, watch):
         until(lambda: watch.daemon is not None)
         assert watch.daemon.state == "starting"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,7 +63,7 @@ def test_an_entry_carries_what_agents_need() -> None:
         ({"asked": "127.0.0.1"}, "AddressInvalid"),
     ],
 )
-def test_one_bad_node_is_named_and_the_rest_are_in(bad: dict[str, object], reason: str) -> None:
+def test_one_bad_node_is_named_and_the_rest_are_in(bad: dict[str, Any], reason: str) -> None:
     found = of(view(1), view(2), view(3, **bad))
     assert names(found) == ["web1", "web2"]
     problem = found.problems["web3"]

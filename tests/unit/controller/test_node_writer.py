@@ -6,8 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from ovsmesh.controller import node_writer
-from ovsmesh.controller.node_conditions import Condition
+from ovsmesh.controller.membership import Condition
 from ovsmesh.controller.node_writer import LOST, NodeWriter
 from tests.unit.controller.test_node_conditions import GOOD, NODE, ROSTER
 
@@ -20,12 +19,14 @@ def test_a_meshnode_deleted_by_hand_takes_no_node_out_until_its_agent_had_its_tu
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr(node_writer.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("ovsmesh.controller.node_writer.time.monotonic", lambda: now[0])
     writer = NodeWriter(cast(Any, None), cast(Any, None))
 
     def due(node: Any = READY, **reports: Any) -> list[str]:
         writer.survey({"web1": node}, ROSTER, reports)
-        found, _ = sorted(writer._wanted), writer.forget() if node is not READY else None
+        found = sorted(writer._wanted)
+        if node is not READY:
+            writer.forget()
         return found
 
     assert due() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -222,7 +223,8 @@ def test_an_invented_count_makes_no_thousand_slices() -> None:
 def test_garbage_is_projected_and_replaced() -> None:
     store = Store()
     store.bring(entries(*range(3)))
-    for spec in (None, [], {}, {"nodes": [1, {"name": 4, "podCIDRs": "x"}], "settings": 3, "index": True}):
+    broken: list[Any] = [None, [], {}, {"nodes": [1, {"name": 4, "podCIDRs": "x"}], "settings": 3, "index": True}]
+    for spec in broken:
         store.objects["default-000"]["spec"] = spec
         assert len(store.bring(entries(*range(3)))) == 1
 

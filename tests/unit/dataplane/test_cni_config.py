@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ NEW = (*DEBIAN, "1.1.0")
 DIR = "/etc/cni/net.d"
 
 
-def cni(kept="", **versions):
+def cni(kept: Any = "", **versions: Any) -> Any:
     """Facts with these plugins' versions (a text: why it can't be used); the others are Debian's."""
     every = {"bridge": DEBIAN, "host_local": DEBIAN, "portmap": DEBIAN, "loopback": DEBIAN} | versions
     return Cni(
@@ -34,38 +35,38 @@ def cni(kept="", **versions):
     )
 
 
-def made(mesh=None, **versions):
+def made(mesh: Any = None, **versions: Any) -> Any:
     facts = dataclasses.replace(FACTS, cni=cni(**versions))
     return want(mesh or first(3, key=7), facts=facts).cni
 
 
-def conf(**versions):
+def conf(**versions: Any) -> Any:
     return json.loads(made(**versions)[FILE])
 
 
-def reasons(**versions):
+def reasons(**versions: Any) -> Any:
     return [(p.reason, p.fatal) for p in problems(cni(**versions))]
 
 
-def test_golden():
+def test_golden() -> None:
     golden("conflist.json", made()[FILE])
 
 
-def test_golden_with_plugins_of_the_newest_version():
+def test_golden_with_plugins_of_the_newest_version() -> None:
     golden("conflist-1.1.json", made(bridge=NEW, host_local=NEW, portmap=NEW)[FILE])
 
 
-def test_without_cni_dir_there_is_none():
+def test_without_cni_dir_there_is_none() -> None:
     assert want(first(3)).cni == {}
 
 
-def test_a_node_of_one_family_has_one_route():
+def test_a_node_of_one_family_has_one_route() -> None:
     (bridge, _) = json.loads(made(mesh_of(node("web1", "192.0.2.11", "10.97.1.0/24")))[FILE])["plugins"]
     assert bridge["ipam"]["ranges"] == [[{"subnet": "10.97.1.0/24", "gateway": "10.97.1.1"}]]
     assert bridge["ipam"]["routes"] == [{"dst": "0.0.0.0/0"}]
 
 
-def test_two_ranges_of_a_family_give_a_pod_one_address():
+def test_two_ranges_of_a_family_give_a_pod_one_address() -> None:
     mesh = mesh_of(node("web1", "192.0.2.11", "10.97.1.0/24", "10.97.2.0/24", "fd00:97:1::/64"))
     (bridge, _) = json.loads(made(mesh)[FILE])["plugins"]
     assert [[r["gateway"] for r in one] for one in bridge["ipam"]["ranges"]] == [
@@ -74,7 +75,7 @@ def test_two_ranges_of_a_family_give_a_pod_one_address():
     ]
 
 
-def test_a_kernel_without_ipv6_gets_no_ipv6():
+def test_a_kernel_without_ipv6_gets_no_ipv6() -> None:
     facts = dataclasses.replace(FACTS, cni=cni(), ipv6=False)
     assert dict(words(want(first(3), facts=facts).cni[FILE]))["ranges"] == "10.97.1.0/24"
 
@@ -91,37 +92,37 @@ def test_a_kernel_without_ipv6_gets_no_ipv6():
         ({"bridge": (*DEBIAN, "9.9.9")}, "1.0.0", None),
     ],
 )
-def test_the_version_is_the_highest_that_all_plugins_have(versions, version, offered):
+def test_the_version_is_the_highest_that_all_plugins_have(versions: Any, version: Any, offered: Any) -> None:
     found = conf(**versions)
     assert (found["cniVersion"], found.get("cniVersions")) == (version, offered)
     assert reasons(**versions) == []
 
 
-def test_without_portmap_there_is_a_conflist_all_the_same():
+def test_without_portmap_there_is_a_conflist_all_the_same() -> None:
     assert [p["type"] for p in conf(portmap="not there")["plugins"]] == ["bridge"]
     assert reasons(portmap="not there") == [("CNIPluginMissing", False)]
 
 
-def test_a_portmap_that_is_too_old_for_the_others_is_left_out():
+def test_a_portmap_that_is_too_old_for_the_others_is_left_out() -> None:
     found = conf(portmap=("0.2.0",))
     assert (found["cniVersion"], len(found["plugins"])) == ("1.0.0", 1)
     assert reasons(portmap=("0.2.0",)) == [("CNIPluginMissing", False)]
 
 
-def test_loopback_is_the_runtime_s():
+def test_loopback_is_the_runtime_s() -> None:
     assert conf(loopback="away") == conf()
     assert reasons(loopback="away") == [("CNIPluginMissing", False)]
 
 
 @pytest.mark.parametrize("versions", [{"bridge": "away"}, {"host_local": "away"}, {"bridge": ("0.2.0",)}])
-def test_without_a_usable_plugin_there_is_none_and_one_that_is_there_stays(versions):
+def test_without_a_usable_plugin_there_is_none_and_one_that_is_there_stays(versions: Any) -> None:
     assert made(**versions) == {}
     assert made(kept="{…}", **versions) == {FILE: "{…}"}
     ((reason, fatal),) = reasons(**versions)
     assert reason in ("CNIPluginsMissing", "CNIVersionMissing") and fatal
 
 
-def test_what_lacks_is_said_with_what_to_do():
+def test_what_lacks_is_said_with_what_to_do() -> None:
     (problem,) = problems(cni(bridge="not in /opt/cni/bin", host_local="/x did not answer"))
     for text in ("bridge (not in /opt/cni/bin)", "host-local (/x did not answer)", "containernetworking-plugins"):
         assert text in str(problem)
@@ -130,7 +131,7 @@ def test_what_lacks_is_said_with_what_to_do():
 # what is there
 
 
-def judged(found):
+def judged(found: Any) -> Any:
     return judge(DIR, {name: f if isinstance(f, File) else File(f.encode()) for name, f in found.items()})
 
 
@@ -139,28 +140,28 @@ LIST = '{"cniVersion":"0.3.1","name":"cbr0","plugins":[{"type":"flannel"}]}'
 CONF = '{"cniVersion":"0.3.1","name":"old","type":"bridge"}'
 
 
-def test_ours_is_ours():
+def test_ours_is_ours() -> None:
     assert judged({FILE: OURS}) == ({FILE: OURS}, [], [])
     assert judged({}) == ({}, [], [])
 
 
-def test_ours_that_someone_edited_is_ours():
+def test_ours_that_someone_edited_is_ours() -> None:
     edited = OURS.replace("1462", "1500").replace("1458", "1500")
     assert judged({FILE: edited})[0] == {FILE: edited}
 
 
 @pytest.mark.parametrize("text", ["", " \n", "{", "[]", "null", '"x"', "\x00\x01", "[" * 100_000])
-def test_what_is_no_network_under_our_name_is_ours_to_mend(text):
+def test_what_is_no_network_under_our_name_is_ours_to_mend(text: Any) -> None:
     ours, unmanaged, _ = judged({FILE: text})
     assert ours == {FILE: text} and not unmanaged
 
 
-def test_bytes_that_are_no_text():
+def test_bytes_that_are_no_text() -> None:
     assert judged({FILE: File(b"\xff\xfe")})[0].keys() == {FILE}
 
 
 @pytest.mark.parametrize("held", [LIST, "{}", '{"name":7}', File(b"", "is a FIFO, not a regular file")])
-def test_another_network_under_our_name_is_named_and_stays(held):
+def test_another_network_under_our_name_is_named_and_stays(held: Any) -> None:
     ours, (unmanaged,), _ = judged({FILE: held})
     assert not ours and unmanaged.kind == "cni" and unmanaged.key == FILE and unmanaged.blocks
     todo = plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(), (unmanaged,)))
@@ -182,20 +183,20 @@ def test_another_network_under_our_name_is_named_and_stays(held):
         ("00-x.conf", File(b"", "is a FIFO, not a regular file"), "can't be read: is a FIFO"),
     ],
 )
-def test_a_file_before_ours_wins_and_is_said_to(name, text, says):
+def test_a_file_before_ours_wins_and_is_said_to(name: Any, text: Any, says: Any) -> None:
     _, unmanaged, (problem,) = judged({name: text, FILE: OURS})
     assert not unmanaged
     assert problem.reason == "CNIOverruled" and problem.fatal
     assert says in str(problem) and f"{DIR}/{name}" in str(problem)
 
 
-def test_files_after_ours_are_named_in_one_line():
+def test_files_after_ours_are_named_in_one_line() -> None:
     _, _, (problem,) = judged({FILE: OURS} | {f"{n}-x.conf": CONF for n in range(87, 99)})
     assert problem.reason == "CNILeftover" and not problem.fatal
     assert "and 9 more" in str(problem) and "not used" in str(problem)
 
 
-def test_a_file_after_ours_is_used_while_ours_is_away():
+def test_a_file_after_ours_is_used_while_ours_is_away() -> None:
     _, _, (problem,) = judged({"87-podman-bridge.conflist": LIST})
     assert "used until" in str(problem)
 
@@ -210,7 +211,7 @@ json_values = st.recursive(
 
 
 @given(json_values, st.sampled_from([FILE, "00-a.conf", "00-a.conflist", "99-a.json"]))
-def test_whatever_json_lies_there_is_judged_and_told(value, name):
+def test_whatever_json_lies_there_is_judged_and_told(value: Any, name: Any) -> None:
     text = json.dumps(value)
     ours, unmanaged, said = judged({name: text})
     assert [*ours, *unmanaged, *said]
@@ -219,7 +220,7 @@ def test_whatever_json_lies_there_is_judged_and_told(value, name):
 
 
 @pytest.mark.parametrize("evil", ["\\ud800", "\\u001b[2J", "a\\nb", "x" * 10_000])
-def test_others_words_steer_no_terminal_and_break_no_log(evil):
+def test_others_words_steer_no_terminal_and_break_no_log(evil: Any) -> None:
     odd = OURS.replace('"1.0.0"', f'"{evil}"').replace('"portmap"', f'"{evil}"').replace("10.97.1.0/24", evil)
     lines = [*map(str, judged({"00-x.conflist": LIST.replace("cbr0", evil)})[2])]
     lines += [*map(str, judged({FILE: LIST.replace("cbr0", evil)})[1])]
@@ -230,7 +231,7 @@ def test_others_words_steer_no_terminal_and_break_no_log(evil):
 
 
 @given(st.binary(max_size=64))
-def test_whatever_bytes_lie_there_are_judged(data):
+def test_whatever_bytes_lie_there_are_judged(data: Any) -> None:
     ours, unmanaged, _ = judged({FILE: File(data)})
     assert bool(ours) != bool(unmanaged)
 
@@ -238,7 +239,7 @@ def test_whatever_bytes_lie_there_are_judged(data):
 # what is told
 
 
-def test_a_plan_tells_what_is_written_and_what_differs():
+def test_a_plan_tells_what_is_written_and_what_differs() -> None:
     has = Observed(Dataplane())
     (line,) = plan(Dataplane(cni={FILE: OURS}), has).lines()
     assert line == (
@@ -253,7 +254,7 @@ def test_a_plan_tells_what_is_written_and_what_differs():
     assert str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: odd})))) == f"~ cni {FILE} text differs"
 
 
-def test_the_standing():
+def test_the_standing() -> None:
     full = {FILE: OURS}
     assert str(standing(cni(), full, full)) == (f"{DIR}/{FILE} (written; version 1.0.0; bridge, host-local, portmap)")
     assert standing(cni(), full, {}).state == "waits"
@@ -263,6 +264,6 @@ def test_the_standing():
     assert wanted(cni(kept=OURS, bridge="away"), [], [], 1) == full
 
 
-def test_facts_are_compared_by_value():
+def test_facts_are_compared_by_value() -> None:
     assert cni() == cni() and cni() != cni(bridge=OLD)
     assert dataplane(first(2), "web1", dataclasses.replace(FACTS, cni=cni()))[1] == ()

@@ -1,8 +1,11 @@
 """From a mesh to a node's desired dataplane."""
 
+from __future__ import annotations
+
 import re
 from dataclasses import replace
 from ipaddress import ip_network
+from typing import Any
 
 import pytest
 
@@ -23,19 +26,19 @@ from tests.support.meshkit import FACTS, first, golden, mesh_of, node, numbered,
         ("fd00:97:1::/64", "fd00:97:1::1"),
     ],
 )
-def test_gateway_is_the_first_usable_address(cidr, address):
+def test_gateway_is_the_first_usable_address(cidr: Any, address: Any) -> None:
     assert str(gateway(ip_network(cidr))) == address
 
 
-def test_mac_is_that_of_the_cni_bridge_plugin():
+def test_mac_is_that_of_the_cni_bridge_plugin() -> None:
     assert mac(node("a", "192.0.2.1", "10.97.1.0/24")) == "0a:58:0a:61:01:01"
 
 
-def test_mac_comes_from_ipv4_wherever_it_stands():
+def test_mac_comes_from_ipv4_wherever_it_stands() -> None:
     assert mac(node("a", "192.0.2.1", "fd00:97:1::/64", "10.97.1.0/24")) == "0a:58:0a:61:01:01"
 
 
-def test_mac_without_ipv4_is_local_unicast_and_the_same_everywhere():
+def test_mac_without_ipv4_is_local_unicast_and_the_same_everywhere() -> None:
     found = [mac(node(name, "2001:db8::1", f"fd00:97:{n}::/64")) for name in "ab" for n in (1, 2)]
     assert found[0] == found[2] != found[1]
     assert all(re.fullmatch("0e:58(:[0-9a-f]{2}){4}", text) for text in found)
@@ -50,7 +53,7 @@ HOSTILE = ["", "a" * 300, "../x", "a b", "a/b", "a\nb", "ü", "-", "a_b", "WEB2"
 
 @pytest.mark.parametrize("encapsulation", ["gre", "vxlan", "geneve"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_port_name_fits_an_interface_whatever_the_node_is_called(name, encapsulation):
+def test_port_name_fits_an_interface_whatever_the_node_is_called(name: Any, encapsulation: Any) -> None:
     found = port_name(name, encapsulation)
     assert len(found) <= 15 and re.fullmatch(r"(gre|vx|gnv)-[a-z0-9._-]*", found), found
     assert found not in (".", "..")
@@ -66,11 +69,11 @@ def test_port_name_fits_an_interface_whatever_the_node_is_called(name, encapsula
         ("db.example", "gre", "gre-db.example"),
     ],
 )
-def test_port_name_is_the_nodes_own_where_it_fits(name, encapsulation, expected):
+def test_port_name_is_the_nodes_own_where_it_fits(name: Any, encapsulation: Any, expected: Any) -> None:
     assert port_name(name, encapsulation) == expected
 
 
-def test_long_port_names_are_told_apart_and_never_meet_a_short_one():
+def test_long_port_names_are_told_apart_and_never_meet_a_short_one() -> None:
     long = [f"rack{n}.dc1.example.org" for n in range(2000)]
     found = {port_name(name, "gre") for name in long}
     assert len(found) == 2000
@@ -97,7 +100,7 @@ def test_long_port_names_are_told_apart_and_never_meet_a_short_one():
         ({"encapsulation": "geneve"}, "2001:db8::1", 70),
     ],
 )
-def test_overhead_and_pod_mtu(settings, address, taken):
+def test_overhead_and_pod_mtu(settings: Any, address: Any, taken: Any) -> None:
     me = node("a", address, "10.97.1.0/24")
     mesh = mesh_of(me, **settings)
     assert overhead(mesh, me.address) == taken
@@ -106,7 +109,7 @@ def test_overhead_and_pod_mtu(settings, address, taken):
 
 
 @pytest.mark.parametrize(("asked", "given"), [(1400, 1400), (1462, 1462), (1463, 1462), (9000, 1462)])
-def test_the_mesh_can_lower_the_mtu_and_not_raise_it(asked, given):
+def test_the_mesh_can_lower_the_mtu_and_not_raise_it(asked: Any, given: Any) -> None:
     found, problems = dataplane(first(2, mtu=asked), "web1", FACTS)
     assert {link.mtu for link in found.links.values()} == {given}
     assert found.bridges[OBR].mtu_request == given
@@ -116,13 +119,13 @@ def test_the_mesh_can_lower_the_mtu_and_not_raise_it(asked, given):
     )
 
 
-def test_mtu_problem_is_readable_when_the_underlay_is_not_known():
+def test_mtu_problem_is_readable_when_the_underlay_is_not_known() -> None:
     _, problems = dataplane(first(2, mtu=9000), "web1", Facts())
     assert not [str(p) for p in problems if "None" in str(p)]
 
 
 @pytest.mark.parametrize(("underlay", "reasons"), [(1318, []), (1317, ["MTUTooLow"])])
-def test_ipv6_needs_1280_bytes(underlay, reasons):
+def test_ipv6_needs_1280_bytes(underlay: Any, reasons: Any) -> None:
     _, problems = dataplane(first(2), "web1", Facts(underlay_mtu=underlay))
     assert [p.reason for p in problems] == reasons
     if problems:
@@ -131,7 +134,7 @@ def test_ipv6_needs_1280_bytes(underlay, reasons):
         )
 
 
-def test_ipv4_alone_lives_with_less():
+def test_ipv4_alone_lives_with_less() -> None:
     mesh = mesh_of(*(replace(numbered(n), pod_cidrs=numbered(n).pod_cidrs[:1]) for n in (1, 2)))
     assert dataplane(mesh, "web1", Facts(underlay_mtu=600))[1] == ()
 
@@ -139,11 +142,11 @@ def test_ipv4_alone_lives_with_less():
 # the whole
 
 
-def test_golden_dual_stack():
+def test_golden_dual_stack() -> None:
     golden("dataplane-dual-stack.txt", shown(want(first(3, key=7))))
 
 
-def test_a_peer_brings_these_parts_and_nothing_else_grows():
+def test_a_peer_brings_these_parts_and_nothing_else_grows() -> None:
     one, two = want(first(1)), want(first(2))
     brought = {
         kind: len(getattr(two, kind)) - len(getattr(one, kind))
@@ -153,33 +156,33 @@ def test_a_peer_brings_these_parts_and_nothing_else_grows():
     assert brought == {"filter_peers": 1, "ports": 1, "flows": 4, "neighbours": 2, "fdb": 1, "routes": 2}
 
 
-def test_uid_and_full_name_travel_with_the_port():
+def test_uid_and_full_name_travel_with_the_port() -> None:
     peer = node("rack1.dc1.example.org", "192.0.2.99", "10.97.99.0/24", uid="8f0c")
     port = want(mesh_of(numbered(1), peer)).ports[port_name(peer.name, "gre")]
     assert (port.node, port.uid) == ("rack1.dc1.example.org", "8f0c")
 
 
 @pytest.mark.parametrize("encapsulation", ["gre", "vxlan", "geneve"])
-def test_ports_are_of_the_meshs_encapsulation_and_protected(encapsulation):
+def test_ports_are_of_the_meshs_encapsulation_and_protected(encapsulation: Any) -> None:
     ports = want(first(3, encapsulation=encapsulation)).ports
     assert [(p.type, p.protected) for p in ports.values()] == [(encapsulation, True)] * 2
 
 
-def test_a_mesh_of_one_has_no_peer_parts():
+def test_a_mesh_of_one_has_no_peer_parts() -> None:
     alone = want(first(1))
     assert not (alone.ports or alone.neighbours or alone.fdb or alone.filter_peers)
     assert alone.flows == {"0 ": "drop"}
     assert set(alone.routes) == {("10.97.0.0/16", FALLBACK_METRIC), ("fd00:97::/32", FALLBACK_METRIC)}
 
 
-def test_datapath_type_is_the_hosts():
+def test_datapath_type_is_the_hosts() -> None:
     assert want(first(2), facts=replace(FACTS, datapath_type="netdev")).bridges[OBR].datapath_type == "netdev"
 
 
 # what can't be joined
 
 
-def test_another_address_family_is_refused_by_name_and_the_rest_converges():
+def test_another_address_family_is_refused_by_name_and_the_rest_converges() -> None:
     other = node("web3", "2001:db8::3", "10.97.3.0/24")
     found, problems = dataplane(mesh_of(numbered(1), numbered(2), other), "web1", FACTS)
     assert set(found.ports) == {"gre-web2"}
@@ -189,7 +192,7 @@ def test_another_address_family_is_refused_by_name_and_the_rest_converges():
     ]
 
 
-def test_a_whole_mesh_on_ipv6_addresses():
+def test_a_whole_mesh_on_ipv6_addresses() -> None:
     nodes = [replace(numbered(n), address=node("x", f"2001:db8::{n}", "10.0.0.0/8").address) for n in (1, 2)]
     found, problems = dataplane(mesh_of(*nodes), "web1", FACTS)
     assert problems == ()
@@ -199,7 +202,7 @@ def test_a_whole_mesh_on_ipv6_addresses():
     assert {link.mtu for link in found.links.values()} == {1500 - 58}
 
 
-def test_two_peers_with_one_derived_port_name(monkeypatch):
+def test_two_peers_with_one_derived_port_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ovsmesh.dataplane.desired.port_name", lambda name, _: "gre-same")
     # peers of their own: what was computed for others is kept by name
     peers = [replace(numbered(n), name=f"derived{n}") for n in (2, 3)]
@@ -210,7 +213,7 @@ def test_two_peers_with_one_derived_port_name(monkeypatch):
     assert "derived2" in problems[0].message and "gre-same" in problems[0].message
 
 
-def test_a_peer_with_selfs_derived_mac_is_refused():
+def test_a_peer_with_selfs_derived_mac_is_refused() -> None:
     # not to be had by IPv4, whose ranges don't overlap, but a hash may meet
     twin = replace(numbered(2), name="twin", pod_cidrs=numbered(1).pod_cidrs)
     found, problems = dataplane(mesh_of(numbered(1), twin), "web1", FACTS)
@@ -219,12 +222,12 @@ def test_a_peer_with_selfs_derived_mac_is_refused():
     assert "web1" in problems[0].message
 
 
-def test_self_not_in_the_mesh():
+def test_self_not_in_the_mesh() -> None:
     with pytest.raises(OvsmeshError, match=r"node web9 is not in the mesh \(nodes there: web1, web2\)"):
         dataplane(first(2), "web9", FACTS)
 
 
-def test_tunnel_address_on_no_link_is_said():
+def test_tunnel_address_on_no_link_is_said() -> None:
     _, problems = dataplane(first(2), "web1", Facts())
     assert [(p.reason, p.node, p.value, p.fatal) for p in problems] == [
         ("TunnelAddressMissing", "web1", "192.0.2.11", True)
@@ -267,25 +270,25 @@ V4_ALONE = node("web1", "192.0.2.11", "10.97.1.0/24")
         (V4_ALONE, replace(FACTS, ipv6=False), V4),
     ],
 )
-def test_sysctls(me, facts, sysctls):
+def test_sysctls(me: Any, facts: Any, sysctls: Any) -> None:
     assert want(mesh_of(me, numbered(2)), facts=facts).sysctls == sysctls
 
 
-def test_the_order_of_sysctls_survives_the_kernels_side_effects():
+def test_the_order_of_sysctls_survives_the_kernels_side_effects() -> None:
     keys = list(want(first(2), facts=replace(FACTS, ra_links=("eth0",))).sysctls)
     # turning forwarding on resets send_redirects and ends what a router may accept
     assert keys.index("net/ipv4/ip_forward") < keys.index("net/ipv4/conf/all/send_redirects")
     assert keys.index("net/ipv6/conf/eth0/accept_ra") < keys.index("net/ipv6/conf/all/forwarding")
 
 
-def test_pods_with_ipv6_on_a_kernel_without():
+def test_pods_with_ipv6_on_a_kernel_without() -> None:
     found, problems = dataplane(first(2), "web1", replace(FACTS, ipv6=False))
     assert [(p.reason, p.node, p.value) for p in problems] == [("IPv6Missing", "web1", "fd00:97:1::/64")]
     assert found.addresses == {"10.97.1.1/24": KBR}
     assert not [key for key in found.sysctls if "ipv6" in key]
 
 
-def test_nothing_that_needs_ipv6_where_the_kernel_has_none():
+def test_nothing_that_needs_ipv6_where_the_kernel_has_none() -> None:
     me = node("web1", "192.0.2.11", "10.97.1.0/24")
     found = want(mesh_of(me, numbered(2)), facts=replace(FACTS, ipv6=False))
     assert not [key for key in (*found.addresses, *found.neighbours, *(r[0] for r in found.routes)) if ":" in key]
@@ -294,7 +297,7 @@ def test_nothing_that_needs_ipv6_where_the_kernel_has_none():
 # peers are computed once
 
 
-def test_what_is_remembered_of_a_peer_never_outlives_it():
+def test_what_is_remembered_of_a_peer_never_outlives_it() -> None:
     before = want(first(2))
     for other in (
         node("web2", "192.0.2.99", "10.97.2.0/24"),

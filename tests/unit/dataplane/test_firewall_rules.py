@@ -1,7 +1,10 @@
 """The wanted filter rules, as text."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import pytest
 
@@ -13,11 +16,11 @@ ME = Node("web1", ip_address("192.0.2.11"), (ip_network("10.97.1.0/24"), ip_netw
 MESH = Mesh((ip_network("10.97.0.0/16"), ip_network("fd00:97::/32")), (ME,))
 
 
-def shown(found):
+def shown(found: Any) -> Any:
     return [f"{' '.join(key)}: {rule.text}" for key, rule in found.items()]
 
 
-def test_golden_dual_stack():
+def test_golden_dual_stack() -> None:
     enters = 'meta ibrname "kbr0" iifname != "obr0"'
     assert shown(rules(MESH, ME, Facts())) == [
         "inet postrouting masquerade-v4: ip saddr { 10.97.1.0/24 } "
@@ -44,7 +47,7 @@ def test_golden_dual_stack():
     ]
 
 
-def test_golden_docker():
+def test_golden_docker() -> None:
     found = rules(MESH, ME, Facts(forward_drop=("iptables",)))
     assert [line for line in shown(found) if line.startswith("ip")] == [
         "iptables FORWARD mesh-out: -i kbr0 -o kbr0 -s 10.97.1.0/24 -d 10.97.0.0/16 -j ACCEPT",
@@ -54,7 +57,7 @@ def test_golden_docker():
     ]
 
 
-def test_no_ipv6_in_the_kernel_no_ipv6_rules():
+def test_no_ipv6_in_the_kernel_no_ipv6_rules() -> None:
     assert not [
         line for line in shown(rules(MESH, ME, Facts(ipv6=False, forward_drop=("ip6tables",)))) if "ip6" in line
     ]
@@ -69,12 +72,12 @@ def test_no_ipv6_in_the_kernel_no_ipv6_rules():
         ("geneve", 9, "udp dport 6081 @th,96,24 9"),
     ],
 )
-def test_encapsulations(encapsulation, key, match):
+def test_encapsulations(encapsulation: Any, key: Any, match: Any) -> None:
     found = rules(replace(MESH, encapsulation=encapsulation, key=key), ME, Facts())
     assert found["inet", "input", "tunnel-not-peer"].text == f"ip daddr 192.0.2.11 {match} ip saddr != @peers4 drop"
 
 
-def test_ipv6_underlay_uses_its_own_set():
+def test_ipv6_underlay_uses_its_own_set() -> None:
     me = replace(ME, address=ip_address("2001:db8::11"))
     found = rules(MESH, me, Facts())
     assert peer_set(me) == ("2001:db8::11", "peers6")
@@ -83,13 +86,13 @@ def test_ipv6_underlay_uses_its_own_set():
     assert ("bridge", "prerouting", "spoof-tunnel-v4") not in found
 
 
-def test_overlapping_ranges_are_merged():
+def test_overlapping_ranges_are_merged() -> None:
     mesh = replace(MESH, cluster_cidrs=(ip_network("10.97.1.0/24"), ip_network("10.96.0.0/15")))
     text = rules(mesh, ME, Facts())["inet", "postrouting", "masquerade-v4"].text
     assert "ip daddr != { 10.96.0.0/15, 224.0.0.0/4, 255.255.255.255 }" in text
 
 
-def test_several_ranges_have_names_of_their_own():
+def test_several_ranges_have_names_of_their_own() -> None:
     me = replace(ME, pod_cidrs=(ip_network("10.97.1.0/24"), ip_network("10.98.1.0/24")))
     mesh = replace(MESH, cluster_cidrs=(ip_network("10.97.0.0/16"), ip_network("10.98.0.0/16")))
     names = [key[2] for key in rules(mesh, me, Facts(forward_drop=("iptables",))) if key[0] == "iptables"]
@@ -99,13 +102,13 @@ def test_several_ranges_have_names_of_their_own():
     ]
 
 
-def test_names_fit_a_comment_and_chains_are_known():
+def test_names_fit_a_comment_and_chains_are_known() -> None:
     for key in rules(MESH, ME, Facts(forward_drop=("iptables", "ip6tables"))):
         assert key[0].endswith("tables") or key[:2] in CHAINS
         assert len(key[2]) < 60 and key[2].replace("-", "").isalnum()
 
 
-def test_digest_covers_chain_and_text():
+def test_digest_covers_chain_and_text() -> None:
     found = rules(MESH, ME, Facts())
     assert len({digest(key, rule) for key, rule in found.items()}) == len(found)
     (key, rule) = next(iter(found.items()))
@@ -113,7 +116,7 @@ def test_digest_covers_chain_and_text():
     assert digest(("inet", "input", key[2]), rule) != digest(key, rule)
 
 
-def test_within_leaves_out_what_is_lacking():
+def test_within_leaves_out_what_is_lacking() -> None:
     found = rules(MESH, ME, Facts(forward_drop=("iptables",)))
     assert within(found, ()) == found
     assert {key[0] for key in within(found, ["nft"])} == {"iptables"}
@@ -121,7 +124,7 @@ def test_within_leaves_out_what_is_lacking():
     assert {key[1] for key in within(found, ["inet postrouting", "bridge", "iptables"])} == {"input", "forward"}
 
 
-def test_within_without_the_bridge_name():
+def test_within_without_the_bridge_name() -> None:
     found = [line for line in shown(within(rules(MESH, ME, Facts()), ["ibrname"])) if line.startswith("bridge")]
     assert len(found) == 7 and all('meta iifkind "veth" iifname != "obr0"' in line for line in found)
     assert not any("peers" in line or "192.0.2" in line for line in found)

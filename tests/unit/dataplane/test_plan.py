@@ -1,7 +1,10 @@
 """The ordered difference, what it says of itself, and the brake."""
 
+from __future__ import annotations
+
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,38 +19,38 @@ FULL = want(first(3, key=7))
 LONER = want(first(1, key=7))
 
 
-def lines(*args, **named):
+def lines(*args: Any, **named: Any) -> Any:
     return str(plan(*args, **named)).splitlines()
 
 
-def without(dataplane, kind, *keys):
+def without(dataplane: Any, kind: Any, *keys: Any) -> Any:
     return replace(dataplane, **{kind: {k: v for k, v in getattr(dataplane, kind).items() if k not in keys}})
 
 
-def with_(dataplane, kind, key, value):
+def with_(dataplane: Any, kind: Any, key: Any, value: Any) -> Any:
     return replace(dataplane, **{kind: {**getattr(dataplane, kind), key: value}})
 
 
-def changed(dataplane, kind, part, /, **words):
+def changed(dataplane: Any, kind: Any, part: Any, /, **words: Any) -> Any:
     return with_(dataplane, kind, part, getattr(dataplane, kind)[part]._replace(**words))
 
 
 # what it says
 
 
-def test_golden_from_nothing():
+def test_golden_from_nothing() -> None:
     golden("plan-from-nothing.txt", f"{plan(FULL, seen(EMPTY))}\n")
 
 
-def test_golden_one_peer_joins():
+def test_golden_one_peer_joins() -> None:
     golden("plan-peer-joins.txt", f"{plan(want(first(3, key=7)), seen(want(first(2, key=7))))}\n")
 
 
-def test_golden_one_peer_leaves():
+def test_golden_one_peer_leaves() -> None:
     golden("plan-peer-leaves.txt", f"{plan(want(first(2, key=7)), seen(want(first(3, key=7))))}\n")
 
 
-def test_golden_all_goes():
+def test_golden_all_goes() -> None:
     golden("plan-all-goes.txt", f"{plan(EMPTY, seen(FULL), confirmed=True)}\n")
 
 
@@ -127,20 +130,20 @@ def test_golden_all_goes():
         ),
     ],
 )
-def test_one_difference_is_one_line(have, line):
+def test_one_difference_is_one_line(have: Any, line: Any) -> None:
     assert lines(FULL, seen(have)) == [line]
 
 
-def test_sysctls_of_others_are_left_alone():
+def test_sysctls_of_others_are_left_alone() -> None:
     assert not plan(FULL, seen(with_(FULL, "sysctls", "net/ipv4/tcp_ecn", "1")))
 
 
-def test_rules_in_another_order_are_a_change():
-    turned = replace(FULL, rules=dict(reversed(FULL.rules.items())))
+def test_rules_in_another_order_are_a_change() -> None:
+    turned = replace(FULL, rules=dict(reversed(list(FULL.rules.items()))))
     assert [step.kind for step in plan(FULL, seen(turned)).steps] == ["rules"]
 
 
-def test_a_plan_is_true_when_there_is_something_to_do():
+def test_a_plan_is_true_when_there_is_something_to_do() -> None:
     assert plan(FULL, seen(EMPTY))
     assert not plan(FULL, seen(FULL)) and str(plan(FULL, seen(FULL))) == ""
 
@@ -148,7 +151,7 @@ def test_a_plan_is_true_when_there_is_something_to_do():
 # the order
 
 
-def test_additions_in_the_order_of_kinds_and_removals_in_reverse():
+def test_additions_in_the_order_of_kinds_and_removals_in_reverse() -> None:
     whole = replace(FULL, docker={"bridge": KBR}, cni={"10-ovsmesh.conflist": "{}"})
     up = [step.kind for step in plan(whole, seen(EMPTY)).steps]
     down = [step.kind for step in plan(EMPTY, seen(whole), confirmed=True).steps]
@@ -157,7 +160,7 @@ def test_additions_in_the_order_of_kinds_and_removals_in_reverse():
     assert list(dict.fromkeys(down)) == [kind for kind in reversed(kinds) if kind != "sysctls"]
 
 
-def test_what_carries_is_there_before_what_uses_it():
+def test_what_carries_is_there_before_what_uses_it() -> None:
     order = ["bridges", "links", "ports", "flows", "neighbours", "fdb", "routes"]
     up = [step.kind for step in plan(FULL, seen(EMPTY)).steps]
     down = [step.kind for step in plan(EMPTY, seen(FULL), confirmed=True).steps]
@@ -166,7 +169,7 @@ def test_what_carries_is_there_before_what_uses_it():
         assert max(i for i, k in enumerate(down) if k == after) < down.index(before)
 
 
-def test_a_peer_is_replaced_without_a_gap():
+def test_a_peer_is_replaced_without_a_gap() -> None:
     # web2 moves to another address and name: what is new stands before anything old goes
     moved = replace(numbered(2), name="web9", address=node("x", "192.0.2.99", "10.0.0.0/8").address)
     steps = plan(want(mesh(numbered(1), moved, numbered(3))), seen(want(first(3)))).steps
@@ -175,7 +178,7 @@ def test_a_peer_is_replaced_without_a_gap():
     assert "-" not in ops[: max(i for i, op in enumerate(ops) if op != "-")]
 
 
-def test_the_switch_is_told_that_its_flows_are_back_only_after_they_are():
+def test_the_switch_is_told_that_its_flows_are_back_only_after_they_are() -> None:
     have = with_(replace(FULL, flows={}), "restore_wait", "flow-restore-wait", True)
     kinds = [step.kind for step in plan(FULL, seen(have)).steps]
     assert kinds == ["flows"] * len(FULL.flows) + ["restore_wait"]
@@ -184,13 +187,13 @@ def test_the_switch_is_told_that_its_flows_are_back_only_after_they_are():
 # why
 
 
-def test_what_goes_says_whose_it_was():
+def test_what_goes_says_whose_it_was() -> None:
     steps = plan(want(first(2)), seen(want(first(3)))).steps
     assert {step.why for step in steps} == {"peer left (web3)"}
     assert {step.kind for step in steps} == {"filter_peers", "ports", "flows", "neighbours", "fdb", "routes"}
 
 
-def test_a_peer_that_stays_is_not_said_to_have_left():
+def test_a_peer_that_stays_is_not_said_to_have_left() -> None:
     fewer = replace(numbered(2), pod_cidrs=numbered(2).pod_cidrs[:1])
     steps = plan(want(mesh(numbered(1), fewer)), seen(want(first(2)))).steps
     assert len(steps) == 3
@@ -200,7 +203,7 @@ def test_a_peer_that_stays_is_not_said_to_have_left():
 # the brake
 
 
-def mesh_without(count, *left):
+def mesh_without(count: Any, *left: Any) -> Any:
     return want(mesh(*(numbered(n) for n in range(1, count + 1) if n not in left)))
 
 
@@ -223,7 +226,7 @@ def mesh_without(count, *left):
         (12, 12, True, False),
     ],
 )
-def test_brake(peers, gone, confirmed, held):
+def test_brake(peers: Any, gone: Any, confirmed: Any, held: Any) -> None:
     left = range(2, 2 + gone)
     have = want(first(peers + 1))
     found = plan(mesh_without(peers + 1, *left), seen(have), confirmed)
@@ -233,7 +236,7 @@ def test_brake(peers, gone, confirmed, held):
     assert not (found.steps if held else found.held)
 
 
-def test_brake_holds_removals_alone():
+def test_brake_holds_removals_alone() -> None:
     # four leave, one joins, one is repaired, a rule of no peer goes
     have = with_(want(first(6)), "rules", ("inet", "input", "old"), Rule("drop"))
     have = without(have, "routes", ("10.97.6.0/24", 111))
@@ -244,31 +247,31 @@ def test_brake_holds_removals_alone():
     assert [str(step) for step in found.steps if step.op == "-"] == ["- rule inet input old"]
 
 
-def test_held_removals_are_shown_as_such():
+def test_held_removals_are_shown_as_such() -> None:
     text = lines(mesh_without(4, 2, 3, 4), seen(want(first(4))))
     assert len(text) == 33 and all(line.startswith("= held ") for line in text)
     assert "= held port gre-web2 peer left (web2)" in text
 
 
-def test_brake_counts_peers_that_are_there():
+def test_brake_counts_peers_that_are_there() -> None:
     # nine have left the mesh, but eight of them were removed before: one goes
     have = want(mesh(numbered(1), numbered(2), numbered(3)))
     assert not plan(mesh_without(11, *range(3, 12)), seen(have)).held
 
 
-def test_peers_that_are_renumbered_do_not_leave():
+def test_peers_that_are_renumbered_do_not_leave() -> None:
     moved = [replace(numbered(n), pod_cidrs=numbered(n + 100).pod_cidrs) for n in (2, 3, 4)]
     found = plan(want(mesh(numbered(1), *moved)), seen(want(first(4))))
     assert not found.held
     assert {step.why for step in found.steps if step.op == "-"} == {f"replaced at peer (web{n})" for n in (2, 3, 4)}
 
 
-def test_brake_holds_when_ports_were_deleted_before():
+def test_brake_holds_when_ports_were_deleted_before() -> None:
     have = replace(want(first(10)), ports={})
     assert plan(want(first(1)), seen(have)).held
 
 
-def test_brake_holds_when_ports_are_unknown():
+def test_brake_holds_when_ports_are_unknown() -> None:
     # ovsdb-server is away: the kernel's part of the peers is as much theirs as before
     have = replace(want(first(10)), bridges={}, ports={}, flows={})
     found = plan(want(first(1)), seen(have, unknown=("bridges", "ports", "flows", "restore_wait")))
@@ -278,20 +281,20 @@ def test_brake_holds_when_ports_are_unknown():
 # what is not ours, what is not known
 
 
-def test_unmanaged_kbr0_blocks_everything():
+def test_unmanaged_kbr0_blocks_everything() -> None:
     found = plan(FULL, seen(without(EMPTY, "links"), Unmanaged("links", KBR, "bridge kbr0 is not ours")))
     assert found.steps == ()
     assert str(found) == "! link kbr0 blocked: bridge kbr0 is not ours"
 
 
-def test_unmanaged_obr0_blocks_everything_of_both_sides():
+def test_unmanaged_obr0_blocks_everything_of_both_sides() -> None:
     have = replace(EMPTY, links={KBR: FULL.links[KBR]}, routes={("10.97.9.0/24", 111): Route("unicast", "10.97.9.1")})
     found = plan(FULL, seen(have, Unmanaged("bridges", OBR, "OVS bridge obr0 is not ours")))
     assert found.steps == () and found.held == ()
     assert str(found) == "! bridge obr0 blocked: OVS bridge obr0 is not ours"
 
 
-def test_cleanup_is_not_stopped_by_an_unmanaged_bridge():
+def test_cleanup_is_not_stopped_by_an_unmanaged_bridge() -> None:
     # someone put a kbr0 of theirs in the place of ours; the rest of ours is still there and still ours
     have = without(FULL, "links", KBR)
     found = plan(EMPTY, seen(have, Unmanaged("links", KBR, "bridge kbr0 is not ours")), confirmed=True)
@@ -302,7 +305,7 @@ def test_cleanup_is_not_stopped_by_an_unmanaged_bridge():
     assert not [step for step in found.steps if step.key == KBR]
 
 
-def test_an_unmanaged_route_blocks_its_own_and_nothing_else():
+def test_an_unmanaged_route_blocks_its_own_and_nothing_else() -> None:
     have = without(FULL, "routes", *FULL.routes)
     found = plan(FULL, seen(have, Unmanaged("routes", "10.97.2.0/24", "route 10.97.2.0/24 via 192.0.2.1 is not ours")))
     assert [str(b) for b in found.blocked] == [
@@ -311,33 +314,33 @@ def test_an_unmanaged_route_blocks_its_own_and_nothing_else():
     assert {step.key for step in found.steps} == set(FULL.routes) - {("10.97.2.0/24", 111)}
 
 
-def test_an_unmanaged_route_to_a_cluster_range_does_not_take_the_fallback_away():
+def test_an_unmanaged_route_to_a_cluster_range_does_not_take_the_fallback_away() -> None:
     have = without(FULL, "routes", ("10.97.0.0/16", FALLBACK_METRIC))
     found = plan(FULL, seen(have, Unmanaged("routes", "10.97.0.0/16", "is not ours")))
     assert [step.key for step in found.steps] == [("10.97.0.0/16", FALLBACK_METRIC)]
 
 
-def test_an_unmanaged_route_beside_ours_is_named_and_both_stay():
+def test_an_unmanaged_route_beside_ours_is_named_and_both_stay() -> None:
     found = plan(FULL, seen(FULL, Unmanaged("routes", "10.97.2.0/24", "is not ours")))
     assert not found.steps
     assert str(found) == "! route 10.97.2.0/24 blocked: is not ours"
 
 
-def test_an_unmanaged_port_blocks_its_name_only():
+def test_an_unmanaged_port_blocks_its_name_only() -> None:
     have = without(FULL, "ports", "gre-web2", "gre-web3")
     found = plan(FULL, seen(have, Unmanaged("ports", "gre-web2", "port gre-web2 is not ours")))
     assert [step.key for step in found.steps] == ["gre-web3"]
     assert [b.step.key for b in found.blocked] == ["gre-web2"]
 
 
-def test_what_is_merely_near_blocks_nothing():
+def test_what_is_merely_near_blocks_nothing() -> None:
     have = without(FULL, "flows", "0 ")
     found = plan(FULL, seen(have, Unmanaged("flows", "0 ", "flow of someone", blocks=False)))
     assert [step.key for step in found.steps] == ["0 "] and not found.blocked
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_planned_for_what_can_not_be_seen(kind):
+def test_nothing_is_planned_for_what_can_not_be_seen(kind: Any) -> None:
     for wanted, have in ((FULL, EMPTY), (EMPTY, FULL)):
         known = plan(wanted, seen(have), confirmed=True)
         blind = plan(wanted, seen(have, unknown=(kind,)), confirmed=True)
@@ -352,11 +355,11 @@ CNI = replace(FULL, cni={"10-ovsmesh.conflist": "{}"})
 FATAL, MILD = Problem("DatabaseDown", "no"), Problem("FilterUnavailable", "no", fatal=False)
 
 
-def kinds(todo):
+def kinds(todo: Any) -> Any:
     return {step.kind for step in todo.steps}
 
 
-def test_a_conflist_waits_for_all_else():
+def test_a_conflist_waits_for_all_else() -> None:
     todo = plan(CNI, seen(EMPTY))
     assert [s.kind for s in todo.steps][-1] == "cni"
     assert kinds(due(todo, ())) == kinds(todo) - {"cni"}
@@ -368,29 +371,29 @@ def test_a_conflist_waits_for_all_else():
     ("problem", "waits"),
     [(FATAL, True), (MILD, False), (Problem("CNIOverruled", "x"), False), (Problem("DockerX", "x"), False)],
 )
-def test_a_conflist_waits_for_what_is_fatal_and_not_of_containers(problem, waits):
+def test_a_conflist_waits_for_what_is_fatal_and_not_of_containers(problem: Any, waits: Any) -> None:
     alone = plan(CNI, seen(FULL))
     assert due(alone, (problem,)).steps == (() if waits else alone.steps)
 
 
-def test_a_conflist_waits_for_what_is_blocked():
+def test_a_conflist_waits_for_what_is_blocked() -> None:
     key = next(k for k, r in FULL.routes.items() if r.type == "unicast")
     blocked = plan(CNI, seen(without(FULL, "routes", key), Unmanaged("routes", key[0], "theirs")))
     assert blocked.blocked and kinds(blocked) == {"cni"} and not due(blocked, ()).steps
 
 
-def test_a_conflist_does_not_wait_for_docker():
+def test_a_conflist_does_not_wait_for_docker() -> None:
     todo = plan(replace(CNI, docker={"bridge": KBR}), seen(FULL))
     assert kinds(due(todo, ())) == {"docker", "cni"}
 
 
-def test_a_conflist_is_changed_last_and_removed_first():
+def test_a_conflist_is_changed_last_and_removed_first() -> None:
     old = replace(FULL, cni={"10-ovsmesh.conflist": "old"})
     assert not due(plan(CNI, seen(without(old, "sysctls", "net/ipv4/ip_forward"))), ()).steps[1:]
     gone = plan(EMPTY, seen(CNI), confirmed=True)
     assert gone.steps[0].kind == "cni" and due(gone, (FATAL,)) is gone
 
 
-def test_a_kbr0_that_the_bridge_plugin_made_is_told():
+def test_a_kbr0_that_the_bridge_plugin_made_is_told() -> None:
     (line,) = lines(FULL, seen(changed(FULL, "links", KBR, unmarked=True, mac="02:00:00:00:00:01")))
     assert line == "~ link kbr0 mac 02:00:00:00:00:01 → 0a:58:0a:61:01:01, alias none → ovsmesh"

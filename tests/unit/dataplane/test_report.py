@@ -1,8 +1,11 @@
 """The report of a node: golden texts, and what must hold for any."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import pytest
 
@@ -31,15 +34,15 @@ RUNTIME = Runtime(
 )
 
 
-def copy(dataplane, **changes):
+def copy(dataplane: Any, **changes: Any) -> Any:
     return replace(dataplane, **{kind: dict(parts) for kind, parts in changes.items()})
 
 
-def wanted(mesh=MESH):
+def wanted(mesh: Any = MESH) -> Any:
     return meshes.dataplane(mesh, "web1", FACTS)
 
 
-def made(mesh=MESH, observed=None, runtime=RUNTIME, problems=()):
+def made(mesh: Any = MESH, observed: Any = None, runtime: Any = RUNTIME, problems: Any = ()) -> Any:
     want, refused = wanted(mesh)
     have = observed or Observed(want)
     todo = plan(want, have)
@@ -51,7 +54,7 @@ def made(mesh=MESH, observed=None, runtime=RUNTIME, problems=()):
     return report(mesh, "web1", FACTS, want, have, todo, every, converged, parts, traffic, runtime)
 
 
-def test_golden_converged():
+def test_golden_converged() -> None:
     assert render_text(made()).splitlines() == [
         "web1 is converged: all 2 peers ok",
         "",
@@ -73,7 +76,7 @@ def test_golden_converged():
     ]
 
 
-def test_golden_degraded():
+def test_golden_degraded() -> None:
     want, _ = wanted()
     routes = {key: value for key, value in want.routes.items() if key[0] != "10.97.3.0/24"}
     ports = {name: port for name, port in want.ports.items() if name != "gre-web3"}
@@ -92,7 +95,7 @@ def test_golden_degraded():
     assert lines[-1].endswith("missing: port gre-web3 remote 192.0.2.13 missing (+1)")
 
 
-def test_switch_down_is_unknown_not_missing():
+def test_switch_down_is_unknown_not_missing() -> None:
     want, _ = wanted()
     problem = Problem("SwitchDown", "ovs-vswitchd does not answer")
     have = Observed(copy(want, flows={}), (), (problem,), frozenset({"flows"}))
@@ -104,7 +107,7 @@ def test_switch_down_is_unknown_not_missing():
     ]
 
 
-def test_refused_peer_says_why():
+def test_refused_peer_says_why() -> None:
     nodes = (NODES[0], NODES[1], replace(NODES[2], address=ip_address("2001:db8::3")))
     found = made(replace(MESH, nodes=nodes))
     assert [peer.state for peer in found.peers] == ["ok", "refused"]
@@ -113,7 +116,7 @@ def test_refused_peer_says_why():
     assert found.headline == "web1 is degraded: 1 of 2 peers not converged"
 
 
-def test_held_removals_and_last_known_good():
+def test_held_removals_and_last_known_good() -> None:
     want, _ = wanted()
     small = replace(MESH, nodes=NODES[:1])
     have = Observed(want)
@@ -131,13 +134,13 @@ def test_held_removals_and_last_known_good():
     assert "last known good" in render_text(found)
 
 
-def test_no_mesh_yet():
+def test_no_mesh_yet() -> None:
     found = report(None, "web1", None, None, None, Plan(), (), False, {}, {}, Runtime(NOW))
     assert "waits for a mesh" in render_text(found) and "not running" in render_text(found)
     assert found.to_dict()["conditions"][0]["status"] == "Unknown"
 
 
-def test_problems_first_and_bounded():
+def test_problems_first_and_bounded() -> None:
     problems = [Problem("X", f"trouble {n}", fatal=False) for n in range(20)]
     problems.append(Problem("Y", "the worst"))
     lines = render_text(made(problems=problems)).splitlines()
@@ -145,7 +148,7 @@ def test_problems_first_and_bounded():
     assert lines[1] == "! the worst" and lines[9] == "and 13 more"
 
 
-def test_filter_peers_that_can_not_be_had_are_not_missing():
+def test_filter_peers_that_can_not_be_had_are_not_missing() -> None:
     want, _ = wanted()
     want = replace(want, rules={}, filter_peers={})
     wiring = meshes.wiring(MESH, NODES[0], FACTS)
@@ -154,7 +157,7 @@ def test_filter_peers_that_can_not_be_had_are_not_missing():
     assert found.count("ok") == 2
 
 
-def test_dict_is_json_with_camel_case_names():
+def test_dict_is_json_with_camel_case_names() -> None:
     plain = made().to_dict()
     assert json.loads(json.dumps(plain)) == plain
     assert plain["self"]["podCIDRs"] == ["10.97.1.0/24"] and plain["self"]["mtuFrom"]
@@ -163,7 +166,7 @@ def test_dict_is_json_with_camel_case_names():
     assert "traffic" not in plain["peers"][1]
 
 
-def test_text_can_not_steer_a_terminal():
+def test_text_can_not_steer_a_terminal() -> None:
     want, _ = wanted()
     have = Observed(want, (Unmanaged("ports", "evil", "port \x1b[2J\x07evil\nroot", False),))
     text = render_text(made(observed=have))
@@ -175,11 +178,11 @@ def test_text_can_not_steer_a_terminal():
     ("seconds", "text"),
     [(-1, "0s"), (59.9, "59s"), (60, "1m0s"), (3725, "1h2m"), (86400, "1d")],
 )
-def test_age(seconds, text):
+def test_age(seconds: Any, text: Any) -> None:
     assert age(seconds) == text
 
 
-def test_empty_observed():
+def test_empty_observed() -> None:
     found = made(observed=Observed(Dataplane()))
     assert {peer.state for peer in found.peers} == {"missing"}
     assert len(render_text(found).splitlines()) < 30

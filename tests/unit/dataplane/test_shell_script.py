@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,13 +26,13 @@ HOSTILE = [
 ]
 
 
-def test_golden():
+def test_golden() -> None:
     golden(
         "recipe-web1.sh", recipe(want(first(2, key=7)), "node web1 of the mesh in /etc/ovsmesh/mesh.yaml", ["a note"])
     )
 
 
-def test_rules_for_docker_are_put_in_once():
+def test_rules_for_docker_are_put_in_once() -> None:
     facts = dataclasses.replace(FACTS, forward_drop=("iptables",))
     text = recipe(want(first(2), facts=facts), "node web1")
     lines = [line for line in text.splitlines() if line.startswith("iptables ")]
@@ -38,7 +40,7 @@ def test_rules_for_docker_are_put_in_once():
     assert "for tool in ip bridge sysctl ovs-vsctl ovs-ofctl nft iptables;" in text
 
 
-def executed(script, tmp_path):
+def executed(script: Any, tmp_path: Path) -> Any:
     """What the script runs, with every command replaced by one that writes its arguments down."""
     log = tmp_path / "log"
     fake = tmp_path / "bin"
@@ -59,7 +61,7 @@ def executed(script, tmp_path):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_names_are_data(name, tmp_path):
+def test_hostile_names_are_data(name: Any, tmp_path: Path) -> None:
     wanted = want(first(2))
     port = next(iter(wanted.ports))
     bad = dataclasses.replace(
@@ -80,6 +82,6 @@ def test_hostile_names_are_data(name, tmp_path):
     assert add[add.index("add-port") + 1 : add.index("add-port") + 3] == [OBR, port] and len(add) == 19
 
 
-def test_a_thousand_peers_are_a_few_calls(tmp_path):
+def test_a_thousand_peers_are_a_few_calls(tmp_path: Path) -> None:
     _, calls = executed(recipe(want(first(200)), "node web1"), tmp_path)
     assert len(calls) < 40

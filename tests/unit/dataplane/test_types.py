@@ -1,6 +1,9 @@
 """The words: frozen, comparable, and said in full."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import Any, cast
 
 import pytest
 
@@ -21,24 +24,25 @@ from tests.support.meshkit import first
         (Problem("R", "is missing", field="ibrname"), "ibrname: is missing"),
     ],
 )
-def test_a_problem_names_node_field_and_value(problem, text):
+def test_a_problem_names_node_field_and_value(problem: Any, text: Any) -> None:
     assert str(problem) == text
 
 
-def test_kinds_are_the_parts_in_the_order_of_adding():
+def test_kinds_are_the_parts_in_the_order_of_adding() -> None:
     assert [f.name for f in dataclasses.fields(Dataplane)] == list(KINDS)
     order = [KINDS.index(kind) for kind in ("bridges", "ports", "flows", "neighbours", "fdb", "routes")]
     assert order == sorted(order)
 
 
-def test_an_empty_dataplane_can_not_be_written_to():
+def test_an_empty_dataplane_can_not_be_written_to() -> None:
     with pytest.raises(TypeError):
-        Dataplane().ports["gre-web2"] = None
+        cast(Any, Dataplane().ports)["gre-web2"] = None
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Dataplane().ports = {}
+        cast(Any, Dataplane()).ports = {}
 
 
-def test_node_is_found_by_its_whole_name():
+def test_node_is_found_by_its_whole_name() -> None:
     mesh = first(12)
-    assert mesh.node("web1").name == "web1"
+    found = mesh.node("web1")
+    assert found is not None and found.name == "web1"
     assert mesh.node("web") is None

@@ -1,11 +1,15 @@
 """The filter rules in a kernel: written, read back, damaged, repaired; and what the tools print."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import struct
 import subprocess
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,12 +26,16 @@ from tests.support.firewallkit import ME, MESH, PEER, converge, desired, needs_n
 class TestKept:
     """Written once, then kept."""
 
-    def test_apply_then_observe_is_equal_and_a_second_pass_writes_nothing(self, firewall, monkeypatch):
+    def test_apply_then_observe_is_equal_and_a_second_pass_writes_nothing(
+        self, firewall: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         assert converge(firewall, desired())
         monkeypatch.setattr(Firewall, "_write", lambda *a, **k: pytest.fail("wrote"))
         assert not converge(firewall, desired())
 
-    def test_a_restarted_agent_reads_the_same_and_writes_nothing(self, firewall, monkeypatch):
+    def test_a_restarted_agent_reads_the_same_and_writes_nothing(
+        self, firewall: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         converge(firewall, desired())
         monkeypatch.setattr(Firewall, "_write", lambda *a, **k: pytest.fail("wrote"))
         again = Firewall()
@@ -53,7 +61,7 @@ class TestKept:
             "add table inet ovsmesh { flags dormant; }",
         ],
     )
-    def test_damage_is_heard_seen_and_repaired(self, firewall, damage):
+    def test_damage_is_heard_seen_and_repaired(self, firewall: Any, damage: Any) -> None:
         want = desired()
         converge(firewall, want)
         firewall.drain()
@@ -63,7 +71,7 @@ class TestKept:
         assert converge(firewall, want)
         assert not converge(firewall, want)
 
-    def test_a_moved_rule_is_seen(self, firewall):
+    def test_a_moved_rule_is_seen(self, firewall: Any) -> None:
         want = desired()
         converge(firewall, want)
         possible = firewall.possible(want)
@@ -78,14 +86,19 @@ class TestKept:
         )
         assert converge(firewall, want)
 
-    def test_one_peer_more_is_one_element_and_no_reading(self, firewall, monkeypatch):
+    def test_one_peer_more_is_one_element_and_no_reading(self, firewall: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         many = [replace(PEER, address=ip_address("10.1.0.1") + n) for n in range(1000)]
         converge(firewall, desired(peers=many))
-        calls = []
+        calls: list[Any] = []
         from ovsmesh.linux import firewall as module
 
         run = module._run
-        monkeypatch.setattr(module, "_run", lambda argv, script=None: calls.append(script) or run(argv, script))
+
+        def counted(argv: Any, script: Any = None) -> Any:
+            calls.append(script)
+            return run(argv, script)
+
+        monkeypatch.setattr(module, "_run", counted)
         converge(firewall, desired(peers=[*many, PEER]))
         tables = sum("@peers4" in rule.text for rule in firewall.possible(desired()).rules.values() if rule)
         assert tables and 1 <= len(calls) <= 2, calls
@@ -95,13 +108,15 @@ class TestKept:
         assert all(script.startswith("delete element") for script in calls) and len(calls) <= 2
         assert not firewall.drain()
 
-    def test_an_unmanaged_write_at_the_same_time_is_not_taken_for_our_own(self, firewall, monkeypatch):
+    def test_an_unmanaged_write_at_the_same_time_is_not_taken_for_our_own(
+        self, firewall: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         converge(firewall, desired())
         from ovsmesh.linux import firewall as module
 
         run = module._run
 
-        def meddled(argv, script=None):
+        def meddled(argv: Any, script: Any = None) -> Any:
             monkeypatch.setattr(module, "_run", run)
             nft("add element inet ovsmesh peers4 { 203.0.113.9 }")
             return run(argv, script)
@@ -111,7 +126,7 @@ class TestKept:
         firewall.apply(firewall.possible(more).rules, more.filter_peers)
         assert "203.0.113.9" in firewall.observe(more.rules).peers
 
-    def test_unmanaged_tables_ring_no_bell_and_stay(self, firewall):
+    def test_unmanaged_tables_ring_no_bell_and_stay(self, firewall: Any) -> None:
         converge(firewall, desired())
         firewall.drain()
         unmanaged = (
@@ -124,7 +139,7 @@ class TestKept:
         assert "ovsmesh {" not in left and "table inet other" in left
         assert firewall.observe({})[:2] == ({}, {})
 
-    def test_peers_stand_in_both_tables(self, firewall, monkeypatch):
+    def test_peers_stand_in_both_tables(self, firewall: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         # what a kernel with nft_meta_bridge holds, on any kernel
         monkeypatch.setattr(firewall_rules, "IN_KBR", firewall_rules.IN_ANY)
         converge(firewall, desired())
@@ -139,7 +154,7 @@ class TestKept:
         assert converge(firewall, desired(peers=[PEER, replace(PEER, address=ip_address("192.0.2.3"))]))
         assert not firewall.drain()
 
-    def test_the_kernel_or_nft_knows_each_word(self, firewall):
+    def test_the_kernel_or_nft_knows_each_word(self, firewall: Any) -> None:
         """The whole bridge table: a kernel may lack nft_meta_bridge, but nft must not find fault with the text."""
         wanted = {key: rule for key, rule in desired().rules.items() if key[0] == "bridge"}
         done = subprocess.run(["nft", "-c", "-f", "-"], input=table_script("bridge", wanted, {"192.0.2.2": "peers4"}),
@@ -147,7 +162,7 @@ class TestKept:
         errors = [line for line in done.stderr.splitlines() if "Error" in line]
         assert all("Could not process rule: Operation not supported" in line for line in errors)
 
-    def test_ipv6_underlay(self, firewall):
+    def test_ipv6_underlay(self, firewall: Any) -> None:
         me = replace(ME, address=ip_address("2001:db8::1"))
         peer = replace(PEER, address=ip_address("::ffff:192.0.2.2"))
         want = Dataplane(
@@ -157,12 +172,12 @@ class TestKept:
         assert not converge(firewall, want)
 
     @pytest.mark.parametrize(("encapsulation", "key"), [("vxlan", 7), ("geneve", None)])
-    def test_other_encapsulations(self, firewall, encapsulation, key):
+    def test_other_encapsulations(self, firewall: Any, encapsulation: Any, key: Any) -> None:
         want = desired(replace(MESH, encapsulation=encapsulation, key=key))
         assert converge(firewall, want)
         assert not converge(firewall, want)
 
-    def test_cidrs_change_replaces_the_rules(self, firewall):
+    def test_cidrs_change_replaces_the_rules(self, firewall: Any) -> None:
         converge(firewall, desired())
         assert converge(firewall, desired(replace(MESH, cluster_cidrs=(ip_network("10.0.0.0/8"),))))
 
@@ -172,7 +187,7 @@ class TestKept:
 class TestLacking:
     """A system that lacks something keeps what can work, and says what does not."""
 
-    def tool(self, tmp_path, monkeypatch, body):
+    def tool(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: Any) -> None:
         real = shutil.which("nft")
         path = tmp_path / "nft"
         path.write_text(
@@ -181,10 +196,10 @@ class TestLacking:
         path.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
-    def refuse(self, pattern):
+    def refuse(self, pattern: Any) -> Any:
         return f'[[ $input == *{pattern}* ]] && {{ echo "Error: Could not process rule: Not supported" >&2; exit 1; }}'
 
-    def test_nft_missing(self, firewall, monkeypatch):
+    def test_nft_missing(self, firewall: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "/nonexistent")
         assert not converge(firewall, desired())
         (problem,) = firewall.observe({}).problems
@@ -199,7 +214,9 @@ class TestLacking:
             ("'hook forward'", "inet forward"),
         ],
     )
-    def test_something_missing(self, firewall, tmp_path, monkeypatch, pattern, lacking):
+    def test_something_missing(
+        self, firewall: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: Any, lacking: Any
+    ) -> None:
         self.tool(tmp_path, monkeypatch, self.refuse(pattern))
         assert converge(firewall, desired())
         assert not converge(firewall, desired())
@@ -208,7 +225,9 @@ class TestLacking:
         assert not converge(firewall, desired())
 
     @pytest.mark.parametrize("pattern", ["'type nat'", "'table bridge'", "ibrname", "'hook forward'"])
-    def test_something_missing_found_by_writing(self, firewall, tmp_path, monkeypatch, pattern):
+    def test_something_missing_found_by_writing(
+        self, firewall: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: Any
+    ) -> None:
         self.tool(tmp_path, monkeypatch, self.refuse(pattern))
         want = firewall.possible(desired(), try_out=False)
         assert want == desired()
@@ -216,7 +235,9 @@ class TestLacking:
         assert not converge(firewall, desired())
         assert not [p for p in firewall.observe({}).problems if p.fatal]
 
-    def test_a_write_that_fails_is_named_and_not_repeated(self, firewall, tmp_path, monkeypatch):
+    def test_a_write_that_fails_is_named_and_not_repeated(
+        self, firewall: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         count = tmp_path / "count"
         self.tool(tmp_path, monkeypatch, f"[[ $input ]] && [[ $1 != -c ]] && {{ echo x >> {count}; exit 1; }}")
         want = firewall.possible(desired())
@@ -228,7 +249,7 @@ class TestLacking:
         firewall.apply(want.rules, want.filter_peers)
         assert count.read_text().count("x") == 4
 
-    def test_hanging_tool(self, firewall, tmp_path, monkeypatch):
+    def test_hanging_tool(self, firewall: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("ovsmesh.linux.firewall._TIMEOUT", 0.2)
         path = tmp_path / "nft"
         path.write_text("#!/bin/bash\nexec sleep 5\n")
@@ -244,7 +265,7 @@ class TestIptables:
     """Docker's FORWARD chain, with both kinds of iptables."""
 
     @pytest.fixture(autouse=True)
-    def _variant(self, variant, tmp_path, monkeypatch):
+    def _variant(self, variant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for tool in ("iptables", "ip6tables"):
             for suffix in ("", "-restore"):
                 real = shutil.which(f"{tool}-{variant}{suffix}")
@@ -253,7 +274,7 @@ class TestIptables:
                 (tmp_path / (tool + suffix)).symlink_to(real)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
-    def test_forward(self, firewall, variant):
+    def test_forward(self, firewall: Any, variant: Any) -> None:
         assert firewall.forward_drop() == ()
         sh("iptables -P FORWARD DROP", "iptables -A FORWARD -o docker0 -j ACCEPT", "ip6tables -A FORWARD -j DROP")
         assert firewall.drain() == (variant == "nft")
@@ -284,18 +305,18 @@ class TestTexts:
     """What the tools print, including what they have never been seen to print."""
 
     @pytest.mark.parametrize("text", ["", "[]", '{"nftables": [3]}', '{"nftables": [{"rule": {"x": 1}}]}', "\0"])
-    def test_strange_json(self, text):
+    def test_strange_json(self, text: Any) -> None:
         with pytest.raises(Unreadable):
             parse_nft(text)
 
-    def test_strange_iptables_lines(self):
+    def test_strange_iptables_lines(self) -> None:
         text = '-P FORWARD ACCEPT\n-A FORWARD -m comment --comment "ovsmesh:x:12345678\n-A OTHER -j DROP\n\n-A\n'
         table = parse_iptables(text)
         assert table.rows == () and table.drops
         assert not parse_iptables("-P FORWARD ACCEPT\n").drops
         assert parse_iptables("-P FORWARD DROP\n").drops
 
-    def test_strange_notifications(self):
+    def test_strange_notifications(self) -> None:
         good = struct.pack("=IHHIIBBHHH", 32, 10 << 8, 0, 0, 0, 1, 0, 0, 12, 1) + b"ovsmesh\0"
         assert list(parse(good, b"ovsmesh")) == ["inet"]
         for cut in range(len(good)):

@@ -1,10 +1,14 @@
 """What the filter rules do to packets, in a kernel."""
 
+from __future__ import annotations
+
 import os
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -14,48 +18,48 @@ from ovsmesh.linux.firewall import Firewall
 from tests.support.firewallkit import MESH, converge, desired, inside, needs_nft, needs_root, sh
 
 
-def ipv4(source, target, protocol, payload):
+def ipv4(source: Any, target: Any, protocol: Any, payload: Any) -> Any:
     head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0,
                        socket.inet_aton(source), socket.inet_aton(target))  # fmt: skip
     return head[:10] + struct.pack("!H", internet_checksum(head)) + head[12:] + payload
 
 
-def udp(payload, port=9):
+def udp(payload: Any, port: Any = 9) -> Any:
     return struct.pack("!HHHH", port, port, 8 + len(payload), 0) + payload
 
 
-def ipv6(source, target, payload, protocol=59):
+def ipv6(source: Any, target: Any, payload: Any, protocol: Any = 59) -> Any:
     pair = socket.inet_pton(socket.AF_INET6, source) + socket.inet_pton(socket.AF_INET6, target)
     return struct.pack("!IHBB", 6 << 28, len(payload), protocol, 64) + pair + payload
 
 
-def advertisement(target, payload):
+def advertisement(target: Any, payload: Any) -> Any:
     head = struct.pack("!BBHI", 136, 0, 0, 3 << 29) + socket.inet_pton(socket.AF_INET6, target)
     return ipv6("fe80::1", "fd00:97:1::3", head + payload, 58)
 
 
-def arp(sender, target, payload):
+def arp(sender: Any, target: Any, payload: Any) -> Any:
     return struct.pack("!HHBBH6s4s6s4s", 1, 0x800, 6, 4, 2, bytes(6), socket.inet_aton(sender), bytes(6),
                        socket.inet_aton(target)) + payload  # fmt: skip
 
 
-def gre(protocol, payload):
+def gre(protocol: Any, payload: Any) -> Any:
     return struct.pack("!HH", 0, protocol) + payload
 
 
 class Wire:
     """A raw socket in a namespace that sends frames and says which of our markers arrive."""
 
-    def __init__(self, namespace, device):
+    def __init__(self, namespace: Any, device: Any) -> None:
         with inside(namespace):
             self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
             self.socket.bind((device, 0))
         self.mac = self.socket.getsockname()[4]
 
-    def send(self, to, kind, packet):
+    def send(self, to: Any, kind: Any, packet: Any) -> None:
         self.socket.send(to + self.mac + struct.pack("!H", kind) + packet)
 
-    def got(self, marker, seconds=0.3):
+    def got(self, marker: Any, seconds: Any = 0.3) -> Any:
         """The first frame that holds the marker, or b""."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
@@ -70,7 +74,7 @@ class Wire:
 
 
 @pytest.fixture
-def host(namespaces):
+def host(namespaces: Any) -> Iterator[Any]:
     """A node with kbr0, two pods, a veth that plays obr0, and an underlay with a peer and a stranger in it."""
     node, pod, pod2, mesh, out = namespaces("h", "p", "q", "m", "o")
     sh(
@@ -114,7 +118,7 @@ def host(namespaces):
 class TestPackets:
     """What passes and what does not, shown by packets."""
 
-    def delivered(self, raw, marker):
+    def delivered(self, raw: Any, marker: Any) -> Any:
         end = time.monotonic() + 0.3
         while (left := end - time.monotonic()) > 0:
             raw.settimeout(left)
@@ -125,14 +129,14 @@ class TestPackets:
                 return False
         return False
 
-    def test_tunnel_packets_from_peers_only(self, host):
+    def test_tunnel_packets_from_peers_only(self, host: Any) -> None:
         node, firewall, wires = host
         with inside(node):
             converge(firewall, desired())
             raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_GRE)
         to = wires["eth0"].mac
 
-        def passes(via, source, packet, marker, to=to):
+        def passes(via: Any, source: Any, packet: Any, marker: Any, to: Any = to) -> Any:
             wires[via].send(to, 0x800, ipv4(source, "192.0.2.1", 47, packet))
             return self.delivered(raw, marker)
 
@@ -144,14 +148,14 @@ class TestPackets:
             assert not passes("pod", "192.0.2.2", gre(0x6558, b"forged"), b"forged", inner)
             assert not passes("pod", "10.97.1.2", gre(0x6558, b"pod"), b"pod", inner)
 
-    def test_vxlan_of_our_network_only(self, host):
+    def test_vxlan_of_our_network_only(self, host: Any) -> None:
         node, firewall, wires = host
         with inside(node):
             converge(firewall, desired(replace(MESH, encapsulation="vxlan", key=7)))
             server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             server.bind(("192.0.2.1", 4789))
 
-        def passes(source, vni, marker):
+        def passes(source: Any, vni: Any, marker: Any) -> Any:
             packet = udp(struct.pack("!II", 8 << 24, vni << 8) + marker, 4789)
             wires["out"].send(wires["eth0"].mac, 0x800, ipv4(source, "192.0.2.1", 17, packet))
             return self.delivered(server, marker)
@@ -161,7 +165,7 @@ class TestPackets:
             assert not passes("192.0.2.9", 7, b"stranger")
             assert passes("192.0.2.9", 8, b"another")
 
-    def test_a_pod_can_not_send_tunnel_packets_to_a_peer(self, host):
+    def test_a_pod_can_not_send_tunnel_packets_to_a_peer(self, host: Any) -> None:
         node, firewall, wires = host
         with inside(node):
             converge(firewall, desired())
@@ -171,7 +175,7 @@ class TestPackets:
         pod.send(gateway, 0x800, ipv4("10.97.1.2", "192.0.2.2", 47, gre(0x6558, b"tunnel")))
         assert not wires["out"].got(b"tunnel")
 
-    def test_masquerade_only_what_leaves(self, host):
+    def test_masquerade_only_what_leaves(self, host: Any) -> None:
         node, firewall, wires = host
         with inside(node):
             converge(firewall, desired())
@@ -181,18 +185,18 @@ class TestPackets:
         pod.send(gateway, 0x800, ipv4("10.97.1.2", "10.97.2.1", 17, udp(b"stays")))
         assert wires["mesh"].got(b"stays", 1)[26:30] == socket.inet_aton("10.97.1.2")
 
-    def test_spoofed_sources_are_refused(self, host, monkeypatch):
+    def test_spoofed_sources_are_refused(self, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         node, firewall, wires = host
         with inside(node):
             converge(firewall, desired())
         pod, pod2, mesh = wires["pod"], wires["pod2"], wires["mesh"]
 
-        def passes(via, kind, packet):
+        def passes(via: Any, kind: Any, packet: Any) -> Any:
             marker = os.urandom(8)
             via.send(pod2.mac, kind, packet(marker))
             return bool(pod2.got(marker))
 
-        def from_v4(source):
+        def from_v4(source: Any) -> Any:
             return lambda marker: ipv4(source, "10.97.1.3", 17, udp(marker))
 
         assert passes(pod, 0x800, from_v4("10.97.1.2"))

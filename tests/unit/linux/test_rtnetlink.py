@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from ipaddress import IPv4Address, IPv6Address
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -28,7 +29,7 @@ V6 = st.integers(2**112, 2**128 - 1).map(lambda n: str(IPv6Address(n)))
 MAC = st.binary(min_size=6, max_size=6).map(lambda raw: raw.hex(":"))
 
 
-def decoded(kind, data):
+def decoded(kind: Any, data: Any) -> Any:
     """What pyroute2 reads in a message, its attributes by name beside the header's fields."""
     message = kind(data)
     message.decode()
@@ -37,12 +38,12 @@ def decoded(kind, data):
     return {**{k: message[k] for k in message if k != "attrs"}, **attrs}
 
 
-def payload(data):
+def payload(data: Any) -> Any:
     (message,) = rtnetlink.messages(data)
     return message.payload
 
 
-def witness(kind, type_, fields, *attrs):
+def witness(kind: Any, type_: Any, fields: Any, *attrs: Any) -> Any:
     """The bytes of a message as pyroute2 makes it."""
     message = kind()
     for key, value in fields.items():
@@ -60,7 +61,7 @@ V6_ROUTE = RouteEntry("fd00:97:2::/64", 111, "unicast", "fd00:97:2::1", 7, 1462,
 
 
 @pytest.mark.parametrize(("entry", "family", "length"), [(V4_ROUTE, 2, 24), (V6_ROUTE, 10, 64)])
-def test_a_route_as_pyroute2_reads_it(entry, family, length):
+def test_a_route_as_pyroute2_reads_it(entry: Any, family: Any, length: Any) -> None:
     found = decoded(rtmsg, rtnetlink.route(rtnetlink.NEWROUTE, rtnetlink.CREATE | rtnetlink.EXCL, 5, entry))
     assert found["header"]["type"] == 24
     assert found["header"]["sequence_number"] == 5
@@ -75,7 +76,7 @@ def test_a_route_as_pyroute2_reads_it(entry, family, length):
 
 
 @pytest.mark.parametrize("dst", ["10.97.0.0/16", "fd00:97::/32"])
-def test_an_unreachable_route_as_pyroute2_reads_it(dst):
+def test_an_unreachable_route_as_pyroute2_reads_it(dst: Any) -> None:
     entry = RouteEntry(dst, 4278198272, "unreachable", "", 0, 0, 111, 254)
     found = decoded(rtmsg, rtnetlink.route(rtnetlink.NEWROUTE, 0, 1, entry))
     assert (found["type"], found["flags"], found["RTA_PRIORITY"]) == (7, 0, 4278198272)
@@ -83,14 +84,14 @@ def test_an_unreachable_route_as_pyroute2_reads_it(dst):
 
 
 @pytest.mark.parametrize(("address", "family"), [("10.97.2.1", 2), ("fd00:97:2::1", 10)])
-def test_a_neighbour_as_pyroute2_reads_it(address, family):
+def test_a_neighbour_as_pyroute2_reads_it(address: Any, family: Any) -> None:
     entry = NeighbourEntry(0, address, "0a:58:0a:61:02:01", 9, rtnetlink.PERMANENT, 111, 0)
     found = decoded(ndmsg, rtnetlink.neighbour(rtnetlink.NEWNEIGH, rtnetlink.CREATE | rtnetlink.REPLACE, 5, entry))
     assert [found[k] for k in ("family", "ifindex", "state", "flags")] == [family, 9, 0x80, 0]
     assert [found[k] for k in ("NDA_DST", "NDA_LLADDR", "NDA_PROTOCOL")] == [address, "0a:58:0a:61:02:01", 111]
 
 
-def test_an_fdb_entry_as_pyroute2_reads_it():
+def test_an_fdb_entry_as_pyroute2_reads_it() -> None:
     entry = NeighbourEntry(rtnetlink.AF_BRIDGE, "", "0a:58:0a:61:02:01", 9, rtnetlink.NOARP, 0, 0)
     found = decoded(ndmsg, rtnetlink.neighbour(rtnetlink.NEWNEIGH, 0, 5, entry))
     # flags 4 (NTF_MASTER): the bridge's own table, not the port device's
@@ -100,7 +101,7 @@ def test_an_fdb_entry_as_pyroute2_reads_it():
 
 
 @pytest.mark.parametrize(("address", "family", "flags"), [("10.97.1.1/24", 2, 0), ("fd00:97:1::1/64", 10, 2)])
-def test_an_address_as_pyroute2_reads_it(address, family, flags):
+def test_an_address_as_pyroute2_reads_it(address: Any, family: Any, flags: Any) -> None:
     found = decoded(ifaddrmsg, rtnetlink.address(rtnetlink.NEWADDR, 0, 5, AddressEntry(address, 9, 111)))
     text, _, length = address.partition("/")
     assert [found[k] for k in ("family", "prefixlen", "index", "flags")] == [family, int(length), 9, flags]
@@ -110,7 +111,7 @@ def test_an_address_as_pyroute2_reads_it(address, family, flags):
     assert b"\x05\x00\x0b\x00" not in rtnetlink.address(rtnetlink.DELADDR, 0, 5, AddressEntry(address, 9, 0))
 
 
-def test_a_new_bridge_as_pyroute2_reads_it():
+def test_a_new_bridge_as_pyroute2_reads_it() -> None:
     found = decoded(ifinfmsg, rtnetlink.new_bridge(5, "ovsmesh-new", "0a:58:0a:61:01:01", 1462))
     assert found["header"]["type"] == 16
     # never in the place of one that is there
@@ -138,14 +139,14 @@ def test_a_new_bridge_as_pyroute2_reads_it():
         ({"master": 0}, {"IFLA_MASTER": 0}),
     ],
 )
-def test_a_changed_link_as_pyroute2_reads_it(given, expected):
+def test_a_changed_link_as_pyroute2_reads_it(given: Any, expected: Any) -> None:
     found = decoded(ifinfmsg, rtnetlink.set_link(5, 9, **given))
     assert found["index"] == 9
     assert {key: found[key] for key in expected} == expected
     assert {key for key in found if key.startswith("IFLA_")} == {key for key in expected if key.startswith("IFLA_")}
 
 
-def test_a_quiet_port_as_pyroute2_reads_it():
+def test_a_quiet_port_as_pyroute2_reads_it() -> None:
     found = decoded(ifinfmsg, rtnetlink.quiet_port(5, 9))
     assert (found["family"], found["index"]) == (7, 9)
     words = ("LEARNING", "UNICAST_FLOOD", "MCAST_FLOOD", "BCAST_FLOOD")
@@ -156,7 +157,7 @@ def test_a_quiet_port_as_pyroute2_reads_it():
     ("data", "type_"),
     [(rtnetlink.del_link(5, 9), 17), (rtnetlink.get_link(5, 9), 18), (rtnetlink.set_link(5, 9, up=True), 19)],
 )
-def test_what_is_asked_of_a_link(data, type_):
+def test_what_is_asked_of_a_link(data: Any, type_: Any) -> None:
     found = decoded(ifinfmsg, data)
     assert (found["header"]["type"], found["index"]) == (type_, 9)
 
@@ -170,7 +171,7 @@ def test_what_is_asked_of_a_link(data, type_):
         (rtnetlink.GETLINK, ifinfmsg, 16),
     ],
 )
-def test_a_dump_is_asked_for_with_the_whole_header(kind, reader, header):
+def test_a_dump_is_asked_for_with_the_whole_header(kind: Any, reader: Any, header: Any) -> None:
     data = rtnetlink.dump(kind, 5, 10)
     found = decoded(reader, data)
     assert found["family"] == 10
@@ -181,7 +182,7 @@ def test_a_dump_is_asked_for_with_the_whole_header(kind, reader, header):
 # pyroute2's, read by ours
 
 
-def test_a_route_of_pyroute2():
+def test_a_route_of_pyroute2() -> None:
     data = witness(
         rtmsg,
         24,
@@ -197,23 +198,24 @@ def test_a_route_of_pyroute2():
     )
 
 
-def test_a_default_route_has_no_destination_attribute():
+def test_a_default_route_has_no_destination_attribute() -> None:
     for family, dst in ((2, "0.0.0.0/0"), (10, "::/0")):
         data = witness(rtmsg, 24, {"family": family, "table": 254, "proto": 9, "type": 1}, ("RTA_OIF", 3))
         assert rtnetlink.parse_route(payload(data)) == RouteEntry(dst, 0, "unicast", "", 3, 0, 9, 254)
 
 
-def test_a_table_above_255_is_read_from_its_attribute():
+def test_a_table_above_255_is_read_from_its_attribute() -> None:
     data = witness(rtmsg, 24, {"family": 2, "dst_len": 8, "table": 252}, ("RTA_DST", "10.0.0.0"), ("RTA_TABLE", 1000))
-    assert rtnetlink.parse_route(payload(data)).table == 1000
+    route = rtnetlink.parse_route(payload(data))
+    assert route is not None and route.table == 1000
 
 
 @pytest.mark.parametrize("fields", [{"family": 2, "flags": 0x200}, {"family": 28}, {"family": 128}])
-def test_cached_routes_and_other_families_are_none(fields):
+def test_cached_routes_and_other_families_are_none(fields: Any) -> None:
     assert rtnetlink.parse_route(payload(witness(rtmsg, 24, fields))) is None
 
 
-def test_a_neighbour_of_pyroute2():
+def test_a_neighbour_of_pyroute2() -> None:
     data = witness(
         ndmsg,
         28,
@@ -224,7 +226,7 @@ def test_a_neighbour_of_pyroute2():
     assert rtnetlink.parse_neighbour(payload(data)) == NeighbourEntry(10, "fd00::1", "02:00:00:00:00:01", 4, 2, 0, 0)
 
 
-def test_an_fdb_entry_of_pyroute2_tells_its_bridge():
+def test_an_fdb_entry_of_pyroute2_tells_its_bridge() -> None:
     data = witness(
         ndmsg,
         28,
@@ -235,7 +237,7 @@ def test_an_fdb_entry_of_pyroute2_tells_its_bridge():
     assert rtnetlink.parse_neighbour(payload(data)) == NeighbourEntry(7, "", "02:00:00:00:00:01", 4, 0x40, 0, 3)
 
 
-def test_a_point_to_point_address_is_the_local_one():
+def test_a_point_to_point_address_is_the_local_one() -> None:
     data = witness(
         ifaddrmsg,
         20,
@@ -246,7 +248,7 @@ def test_a_point_to_point_address_is_the_local_one():
     assert rtnetlink.parse_address(payload(data)) == AddressEntry("192.0.2.1/32", 4, 0)
 
 
-def test_a_link_of_pyroute2():
+def test_a_link_of_pyroute2() -> None:
     data = witness(
         ifinfmsg,
         16,
@@ -262,7 +264,7 @@ def test_a_link_of_pyroute2():
     )
 
 
-def test_hairpin_of_pyroute2():
+def test_hairpin_of_pyroute2() -> None:
     data = witness(
         ifinfmsg,
         16,
@@ -277,7 +279,7 @@ def test_hairpin_of_pyroute2():
     assert rtnetlink._attrs(memoryview(attrs[12]), 0) == {4: b"\1"}
 
 
-def port_flags(*values):
+def port_flags(*values: Any) -> Any:
     """A link message of a bridge port with LEARNING, UNICAST_FLOOD, MCAST_FLOOD and BCAST_FLOOD as given."""
     attr = rtnetlink._attr
     flags = b"".join(attr(kind, bytes([value])) for kind, value in zip((8, 9, 27, 30), values, strict=False))
@@ -291,13 +293,14 @@ def port_flags(*values):
     ("values", "quiet"),
     [((0, 0, 0, 0), True), ((1, 0, 0, 0), False), ((0, 1, 0, 0), False), ((0, 0, 1, 0), False), ((0, 0, 0, 1), False)],
 )
-def test_a_port_is_quiet_when_it_neither_learns_nor_floods(values, quiet):
+def test_a_port_is_quiet_when_it_neither_learns_nor_floods(values: Any, quiet: Any) -> None:
     link = rtnetlink.parse_link(port_flags(*values))
-    assert (link.quiet, link.kind, link.master) == (quiet, "tun", 4)
+    assert link is not None and (link.quiet, link.kind, link.master) == (quiet, "tun", 4)
 
 
-def test_a_link_that_is_no_port_is_not_quiet():
-    assert not rtnetlink.parse_link(payload(rtnetlink.set_link(1, 9, up=True))).quiet
+def test_a_link_that_is_no_port_is_not_quiet() -> None:
+    link = rtnetlink.parse_link(payload(rtnetlink.set_link(1, 9, up=True)))
+    assert link is not None and not link.quiet
 
 
 # round trips
@@ -318,32 +321,32 @@ ROUTES = st.builds(
 
 @CALM
 @given(ROUTES, st.sampled_from([rtnetlink.NEWROUTE, rtnetlink.DELROUTE]), U32)
-def test_routes_come_back_as_they_went(entry, kind, seq):
+def test_routes_come_back_as_they_went(entry: Any, kind: Any, seq: Any) -> None:
     (message,) = rtnetlink.messages(rtnetlink.route(kind, 0, seq, entry))
     assert (message.type, message.seq, rtnetlink.parse_route(message.payload)) == (kind, seq, entry)
 
 
 @CALM
 @given(st.builds(NeighbourEntry, st.just(2), V4, MAC, INDEX, st.integers(0, 65535), BYTE, st.just(0)))
-def test_neighbours_come_back_as_they_went(entry):
+def test_neighbours_come_back_as_they_went(entry: Any) -> None:
     assert rtnetlink.parse_neighbour(payload(rtnetlink.neighbour(rtnetlink.NEWNEIGH, 0, 1, entry))) == entry
 
 
 @CALM
 @given(st.builds(NeighbourEntry, st.just(7), st.just(""), MAC, INDEX, st.integers(0, 65535), st.just(0), st.just(0)))
-def test_fdb_entries_come_back_as_they_went(entry):
+def test_fdb_entries_come_back_as_they_went(entry: Any) -> None:
     assert rtnetlink.parse_neighbour(payload(rtnetlink.neighbour(rtnetlink.NEWNEIGH, 0, 1, entry))) == entry
 
 
 @CALM
 @given(st.builds(AddressEntry, V4.map(lambda a: f"{a}/24") | V6.map(lambda a: f"{a}/64"), INDEX, BYTE))
-def test_addresses_come_back_as_they_went(entry):
+def test_addresses_come_back_as_they_went(entry: Any) -> None:
     assert rtnetlink.parse_address(payload(rtnetlink.address(rtnetlink.NEWADDR, 0, 1, entry))) == entry
 
 
 @CALM
 @given(st.lists(st.binary(max_size=9), max_size=5), st.integers(0, 40))
-def test_messages_in_one_read_are_told_apart_and_a_cut_one_is_left_out(bodies, cut):
+def test_messages_in_one_read_are_told_apart_and_a_cut_one_is_left_out(bodies: Any, cut: Any) -> None:
     data, ends = b"", []
     for seq, body in enumerate(bodies):
         one = rtnetlink._pack(rtnetlink.NEWROUTE, 0, seq, body)
@@ -373,7 +376,7 @@ WHOLE = [
 
 @CALM
 @given(st.binary(max_size=64))
-def test_garbage_does_not_split_into_nonsense(data):
+def test_garbage_does_not_split_into_nonsense(data: Any) -> None:
     for message in rtnetlink.messages(data):
         assert len(message.payload) <= len(data) - 16
 
@@ -381,7 +384,7 @@ def test_garbage_does_not_split_into_nonsense(data):
 @pytest.mark.parametrize("parse", PARSERS)
 @CALM
 @given(data=st.data())
-def test_truncated_payloads_never_raise(parse, data):
+def test_truncated_payloads_never_raise(parse: Any, data: Any) -> None:
     whole = data.draw(st.sampled_from(WHOLE))
     parse(whole[: data.draw(st.integers(0, len(whole)))])
 
@@ -389,7 +392,7 @@ def test_truncated_payloads_never_raise(parse, data):
 @pytest.mark.parametrize("parse", PARSERS)
 @CALM
 @given(data=st.data())
-def test_garbled_payloads_never_raise(parse, data):
+def test_garbled_payloads_never_raise(parse: Any, data: Any) -> None:
     raw = bytearray(bytes(data.draw(st.sampled_from(WHOLE))) + data.draw(st.binary(max_size=8)))
     for _ in range(data.draw(st.integers(0, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(BYTE)
@@ -397,5 +400,5 @@ def test_garbled_payloads_never_raise(parse, data):
 
 
 @pytest.mark.parametrize(("raw", "code"), [(struct.pack("=i", -17), 17), (struct.pack("=i", 0) + b"\0" * 16, 0)])
-def test_an_errors_code(raw, code):
+def test_an_errors_code(raw: Any, code: Any) -> None:
     assert rtnetlink.error_of(rtnetlink.Message(rtnetlink.ERROR, 0, 1, memoryview(raw))) == code

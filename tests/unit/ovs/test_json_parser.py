@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import ovs.json
 import pytest
@@ -32,7 +33,7 @@ DOCUMENTS = [
 ]
 
 
-def fed(*chunks):
+def fed(*chunks: Any) -> Any:
     """The parser after as many of these chunks as it wanted, and what it did not take of them."""
     parser, rest = Parser(), "".join(chunks)
     for chunk in chunks:
@@ -45,7 +46,7 @@ def fed(*chunks):
 
 
 @pytest.mark.parametrize("text", DOCUMENTS)
-def test_every_split_point(text):
+def test_every_split_point(text: Any) -> None:
     for at in range(1, len(text)):
         parser, rest = fed(text[:at], text[at:])
         assert parser.is_done() and rest == ""
@@ -53,13 +54,13 @@ def test_every_split_point(text):
 
 
 @pytest.mark.parametrize("text", DOCUMENTS)
-def test_one_character_at_a_time(text):
+def test_one_character_at_a_time(text: Any) -> None:
     parser, rest = fed(*text)
     assert parser.finish() == json.loads(text) and rest == ""
 
 
 @pytest.mark.parametrize("text", DOCUMENTS)
-def test_what_follows_is_the_next_message(text):
+def test_what_follows_is_the_next_message(text: Any) -> None:
     both = text + '{"next":["message"]}'
     for at in range(1, len(both)):
         parser, rest = fed(both[:at], both[at:])
@@ -68,7 +69,7 @@ def test_what_follows_is_the_next_message(text):
 
 
 @pytest.mark.parametrize("text", DOCUMENTS)
-def test_it_is_done_at_the_end_and_not_before(text):
+def test_it_is_done_at_the_end_and_not_before(text: Any) -> None:
     parser = Parser()
     for character in text[:-1]:
         parser.feed(character)
@@ -80,25 +81,25 @@ def test_it_is_done_at_the_end_and_not_before(text):
 @pytest.mark.parametrize(
     "text", ['{"a":}', '{"a" 1}', "[1,]", "{]", "[}", "}", "]", "nonsense{}", '{"a":"\x01"}', "{'a':1}"]
 )
-def test_what_is_no_json_is_told_by_a_string(text):
+def test_what_is_no_json_is_told_by_a_string(text: Any) -> None:
     parser, _ = fed(text)
     assert parser.is_done()
     assert isinstance(parser.finish(), str) and parser.finish()
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a":[1', '["never ended'])
-def test_half_a_message_is_not_done_and_no_value(text):
+def test_half_a_message_is_not_done_and_no_value(text: Any) -> None:
     parser, _ = fed(text)
     assert not parser.is_done()
     assert isinstance(parser.finish(), str)
 
 
-def test_nesting_as_deep_as_anyone_sends():
+def test_nesting_as_deep_as_anyone_sends() -> None:
     deep = "[" * 500 + "]" * 500
     assert fed(deep)[0].finish() == json.loads(deep)
 
 
-def test_nesting_deeper_than_python_can_is_an_error_and_not_the_end():
+def test_nesting_deeper_than_python_can_is_an_error_and_not_the_end() -> None:
     parser, _ = fed("[" * 200_000, "]" * 200_000)
     assert parser.is_done()
     assert isinstance(parser.finish(), str)
@@ -109,7 +110,7 @@ TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 PLAIN = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | TEXT
 
 
-def messages(leaves):
+def messages(leaves: Any) -> Any:
     values = st.recursive(
         leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4), max_leaves=8
     )
@@ -123,7 +124,7 @@ def messages(leaves):
     st.lists(st.integers(1, 400), max_size=6),
     st.none() | st.integers(0, 4),
 )
-def test_any_value_in_any_pieces(value, ascii_only, cuts, indent):
+def test_any_value_in_any_pieces(value: Any, ascii_only: Any, cuts: Any, indent: Any) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
     ends = sorted({cut for cut in cuts if cut < len(text)})
     chunks = [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
@@ -134,7 +135,7 @@ def test_any_value_in_any_pieces(value, ascii_only, cuts, indent):
 
 @CALM
 @given(st.lists(st.text(st.sampled_from('{}[]"\\,:1a \n'), min_size=1, max_size=8), max_size=6))
-def test_garbage_never_raises(chunks):
+def test_garbage_never_raises(chunks: Any) -> None:
     parser, _ = fed(*chunks)
     found = parser.finish()
     assert isinstance(found, (str, dict, list, int))
@@ -142,13 +143,13 @@ def test_garbage_never_raises(chunks):
 
 @settings(CALM, max_examples=40)
 @given(messages(PLAIN), st.text(max_size=5))
-def test_python_ovs_reads_the_same(value, trailer):
+def test_python_ovs_reads_the_same(value: Any, trailer: Any) -> None:
     text = json.dumps(value)
     theirs = ovs.json.from_string(text)
     assert fed(text + trailer)[0].finish() == theirs == value
 
 
-def test_it_is_put_in_only_where_the_fast_one_lacks(monkeypatch):
+def test_it_is_put_in_only_where_the_fast_one_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = ovs.json.Parser
     monkeypatch.setattr(ovs.json, "Parser", slow)
     monkeypatch.setattr(ovs.json, "PARSER", ovs.json.PARSER_C)

@@ -7,7 +7,9 @@ import select
 import socket
 import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -72,7 +74,7 @@ class Switch:
 
 
 @pytest.fixture
-def switch(tmp_path, monkeypatch):
+def switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     made = Switch(tmp_path)
     yield made
@@ -80,13 +82,13 @@ def switch(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def table(switch):
+def table(switch: Any) -> Iterator[Any]:
     made = FlowTable(switch.run)
     yield made
     made.close()
 
 
-def rang(table, within=2.0):
+def rang(table: Any, within: Any = 2.0) -> Any:
     """What drain() says once something has come; False if nothing does."""
     end = time.monotonic() + within
     while time.monotonic() < end:
@@ -100,7 +102,7 @@ def rang(table, within=2.0):
 # reading
 
 
-def test_flows_come_with_names_and_sorted_fields(table):
+def test_flows_come_with_names_and_sorted_fields(table: Any) -> None:
     assert table.observe(OFPORTS) == (FLOWS, ())
 
 
@@ -112,7 +114,7 @@ def test_flows_come_with_names_and_sorted_fields(table):
         f" {COOKIE}, table=0, priority=0 actions=drop",
     ],
 )
-def test_forms_of_our_own_flow(switch, table, line):
+def test_forms_of_our_own_flow(switch: Any, table: Any, line: Any) -> None:
     (switch.run / "dump").write_text(f"NXST_FLOW reply (xid=0x4):\n{line}\n")
     assert table.observe(OFPORTS) == ({"0 ": "drop"}, ())
 
@@ -131,7 +133,7 @@ def test_forms_of_our_own_flow(switch, table, line):
         f" {COOKIE}, table=2, priority=9,icmp actions=resubmit(,3)",
     ],
 )
-def test_unmanaged_flows_are_named_and_not_taken_for_ours(switch, table, line):
+def test_unmanaged_flows_are_named_and_not_taken_for_ours(switch: Any, table: Any, line: Any) -> None:
     (switch.run / "dump").write_text(f"NXST_FLOW reply (xid=0x4):\n{line}\n {COOKIE}, priority=0 actions=drop\n")
     flows, unmanaged = table.observe(OFPORTS)
     assert flows == {"0 ": "drop"}
@@ -140,12 +142,12 @@ def test_unmanaged_flows_are_named_and_not_taken_for_ours(switch, table, line):
 
 
 @pytest.mark.parametrize("line", [" priority=0 actions=NORMAL", " cookie=0x0, priority=0 actions=NORMAL"])
-def test_what_standalone_mode_puts_in_is_no_one_elses(switch, table, line):
+def test_what_standalone_mode_puts_in_is_no_one_elses(switch: Any, table: Any, line: Any) -> None:
     (switch.run / "dump").write_text(f"NXST_FLOW reply (xid=0x4):\n{line}\n")
     assert table.observe(OFPORTS) == ({}, ())
 
 
-def test_a_flow_without_priority_and_match(switch, table):
+def test_a_flow_without_priority_and_match(switch: Any, table: Any) -> None:
     # it drops all, and it has our cookie: it must go
     (switch.run / "dump").write_text(f"{DUMP} {COOKIE}, actions=drop\n {COOKIE}, udp actions=NORMAL\n")
     flows, unmanaged = table.observe(OFPORTS)
@@ -153,13 +155,13 @@ def test_a_flow_without_priority_and_match(switch, table):
     assert unmanaged == ()
 
 
-def test_a_port_without_a_name_keeps_its_number(table):
+def test_a_port_without_a_name_keeps_its_number(table: Any) -> None:
     flows, _ = table.observe({"gre-web3": 15})
     assert flows["100 dl_dst=0a:58:0a:61:02:01,in_port=LOCAL"] == "output:5"
     assert flows["100 dl_dst=0a:58:0a:61:03:01,in_port=LOCAL"] == "output:gre-web3"
 
 
-def test_a_port_made_again_under_another_number_is_drift(switch, table):
+def test_a_port_made_again_under_another_number_is_drift(switch: Any, table: Any) -> None:
     table.observe(OFPORTS)
     flows, _ = table.observe(OFPORTS | {"gre-web2": 99})
     assert "100 dl_dst=0a:58:0a:61:01:01,in_port=5,ip,nw_src=10.97.2.0/24" in flows
@@ -171,11 +173,11 @@ def test_a_port_made_again_under_another_number_is_drift(switch, table):
     assert switch.dumps == 1
 
 
-def test_no_switch_is_none(tmp_path):
+def test_no_switch_is_none(tmp_path: Path) -> None:
     assert FlowTable(tmp_path).observe(OFPORTS) is None
 
 
-def test_a_dump_that_fails_is_none(switch, table):
+def test_a_dump_that_fails_is_none(switch: Any, table: Any) -> None:
     (switch.run / "status").write_text("1")
     assert table.observe(OFPORTS) is None
 
@@ -197,7 +199,7 @@ GONE = "event=DELETED reason=delete table=0 cookie=0x6f76736d"
         "NXST_FLOW_MONITOR reply (xid=0x0):",
     ],
 )
-def test_what_is_known_already_rings_no_bell(switch, table, line):
+def test_what_is_known_already_rings_no_bell(switch: Any, table: Any, line: Any) -> None:
     table.observe(OFPORTS)
     switch.says(line)
     assert not rang(table, 0.2)
@@ -224,7 +226,7 @@ def test_what_is_known_already_rings_no_bell(switch, table, line):
         " event=SOMETHING of a version to come",
     ],
 )
-def test_what_is_news_rings_and_is_read_again(switch, table, line):
+def test_what_is_news_rings_and_is_read_again(switch: Any, table: Any, line: Any) -> None:
     table.observe(OFPORTS)
     switch.says("NXST_FLOW_MONITOR reply (xid=0x0):", line)
     assert rang(table)
@@ -232,7 +234,7 @@ def test_what_is_news_rings_and_is_read_again(switch, table, line):
     assert switch.dumps == 2
 
 
-def test_a_line_that_comes_in_two_pieces(switch, table):
+def test_a_line_that_comes_in_two_pieces(switch: Any, table: Any) -> None:
     table.observe(OFPORTS)
     os.write(switch.events, f" {OURS} in_port=LOCAL,dl_dst=0a:58:0a:61:".encode())
     assert not rang(table, 0.1)
@@ -244,7 +246,7 @@ def test_a_line_that_comes_in_two_pieces(switch, table):
     assert rang(table)
 
 
-def test_the_table_is_read_once_and_again_when_told(switch, table):
+def test_the_table_is_read_once_and_again_when_told(switch: Any, table: Any) -> None:
     for _ in range(3):
         table.observe(OFPORTS)
     assert switch.dumps == 1
@@ -253,7 +255,7 @@ def test_the_table_is_read_once_and_again_when_told(switch, table):
     assert switch.dumps == 2
 
 
-def test_the_end_of_the_monitor_rings(switch, table):
+def test_the_end_of_the_monitor_rings(switch: Any, table: Any) -> None:
     table.observe(OFPORTS)
     table._monitor.terminate()
     assert rang(table)
@@ -261,7 +263,7 @@ def test_the_end_of_the_monitor_rings(switch, table):
     assert table.observe(OFPORTS) is not None and switch.dumps == 2
 
 
-def test_nothing_is_left_of_the_monitor(switch, table):
+def test_nothing_is_left_of_the_monitor(switch: Any, table: Any) -> None:
     table.observe(OFPORTS)
     monitor = table._monitor
     table.close()
@@ -272,7 +274,7 @@ def test_nothing_is_left_of_the_monitor(switch, table):
 # writing
 
 
-def test_one_bundle_with_numbers_for_names(switch, table):
+def test_one_bundle_with_numbers_for_names(switch: Any, table: Any) -> None:
     table.observe(OFPORTS)
     gone = "100 dl_dst=0a:58:0a:61:01:01,in_port=gre-web2,ip,nw_src=10.97.2.0/24"
     table.apply(
@@ -295,13 +297,13 @@ def test_one_bundle_with_numbers_for_names(switch, table):
     assert switch.dumps == 1
 
 
-def test_what_is_replaced_is_not_deleted_after(switch, table):
+def test_what_is_replaced_is_not_deleted_after(switch: Any, table: Any) -> None:
     # under its number before, under its name now: one and the same flow to the switch
     table.apply({"100 in_port=gre-web2": "LOCAL"}, ["100 in_port=5"], OFPORTS)
     assert (switch.run / "applied").read_text() == f"add {COOKIE},priority=100,in_port=5,actions=LOCAL\n"
 
 
-def test_a_refusal_is_told_and_the_table_read_again(switch, table):
+def test_a_refusal_is_told_and_the_table_read_again(switch: Any, table: Any) -> None:
     table.observe(OFPORTS)
     (switch.run / "status").write_text("1")
     (switch.run / "refusal").write_text("OFPT_ERROR (OF1.4) (xid=0x6): OFPBFC_MSG_FAILED\nmore\n")
@@ -312,13 +314,13 @@ def test_a_refusal_is_told_and_the_table_read_again(switch, table):
     assert switch.dumps == 2
 
 
-def test_a_port_that_has_no_number_is_named_and_nothing_is_sent(switch, table):
+def test_a_port_that_has_no_number_is_named_and_nothing_is_sent(switch: Any, table: Any) -> None:
     with pytest.raises(OvsmeshError, match="port gre-web9 has no OpenFlow number"):
         table.apply({"0 ": "drop", "100 in_port=LOCAL": "output:gre-web9"}, [], OFPORTS)
     assert not (switch.run / "applied").exists()
 
 
-def test_no_tool_is_said_so(tmp_path, monkeypatch):
+def test_no_tool_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OvsmeshError, match=r"can't run ovs-ofctl: .*; install Open vSwitch's tools"):
         FlowTable(tmp_path).apply({"0 ": "drop"}, [], {})
@@ -329,7 +331,7 @@ def test_no_tool_is_said_so(tmp_path, monkeypatch):
 
 @settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sets(st.integers(1, 60), max_size=12), st.randoms(use_true_random=False))
-def test_what_is_written_is_read_back_the_same(switch, table, peers, chance):
+def test_what_is_written_is_read_back_the_same(switch: Any, table: Any, peers: Any, chance: Any) -> None:
     numbers = list(range(1, 65))
     chance.shuffle(numbers)
     ofports = {f"gre-web{p}": number for p, number in zip(sorted(peers), numbers, strict=False)}
