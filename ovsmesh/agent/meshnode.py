@@ -161,7 +161,7 @@ class MeshNodeWriter:
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _status(self, turn: Turn, ovs: str, slices: Mapping[str, str]) -> Object:
-        about = reports.Runtime(now=time.time(), agent_version=__version__, ovs_version=ovs, mesh_current=turn.whole)
+        about = reports.Context(now=time.time(), agent_version=__version__, ovs_version=ovs, mesh_current=turn.whole)
         made = report(turn, self._node, {}, about)
         refused = made.count("refused")
         wanted = made.count("wanted")

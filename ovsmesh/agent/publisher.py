@@ -72,7 +72,7 @@ class Board:
         if turn is None or turn is self._shown:
             return
         self._shown = turn
-        about = reports.Runtime(
+        about = reports.Context(
             now=time.time(),
             agent_since=runtime.started,
             agent_version=__version__,

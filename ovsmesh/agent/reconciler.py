@@ -16,9 +16,10 @@ from typing import Protocol
 
 from ovsmesh.agent.driver import Host
 from ovsmesh.agent.publisher import RETRIED
-from ovsmesh.agent.result import Runtime, Turn, around
+from ovsmesh.agent.result import Runtime, Turn
 from ovsmesh.dataplane import desired
-from ovsmesh.dataplane.plan import Plan, due, plan
+from ovsmesh.dataplane.plan import Plan, due, in_sync, plan
+from ovsmesh.dataplane.report import unmanaged_beside
 from ovsmesh.dataplane.types import Dataplane, Facts, Observed
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.linux.netlink import read_sysctls
@@ -119,10 +120,8 @@ class Agent:
         self._outdated = me is not None and self._host.facts(snapshot.mesh, me) != self._facts
         if due(todo, have.problems).steps and not failed:
             failed = [Problem("NotConverged", f"{len(todo.steps)} changes did not take, the first: {todo.steps[0]}")]
-        # what is wrong with the mesh is its writer's to mend, and does not keep the rest from being in place
-        fatal = any(p.fatal for p in (*have.problems, *failed))
-        converged = not (todo.steps or todo.blocked or todo.held or fatal)
-        problems = (*problems, *refused, *have.problems, *failed, *_braked(todo), *around(have, todo))
+        converged = in_sync(todo, (*have.problems, *failed))
+        problems = (*problems, *refused, *have.problems, *failed, *_braked(todo), *unmanaged_beside(have, todo))
         seconds = time.monotonic() - started
         return Turn(
             snapshot.mesh,

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ovsmesh.dataplane import desired
 from ovsmesh.dataplane import report as reports
 from ovsmesh.dataplane.plan import Plan
 from ovsmesh.dataplane.types import Dataplane, Facts, Observed
@@ -56,12 +55,8 @@ class Turn:
     """When the mesh was read, in seconds since the epoch; 0 for never."""
 
 
-def report(turn: Turn, node: str, traffic: Mapping[str, reports.Traffic], about: reports.Runtime) -> reports.Report:
+def report(turn: Turn, node: str, traffic: Mapping[str, reports.Traffic], about: reports.Context) -> reports.Report:
     """A turn, or a look at the system, as the report that every reader is shown."""
-    me = turn.mesh.node(node) if turn.mesh else None
-    parts: Mapping[str, Dataplane] = {}
-    if turn.mesh and me and turn.facts:
-        parts, _ = desired.peers(turn.mesh, me, desired.wiring(turn.mesh, me, turn.facts))
     return reports.report(
         turn.mesh,
         node,
@@ -71,13 +66,6 @@ def report(turn: Turn, node: str, traffic: Mapping[str, reports.Traffic], about:
         turn.plan,
         turn.problems,
         turn.converged,
-        parts,
         traffic,
         about,
     )
-
-
-def around(have: Observed, todo: Plan) -> tuple[Problem, ...]:
-    """Unmanaged things that block nothing of ours, named all the same."""
-    told = {blocked.unmanaged for blocked in todo.blocked}
-    return tuple(Problem("Foreign", f.detail, fatal=False) for f in have.unmanaged if f not in told)

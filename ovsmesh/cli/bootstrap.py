@@ -14,8 +14,7 @@ from ovsmesh.agent.driver import Host, kernel_datapath
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.cli import inspect, preflight
 from ovsmesh.cli.preflight import FAIL, OK, WARN, Check
-from ovsmesh.dataplane import desired as meshes
-from ovsmesh.dataplane import shell_script
+from ovsmesh.dataplane import desired, shell_script
 from ovsmesh.dataplane.types import Facts
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.types import Mesh, Node
@@ -50,17 +49,17 @@ def script(options: Options) -> tuple[str, tuple[Problem, ...]]:
     with _open(options) as host:
         host.drain()
         facts = host.facts(wanted, me)
-        want, refused = meshes.dataplane(wanted, me.name, facts)
+        want, refused = desired.dataplane(wanted, me.name, facts)
         want = host.possible(want)
         lacking = host.firewall.observe(want.rules).problems
     notes = [
         f"containers get an address of {', '.join(map(str, me.pod_cidrs))}, the first one as gateway, "
-        f"and MTU {meshes.pod_mtu(wanted, me, facts)}",
+        f"and MTU {desired.pod_mtu(wanted, me, facts)}",
         *map(str, (*problems, *refused, *lacking)),
     ]
     where = str(run_dir(options.ovsdb))
     title = f"node {me.name}, tunnel address {me.address}, of the mesh in {options.mesh}"
-    return shell_script.recipe(want, title, notes, "" if where in _USUAL else where), (*problems, *refused)
+    return shell_script.render(want, title, notes, "" if where in _USUAL else where), (*problems, *refused)
 
 
 def check(options: Options) -> list[Check]:
@@ -87,7 +86,7 @@ def check(options: Options) -> list[Check]:
         found += _underlay(wanted, me, facts)
         found += preflight.ranges(wanted, preflight.routes())
         if host.ovs.synced:
-            want, _ = meshes.dataplane(wanted, me.name, facts)
+            want, _ = desired.dataplane(wanted, me.name, facts)
             have = host.observe(want)
             found += [Check(FAIL, "foreign", f.detail) for f in have.unmanaged if f.kind in ("links", "bridges")]
     if facts.underlay_mtu is not None:
@@ -99,9 +98,9 @@ def _underlay(mesh: Mesh, me: Node, facts: Facts) -> Iterator[Check]:
     if facts.underlay_mtu is None:
         yield Check(FAIL, "address", f"{me.address} is on no link of this host; assign it, or correct the mesh")
         return
-    mtu = meshes.pod_mtu(mesh, me, facts)
+    mtu = desired.pod_mtu(mesh, me, facts)
     yield Check(OK, "address", f"{me.address} is here")
-    told = [p for p in meshes.dataplane(mesh, me.name, facts)[1] if p.reason not in _TOLD]
+    told = [p for p in desired.dataplane(mesh, me.name, facts)[1] if p.reason not in _TOLD]
     yield from (Check(FAIL if p.fatal else WARN, "mtu" if "MTU" in p.reason else "mesh", str(p)) for p in told)
     if not any("MTU" in p.reason for p in told):
         yield Check(OK, "mtu", f"{facts.underlay_mtu} below, {mtu} for containers")
@@ -124,7 +123,7 @@ def await_converged(options: Options, deadline: float) -> tuple[list[str], bool]
     wanted, me, _ = _mesh(options)
     peers = [n for n in wanted.nodes if n.name != me.name]
     versions = {c.version for c in me.pod_cidrs}
-    gateways = {n.name: [str(meshes.gateway(c)) for c in n.pod_cidrs if c.version in versions] for n in peers}
+    gateways = {n.name: [str(desired.gateway(c)) for c in n.pod_cidrs if c.version in versions] for n in peers}
     answered = icmp.ping([g for found in gateways.values() for g in found])
     lines = [f"{me.name}: converged, {len(peers)} peer{'' if len(peers) == 1 else 's'}"]
     for peer in peers:

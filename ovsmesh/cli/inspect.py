@@ -12,10 +12,10 @@ import yaml
 
 from ovsmesh.agent.driver import Host
 from ovsmesh.agent.options import Options, opened
-from ovsmesh.agent.result import Turn, around, report
-from ovsmesh.dataplane import desired as meshes
-from ovsmesh.dataplane.plan import Plan, plan
-from ovsmesh.dataplane.report import Runtime, Traffic
+from ovsmesh.agent.result import Turn, report
+from ovsmesh.dataplane import desired
+from ovsmesh.dataplane.plan import Plan, in_sync, plan
+from ovsmesh.dataplane.report import Context, Traffic, unmanaged_beside
 from ovsmesh.dataplane.report_text import render_text
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.file_source import FileSource, Snapshot
@@ -42,13 +42,12 @@ def _look(host: Host, source: Snapshot, node: str) -> Turn:
         return Turn(None, None, None, None, Plan(), problems, False)
     host.drain()
     facts = host.facts(wanted, me)
-    want, refused = meshes.dataplane(wanted, node, facts)
+    want, refused = desired.dataplane(wanted, node, facts)
     want = host.possible(want)
     have = host.observe(want)
     todo = plan(want, have)
-    fatal = any(p.fatal for p in have.problems)
-    converged = not (todo.steps or todo.blocked or todo.held or fatal)
-    problems = (*problems, *refused, *have.problems, *around(have, todo))
+    converged = in_sync(todo, have.problems)
+    problems = (*problems, *refused, *have.problems, *unmanaged_beside(have, todo))
     return Turn(wanted, facts, want, have, todo, problems, converged, source.confirmed, since=source.since)
 
 
@@ -84,7 +83,7 @@ def status(options: Options, output: str) -> str:
     pairs = [pair for pair in own or () if isinstance(pair, list) and len(pair) == 2]
     more = [Problem(str(reason), str(text)) for reason, text in pairs if str(text) not in known]
     found = dataclasses.replace(found, problems=(*found.problems, *more))
-    about = Runtime(
+    about = Context(
         now=time.time(),
         agent_since=_number(told.get("since")) if running else None,
         agent_version=str(told.get("version") or "") if running else "",

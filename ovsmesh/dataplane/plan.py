@@ -305,6 +305,15 @@ def _braked(want: Dataplane, have: Dataplane) -> tuple[str, ...]:
     return ()
 
 
+def in_sync(todo: Plan, problems: Iterable[Problem]) -> bool:
+    """Return whether a node is as wanted: nothing is left to do, blocked or held, and no problem is fatal.
+
+    `problems` are those of observing and applying. What is wrong with the mesh itself does not count: its writer
+    corrects it, and all that the mesh rightly names is in place meanwhile.
+    """
+    return not (todo.steps or todo.blocked or todo.held or any(problem.fatal for problem in problems))
+
+
 def due(todo: Plan, problems: Iterable[Problem]) -> Plan:
     """What of a plan is to be done now: a conflist lets pods in, so it comes when all else is true.
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from ovsmesh.dataplane import cni_config
-from ovsmesh.dataplane import desired as meshes
+from ovsmesh.dataplane import cni_config, desired
 from ovsmesh.dataplane.plan import Plan, Step
 from ovsmesh.dataplane.types import KBR, Dataplane, Facts, Observed, Unmanaged
 from ovsmesh.errors import Problem
@@ -34,7 +33,7 @@ class Traffic(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Runtime:
+class Context:
     """What only the process that asks can tell. Times are seconds since the epoch; None: not known."""
 
     now: float
@@ -220,7 +219,7 @@ def _peers(
     plan: Plan,
     problems: Iterable[Problem],
     traffic: Mapping[str, Traffic],
-    runtime: Runtime,
+    context: Context,
 ) -> Iterator[Peer]:
     unmanaged = {(f.kind, f.key): f for f in have.unmanaged if f.blocks}
     whys: dict[str, list[str]] = {}
@@ -230,7 +229,7 @@ def _peers(
         if node.name == self_name:
             continue
         cidrs = tuple(map(str, node.pod_cidrs))
-        when, how = runtime.last_change.get(node.name, (None, ""))
+        when, how = context.last_change.get(node.name, (None, ""))
         part = parts.get(node.name)
         if part is None:
             why = tuple(whys.pop(node.name, ["it can't be joined"]))
@@ -242,13 +241,13 @@ def _peers(
     for name in plan.held_peers:
         for port, row in have.dataplane.ports.items():
             if row.node == name:
-                when, how = runtime.last_change.get(name, (None, ""))
+                when, how = context.last_change.get(name, (None, ""))
                 why = ("left the mesh; its removal is held",)
                 yield Peer(name, "held", row.remote, (), port, traffic.get(port), when, how, why)
 
 
 def _mtu_from(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> str:
-    extra = meshes.overhead(mesh, me.address)
+    extra = desired.overhead(mesh, me.address)
     if mesh.mtu is not None and mtu == mesh.mtu:
         return "set in the mesh"
     underlay = facts.underlay_mtu
@@ -256,27 +255,27 @@ def _mtu_from(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> str:
 
 
 def _self(
-    name: str, mesh: Mesh | None, facts: Facts | None, want: Dataplane | None, have: Observed, runtime: Runtime
+    name: str, mesh: Mesh | None, facts: Facts | None, want: Dataplane | None, have: Observed, context: Context
 ) -> Self:
     about = {
         "docker": have.docker,
-        "ovs_version": runtime.ovs_version,
-        "agent_running": runtime.agent_since is not None,
-        "agent_since": runtime.agent_since,
-        "agent_version": runtime.agent_version,
-        "mesh_from": runtime.mesh_from,
-        "mesh_since": runtime.mesh_since,
-        "mesh_current": runtime.mesh_current,
+        "ovs_version": context.ovs_version,
+        "agent_running": context.agent_since is not None,
+        "agent_since": context.agent_since,
+        "agent_version": context.agent_version,
+        "mesh_from": context.mesh_from,
+        "mesh_since": context.mesh_since,
+        "mesh_current": context.mesh_current,
     }
     me = mesh.node(name) if mesh else None
     if mesh is None or me is None or facts is None:
         return Self(name, **about)  # type: ignore[arg-type]
-    mtu = want.links[KBR].mtu if want and KBR in want.links else meshes.pod_mtu(mesh, me, facts)
+    mtu = want.links[KBR].mtu if want and KBR in want.links else desired.pod_mtu(mesh, me, facts)
     return Self(
         name,
         str(me.address),
         tuple(map(str, me.pod_cidrs)),
-        tuple(str(meshes.gateway(cidr)) for cidr in me.pod_cidrs),
+        tuple(str(desired.gateway(cidr)) for cidr in me.pod_cidrs),
         mesh.encapsulation,
         mesh.key,
         mtu,
@@ -288,7 +287,12 @@ def _self(
 
 
 def _conditions(
-    mesh: Mesh | None, plan: Plan, peers: tuple[Peer, ...], problems: tuple[Problem, ...], converged: bool, r: Runtime
+    mesh: Mesh | None,
+    plan: Plan,
+    peers: tuple[Peer, ...],
+    problems: tuple[Problem, ...],
+    converged: bool,
+    r: Context,
 ) -> Iterator[Condition]:
     bad = [peer for peer in peers if peer.state in ("missing", "unknown", "refused")]
     fatal = [problem for problem in problems if problem.fatal]
@@ -334,6 +338,12 @@ def _headline(name: str, mesh: Mesh | None, plan: Plan, peers: tuple[Peer, ...],
     return f"{name} is {'converged, with problems' if degraded else 'converged'}: all {len(wanted)} peers ok"
 
 
+def unmanaged_beside(have: Observed, todo: Plan) -> tuple[Problem, ...]:
+    """Return a problem for each unmanaged object that blocks nothing: it is named all the same."""
+    told = {blocked.unmanaged for blocked in todo.blocked}
+    return tuple(Problem("Foreign", f.detail, fatal=False) for f in have.unmanaged if f not in told)
+
+
 def report(
     mesh: Mesh | None,
     self_name: str,
@@ -343,29 +353,32 @@ def report(
     plan: Plan,
     problems: tuple[Problem, ...],
     converged: bool,
-    parts: Mapping[str, Dataplane],
     traffic: Mapping[str, Traffic],
-    runtime: Runtime,
+    context: Context,
 ) -> Report:
-    """The report of one turn, or of one look.
+    """Return the report of one reconcile, or of one look at the system.
 
-    `parts` is what mesh.peers says: each joined peer's parts by its name; a node of the mesh that
-    is not in it counts as refused, for the reason that `problems` gives. `traffic` is keyed by port.
+    A node of the mesh that can't be joined counts as refused, for the reason that `problems` gives.
+    `traffic` is keyed by port.
     """
     have = have or Observed(Dataplane())
     peers: tuple[Peer, ...] = ()
+    me = mesh.node(self_name) if mesh else None
     if mesh is not None:
+        parts: Mapping[str, Dataplane] = {}
+        if me is not None and facts is not None:
+            parts, _ = desired.peers(mesh, me, desired.wiring(mesh, me, facts))
         # parts that this system can't have are missed by nobody
         able = want is None or bool(want.filter_peers) or not parts
         parts = parts if able else {n: _without_filter(p) for n, p in parts.items()}
-        peers = tuple(_peers(mesh, self_name, parts, have, plan, problems, traffic, runtime))
-    conditions = tuple(_conditions(mesh, plan, peers, problems, converged, runtime))
+        peers = tuple(_peers(mesh, self_name, parts, have, plan, problems, traffic, context))
+    conditions = tuple(_conditions(mesh, plan, peers, problems, converged, context))
     degraded = any(c.type == "Degraded" and c.status == "True" for c in conditions)
     return Report(
-        runtime.now,
+        context.now,
         _headline(self_name, mesh, plan, peers, degraded, converged),
         converged,
-        _self(self_name, mesh, facts, want, have, runtime),
+        _self(self_name, mesh, facts, want, have, context),
         conditions,
         peers,
         tuple(plan.lines()),

@@ -58,7 +58,7 @@ ip link set dev {kbr} mtu {mtu} up
 """
 
 
-def recipe(want: Dataplane, title: str, notes: Iterable[str] = (), run_dir: str = "") -> str:
+def render(want: Dataplane, title: str, notes: Iterable[str] = (), run_dir: str = "") -> str:
     """The script. `notes` are shown in its head; `run_dir` is Open vSwitch's, where that is not the usual one."""
     used = {"nft" if key[0] in NFT else key[0] for key in want.rules}
     tools = [tool for tool in ("nft", *IPTABLES) if tool in used]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ovsmesh.dataplane.shell_script import recipe
+from ovsmesh.dataplane.shell_script import render
 from ovsmesh.dataplane.types import OBR, Port
 from tests.support.meshkit import FACTS, first, golden, want
 
@@ -28,13 +28,13 @@ HOSTILE = [
 
 def test_golden() -> None:
     golden(
-        "recipe-web1.sh", recipe(want(first(2, key=7)), "node web1 of the mesh in /etc/ovsmesh/mesh.yaml", ["a note"])
+        "recipe-web1.sh", render(want(first(2, key=7)), "node web1 of the mesh in /etc/ovsmesh/mesh.yaml", ["a note"])
     )
 
 
 def test_rules_for_docker_are_put_in_once() -> None:
     facts = dataclasses.replace(FACTS, forward_drop=("iptables",))
-    text = recipe(want(first(2), facts=facts), "node web1")
+    text = render(want(first(2), facts=facts), "node web1")
     lines = [line for line in text.splitlines() if line.startswith("iptables ")]
     assert len(lines) == 4 and all(" -C FORWARD " in line and " || iptables -w 5 -I FORWARD " in line for line in lines)
     assert "for tool in ip bridge sysctl ovs-vsctl ovs-ofctl nft iptables;" in text
@@ -69,10 +69,10 @@ def test_hostile_names_are_data(name: Any, tmp_path: Path) -> None:
         ports={port: Port("gre", "192.0.2.12", "192.0.2.11", "", name, name)},
         sysctls={**wanted.sysctls, f"net/ipv6/conf/{name}/accept_ra": "2"},
     )
-    done, calls = executed(recipe(bad, f"node {name}", [f"about {name}"], f"/run/{name}"), tmp_path)
+    done, calls = executed(render(bad, f"node {name}", [f"about {name}"], f"/run/{name}"), tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "X").exists()
-    plain, expected = executed(recipe(wanted, "node web1"), tmp_path)
+    plain, expected = executed(render(wanted, "node web1"), tmp_path)
     assert plain.returncode == 0
     # one sysctl more, and not one other command
     assert sorted({tuple(c[:1]) for c in calls}) == sorted({tuple(c[:1]) for c in expected})
@@ -83,5 +83,5 @@ def test_hostile_names_are_data(name: Any, tmp_path: Path) -> None:
 
 
 def test_a_thousand_peers_are_a_few_calls(tmp_path: Path) -> None:
-    _, calls = executed(recipe(want(first(200)), "node web1"), tmp_path)
+    _, calls = executed(render(want(first(200)), "node web1"), tmp_path)
     assert len(calls) < 40
