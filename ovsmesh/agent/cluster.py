@@ -9,7 +9,7 @@ from ovsmesh.agent.meshnode import MeshNodeWriter
 from ovsmesh.agent.uninstall import Home
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import Api, in_cluster, load
-from ovsmesh.mesh.slice_source import KubeSource
+from ovsmesh.mesh.slice_source import SliceSource
 
 START = 1.0
 """Seconds that a start waits for the mesh at most: a last good one is taken after half of that."""
@@ -20,7 +20,7 @@ class Cluster:
 
     def __init__(self, api: Api, state_dir: str, node: str, patience: float, pod: bool) -> None:
         self._api = api
-        self.source = KubeSource(api, state_dir, node)
+        self.source = SliceSource(api, state_dir, node)
         self.source.settled(patience)
         self.writer = MeshNodeWriter(api, node, self.source.observed)
         self.home = Home(api, api.config.namespace) if pod else None

@@ -22,7 +22,8 @@ from ovsmesh.agent.reconciler import Agent, Publisher, readable
 from ovsmesh.agent.result import Runtime, Turn
 from ovsmesh.agent.systemd import Notifier
 from ovsmesh.errors import OvsmeshError
-from ovsmesh.mesh.file_source import FileSource, Source
+from ovsmesh.mesh.file_source import FileSource
+from ovsmesh.mesh.source import Source
 from ovsmesh.ovs.idl import run_dir
 from ovsmesh.state_dir import StateDir
 

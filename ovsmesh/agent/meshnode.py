@@ -18,13 +18,12 @@ from ovsmesh import __version__
 from ovsmesh.agent.result import Runtime, Turn, report
 from ovsmesh.dataplane import report as reports
 from ovsmesh.errors import OvsmeshError
-from ovsmesh.kube.client import GROUP, AlreadyExists, Api, Conflict, NotFound, Object, path_of
+from ovsmesh.kube.client import AlreadyExists, Api, Conflict, NotFound, Object, path_of
 from ovsmesh.kube.http import ApiError
-from ovsmesh.names import API_VERSION
+from ovsmesh.names import API_VERSION, MESH_NODE, MESH_NODES
 
 log = logging.getLogger("ovsmesh")
 
-MESHNODES = f"{GROUP}/meshnodes"
 EVERY = 300.0
 """Seconds between writes when nothing changes: how old a healthy node's MeshNode may be."""
 AT_LEAST = 30.0
@@ -69,7 +68,7 @@ class MeshNodeWriter:
         self._every, self._at_least, self._flip = every * random.uniform(0.8, 1.0), at_least, flip
         self._new = False
         self._check_every, self._check_at = check * random.uniform(0.8, 1.0), float("inf")
-        self._path = path_of(MESHNODES, node)
+        self._path = path_of(MESH_NODES, node)
         self._wake = threading.Condition()
         self._turn: _Told | None = None
         self._seen: _Told | None = None
@@ -247,9 +246,9 @@ class MeshNodeWriter:
             if self._uid:
                 # the MeshNode goes with its Node
                 metadata["ownerReferences"] = [_owner(self._node, self._uid)]
-            made = {"apiVersion": API_VERSION, "kind": "MeshNode", "metadata": metadata, "spec": {}}
+            made = {"apiVersion": API_VERSION, "kind": MESH_NODE, "metadata": metadata, "spec": {}}
             try:
-                found = self._api.create(MESHNODES, made)
+                found = self._api.create(MESH_NODES, made)
                 self._new = True
             except AlreadyExists:
                 found = self._api.get(self._path)

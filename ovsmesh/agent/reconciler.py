@@ -23,7 +23,7 @@ from ovsmesh.dataplane.report import unmanaged_beside
 from ovsmesh.dataplane.types import Dataplane, Facts, Observed
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.linux.netlink import read_sysctls
-from ovsmesh.mesh.file_source import Source
+from ovsmesh.mesh.source import Source
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.state_dir import StateDir
 

@@ -16,14 +16,13 @@ from typing import Any
 import yaml
 
 from ovsmesh.controller import node_conditions
-from ovsmesh.controller.mesh_writer import MESH
-from ovsmesh.controller.node_conditions import Report, silent_for
+from ovsmesh.controller.node_conditions import AgentReport, silent_for
 from ovsmesh.dataplane.report import age
 from ovsmesh.dataplane.report_text import clean, table
 from ovsmesh.errors import OvsmeshError
-from ovsmesh.kube.client import GROUP, Api, Config, NotFound, Object, in_cluster, load, path_of
-from ovsmesh.mesh import meshslice
-from ovsmesh.mesh.meshslice import Entry
+from ovsmesh.kube.client import Api, Config, NotFound, Object, in_cluster, load, path_of
+from ovsmesh.mesh.meshslice import Entry, parse_slice
+from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class Cluster:
 
     mesh: Mapping[str, Any] | None
     entries: Mapping[str, Entry]
-    reports: Mapping[str, Report]
+    reports: Mapping[str, AgentReport]
     now: float
 
 
@@ -53,12 +52,12 @@ def config(kubeconfig: str | None) -> Config:
 def read(api: Api) -> Cluster:
     """Raises ApiError."""
     try:
-        mesh: Object | None = api.get(path_of(f"{GROUP}/meshes", MESH))
+        mesh: Object | None = api.get(path_of(MESHES, DEFAULT_MESH))
     except NotFound:
         mesh = None
-    found = [meshslice.project(item) for page in api.pages(f"{GROUP}/meshslices") for item in page.items]
-    entries = {entry.name: entry for one in found if one.mesh == MESH for entry in one.nodes}
-    told = [node_conditions.project(item) for page in api.pages(f"{GROUP}/meshnodes") for item in page.items]
+    found = [parse_slice(item) for page in api.pages(MESH_SLICES) for item in page.items]
+    entries = {entry.name: entry for one in found if one.mesh == DEFAULT_MESH for entry in one.nodes}
+    told = [node_conditions.parse_meshnode(item) for page in api.pages(MESH_NODES) for item in page.items]
     return Cluster(mesh, entries, {report.name: report for report in told}, time.time())
 
 
@@ -71,7 +70,7 @@ def rows(cluster: Cluster) -> list[dict[str, Any]]:
     return sorted(made, key=lambda row: row["state"] == "converged")
 
 
-def _row(name: str, entry: Entry | None, report: Report | None, now: float) -> dict[str, Any]:
+def _row(name: str, entry: Entry | None, report: AgentReport | None, now: float) -> dict[str, Any]:
     state, message = "converged", ""
     if report is None or report.converged is None:
         state, message = "unknown", "its agent has not reported"
@@ -88,7 +87,7 @@ def _row(name: str, entry: Entry | None, report: Report | None, now: float) -> d
             "no member",
             "in no MeshSlice: see the conditions of the Node" + (f"; {message}" * bool(message)),
         )
-    told = report or Report(name)
+    told = report or AgentReport(name)
     return {
         "name": name,
         "state": state,
@@ -115,7 +114,7 @@ def render(cluster: Cluster, output: str = "table") -> str:
     lines = [f"{good} of {len(made)} nodes converged"]
     if cluster.mesh is None:
         lines = [
-            f"there is no Mesh {MESH}: the controller makes one from the Nodes' podCIDRs; where it can't,"
+            f"there is no Mesh {DEFAULT_MESH}: the controller makes one from the Nodes' podCIDRs; where it can't,"
             " `kubectl get events` says why, and you apply one (see manifests/mesh.yaml)"
         ]
     for condition in status.get("conditions") or ():

@@ -18,7 +18,8 @@ from ovsmesh.dataplane.plan import Plan, in_sync, plan
 from ovsmesh.dataplane.report import Context, Traffic, unmanaged_beside
 from ovsmesh.dataplane.report_text import render_text
 from ovsmesh.errors import OvsmeshError, Problem
-from ovsmesh.mesh.file_source import FileSource, Snapshot
+from ovsmesh.mesh.file_source import FileSource
+from ovsmesh.mesh.source import Snapshot
 from ovsmesh.ovs.idl import statistics
 from ovsmesh.state_dir import StateDir
 

@@ -2,7 +2,7 @@
 
 kube-controller-manager gives all Nodes theirs out of one range for each IP version, so the smallest range around
 them never is larger than that one. Where they look as if they came from elsewhere nothing is derived: a range that
-is too large would make addresses unreachable that are no pods'. Pure: imports model and roster only.
+is too large would make addresses unreachable that are no pods'. Pure: imports model and membership only.
 """
 
 from __future__ import annotations

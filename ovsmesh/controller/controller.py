@@ -15,22 +15,21 @@ import time
 from collections.abc import Mapping
 
 from ovsmesh.controller import node_conditions, slice_layout
-from ovsmesh.controller.garbage_collector import MESHNODES, Tidier
-from ovsmesh.controller.http import ControllerHealth, Counts
-from ovsmesh.controller.membership import MEMBERSHIP, NodeView, Roster, roster
-from ovsmesh.controller.membership import project as project_node
-from ovsmesh.controller.mesh_writer import IDLE, MESH, MESHES, MeshObject
-from ovsmesh.controller.mesh_writer import project as project_mesh
+from ovsmesh.controller.garbage_collector import GarbageCollector
+from ovsmesh.controller.http import ControllerHttp, Counts
+from ovsmesh.controller.membership import MEMBERSHIP_FIELDS, Membership, NodeView, membership_of, parse_node
+from ovsmesh.controller.mesh_writer import IDLE, MeshWriter, parse_mesh
 from ovsmesh.controller.node_conditions import speaks_for
 from ovsmesh.controller.node_writer import NodeWriter
 from ovsmesh.controller.pod_cidr_allocator import Allocator
-from ovsmesh.controller.slice_writer import SLICES, SliceWriter
+from ovsmesh.controller.slice_writer import SliceWriter
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.kube.client import Api, ApiError, Conflict, NotLeader, path_of
 from ovsmesh.kube.events import EventRecorder
 from ovsmesh.kube.leader_election import LeaderElector, Timing
 from ovsmesh.kube.reflector import Reflector, Wakeup
 from ovsmesh.mesh import meshslice
+from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
 
 log = logging.getLogger("ovsmesh")
 
@@ -54,7 +53,7 @@ class _Seen:
     """What a turn looks at; compared by identity, as a look is replaced whenever something changed."""
 
     def __init__(self, controller: Controller) -> None:
-        self.mesh = controller.meshes.collection().items.get(MESH)
+        self.mesh = controller.meshes.collection().items.get(DEFAULT_MESH)
         self.nodes = controller.nodes.collection().items
         self.slices = controller.slices.collection().items
         self.reports = controller.reports.collection().items
@@ -66,43 +65,43 @@ class Controller:
     """`run` until the file descriptor is readable. `identity` must be this process's alone."""
 
     def __init__(
-        self, api: Api, identity: str, health: ControllerHealth | None = None, times: Timing | None = None
+        self, api: Api, identity: str, health: ControllerHttp | None = None, times: Timing | None = None
     ) -> None:
         self.bell = Wakeup()
         self._api, self._health = api, health
-        self.meshes = Reflector(api, MESHES, project_mesh, self.bell, fields=f"metadata.name={MESH}")
+        self.meshes = Reflector(api, MESHES, parse_mesh, self.bell, fields=f"metadata.name={DEFAULT_MESH}")
         self.nodes = self._node_reflector()
-        self.slices = Reflector(api, SLICES, meshslice.project, self.bell)
-        self.reports = Reflector(api, MESHNODES, node_conditions.project, self.bell)
+        self.slices = Reflector(api, MESH_SLICES, meshslice.parse_slice, self.bell)
+        self.reports = Reflector(api, MESH_NODES, node_conditions.parse_meshnode, self.bell)
         self.lease = LeaderElector(api, NAMESPACE, LEASE, identity, self._lease_changed, times)
         path = path_of("/apis/coordination.k8s.io/v1/namespaces", NAMESPACE, "leases", LEASE)
         fenced = api.fenced(self.lease.remaining)
         self.events = EventRecorder(fenced, LEASE, identity)
         self._fenced = fenced
-        self._slice_writer = SliceWriter(fenced, MESH)
+        self._slice_writer = SliceWriter(fenced, DEFAULT_MESH)
         self._node_writer = NodeWriter(fenced, self.events)
         self._allocator = Allocator(fenced, path, identity)
         self._pacer = slice_layout.Pacer()
         self._terms = self._term = 0
         """How many terms have begun, and in which we have taken over; 0 for none."""
         self._caught_up: tuple[Mapping[str, NodeView], Mapping[str, NodeView], float] | None = None
-        self._mesh = MeshObject(fenced, self.events)
-        self._tidier = Tidier(fenced)
+        self._mesh_writer = MeshWriter(fenced, self.events)
+        self._collector = GarbageCollector(fenced)
         self._seen: _Seen | None = None
         self._again_at = float("inf")
         """When slices that are not as wanted yet are to be looked at again."""
         self._look_at = self._survey_at = self._allocate_at = self._retry_at = 0.0
         self._failures = 0
         self._basis: tuple[object, ...] = ()
-        """What the roster and the slices were made from."""
-        self._roster = Roster((), {})
+        """What the membership and the slices were made from."""
+        self._membership = Membership((), {})
         self._lacking: dict[str, Problem] = {}
         self._turns = self._errors = 0
         self._seconds = 0.0
         self._converged = 0
 
     def _node_reflector(self) -> Reflector[NodeView]:
-        return Reflector(self._api, NODES, project_node, self.bell)
+        return Reflector(self._api, NODES, parse_node, self.bell)
 
     def _lease_changed(self, leads: bool) -> None:
         # in the lease's thread, before anything is written in the new term
@@ -192,7 +191,7 @@ class Controller:
             fresh: dict[str, NodeView] = {}
             for page in self._api.pages(NODES, 250):
                 for item in page.items:
-                    node = project_node(item)
+                    node = parse_node(item)
                     fresh[node.name] = node
             self._allocator.begin()
             self._caught_up = (fresh, have, now)
@@ -208,7 +207,7 @@ class Controller:
         self._caught_up = None
         self._slice_writer.forget()
         self._node_writer.forget()
-        self._mesh.forget()
+        self._mesh_writer.forget()
         self._seen, self._term = None, self._terms
         log.info("leading: %d Nodes", len(have))
         return True
@@ -217,8 +216,8 @@ class Controller:
         now = time.monotonic()
         seen = _Seen(self)
         if seen.mesh is None:
-            used = any(one.mesh == MESH and one.nodes for one in self._slice_writer.now(seen.slices).values())
-            return self._mesh.make(seen.nodes.values(), used, now)
+            used = any(one.mesh == DEFAULT_MESH and one.nodes for one in self._slice_writer.now(seen.slices).values())
+            return self._mesh_writer.make(seen.nodes.values(), used, now)
         pauses = [IDLE]
         if seen.parts != (self._seen.parts if self._seen else ()) or now >= min(self._again_at, self._survey_at):
             if now < self._look_at:
@@ -232,42 +231,44 @@ class Controller:
             pauses.append(0.0)
         now = time.monotonic()
         if self._seen is not None:
-            pauses.append(self._mesh.tell(seen.mesh, self._roster, self._converged, now))
+            pauses.append(self._mesh_writer.tell(seen.mesh, self._membership, self._converged, now))
             if seen.nodes:  # an empty list never means that everyone has left
-                pauses.append(self._tidier.turn(seen.reports, seen.nodes, self._roster.statics, now))
+                pauses.append(self._collector.turn(seen.reports, seen.nodes, self._membership.statics, now))
         pauses += [self._again_at - now, self._survey_at - now]
         return max(0.0, min(pauses))
 
     def _look(self, seen: _Seen, now: float) -> None:
         """Who is a member now; writes the slices, and finds what Nodes should say."""
         assert seen.mesh is not None
-        if self._mesh.widen(seen.mesh, seen.nodes.values(), now):
+        if self._mesh_writer.widen(seen.mesh, seen.nodes.values(), now):
             # the watch brings it back within moments; until then the new Nodes would be refused
             self._survey_at = self._again_at = now + _WIDENED
             return
         there = self._slice_writer.now(seen.slices)
         # Of a Node only the first fields count here: the rest are the echoes of our own writes.
-        basis = (seen.mesh, {name: node[:MEMBERSHIP] for name, node in seen.nodes.items()}, self._lacking, there)
+        basis = (seen.mesh, {name: node[:MEMBERSHIP_FIELDS] for name, node in seen.nodes.items()}, self._lacking, there)
         if self._seen is None or now >= self._again_at or basis != self._basis:
             self._members(seen, there, now)
             self._basis = (*basis[:3], self._slice_writer.now(seen.slices))
-            self._mesh.warn(seen.mesh, self._roster.static)
+            self._mesh_writer.warn(seen.mesh, self._membership.static)
         self._converged = self._count(seen)
-        self._survey_at = now + self._node_writer.survey(seen.nodes, self._roster, seen.reports)
+        self._survey_at = now + self._node_writer.survey(seen.nodes, self._membership, seen.reports)
         self._seen = seen
         # Echoes of our own writes must not keep the loop busy.
         self._look_at = time.monotonic() + _REST * (time.monotonic() - now)
 
-    def _members(self, seen: _Seen, there: Mapping[str, meshslice.Slice], now: float) -> None:
+    def _members(self, seen: _Seen, there: Mapping[str, meshslice.MeshSlice], now: float) -> None:
         assert seen.mesh is not None
-        self._mesh.take(seen.mesh)
-        held = [entry for one in there.values() if one.mesh == MESH for entry in one.nodes]
+        self._mesh_writer.take(seen.mesh)
+        held = [entry for one in there.values() if one.mesh == DEFAULT_MESH for entry in one.nodes]
         self._again_at = float("inf")
-        mesh = self._mesh.mesh
+        mesh = self._mesh_writer.mesh
         if mesh is None or self._vanished(seen.nodes, held):
             return
-        found = roster(mesh, tuple(map(str, mesh.cluster_cidrs)), seen.nodes.values(), held)
-        self._roster = Roster(found.entries, {**found.problems, **self._lacks(found)}, found.static, found.statics)
+        found = membership_of(mesh, tuple(map(str, mesh.cluster_cidrs)), seen.nodes.values(), held)
+        self._membership = Membership(
+            found.entries, {**found.problems, **self._lacks(found)}, found.static, found.statics
+        )
         due = self._pacer.due(now)
         settings = meshslice.settings_of(mesh)
         writer = self._slice_writer
@@ -278,7 +279,7 @@ class Controller:
         if not whole:
             self._again_at = max(due, now + (_REFUSED if writer.refused else 0.02))
 
-    def _lacks(self, found: Roster) -> dict[str, Problem]:
+    def _lacks(self, found: Membership) -> dict[str, Problem]:
         """What the allocator says of those that have no pod CIDRs still."""
         return {
             name: problem
@@ -292,16 +293,16 @@ class Controller:
         if nodes or before <= _FEW:
             return False
         message = f"the API has no Node any more, while {before} are in the mesh: slices are left as they are"
-        self._roster = Roster(
+        self._membership = Membership(
             tuple(sorted(held)), {}, (Problem("NodesVanished", message),), frozenset(e.name for e in held if not e.uid)
         )
         return True
 
     def _count(self, seen: _Seen) -> int:
         found = 0
-        for entry in self._roster.entries:
+        for entry in self._membership.entries:
             report, node = seen.reports.get(entry.name), seen.nodes.get(entry.name)
-            own = entry.name in self._roster.statics or (node is not None and speaks_for(report, node))
+            own = entry.name in self._membership.statics or (node is not None and speaks_for(report, node))
             found += own and report is not None and report.converged is not None and report.converged.status == "True"
         return found
 
@@ -309,14 +310,14 @@ class Controller:
 
     def _allocate(self, seen: _Seen, now: float) -> float:
         """Gives pod CIDRs to Nodes that lack them, where the Mesh asks for it."""
-        mesh = self._mesh.mesh
+        mesh = self._mesh_writer.mesh
         if seen.mesh is None or mesh is None or not seen.mesh.allocates:
             self._lacking = {}
             return IDLE
         if all(node.pod_cidrs or node.excluded for node in seen.nodes.values()):
             self._lacking = {}
             return IDLE
-        others = [entry.pod_cidrs for entry in self._roster.entries]
+        others = [entry.pod_cidrs for entry in self._membership.entries]
         others += [tuple(map(str, node.pod_cidrs)) for node in mesh.nodes]
         others += [entry.pod_cidrs for one in seen.slices.values() for entry in one.nodes]
         asked = seen.mesh.subnet_length
@@ -339,9 +340,9 @@ class Controller:
         counts = Counts(
             synced=not waiting,
             leads=self.lease.is_leader,
-            nodes=len(self._roster.entries),
+            nodes=len(self._membership.entries),
             converged=self._converged,
-            refused=len(self._roster.problems) + len(self._roster.static),
+            refused=len(self._membership.problems) + len(self._membership.static),
             slices=len(self.slices.collection().items),
             turns=self._turns,
             slice_writes=self._slice_writer.writes,
@@ -360,7 +361,7 @@ def identity() -> str:
 
 def serve(api: Api, listen: str, stop: int) -> None:
     """Runs the controller until `stop` is readable. Raises OvsmeshError where it can't listen."""
-    health = ControllerHealth(listen) if listen else None
+    health = ControllerHttp(listen) if listen else None
     controller = Controller(api, identity(), health)
     try:
         controller.run(stop)

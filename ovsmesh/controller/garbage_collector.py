@@ -2,7 +2,7 @@
 later; where the Node is there again already, its agent waits for that. One without owner (made before its agent
 knew its Node's uid, or by a static member's) would stay for ever.
 
-Imports kube, reports and roster.
+Imports kube, reports and membership.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import time
 from collections.abc import Iterable, Mapping
 
 from ovsmesh.controller.membership import NodeView
-from ovsmesh.controller.node_conditions import Report, orphans
-from ovsmesh.kube.client import GROUP, Api, Conflict, Forbidden, NotFound, path_of
+from ovsmesh.controller.node_conditions import AgentReport, orphans
+from ovsmesh.kube.client import Api, Conflict, Forbidden, NotFound, path_of
+from ovsmesh.names import MESH_NODES
 
 log = logging.getLogger("ovsmesh")
 
-MESHNODES = f"{GROUP}/meshnodes"
 EVERY, SOON = 60.0, 1.0
 """Seconds between two looks, and between two where Nodes have changed."""
 
 
-class Tidier:
+class GarbageCollector:
     """`turn` when it asks for it."""
 
     def __init__(self, api: Api) -> None:
@@ -32,7 +32,7 @@ class Tidier:
         self.removed = 0
 
     def turn(
-        self, reports: Mapping[str, Report], nodes: Mapping[str, NodeView], statics: Iterable[str], now: float
+        self, reports: Mapping[str, AgentReport], nodes: Mapping[str, NodeView], statics: Iterable[str], now: float
     ) -> float:
         """Removes what is due; seconds until it wants to be called again. Raises Unavailable, NotLeader."""
         due = self._last + (SOON if nodes is not self._nodes else EVERY)
@@ -42,7 +42,7 @@ class Tidier:
         alive = dict.fromkeys(statics, "") | {name: node.uid for name, node in nodes.items()}
         for report in orphans(reports.values(), alive, time.time()):
             try:
-                self._api.delete(path_of(MESHNODES, report.name), uid=report.uid)
+                self._api.delete(path_of(MESH_NODES, report.name), uid=report.uid)
             except (Conflict, NotFound):
                 continue  # made again, or gone
             except Forbidden as error:

@@ -60,7 +60,7 @@ class _Metrics(Collector):
             yield CounterMetricFamily(f"ovsmesh_controller_{name}", text, float(getattr(counts, field)))
 
 
-class ControllerHealth(HttpServer):
+class ControllerHttp(HttpServer):
     """The controller's HTTP side. `report` and `beat` are for the loop's thread."""
 
     def __init__(self, listen: str) -> None:

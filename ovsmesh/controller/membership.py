@@ -27,7 +27,7 @@ NETWORK = "NetworkUnavailable"
 _ZONE = "topology.kubernetes.io/zone"
 
 
-class Condition(NamedTuple):
+class ObjectCondition(NamedTuple):
     status: str
     reason: str
     message: str
@@ -51,16 +51,16 @@ class NodeView(NamedTuple):
     zone: str = ""
     taints: tuple[int, ...] = ()
     """Places of our startup taint in spec.taints."""
-    network: Condition | None = None
-    ready: Condition | None = None
+    network: ObjectCondition | None = None
+    ready: ObjectCondition | None = None
 
 
-MEMBERSHIP = 8
+MEMBERSHIP_FIELDS = 8
 """The first so many fields of a NodeView decide about membership."""
 
 
 @dataclass(frozen=True, slots=True)
-class Roster:
+class Membership:
     """The members, sorted by name; and what is wrong, by node (Nodes) and for the Mesh (static members)."""
 
     entries: tuple[Entry, ...]
@@ -71,13 +71,13 @@ class Roster:
     """Names of the static members among `entries`."""
 
 
-def project(node: Mapping[str, Any]) -> NodeView:
+def parse_node(node: Mapping[str, Any]) -> NodeView:
     """A Node object as a NodeView."""
     meta, spec, status = node["metadata"], node.get("spec") or {}, node.get("status") or {}
     annotations, labels = meta.get("annotations") or {}, meta.get("labels") or {}
     cidrs = spec.get("podCIDRs") or ([spec["podCIDR"]] if spec.get("podCIDR") else [])
     conditions = {
-        c["type"]: Condition(
+        c["type"]: ObjectCondition(
             c.get("status", ""), c.get("reason", ""), c.get("message", ""), c.get("lastTransitionTime") or ""
         )
         for c in status.get("conditions") or ()
@@ -192,7 +192,9 @@ def _member(
 _Age = tuple[int, str, str]
 
 
-def roster(mesh: Mesh, clusters: tuple[str, ...], nodes: Iterable[NodeView], held: Sequence[Entry]) -> Roster:
+def membership_of(
+    mesh: Mesh, clusters: tuple[str, ...], nodes: Iterable[NodeView], held: Sequence[Entry]
+) -> Membership:
     """Who is in the mesh now.
 
     `mesh.nodes` are the static members; `clusters` are the texts of its cluster CIDRs; `held` is what the
@@ -235,7 +237,7 @@ def roster(mesh: Mesh, clusters: tuple[str, ...], nodes: Iterable[NodeView], hel
     uids = {node.name: node.uid for node in nodes}
     problems = _keep(refused, members, taken, before, uids, clusters)
     entries = tuple(members[name] for name in sorted(members))
-    return Roster(entries, problems, tuple(lost), frozenset(statics))
+    return Membership(entries, problems, tuple(lost), frozenset(statics))
 
 
 def _claim(node: NodeView, version: int, clusters: tuple[str, ...]) -> _Member | Refusal:

@@ -14,19 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from ovsmesh.controller.cluster_cidr import derive
-from ovsmesh.controller.membership import NodeView, Roster
+from ovsmesh.controller.membership import Membership, NodeView
 from ovsmesh.controller.node_conditions import mesh_status
 from ovsmesh.errors import Problem
-from ovsmesh.kube.client import GROUP, JSON, Api, Conflict, Forbidden, Invalid, NotFound, Object, path_of
+from ovsmesh.kube.client import JSON, Api, Conflict, Forbidden, Invalid, NotFound, Object, path_of
 from ovsmesh.kube.events import EventRecorder, ObjectReference
 from ovsmesh.mesh.manifest import parse
 from ovsmesh.mesh.types import Mesh, MeshError
-from ovsmesh.names import API_VERSION
+from ovsmesh.names import API_VERSION, DEFAULT_MESH, MESH, MESHES
 
 log = logging.getLogger("ovsmesh")
 
-MESH = "default"
-MESHES = f"{GROUP}/meshes"
 DERIVED = "ovsmesh.io/derived-cluster-cidrs"
 """Annotation on a Mesh: the clusterCIDRs that the controller has put there. They are its own to widen as long as
 the two are equal."""
@@ -70,14 +68,18 @@ class MeshView:
         return asked if isinstance(asked, int) else None
 
 
-def project(found: Object) -> MeshView:
+def parse_mesh(found: Object) -> MeshView:
     meta = found["metadata"]
     derived = (meta.get("annotations") or {}).get(DERIVED, "")
     spec, status = found.get("spec") or {}, found.get("status") or {}
     return MeshView(meta.get("uid", ""), meta.get("generation", 0), spec, status, derived)
 
 
-class MeshObject:
+def _reference(uid: str) -> ObjectReference:
+    return ObjectReference(API_VERSION, MESH, DEFAULT_MESH, uid)
+
+
+class MeshWriter:
     """`take` a view, then `mesh` is the last good Mesh and `problems` what is wrong with the view."""
 
     def __init__(self, api: Api, events: EventRecorder) -> None:
@@ -101,19 +103,21 @@ class MeshObject:
             self._missing_since = self._missing_since or now
             if now - self._missing_since < _PATIENCE:
                 return _PATIENCE
-            problem = Problem("MeshMissing", f"there is no Mesh {MESH}, and none is made: {error}. {_APPLY}")
+            problem = Problem("MeshMissing", f"there is no Mesh {DEFAULT_MESH}, and none is made: {error}. {_APPLY}")
             self._say((problem,), "")
             return IDLE
         self._missing_since = 0.0
-        metadata = {"name": MESH, "annotations": {DERIVED: ",".join(cidrs)}}
-        body = {"apiVersion": API_VERSION, "kind": "Mesh", "metadata": metadata, "spec": {"clusterCIDRs": list(cidrs)}}
+        metadata = {"name": DEFAULT_MESH, "annotations": {DERIVED: ",".join(cidrs)}}
+        body = {"apiVersion": API_VERSION, "kind": MESH, "metadata": metadata, "spec": {"clusterCIDRs": list(cidrs)}}
         try:
             uid = self._api.create(MESHES, body)["metadata"].get("uid", "")
         except Conflict:
             return _PAUSE  # someone else was faster; the watch tells
         message = f"made with clusterCIDRs {', '.join(cidrs)}, from the Nodes' podCIDRs; edit it where that is wrong"
-        log.info("Mesh %s: %s", MESH, message)
-        self._events.record(ObjectReference(API_VERSION, "Mesh", MESH, uid), "MeshDerived", message, warning=False)
+        log.info("Mesh %s: %s", DEFAULT_MESH, message)
+        self._events.record(
+            ObjectReference(API_VERSION, MESH, DEFAULT_MESH, uid), "MeshDerived", message, warning=False
+        )
         return IDLE
 
     def widen(self, view: MeshView, nodes: Iterable[NodeView], now: float) -> bool:
@@ -127,7 +131,7 @@ class MeshObject:
             cidrs = list(derive(nodes, have, (self._api.config.host,)))
         except MeshError as error:
             # The Node that does not fit is refused, with a condition; here is why nothing is done about it.
-            log.debug("Mesh %s: clusterCIDRs stay as they are: %s", MESH, error)
+            log.debug("Mesh %s: clusterCIDRs stay as they are: %s", DEFAULT_MESH, error)
             return False
         if cidrs == have:
             return False
@@ -140,25 +144,25 @@ class MeshObject:
             {"op": "replace", "path": note, "value": ",".join(cidrs)},
         ]
         try:
-            self._api.patch(path_of(MESHES, MESH), steps, JSON)
+            self._api.patch(path_of(MESHES, DEFAULT_MESH), steps, JSON)
         except Forbidden as error:
             self._widened = (view, 0.0)
-            log.warning("Mesh %s: clusterCIDRs not widened to %s: %s", MESH, ", ".join(cidrs), error)
+            log.warning("Mesh %s: clusterCIDRs not widened to %s: %s", DEFAULT_MESH, ", ".join(cidrs), error)
             return False
         except (Conflict, Invalid, NotFound) as error:
-            log.info("Mesh %s: clusterCIDRs not widened to %s: %s", MESH, ", ".join(cidrs), error)
+            log.info("Mesh %s: clusterCIDRs not widened to %s: %s", DEFAULT_MESH, ", ".join(cidrs), error)
         else:
-            log.info("Mesh %s: clusterCIDRs widened to %s", MESH, ", ".join(cidrs))
+            log.info("Mesh %s: clusterCIDRs widened to %s", DEFAULT_MESH, ", ".join(cidrs))
         self._widened = (view, now + _ECHO)
         return True
 
     def take(self, view: MeshView) -> None:
-        text = json.dumps({"apiVersion": API_VERSION, "kind": "Mesh", "spec": view.spec})
+        text = json.dumps({"apiVersion": API_VERSION, "kind": MESH, "spec": view.spec})
         if text == self._text:
             return
         self._text = text
         try:
-            self.mesh, self.problems = parse(text, f"Mesh {MESH}")
+            self.mesh, self.problems = parse(text, f"Mesh {DEFAULT_MESH}")
         except MeshError as error:
             self.problems = (Problem("MeshInvalid", f"{error}; the slices stay as they are"),)
 
@@ -175,24 +179,24 @@ class MeshObject:
         for text, problem in now.items():
             if text not in self._told:
                 log.warning("%s", problem)
-                self._events.record(ObjectReference(API_VERSION, "Mesh", MESH, uid), problem.reason, text)
+                self._events.record(_reference(uid), problem.reason, text)
         self._told = set(now)
 
-    def tell(self, view: MeshView, roster: Roster, converged: int, now: float) -> float:
+    def tell(self, view: MeshView, membership: Membership, converged: int, now: float) -> float:
         """Writes the status where it says something else; returns when it wants to be called again, in seconds."""
         at, ours = self._written
         # until our own write has come back through the watch
         before = ours if ours and at is view.status else view.status
-        wanted = mesh_status(roster, converged, view.generation, self.problems, before, time.time())
+        wanted = mesh_status(membership, converged, view.generation, self.problems, before, time.time())
         if wanted == before:
             return IDLE
         if now < self._next:
             return self._next - now
         self._next = now + _PAUSE
         try:
-            self._api.patch(path_of(MESHES, MESH, "status"), {"metadata": {"uid": view.uid}, "status": wanted})
+            self._api.patch(path_of(MESHES, DEFAULT_MESH, "status"), {"metadata": {"uid": view.uid}, "status": wanted})
         except (Conflict, NotFound) as error:
-            log.info("Mesh %s: status not written: %s", MESH, error)
+            log.info("Mesh %s: status not written: %s", DEFAULT_MESH, error)
             return _PAUSE
         self._written = (view.status, wanted)
         return IDLE

@@ -1,6 +1,6 @@
 """Knows what agents report (MeshNodes), and what that makes of Nodes' conditions and of the Mesh's status.
 
-Pure: the time is an argument. Imports model, roster, status (for the form of times) only.
+Pure: the time is an argument. Imports model, membership, status (for the form of times) only.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from ovsmesh.controller.membership import NETWORK, READY, Condition, NodeView, Roster
+from ovsmesh.controller.membership import NETWORK, READY, Membership, NodeView, ObjectCondition
 from ovsmesh.dataplane.report import timestamp
 from ovsmesh.errors import Problem
 
@@ -18,15 +18,15 @@ SILENT = 900.0
 _SHOWN = 8
 
 
-class Report(NamedTuple):
+class AgentReport(NamedTuple):
     """A MeshNode as it was read."""
 
     name: str
     owner: str = ""
     """uid of the Node that it belongs to; "" where it says none."""
     observed_at: str = ""
-    converged: Condition | None = None
-    degraded: Condition | None = None
+    converged: ObjectCondition | None = None
+    degraded: ObjectCondition | None = None
     wanted: int | None = None
     installed: int | None = None
     up: int | None = None
@@ -40,19 +40,19 @@ class Report(NamedTuple):
     """RFC 3339."""
 
 
-def project(found: Mapping[str, Any]) -> Report:
-    """A MeshNode object as a Report; the schema has made sure of the shapes."""
+def parse_meshnode(found: Mapping[str, Any]) -> AgentReport:
+    """A MeshNode object as a AgentReport; the schema has made sure of the shapes."""
     meta, status = found["metadata"], found.get("status") or {}
     owned = meta.get("ownerReferences") or ()
     owners = [o.get("uid", "") for o in owned if o.get("kind") == "Node"]
     conditions = {
-        c["type"]: Condition(
+        c["type"]: ObjectCondition(
             c.get("status", ""), c.get("reason", ""), c.get("message", ""), c.get("lastTransitionTime") or ""
         )
         for c in status.get("conditions") or ()
     }
     peers, versions = status.get("peers") or {}, status.get("versions") or {}
-    return Report(
+    return AgentReport(
         meta["name"],
         owners[0] if owners else "",
         status.get("observedAt") or "",
@@ -78,13 +78,13 @@ def seconds(text: str) -> float | None:
         return None
 
 
-def silent_for(report: Report, now: float) -> float:
+def silent_for(report: AgentReport, now: float) -> float:
     """Seconds since the agent's last report; 0 where it says no time."""
     at = seconds(report.observed_at)
     return max(0.0, now - at) if at is not None else 0.0
 
 
-def orphans(reports: Iterable[Report], alive: Mapping[str, str], now: float) -> list[Report]:
+def orphans(reports: Iterable[AgentReport], alive: Mapping[str, str], now: float) -> list[AgentReport]:
     """Those of an earlier Node of a living one's name; and those that no Node owns, of nobody who is alive, whose
     agents have been silent for as long as counts. `alive` is name → uid, "" for static members."""
     found = []
@@ -100,7 +100,7 @@ def orphans(reports: Iterable[Report], alive: Mapping[str, str], now: float) -> 
     return found
 
 
-def speaks_for(report: Report | None, node: NodeView) -> bool:
+def speaks_for(report: AgentReport | None, node: NodeView) -> bool:
     """Whether it is of this Node, and not of an earlier one with its name."""
     if report is None:
         return False
@@ -113,11 +113,11 @@ def speaks_for(report: Report | None, node: NodeView) -> bool:
 class Wanted(NamedTuple):
     """What a Node's conditions should be; None leaves one as it is."""
 
-    network: Condition | None
-    ready: Condition | None
+    network: ObjectCondition | None
+    ready: ObjectCondition | None
 
 
-def judge(node: NodeView, roster: Roster, report: Report | None, now: float) -> Wanted:
+def judge(node: NodeView, membership: Membership, report: AgentReport | None, now: float) -> Wanted:
     """The conditions that the node's own report, or its refusal, makes.
 
     | the node                               | NetworkUnavailable | MeshReady |
@@ -130,16 +130,16 @@ def judge(node: NodeView, roster: Roster, report: Report | None, now: float) -> 
     | its agent has been silent for 15 min   | as it is           | Unknown |
     """
     if node.excluded:
-        left = Condition("False", "Excluded", "left out of the mesh by its label ovsmesh.io/exclude")
+        left = ObjectCondition("False", "Excluded", "left out of the mesh by its label ovsmesh.io/exclude")
         return Wanted(None, left if node.ready else None)
-    problem = roster.problems.get(node.name)
+    problem = membership.problems.get(node.name)
     if problem is not None and problem.fatal:
         return _both(False, problem.reason, str(problem))
     if report is None or not speaks_for(report, node) or report.converged is None:
         return _both(False, "AgentNotReported", "its agent has not said anything yet: is ovsmesh-agent running on it?")
     if silent_for(report, now) > SILENT:
         message = f"its agent was last heard at {report.observed_at}; what it has set up stays in place"
-        return Wanted(None, Condition("Unknown", "AgentSilent", message))
+        return Wanted(None, ObjectCondition("Unknown", "AgentSilent", message))
     if report.converged.status == "True":
         if problem is not None:
             return _both(True, problem.reason, str(problem))
@@ -150,7 +150,8 @@ def judge(node: NodeView, roster: Roster, report: Report | None, now: float) -> 
 def _both(good: bool, reason: str, message: str) -> Wanted:
     message = message[:1024]
     return Wanted(
-        Condition("False" if good else "True", reason, message), Condition("True" if good else "False", reason, message)
+        ObjectCondition("False" if good else "True", reason, message),
+        ObjectCondition("True" if good else "False", reason, message),
     )
 
 
@@ -169,7 +170,7 @@ def changes(node: NodeView, wanted: Wanted, now: float) -> list[dict[str, str]]:
 
 
 def mesh_status(
-    roster: Roster,
+    membership: Membership,
     converged: int,
     generation: int,
     more: Iterable[Problem],
@@ -177,20 +178,22 @@ def mesh_status(
     now: float,
 ) -> dict[str, Any]:
     """The Mesh's status. `before` is what it is now, for the times of the conditions."""
-    nodes = len(roster.entries)
-    problems = [*more, *roster.static, *(roster.problems[name] for name in sorted(roster.problems))]
+    nodes = len(membership.entries)
+    problems = [*more, *membership.static, *(membership.problems[name] for name in sorted(membership.problems))]
     if problems:
         shown = "; ".join(map(str, problems[:_SHOWN]))
         rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        degraded = Condition("True", problems[0].reason, (shown + rest)[:32000])
+        degraded = ObjectCondition("True", problems[0].reason, (shown + rest)[:32000])
     else:
-        degraded = Condition("False", "AllGood", "every node can be joined")
+        degraded = ObjectCondition("False", "AllGood", "every node can be joined")
     if any(p.fatal for p in problems):
-        ready = Condition("False", problems[0].reason, f"{converged} of {nodes} nodes converged; {degraded.message}")
+        ready = ObjectCondition(
+            "False", problems[0].reason, f"{converged} of {nodes} nodes converged; {degraded.message}"
+        )
     elif converged < nodes:
-        ready = Condition("False", "Converging", f"{converged} of {nodes} nodes converged")
+        ready = ObjectCondition("False", "Converging", f"{converged} of {nodes} nodes converged")
     else:
-        ready = Condition("True", "AllConverged", f"{nodes} nodes converged")
+        ready = ObjectCondition("True", "AllConverged", f"{nodes} nodes converged")
     old = {c.get("type"): c for c in before.get("conditions") or () if isinstance(c, dict)}
     made = []
     for type_, want in (("Ready", ready), ("Degraded", degraded)):

@@ -1,6 +1,6 @@
 """Writes what a Node should say of its mesh: conditions, the startup taint, Events. A few at a time.
 
-One Node's refusal delays nobody: each backs off by itself. Imports kube, kubeevents, reports, roster and model.
+One Node's refusal delays nobody: each backs off by itself. Imports kube, kubeevents, reports, membership and model.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ovsmesh.controller.membership import TAINT, NodeView, Roster
-from ovsmesh.controller.node_conditions import Report, Wanted, changes, judge
+from ovsmesh.controller.membership import TAINT, Membership, NodeView
+from ovsmesh.controller.node_conditions import AgentReport, Wanted, changes, judge
 from ovsmesh.errors import Problem
 from ovsmesh.kube.client import JSON, Api, Conflict, Forbidden, Invalid, NotFound, path_of
 from ovsmesh.kube.events import EventRecorder, ObjectReference
@@ -48,19 +48,21 @@ class NodeWriter:
         self._todo: deque[str] = deque()
         self._wanted: dict[str, tuple[NodeView, Wanted]] = {}
         self._sent: dict[str, _Sent] = {}
-        self._clean: dict[str, tuple[NodeView, Report | None, Problem | None]] = {}
+        self._clean: dict[str, tuple[NodeView, AgentReport | None, Problem | None]] = {}
         """Nodes that say what they should, and what that was found out from."""
         self._clean_until = 0.0
         self._lost: dict[str, float] = {}
         """Ready Node without a MeshNode → since when (monotonic)."""
-        self._roster = Roster((), {})
+        self._membership = Membership((), {})
         self.writes = 0
         self.errors = 0
 
-    def survey(self, nodes: Mapping[str, NodeView], roster: Roster, reports: Mapping[str, Report]) -> float:
+    def survey(
+        self, nodes: Mapping[str, NodeView], membership: Membership, reports: Mapping[str, AgentReport]
+    ) -> float:
         """Compares all. Returns the seconds after which it should be done again without any change."""
         now, clock = time.time(), time.monotonic()
-        self._roster = roster
+        self._membership = membership
         self._wanted.clear()
         again = _ALL
         if clock >= self._clean_until:
@@ -68,7 +70,7 @@ class NodeWriter:
             self._clean.clear()
             self._clean_until = clock + _ALL
         for name, node in nodes.items():
-            report, problem = reports.get(name), roster.problems.get(name)
+            report, problem = reports.get(name), membership.problems.get(name)
             if report is not None or problem is not None or node.ready is None or node.ready.status != "True":
                 self._lost.pop(name, None)
             elif (left := self._lost.setdefault(name, clock) + LOST - clock) > 0:
@@ -77,7 +79,7 @@ class NodeWriter:
             seen = self._clean.get(name)
             if seen is not None and seen[0] is node and seen[1] is report and seen[2] == problem:
                 continue
-            wanted = judge(node, roster, report, now)
+            wanted = judge(node, membership, report, now)
             ready = wanted.ready is not None and wanted.ready.status == "True"
             if not changes(node, wanted, now) and not (ready and node.taints):
                 self._clean[name] = (node, report, problem)
@@ -148,7 +150,7 @@ class NodeWriter:
 
     def _tell(self, node: NodeView) -> None:
         """An Event for a refusal that the Node's condition did not name yet."""
-        problem = self._roster.problems.get(node.name)
+        problem = self._membership.problems.get(node.name)
         if problem is None or (node.ready is not None and node.ready.message == str(problem)[:1024]):
             return
         log.warning("%s", problem)

@@ -3,7 +3,7 @@
 What is about to be given stands on the Lease first, in one write that only its holder can make (it carries the
 resourceVersion at which we held it). The next leader reads it there: what an earlier one has in flight is
 known. A Node's podCIDRs can't be changed once they are set, and the write names the Node's uid.
-Imports allocate, kube, model and roster.
+Imports allocate, kube, model and membership.
 """
 
 from __future__ import annotations

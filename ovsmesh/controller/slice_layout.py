@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ovsmesh.mesh.meshslice import MOST, Entry, Settings, Slice, slice_name, slice_spec
+from ovsmesh.mesh.meshslice import MOST, Entry, MeshSettings, MeshSlice, slice_name, slice_spec
 
 _FAR = 16
 """Slices that may be missing at once and are still made again at their own place."""
@@ -32,7 +32,7 @@ class Write(NamedTuple):
 
 
 def assign(
-    mesh: str, wanted: Sequence[Entry], settings: Settings, generation: int, there: Iterable[Slice]
+    mesh: str, wanted: Sequence[Entry], settings: MeshSettings, generation: int, there: Iterable[MeshSlice]
 ) -> tuple[Write, ...]:
     """The fewest writes that make the slices say `wanted` (unique names) and `settings`; none when they do.
 
@@ -75,13 +75,13 @@ def assign(
     return (*writes, *(Write(stray.name, None, stray.resource_version) for stray in strays))
 
 
-def _known(mesh: str, there: Iterable[Slice]) -> tuple[dict[int, Slice], list[Slice], int]:
+def _known(mesh: str, there: Iterable[MeshSlice]) -> tuple[dict[int, MeshSlice], list[MeshSlice], int]:
     """Our slices by index; those that can't be ours; and how many there should be as far as they tell.
 
     A name decides what a slice is: what its spec says can be edited.
     """
-    own: dict[int, Slice] = {}
-    strays: list[Slice] = []
+    own: dict[int, MeshSlice] = {}
+    strays: list[MeshSlice] = []
     for found in sorted(there, key=lambda found: found.name):
         match = _NAME.fullmatch(found.name)
         if match and match[1] == mesh:
@@ -99,7 +99,7 @@ def _known(mesh: str, there: Iterable[Slice]) -> tuple[dict[int, Slice], list[Sl
     return own, strays, counted
 
 
-def _keep(wanted: Sequence[Entry], own: Mapping[int, Slice]) -> tuple[dict[int, list[Entry]], set[int]]:
+def _keep(wanted: Sequence[Entry], own: Mapping[int, MeshSlice]) -> tuple[dict[int, list[Entry]], set[int]]:
     """Everyone who has a place at it, by the new entry; and the slices that are changed by this."""
     new = {entry.name: entry for entry in wanted}
     seen: set[str] = set()
@@ -135,7 +135,7 @@ def _place(wanted: Sequence[Entry], places: dict[int, list[Entry]], dirty: set[i
         del left[:room]
 
 
-def _generation(settings: Settings, generation: int, own: Iterable[Slice]) -> int:
+def _generation(settings: MeshSettings, generation: int, own: Iterable[MeshSlice]) -> int:
     """The generation that slices of these settings carry; it grows even where the Mesh was made anew."""
     found = list(own)
     highest = max((one.generation for one in found), default=0)

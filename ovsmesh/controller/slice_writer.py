@@ -8,13 +8,12 @@ import time
 from collections.abc import Mapping, Sequence
 
 from ovsmesh.controller.slice_layout import Write, assign
-from ovsmesh.kube.client import GROUP, Api, Conflict, Forbidden, Invalid, NotFound, Object, path_of
-from ovsmesh.mesh.meshslice import Entry, Settings, Slice, labels, project
-from ovsmesh.names import API_VERSION
+from ovsmesh.kube.client import Api, Conflict, Forbidden, Invalid, NotFound, Object, path_of
+from ovsmesh.mesh.meshslice import Entry, MeshSettings, MeshSlice, labels, parse_slice
+from ovsmesh.names import API_VERSION, MESH_SLICE, MESH_SLICES
 
 log = logging.getLogger("ovsmesh")
 
-SLICES = f"{GROUP}/meshslices"
 _ECHO = 10.0
 """Seconds after which what the watch says counts, whatever we think that we wrote."""
 
@@ -24,7 +23,7 @@ class SliceWriter:
 
     def __init__(self, api: Api, mesh: str) -> None:
         self._api, self._mesh = api, mesh
-        self._ours: dict[str, tuple[Slice | None, float, Slice | None]] = {}
+        self._ours: dict[str, tuple[MeshSlice | None, float, MeshSlice | None]] = {}
         """Name → what we wrote (None: deleted), when, and what the watch said at that time."""
         self.refused = False
         """Whether the last write() met a slice that the API server does not take."""
@@ -32,7 +31,7 @@ class SliceWriter:
         self.writes = 0
         self.conflicts = 0
 
-    def now(self, watched: Mapping[str, Slice]) -> dict[str, Slice]:
+    def now(self, watched: Mapping[str, MeshSlice]) -> dict[str, MeshSlice]:
         """The slices of all meshes as they are as far as we know."""
         found = dict(watched)
         late = time.monotonic() - _ECHO
@@ -50,7 +49,12 @@ class SliceWriter:
         self._ours.clear()
 
     def write(
-        self, wanted: Sequence[Entry], settings: Settings, generation: int, watched: Mapping[str, Slice], due: bool
+        self,
+        wanted: Sequence[Entry],
+        settings: MeshSettings,
+        generation: int,
+        watched: Mapping[str, MeshSlice],
+        due: bool,
     ) -> tuple[int, bool]:
         """Brings the slices to `wanted`, if it is `due`: writes made, and whether all is said then.
 
@@ -85,34 +89,34 @@ class SliceWriter:
         return made, whole
 
     def _one(self, write: Write) -> Object | None:
-        path = path_of(SLICES, write.name)
+        path = path_of(MESH_SLICES, write.name)
         if write.spec is None:
             with contextlib.suppress(NotFound):
                 self._api.delete(path, version=write.resource_version)
             return None
         if not write.resource_version:
             meta = {"name": write.name, "labels": labels(self._mesh)}
-            body = {"apiVersion": API_VERSION, "kind": "MeshSlice", "metadata": meta, "spec": write.spec}
-            return self._api.create(SLICES, body)
+            body = {"apiVersion": API_VERSION, "kind": MESH_SLICE, "metadata": meta, "spec": write.spec}
+            return self._api.create(MESH_SLICES, body)
         body = {"metadata": {"resourceVersion": write.resource_version, "labels": labels(self._mesh)}}
         try:
             return self._api.patch(path, body | {"spec": write.spec})
         except NotFound as error:
             raise Conflict(str(error), 404, "NotFound") from None
 
-    def _look(self, name: str, watched: Mapping[str, Slice]) -> None:
+    def _look(self, name: str, watched: Mapping[str, MeshSlice]) -> None:
         try:
-            answer: Object | None = self._api.get(path_of(SLICES, name))
+            answer: Object | None = self._api.get(path_of(MESH_SLICES, name))
         except NotFound:
             answer = None
         self._note(name, answer, watched)
 
-    def _note(self, name: str, answer: Object | None, watched: Mapping[str, Slice]) -> None:
-        made = project(answer) if answer is not None else None
+    def _note(self, name: str, answer: Object | None, watched: Mapping[str, MeshSlice]) -> None:
+        made = parse_slice(answer) if answer is not None else None
         self._ours[name] = (made, time.monotonic(), watched.get(name))
 
 
-def _newer(theirs: Slice | None, ours: Slice | None, before: Slice | None) -> bool:
+def _newer(theirs: MeshSlice | None, ours: MeshSlice | None, before: MeshSlice | None) -> bool:
     """Whether the watch has come as far as what we wrote."""
     if ours is None:
         return theirs is None or theirs != before

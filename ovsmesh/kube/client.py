@@ -45,15 +45,13 @@ from ovsmesh.kube.http import (
     name_of,
     parse_object,
 )
-from ovsmesh.names import API_VERSION
 
 __all__ = [
-    "APPLY", "GROUP", "JSON", "MERGE", "AlreadyExists", "Api", "ApiError", "Config", "Conflict", "Forbidden", "Garbage",
+    "APPLY", "JSON", "MERGE", "AlreadyExists", "Api", "ApiError", "Config", "Conflict", "Forbidden", "Garbage",
     "Gone", "Invalid", "NotFound", "NotLeader", "Object", "Page", "Stream", "Unauthorized", "Unavailable", "in_cluster",
     "load", "name_of", "path_of",
 ]  # fmt: skip
 
-GROUP = f"/apis/{API_VERSION}"
 MERGE = "application/merge-patch+json"
 JSON = "application/json-patch+json"
 APPLY = "application/apply-patch+yaml"

@@ -19,7 +19,7 @@ from typing import Any
 
 from ovsmesh.lab import netns
 from ovsmesh.lab.netns import LabError, Process
-from ovsmesh.names import API_VERSION
+from ovsmesh.names import API_VERSION, DEFAULT_MESH, MESH
 
 BASE = Path("/run/ovsmesh-lab")
 MOST_HOSTS = 20
@@ -127,7 +127,7 @@ def mesh_text(settings: LabSettings, nodes: Sequence[Mapping[str, Any]], spec: M
     content: dict[str, Any] = {"clusterCIDRs": cidrs, "encapsulation": settings.encapsulation}
     content |= {} if settings.key is None else {"key": settings.key}
     content |= {**spec, "nodes": [dict(node) for node in nodes]}
-    head = {"apiVersion": API_VERSION, "kind": "Mesh", "metadata": {"name": "default"}}
+    head = {"apiVersion": API_VERSION, "kind": MESH, "metadata": {"name": DEFAULT_MESH}}
     return str(yaml.safe_dump({**head, "spec": content}, sort_keys=False))
 
 

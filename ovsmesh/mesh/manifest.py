@@ -14,9 +14,8 @@ from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import ENCAPSULATIONS, Mesh, MeshError, Node
 from ovsmesh.mesh.validation import Claim, Refusal, claim, clusters_of, settle
 from ovsmesh.mesh.yaml_reader import Map, Scalar, Tree, kind_of, load, show
-from ovsmesh.names import API_VERSION
+from ovsmesh.names import API_VERSION, DEFAULT_MESH, MESH
 
-KIND = "Mesh"
 MAX_CIDRS = 16
 """Pod CIDRs of one node; Kubernetes gives at most two."""
 MAX_CLUSTER_CIDRS = 64
@@ -45,7 +44,7 @@ def parse(text: str | bytes, where: str, last: Mesh | None = None) -> tuple[Mesh
     if type(tree) is not Map:
         raise MeshError(f"{where}: wanted a Mesh object (apiVersion, kind, spec), found {kind_of(tree)}")
     _known(tree, _TOP, where, "")
-    for field, want in (("apiVersion", API_VERSION), ("kind", KIND)):
+    for field, want in (("apiVersion", API_VERSION), ("kind", MESH)):
         if field not in tree:
             raise MeshError(f"{where}: {field} is missing: begin the file with `{field}: {want}`")
         if tree[field] != want:
@@ -98,7 +97,7 @@ def dump(mesh: Mesh) -> str:
     if mesh.key is not None:
         spec["key"] = mesh.key
     spec["mtu"] = "auto" if mesh.mtu is None else mesh.mtu
-    head = json.dumps({"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "default"}, "spec": spec})
+    head = json.dumps({"apiVersion": API_VERSION, "kind": MESH, "metadata": {"name": DEFAULT_MESH}, "spec": spec})
     if not mesh.nodes:
         return head[:-2] + ', "nodes": []}}\n'
     return head[:-2] + ', "nodes": [\n' + ",\n".join(map(_dump_node, mesh.nodes)) + "\n]}}\n"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ovsmesh.mesh.types import Mesh
+from ovsmesh.names import MESH_LABEL
 
 MOST = 100
 """Nodes in a slice, as EndpointSlice has it: one change sends about 15 KB to each agent."""
@@ -23,7 +24,7 @@ class Entry(NamedTuple):
     zone: str = ""
 
 
-class Settings(NamedTuple):
+class MeshSettings(NamedTuple):
     """What all members must agree on."""
 
     cluster_cidrs: tuple[str, ...]
@@ -33,7 +34,7 @@ class Settings(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class MeshSlice:
     """A MeshSlice as it was read."""
 
     name: str
@@ -41,7 +42,7 @@ class Slice:
     index: int
     count: int
     generation: int
-    settings: Settings | None
+    settings: MeshSettings | None
     nodes: tuple[Entry, ...]
     resource_version: str
     labelled: bool = True
@@ -51,21 +52,21 @@ def slice_name(mesh: str, index: int) -> str:
     return f"{mesh}-{index:03d}"
 
 
-def settings_of(mesh: Mesh) -> Settings:
-    return Settings(tuple(map(str, mesh.cluster_cidrs)), mesh.encapsulation, mesh.key, mesh.mtu)
+def settings_of(mesh: Mesh) -> MeshSettings:
+    return MeshSettings(tuple(map(str, mesh.cluster_cidrs)), mesh.encapsulation, mesh.key, mesh.mtu)
 
 
 def labels(mesh: str) -> dict[str, str]:
-    return {"ovsmesh.io/mesh": mesh, "app.kubernetes.io/managed-by": MANAGED_BY}
+    return {MESH_LABEL: mesh, "app.kubernetes.io/managed-by": MANAGED_BY}
 
 
-def project(found: Mapping[str, Any]) -> Slice:
-    """A MeshSlice object as a Slice; what has not the right shape is left out, so that it is written anew."""
+def parse_slice(found: Mapping[str, Any]) -> MeshSlice:
+    """A MeshSlice object as a MeshSlice; what has not the right shape is left out, so that it is written anew."""
     meta = _map(found.get("metadata"))
     spec = _map(found.get("spec"))
     mesh = _text(spec.get("mesh"))
     has = _map(meta.get("labels"))
-    return Slice(
+    return MeshSlice(
         _text(meta.get("name")),
         mesh,
         _number(spec.get("index"), -1),
@@ -101,12 +102,12 @@ def _entry(node: Mapping[str, Any]) -> Entry:
     )
 
 
-def _settings(given: Mapping[str, Any]) -> Settings | None:
+def _settings(given: Mapping[str, Any]) -> MeshSettings | None:
     clusters = tuple(_text(cidr) for cidr in _list(given.get("clusterCIDRs")))
     key, mtu = given.get("key"), given.get("mtu")
     if not clusters:
         return None
-    return Settings(
+    return MeshSettings(
         clusters,
         _text(given.get("encapsulation")),
         None if key is None else _number(key, -1),
@@ -114,7 +115,9 @@ def _settings(given: Mapping[str, Any]) -> Settings | None:
     )
 
 
-def slice_spec(mesh: str, index: int, count: int, generation: int, settings: Settings, nodes: Iterable[Entry]) -> Any:
+def slice_spec(
+    mesh: str, index: int, count: int, generation: int, settings: MeshSettings, nodes: Iterable[Entry]
+) -> Any:
     """The spec as written. A key of None is said as null, so that a merge patch takes an old one away."""
     return {
         "mesh": mesh,

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ovsmesh.errors import Problem
-from ovsmesh.kube.client import GROUP, Api, Object
+from ovsmesh.kube.client import Api, Object
 from ovsmesh.kube.reflector import SECONDS, SILENCE, Collection, Reflector, Wakeup
-from ovsmesh.mesh.file_source import SAVE_AGAIN, Snapshot, last_good
-from ovsmesh.mesh.manifest import KIND, MAX_CIDRS, dump, parse
+from ovsmesh.mesh.file_source import SAVE_AGAIN, last_good
+from ovsmesh.mesh.manifest import MAX_CIDRS, dump, parse
+from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh, MeshError
 from ovsmesh.mesh.validation import Claim, Refusal, claim, settle
-from ovsmesh.names import API_VERSION
+from ovsmesh.names import API_VERSION, MESH, MESH_LABEL, MESH_SLICES
 from ovsmesh.state_dir import StateDir, write_atomic
 
 GRACE = 0.5
@@ -30,7 +31,6 @@ GRACE = 0.5
 _PASSING = frozenset({"ApiUnavailable", "MeshSlicesIncomplete"})
 """Reasons that go by without this node's doing, so it is as healthy as before. Each change of the mesh's settings
 makes every agent see incomplete slices for a moment: a thousand MeshNodes must not be written for that."""
-SLICES = f"{GROUP}/meshslices"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def _entry(node: Any) -> Entry | Refused:
 @lru_cache(maxsize=4)
 def _settings(text: str) -> Mesh:
     """A mesh with these settings and no nodes, judged as a file's are. Raises MeshError."""
-    given = {"apiVersion": API_VERSION, "kind": KIND, "spec": {**json.loads(text), "nodes": []}}
+    given = {"apiVersion": API_VERSION, "kind": MESH, "spec": {**json.loads(text), "nodes": []}}
     return parse(json.dumps(given) + "\n", "MeshSlices")[0]
 
 
@@ -147,7 +147,7 @@ def assemble(parts: Mapping[str, Part], last: Mesh | None) -> tuple[Mesh, tuple[
     return (last if last == mesh else mesh), problems
 
 
-class KubeSource:
+class SliceSource:
     """The mesh from the MeshSlices of `mesh`. `node` is self: a mesh without it is not followed.
 
     `state_dir` holds the last-known-good mesh, in the format that FileSource reads and writes too.
@@ -168,9 +168,9 @@ class KubeSource:
         self._server = api.config.server
         self._store = StateDir(state_dir).mesh_file
         self._bell = Wakeup()
-        labels = f"ovsmesh.io/mesh={mesh}"
+        labels = f"{MESH_LABEL}={mesh}"
         self._reflector: Reflector[Part] = Reflector(
-            api, SLICES, project, self._bell, labels=labels, seconds=seconds, silence=silence
+            api, MESH_SLICES, project, self._bell, labels=labels, seconds=seconds, silence=silence
         )
         self._good: Mesh | None = None
         self._good_since = 0.0

@@ -50,7 +50,7 @@ def test_kinds_are_cluster_scoped_and_in_our_group() -> None:
     for crd in CRDS.values():
         assert (crd["spec"]["group"], crd["spec"]["scope"]) == ("ovsmesh.io", "Cluster")
         assert version(crd["spec"]["names"]["kind"])["name"] == "v1alpha1"
-    assert names.API_VERSION == API_VERSION and manifest.KIND in CRDS
+    assert names.API_VERSION == API_VERSION and names.MESH in CRDS
 
 
 def test_mesh_has_the_keys_of_the_file() -> None:

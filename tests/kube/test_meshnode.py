@@ -8,10 +8,11 @@ from contextlib import closing
 
 import pytest
 
-from ovsmesh.agent.meshnode import MESHNODES, MeshNodeWriter
+from ovsmesh.agent.meshnode import MeshNodeWriter
 from ovsmesh.agent.result import Runtime
 from ovsmesh.kube.client import Api, Object
 from ovsmesh.kube.config import load
+from ovsmesh.names import MESH_NODES
 from tests.support import slicekit
 from tests.support.kubekit import eventually
 from tests.support.kubestub import Stub
@@ -37,7 +38,7 @@ def writer(stub: Stub) -> Iterator[Writer]:
 
 
 def meshnode(stub: Stub) -> Object:
-    found = stub.objects.get(f"{MESHNODES}/n0", {})
+    found = stub.objects.get(f"{MESH_NODES}/n0", {})
     return found.get("status") or {}
 
 
@@ -54,7 +55,7 @@ def test_a_meshnode_is_made_and_belongs_to_its_node(stub: Stub, writer: Writer) 
     assert status["mtu"] == 1462
     assert status["versions"]["ovs"] == "3.1.0"
     assert condition(stub, "Converged")["status"] == "True"
-    owner = stub.objects[f"{MESHNODES}/n0"]["metadata"]["ownerReferences"]
+    owner = stub.objects[f"{MESH_NODES}/n0"]["metadata"]["ownerReferences"]
     assert owner == [{"apiVersion": "v1", "kind": "Node", "name": "n0", "uid": "u0"}]
 
 
@@ -100,7 +101,7 @@ def test_a_meshnode_deleted_by_hand_is_made_again(stub: Stub, writer: Writer) ->
     made = writer(at_least=0.2, every=0.4)
     made.publish(turn(), Runtime())
     eventually(lambda: meshnode(stub))
-    stub.remove(f"{MESHNODES}/n0")
+    stub.remove(f"{MESH_NODES}/n0")
     eventually(lambda: meshnode(stub))
 
 
@@ -108,9 +109,9 @@ def test_a_meshnode_deleted_by_hand_is_back_long_before_the_next_routine_write(s
     made = writer(check=0.3)
     made.publish(turn(), Runtime())
     eventually(lambda: meshnode(stub))
-    stub.remove(f"{MESHNODES}/n0")
+    stub.remove(f"{MESH_NODES}/n0")
     eventually(lambda: meshnode(stub))
-    assert stub.objects[f"{MESHNODES}/n0"]["metadata"]["ownerReferences"]
+    assert stub.objects[f"{MESH_NODES}/n0"]["metadata"]["ownerReferences"]
     time.sleep(0.5)
     assert made.writes == 2
 
@@ -133,7 +134,7 @@ def test_a_meshnode_edited_by_hand_is_put_right(stub: Stub, writer: Writer, edit
     made.publish(turn(), Runtime())
     eventually(lambda: meshnode(stub))
     before = meshnode(stub)
-    found = stub.objects[f"{MESHNODES}/n0"]
+    found = stub.objects[f"{MESH_NODES}/n0"]
     found["status"] = {key: value for key, value in {**before, **edit}.items() if value is not None}
     eventually(lambda: made.writes == 2)
     same = {"observedAt": "", "conditions": ""}
@@ -165,8 +166,8 @@ def test_the_next_run_goes_on_where_the_last_left_off(stub: Stub, writer: Writer
     stamp = "2020-01-01T00:00:00Z"
     old = {"observedSlices": {"default-000": "1", "default-001": "1"}}
     old["conditions"] = [{"type": "Converged", "status": "True", "lastTransitionTime": stamp}]  # type: ignore[assignment]
-    stub.put(f"{MESHNODES}/n0", {})
-    stub.objects[f"{MESHNODES}/n0"]["status"] = old
+    stub.put(f"{MESH_NODES}/n0", {})
+    stub.objects[f"{MESH_NODES}/n0"]["status"] = old
     made = writer()
     made.publish(turn(), Runtime())
     eventually(lambda: made.writes)
@@ -177,22 +178,22 @@ def test_the_next_run_goes_on_where_the_last_left_off(stub: Stub, writer: Writer
 def test_the_meshnode_of_an_earlier_node_is_not_taken_over(stub: Stub, writer: Writer) -> None:
     """It is about to go with its Node: what is written into it would be lost, and not told again for minutes."""
     old = {"apiVersion": "v1", "kind": "Node", "name": "n0", "uid": "u-before"}
-    stub.put(f"{MESHNODES}/n0", {}, ownerReferences=[old])
+    stub.put(f"{MESH_NODES}/n0", {}, ownerReferences=[old])
     made = writer()
     made.publish(turn(), Runtime())
     eventually(lambda: stub.count("GET", "/n0") >= 2, 5)
     assert not meshnode(stub)
-    stub.remove(f"{MESHNODES}/n0")
+    stub.remove(f"{MESH_NODES}/n0")
     eventually(lambda: condition(stub, "Converged"), 10)
-    assert stub.objects[f"{MESHNODES}/n0"]["metadata"]["ownerReferences"][0]["uid"] == "u0"
+    assert stub.objects[f"{MESH_NODES}/n0"]["metadata"]["ownerReferences"][0]["uid"] == "u0"
 
 
 def test_a_node_made_again_under_a_running_agent_gets_its_own_meshnode_soon(stub: Stub, writer: Writer) -> None:
     made = writer()
     made.publish(turn(), Runtime())
     eventually(lambda: made.writes == 1)
-    stub.remove(f"{MESHNODES}/n0")
+    stub.remove(f"{MESH_NODES}/n0")
     made.publish(turn(uid="u-new"), Runtime())
     eventually(lambda: made.writes == 2, 5)
-    assert stub.objects[f"{MESHNODES}/n0"]["metadata"]["ownerReferences"][0]["uid"] == "u-new"
+    assert stub.objects[f"{MESH_NODES}/n0"]["metadata"]["ownerReferences"][0]["uid"] == "u-new"
     assert condition(stub, "Converged")["status"] == "True"

@@ -11,10 +11,11 @@ import pytest
 from ovsmesh.controller.slice_layout import assign
 from ovsmesh.kube.client import Object
 from ovsmesh.mesh.manifest import dump
-from ovsmesh.mesh.meshslice import Entry, Settings
-from ovsmesh.mesh.meshslice import project as controllers_view
-from ovsmesh.mesh.slice_source import SLICES, KubeSource
+from ovsmesh.mesh.meshslice import Entry, MeshSettings
+from ovsmesh.mesh.meshslice import parse_slice as controllers_view
+from ovsmesh.mesh.slice_source import SliceSource
 from ovsmesh.mesh.types import Mesh
+from ovsmesh.names import MESH_SLICES
 from tests.support import slicekit
 from tests.support.kubekit import eventually
 from tests.support.kubestub import Stub
@@ -64,7 +65,7 @@ def test_a_slice_deleted_by_hand_removes_nobody(stub: Stub, open_source: Open, g
         put(stub, index, 3, node(index))
     source = open_source()
     before = becomes(source, "n0 n1 n2")
-    stub.remove(f"{SLICES}/default-{gone:03d}")
+    stub.remove(f"{MESH_SLICES}/default-{gone:03d}")
     kept = becomes(source, "n0 n1 n2", confirmed=False)
     assert kept.mesh is before.mesh
     assert reasons(kept) == ["MeshSlicesIncomplete"]
@@ -77,7 +78,7 @@ def test_all_slices_deleted_removes_nobody(stub: Stub, open_source: Open) -> Non
     put(stub, 0, 1, node(0), node(1))
     source = open_source()
     becomes(source, "n0 n1")
-    stub.remove(f"{SLICES}/default-000")
+    stub.remove(f"{MESH_SLICES}/default-000")
     kept = becomes(source, "n0 n1", confirmed=False)
     assert reasons(kept) == ["MeshSlicesMissing"]
 
@@ -103,7 +104,7 @@ def test_fewer_slices_are_whole_when_slice_0_says_so(stub: Stub, open_source: Op
     source = open_source()
     becomes(source, "n0 n1")
     put(stub, 0, 1, node(0), node(1))
-    stub.remove(f"{SLICES}/default-001")
+    stub.remove(f"{MESH_SLICES}/default-001")
     becomes(source, "n0 n1")
     put(stub, 0, 1, node(0))
     becomes(source, "n0")
@@ -161,7 +162,7 @@ def test_a_slice_edited_to_nonsense_changes_nothing(stub: Stub, open_source: Ope
     put(stub, 0, 1, node(0), node(1))
     source = open_source()
     before = becomes(source, "n0 n1")
-    stub.put(f"{SLICES}/default-000", {**spec(0, 1, node(0)), **change}, labels=LABELS)
+    stub.put(f"{MESH_SLICES}/default-000", {**spec(0, 1, node(0)), **change}, labels=LABELS)
     time.sleep(0.3)
     assert source.snapshot().mesh is before.mesh
     put(stub, 0, 1, node(0), node(1), node(2))
@@ -187,9 +188,9 @@ def test_a_node_made_anew_replaces_its_old_entry_whole(stub: Stub, open_source: 
 
 def test_what_the_controller_writes_is_what_the_agent_reads(stub: Stub, open_source: Open) -> None:
     wanted = [Entry(n["name"], n["uid"], n["address"], tuple(n["podCIDRs"])) for n in map(node, range(1000))]
-    settings = Settings((CLUSTER,), key=3)
+    settings = MeshSettings((CLUSTER,), key=3)
     for write in assign("default", wanted, settings, 4, ()):
-        stub.put(f"{SLICES}/{write.name}", write.spec, labels=LABELS)
+        stub.put(f"{MESH_SLICES}/{write.name}", write.spec, labels=LABELS)
     source = open_source()
     eventually(lambda: source.snapshot().confirmed)
     mesh = source.snapshot().mesh
@@ -200,9 +201,9 @@ def test_what_the_controller_writes_is_what_the_agent_reads(stub: Stub, open_sou
     for number in range(1000, 1030):
         n = node(number)
         wanted.append(Entry(n["name"], n["uid"], n["address"], tuple(n["podCIDRs"])))
-        there = [controllers_view(o) for p, o in stub.objects.items() if p.startswith(SLICES)]
+        there = [controllers_view(o) for p, o in stub.objects.items() if p.startswith(MESH_SLICES)]
         for write in assign("default", wanted, settings, 4, there):
-            stub.put(f"{SLICES}/{write.name}", write.spec, labels=LABELS)
+            stub.put(f"{MESH_SLICES}/{write.name}", write.spec, labels=LABELS)
         began = time.monotonic()
         while (found := source.snapshot()).mesh is None or len(found.mesh.nodes) != number + 1:
             assert time.monotonic() - began < 20
@@ -215,7 +216,7 @@ def test_what_the_controller_writes_is_what_the_agent_reads(stub: Stub, open_sou
 # ---------------------------------------------------------------- the API server away
 
 
-def lose_and_find(stub: Stub, source: KubeSource) -> None:
+def lose_and_find(stub: Stub, source: SliceSource) -> None:
     before = becomes(source, "n0 n1")
     stub.down()
     away = becomes(source, "n0 n1", confirmed=False)

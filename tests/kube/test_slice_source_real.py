@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from ovsmesh.agent.cluster import connect
-from ovsmesh.agent.meshnode import MESHNODES
 from ovsmesh.agent.result import Runtime
 from ovsmesh.kube import client
 from ovsmesh.kube.client import Api, Object
 from ovsmesh.kube.config import load
-from ovsmesh.mesh.slice_source import SLICES, KubeSource
+from ovsmesh.mesh.slice_source import SliceSource
+from ovsmesh.names import MESH_NODES, MESH_SLICES
 from tests.support import slicekit
 from tests.support.controlplane import APISERVER, ControlPlane
 from tests.support.kubekit import eventually
@@ -30,7 +30,7 @@ def apply_slices(admin: Api, *specs: Object) -> None:
     for each in specs:
         name = f"default-{each['index']:03d}"
         body = {"apiVersion": "ovsmesh.io/v1alpha1", "kind": "MeshSlice", "metadata": {"name": name, "labels": LABELS}}
-        path = client.path_of(SLICES, name)
+        path = client.path_of(MESH_SLICES, name)
         admin.patch(path, {**body, "spec": each}, client.APPLY, fieldManager="test", force="true")
 
 
@@ -55,7 +55,7 @@ def test_an_agent_s_own_token_is_enough_and_no_more(cluster: ControlPlane, admin
         print(f"connected and whole after {time.monotonic() - began:.3f} s")
         writes.publish(turn(uid=uid), Runtime(ovs_version="3.1.0"))
         eventually(lambda: writes.writes == 1)
-        found = admin.get(f"{MESHNODES}/n0")
+        found = admin.get(f"{MESH_NODES}/n0")
         assert found["status"]["peers"]["wanted"] == 1
         assert found["metadata"]["ownerReferences"][0]["uid"] == uid
         # a token that rotates while the watch is open, and a server that goes meanwhile
@@ -65,7 +65,7 @@ def test_an_agent_s_own_token_is_enough_and_no_more(cluster: ControlPlane, admin
         cluster.start(APISERVER)
         apply_slices(admin, spec(0, 2, node(0, uid=uid), node(2)))
         becomes(source, "n0 n1 n2")
-        admin.delete(client.path_of(SLICES, "default-001"))
+        admin.delete(client.path_of(MESH_SLICES, "default-001"))
         assert reasons(becomes(source, "n0 n1 n2", confirmed=False)) == ["MeshSlicesIncomplete"]
         apply_slices(admin, spec(1, 2, node(1)))
         becomes(source, "n0 n1 n2")
@@ -74,10 +74,10 @@ def test_an_agent_s_own_token_is_enough_and_no_more(cluster: ControlPlane, admin
             with pytest.raises(client.Forbidden):
                 agent.get(path)
         with pytest.raises(client.Forbidden):
-            agent.patch(f"{SLICES}/default-000", {"spec": {"count": 1}})
+            agent.patch(f"{MESH_SLICES}/default-000", {"spec": {"count": 1}})
         other = {"apiVersion": "ovsmesh.io/v1alpha1", "kind": "MeshNode", "metadata": {"name": "n1"}}
         with pytest.raises((client.Forbidden, client.Invalid)):
-            agent.create(MESHNODES, other)
+            agent.create(MESH_NODES, other)
 
 
 def test_joins_are_seen_soon_by_a_real_agent_s_source(cluster: ControlPlane, admin: Api, state: Path) -> None:
@@ -85,7 +85,7 @@ def test_joins_are_seen_soon_by_a_real_agent_s_source(cluster: ControlPlane, adm
     groups = [[node(n) for n in range(i * size, i * size + size - 5)] for i in range(count)]
     apply_slices(admin, *(spec(i, count, *group) for i, group in enumerate(groups)))
     config = cluster.token_kubeconfig("agent", cluster.agent_token("n0"))
-    with closing(Api(load(config))) as api, closing(KubeSource(api, state, "n0")) as source:
+    with closing(Api(load(config))) as api, closing(SliceSource(api, state, "n0")) as source:
         began = time.monotonic()
         eventually(lambda: source.snapshot().confirmed, every=0.005)
         print(f"950 nodes whole after {time.monotonic() - began:.3f} s")

@@ -20,7 +20,7 @@ from ovsmesh.kube import reflector
 from ovsmesh.kube.client import Api
 from ovsmesh.kube.config import load
 from ovsmesh.kube.reflector import Reflector
-from ovsmesh.mesh.slice_source import KubeSource
+from ovsmesh.mesh.slice_source import SliceSource
 from tests.support import slicekit
 from tests.support.controllerkit import Cluster, mesh, node
 from tests.support.fault_proxy import FAULTS, STALL, Meddler
@@ -46,7 +46,7 @@ def running(config: Path) -> Iterator[Controller]:
             os.close(stop)
 
 
-def names(source: KubeSource) -> list[str]:
+def names(source: SliceSource) -> list[str]:
     found = source.snapshot()
     return [n.name for n in found.mesh.nodes] if found.mesh and found.confirmed else []
 
@@ -69,7 +69,7 @@ def test_whatever_a_watch_does_all_follow(kube: Cluster, state: Path, monkeypatc
         }
         controller = ending.enter_context(running(configs["ovsmesh-controller"]))
         api = ending.enter_context(closing(Api(load(configs["ovsmesh-agent"]))))
-        source = ending.enter_context(closing(KubeSource(api, state, "web0", silence=SILENCE)))
+        source = ending.enter_context(closing(SliceSource(api, state, "web0", silence=SILENCE)))
         wanted = ["web0", "web1", "web2"]
         eventually(lambda: names(source) == wanted)
         least = [len(wanted)]
@@ -110,7 +110,7 @@ def test_tokens_that_rotate(kube: Cluster, state: Path) -> None:
         configs = {name: meddler.config(plane.token_kubeconfig(name, token)) for name, token in old.items()}
         controller = ending.enter_context(running(configs["rotates"]))
         api = ending.enter_context(closing(Api(load(configs["rotates-agent"]))))
-        source = ending.enter_context(closing(KubeSource(api, state, "web0")))
+        source = ending.enter_context(closing(SliceSource(api, state, "web0")))
         eventually(lambda: names(source) == ["web0"])
 
         for name, account in accounts.items():

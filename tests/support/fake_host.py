@@ -19,7 +19,7 @@ from ovsmesh.agent import reconciler as room
 from ovsmesh.agent.reconciler import Agent
 from ovsmesh.dataplane.types import Dataplane, Observed
 from ovsmesh.errors import Problem
-from ovsmesh.mesh.file_source import Snapshot
+from ovsmesh.mesh.source import Snapshot
 from ovsmesh.state_dir import StateDir
 from tests.support.meshkit import FACTS, first
 

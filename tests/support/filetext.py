@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from ovsmesh.file_watch import FileBell
-from ovsmesh.mesh.file_source import FileSource, Snapshot
+from ovsmesh.mesh.file_source import FileSource
+from ovsmesh.mesh.source import Snapshot
 
 HEAD = "apiVersion: ovsmesh.io/v1alpha1\nkind: Mesh\nspec:\n  clusterCIDRs: [10.0.0.0/8]\n"
 

@@ -15,9 +15,10 @@ from ovsmesh.dataplane.types import Dataplane, Facts, Observed
 from ovsmesh.errors import Problem
 from ovsmesh.kube.client import Api, Object
 from ovsmesh.kube.config import load
-from ovsmesh.mesh.file_source import Snapshot
-from ovsmesh.mesh.slice_source import SLICES, KubeSource
+from ovsmesh.mesh.slice_source import SliceSource
+from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh, Node
+from ovsmesh.names import MESH_SLICES
 from ovsmesh.state_dir import StateDir
 from tests.support.kubestub import Stub
 
@@ -38,7 +39,7 @@ def spec(index: int, count: int, *nodes: Object, generation: int = 1, **settings
 
 
 def put(stub: Stub, index: int, count: int, *nodes: Object, **more: Any) -> None:
-    stub.put(f"{SLICES}/default-{index:03d}", spec(index, count, *nodes, **more), labels=LABELS)
+    stub.put(f"{MESH_SLICES}/default-{index:03d}", spec(index, count, *nodes, **more), labels=LABELS)
 
 
 def make_stub(tmp_path: Path) -> Iterator[Stub]:
@@ -52,16 +53,16 @@ def make_state(tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
-Open = Callable[..., KubeSource]
+Open = Callable[..., SliceSource]
 
 
 def make_open_source(stub: Stub, state: Path) -> Iterator[Open]:
-    made: list[KubeSource] = []
+    made: list[SliceSource] = []
     apis: list[Api] = []
 
-    def make(self_name: str = "n0", **options: Any) -> KubeSource:
+    def make(self_name: str = "n0", **options: Any) -> SliceSource:
         apis.append(Api(load(stub.kubeconfig()), timeout=2.0))
-        made.append(KubeSource(apis[-1], state, self_name, **{"silence": 2.0, "seconds": 30, **options}))
+        made.append(SliceSource(apis[-1], state, self_name, **{"silence": 2.0, "seconds": 30, **options}))
         return made[-1]
 
     yield make
@@ -79,7 +80,7 @@ def reasons(snapshot: Snapshot) -> list[str]:
     return [problem.reason for problem in snapshot.problems]
 
 
-def becomes(source: KubeSource, names: str, confirmed: bool = True, within: float = 20.0) -> Snapshot:
+def becomes(source: SliceSource, names: str, confirmed: bool = True, within: float = 20.0) -> Snapshot:
     """Waits at the bell, as the loop does, until the snapshot is this."""
     end = time.monotonic() + within
     while True:

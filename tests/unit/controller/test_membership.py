@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovsmesh.controller.membership import NodeView, Roster, project, roster
+from ovsmesh.controller.membership import Membership, NodeView, membership_of, parse_node
 from ovsmesh.mesh.meshslice import Entry
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.mesh.validation import clusters_of
@@ -31,12 +31,12 @@ def view(number: int, *cidrs: str, created: int | None = None, **more: object) -
     return made._replace(**more)  # type: ignore[arg-type]
 
 
-def of(*nodes: NodeView, static: tuple[object, ...] = (), held: tuple[Entry, ...] = ()) -> Roster:
+def of(*nodes: NodeView, static: tuple[object, ...] = (), held: tuple[Entry, ...] = ()) -> Membership:
     mesh = Mesh(clusters_of(CLUSTERS)[0], static)  # type: ignore[arg-type]
-    return roster(mesh, CLUSTERS, nodes, held)
+    return membership_of(mesh, CLUSTERS, nodes, held)
 
 
-def names(found: Roster) -> list[str]:
+def names(found: Membership) -> list[str]:
     return [entry.name for entry in found.entries]
 
 
@@ -156,11 +156,11 @@ def test_projection() -> None:
             "conditions": [{"type": "Ready", "status": "True"}, {"type": "NetworkUnavailable", "status": "False"}],
         },
     }
-    node = project(found)
+    node = parse_node(found)
     assert (node.asked, node.excluded, node.taints, node.zone) == ("192.0.2.9", True, (1,), "z")
     assert node.addresses == ("192.0.2.1",) and node.pod_cidrs == ("10.97.1.0/24",)
     assert node.network is not None and node.network.status == "False" and node.ready is None
-    bare = project({"metadata": {"name": "x"}})
+    bare = parse_node({"metadata": {"name": "x"}})
     assert bare.pod_cidrs == () and bare.addresses == ()
 
 

@@ -6,12 +6,13 @@ from typing import Any, cast
 
 import pytest
 
-from ovsmesh.controller.membership import Condition
+from ovsmesh.controller.membership import ObjectCondition
 from ovsmesh.controller.node_writer import LOST, NodeWriter
-from tests.unit.controller.test_node_conditions import GOOD, NODE, ROSTER
+from tests.unit.controller.test_node_conditions import GOOD, MEMBERSHIP, NODE
 
 READY = NODE._replace(
-    network=Condition("False", "MeshConverged", ""), ready=Condition("True", "MeshConverged", "its part of the mesh")
+    network=ObjectCondition("False", "MeshConverged", ""),
+    ready=ObjectCondition("True", "MeshConverged", "its part of the mesh"),
 )
 
 
@@ -23,7 +24,7 @@ def test_a_meshnode_deleted_by_hand_takes_no_node_out_until_its_agent_had_its_tu
     writer = NodeWriter(cast(Any, None), cast(Any, None))
 
     def due(node: Any = READY, **reports: Any) -> list[str]:
-        writer.survey({"web1": node}, ROSTER, reports)
+        writer.survey({"web1": node}, MEMBERSHIP, reports)
         found = sorted(writer._wanted)
         if node is not READY:
             writer.forget()
@@ -35,7 +36,7 @@ def test_a_meshnode_deleted_by_hand_takes_no_node_out_until_its_agent_had_its_tu
     now[0] += 2
     assert due() == ["web1"]
     # it came back, and is deleted again: that is counted anew
-    writer.survey({"web1": READY}, ROSTER, {"web1": GOOD})
+    writer.survey({"web1": READY}, MEMBERSHIP, {"web1": GOOD})
     assert due() == []
     # a Node that was never ready waits for its agent's own word
     assert due(NODE) == ["web1"]

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovsmesh.controller.slice_layout import FIRST_PAUSE, LONGEST_PAUSE, Pacer, Write, assign
-from ovsmesh.mesh.meshslice import MOST, Entry, Settings, Slice, project
+from ovsmesh.mesh.meshslice import MOST, Entry, MeshSettings, MeshSlice, parse_slice
 
-SETTINGS = Settings(("10.0.0.0/8",))
+SETTINGS = MeshSettings(("10.0.0.0/8",))
 
 
 def entry(number: int, uid: str = "", address: str = "") -> Entry:
@@ -32,8 +32,8 @@ class Store:
         self.version = 0
         self.writes = 0
 
-    def slices(self) -> list[Slice]:
-        return [project(found) for found in self.objects.values()]
+    def slices(self) -> list[MeshSlice]:
+        return [parse_slice(found) for found in self.objects.values()]
 
     def apply(self, writes: Iterable[Write]) -> None:
         for write in writes:
@@ -54,7 +54,7 @@ class Store:
         if 0 in found:
             assert found.keys() >= set(range(found[0].count))
 
-    def bring(self, wanted: list[Entry], to: Settings = SETTINGS, generation: int = 1) -> tuple[Write, ...]:
+    def bring(self, wanted: list[Entry], to: MeshSettings = SETTINGS, generation: int = 1) -> tuple[Write, ...]:
         writes = assign("default", wanted, to, generation, self.slices())
         self.apply(writes)
         assert assign("default", wanted, to, generation, self.slices()) == ()
