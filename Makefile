@@ -22,7 +22,7 @@ ROOTLY = @command -v sudo >/dev/null || { echo 'make: this part makes network na
 	echo 'make: not root, and this part makes network namespaces: using sudo' >&2
 endif
 
-.PHONY: help demo test test-unit test-kube test-lab test-e2e test-kernel image bench lint setup setup-dev dist clean
+.PHONY: help demo test test-unit test-kube test-lab test-e2e test-kernel image bench docs lint setup setup-dev dist clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -65,6 +65,9 @@ image: ## the container image, by docker, podman or buildah: BASE=debian:12-slim
 bench: setup-dev ## the figures that README shows, as a table and as JSON (root)
 	$(ROOTLY)
 	$(ROOT) $(BIN)/python scripts/bench.py
+
+docs: setup-dev ## the documents that are made from the code: docs/cli.md, docs/crds.md, docs/metrics.md
+	$(BIN)/python -m tests.support.generated_docs
 
 lint: setup-dev ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .
