@@ -169,7 +169,7 @@ fi
   rm -rf "$venv"
   "$python" -m venv "$venv"
 }
-target=.
+target=.[lab]
 [ $flavour = plain ] || target=.[dev]
 say "installing the Python libraries that setup.cfg names ($target)"
 "$venv/bin/pip" install --quiet --disable-pip-version-check --no-input --retries 5 --timeout 30 -e "$target" >&2 ||

@@ -1,7 +1,6 @@
-"""The demo: a mesh of five hosts, all pods pinging all, then faults mended while real packets run.
+"""The demo: a mesh of five hosts, a ping from every pod to every pod, then faults while packets run.
 
-Knows which faults are shown and how each is timed: by a stream of packets across the broken part,
-never by what the agent says of itself. Never imports ovs, pyroute2, kubernetes.
+A repair is timed by a stream of packets across the broken part, not by what the agent says of itself.
 """
 
 from __future__ import annotations
@@ -11,11 +10,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import click
-from rich.console import Console
-
 from ovsmesh.lab import netns
-from ovsmesh.lab.cli import Steps, ended, failed, show_matrix
+from ovsmesh.lab.console import Console, Steps, failed, show_matrix, show_summary, taken_down
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import LabError, wait_for
@@ -27,23 +23,22 @@ _INTERVAL = 0.002
 """Seconds between two packets of a direction, and so the resolution of what is shown."""
 _DEADLINE = 20.0
 _CALM = 0.15
-"""Seconds of stream before a fault, so that it meets traffic that flows."""
+"""Seconds of packets before a fault, so that it meets traffic that passes."""
 _DEAD = 0.5
 """Seconds that ovs-vswitchd stays dead before it is started again."""
 
 
 def play(name: str, out: Console) -> None:
-    """The whole demo, from nothing to nothing. Raises LabError when a step fails, click.Abort on Ctrl-C."""
+    """Show the whole demo, from nothing to nothing. Exits with 1 when a ping failed.
+
+    Raises LabError when a step fails.
+    """
     start = time.monotonic()
-    steps = Steps(out)
-    out.rule("[bold]ovsmesh: one flat network for the pods of many hosts", align="left")
-    lab = Lab(_HOSTS, _PODS, name=name, step=steps)
-    try:
-        with ended(out, lab):
-            lab.up()
-            bad = _Show(lab, out).all()
-    except KeyboardInterrupt as error:
-        raise click.Abort from error
+    out.heading("ovsmesh: one flat network for the pods of many hosts")
+    lab = Lab(_HOSTS, _PODS, name=name, step=Steps(out))
+    with taken_down(out, lab):
+        lab.up()
+        bad = _Show(lab, out).all()
     out.print(f"[bold]{time.monotonic() - start:.0f} seconds in all.[/]")
     if bad:
         raise SystemExit(1)
@@ -54,41 +49,36 @@ class _Show:
         self.lab, self.out = lab, out
 
     def all(self) -> bool:
-        """Whether a ping of the first or the last matrix failed."""
+        """Show everything. Return whether a ping of the first or the last matrix failed, or a plan was not empty."""
         out = self.out
-        out.rule("[bold]what h1 now has, of `ovsmesh status`", align="left")
+        out.heading("peers of h1, from `ovsmesh status`")
         lines = self.lab.host(1).ovsmesh("status").stdout.splitlines()
-        out.print("\n".join(line for line in lines if re.match(r"PEER|h\d", line)), markup=False, soft_wrap=True)
-        out.rule("[bold]every pod pings every pod, round trips in ms", align="left")
+        out.print("\n".join(line for line in lines if re.match(r"PEER|h\d", line)), markup=False)
+        out.heading("every pod pings every pod, round trips in ms")
         bad = self._matrix(first=True)
-        out.rule(f"[bold]faults, each under a packet every {_INTERVAL * 1000:g} ms both ways", align="left")
+        out.heading(f"faults, with a packet every {_INTERVAL * 1000:g} ms both ways")
         out.print(f"[bold]{'':<52}{'cut off for':>17}{'lost':>9}[/]")
         out.print(f"[bold]{'':<52}{'median':>8}{'worst':>9}{'packets':>9}[/]")
-        self._tries("a GRE port deleted", self._delete_port)
-        self._tries("a route deleted", self._delete_route)
-        self._tries("the flow table emptied", self._empty_flows)
+        self._repeat("a GRE port deleted", self._delete_port)
+        self._repeat("a route deleted", self._delete_route)
+        self._repeat("the flow table emptied", self._empty_flows)
         self._restart_switch()
         self._join_and_leave()
-        out.rule("[bold]and after all that", align="left")
+        out.heading("after all faults")
         plans = [host.ovsmesh("plan").returncode for host in self.lab.hosts]
-        out.print(f"`ovsmesh plan`: nothing to change on {plans.count(0)} of {len(plans)} hosts", soft_wrap=True)
+        out.print(f"`ovsmesh plan`: nothing to change on {plans.count(0)} of {len(plans)} hosts")
         return self._matrix(first=False) or bad or any(plans)
 
     def _matrix(self, first: bool) -> bool:
         tracks = self.lab.ping_matrix(count=3)
-        if first or any(map(failed, tracks)):
-            show_matrix(self.out, tracks)
-        else:
-            sent = sum(len(t.sent) for t in tracks)
-            self.out.print(
-                f"[bold green]{len(tracks)} of {len(tracks)} pairs answered[/]; {sent} packets, 0 lost, 0 twice"
-            )
-        return any(map(failed, tracks))
+        bad = any(map(failed, tracks))
+        (show_matrix if first or bad else show_summary)(self.out, tracks)
+        return bad
 
     # --- faults that one command makes
 
-    def _tries(self, what: str, fault: Callable[[Host, Host], Callable[[], object]]) -> None:
-        """The fault once on each host, on what leads to the next one."""
+    def _repeat(self, what: str, fault: Callable[[Host, Host], Callable[[], object]]) -> None:
+        """Make the fault once on each host, on its way to the next one."""
         cuts, lost = [], 0
         hosts = self.lab.hosts
         with self.out.status(what):
@@ -105,7 +95,7 @@ class _Show:
             time.sleep(_CALM)
             at = time.time()
             back = fault(host, peer)
-            wait_for(f"{host.name} to be mended", back, _DEADLINE, every=0.001, hint=f"see {host.agent_log}")
+            wait_for(f"{host.name} to be repaired", back, _DEADLINE, every=0.001, hint=f"see {host.agent_log}")
             _flows(stream, time.time())
         return [outage for track in stream.tracks for outage in track.outages(at)]
 
@@ -128,14 +118,14 @@ class _Show:
         host.ovs_ofctl("del-flows", OBR)
         return lambda: len(host.ovs_ofctl("dump-flows", OBR).splitlines()) == before
 
-    # --- faults that need a hand to end
+    # --- faults that the demo itself ends
 
     def _restart_switch(self) -> None:
         host, peer = self.lab.hosts[1:3]
         with self.lab.stream(self._both_ways(host, peer), _INTERVAL) as stream:
             _flows(stream, time.time())
             host.kill_vswitchd()
-            # stays dead for a while, as it would until something starts it again
+            # stays dead for a while, as until a supervisor starts it again
             time.sleep(_DEAD)
             started = time.time()
             host.start_vswitchd()
@@ -151,7 +141,7 @@ class _Show:
         lab = self.lab
         old = [host.node for host in lab.hosts]
         pods = [pod for host in lab.hosts for pod in host.pods]
-        # everything about the new host is ready, with its own copy of the mesh file, but the others don't know it
+        # the new host is ready, with its own copy of the mesh file; the others do not know it yet
         host = lab.prepare_host()
         own = host.state / "mesh.yaml"
         own.write_text(lab.mesh_text())
@@ -171,7 +161,7 @@ class _Show:
                 raise LabError(f"pods still reach {host.name} {_DEADLINE:g} s after it left the mesh")
         last = max(track.sent[number] for track in stream.tracks for number in track.received)
         self._line("a host leaves", [last - at])
-        self._note("from the rename to the last packet through; then all are told “unreachable”")
+        self._note("from the rename to the last packet through; then senders get “unreachable”")
         lab.remove_host(host.index)
 
     # --- lines
@@ -180,10 +170,10 @@ class _Show:
         median, worst = statistics.median(cuts), max(cuts)
         mark = "[green]✓[/]" if worst < 1 else "[yellow]•[/]"
         times = f"{_ms(median):>8}{_ms(worst):>9}" if len(cuts) > 1 else f"{_ms(worst):>8}{'':>9}"
-        self.out.print(f"{mark} {what:<50}{times}{'' if lost is None else lost:>9}".rstrip(), soft_wrap=True)
+        self.out.print(f"{mark} {what:<50}{times}{'' if lost is None else lost:>9}".rstrip())
 
     def _note(self, text: str) -> None:
-        self.out.print(f"  [dim]{text}[/]", soft_wrap=True)
+        self.out.print(f"  [dim]{text}[/]")
 
 
 def _ms(seconds: float) -> str:
@@ -193,7 +183,7 @@ def _ms(seconds: float) -> str:
 
 
 def _first(track: Track, came_back: Mapping[int, float], at: float) -> float:
-    """Seconds from `at` to the sending of the first packet after it that got this kind of answer."""
+    """Return the seconds from `at` to the sending of the first packet after it that got this kind of answer."""
     return min((track.sent[number] for number in came_back if track.sent[number] >= at), default=time.time()) - at
 
 

@@ -21,6 +21,11 @@ from ovsmesh.lab.ping import Pair, Track, ping
 from tests.support.labtools import SOON
 
 
+def track(sent: int, received: dict[int, float], source: str = "h1p1", target: str = "h2p1") -> Track:
+    """Return a track of packets sent at 0, 1, 2, … seconds."""
+    return Track(Pair("", "10.97.2.2", source, target), [float(n) for n in range(sent)], received)
+
+
 def assert_whole(tracks: Sequence[Track]) -> None:
     """Every packet came back once, from where it was sent to."""
     assert tracks
