@@ -25,7 +25,7 @@ _MAX_LINKS = 40
 """Symbolic links followed in one path, as the kernel does (path_resolution(7))."""
 
 
-class FileBell:
+class FileWatch:
     """Rings when the file that `path` leads to is written, replaced, removed, made, or a link to it is changed.
 
     There may be more paths than one. With `entries` they lead to directories, and a change to anything in them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ovsmesh.agent.driver import Host
+from ovsmesh.agent.driver import Driver
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.containers.docker import Docker
 from ovsmesh.dataplane.plan import Plan, plan
@@ -39,7 +39,7 @@ def remove(options: Options, state: StateDir, dry_run: bool = False) -> tuple[li
         return _cleanup(host, state, dry_run)
 
 
-def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], bool]:
+def _cleanup(host: Driver, state: StateDir, dry_run: bool) -> tuple[list[str], bool]:
     before, problems = state.before()
     # a setting of kbr0's own goes with it
     want = Dataplane(sysctls={key: value for key, value in before.items() if f"/{KBR}/" not in key})
@@ -76,7 +76,7 @@ def _cleanup(host: Host, state: StateDir, dry_run: bool) -> tuple[list[str], boo
     return lines, clean
 
 
-def _restore_docker(docker: Docker, host: Host) -> list[Problem]:
+def _restore_docker(docker: Docker, host: Driver) -> list[Problem]:
     """Docker back to where it was, before the bridge under it goes. Raises OvsmeshError where nothing was changed."""
     why = docker.stays()
     if why:
@@ -91,7 +91,7 @@ def _restore_docker(docker: Docker, host: Host) -> list[Problem]:
     ]
 
 
-def _settled(host: Host, want: Dataplane) -> tuple[Observed, Plan]:
+def _settled(host: Driver, want: Dataplane) -> tuple[Observed, Plan]:
     """What is left, once ovs-vswitchd has had its time: it tells of a bridge's end before the device goes."""
     end = time.monotonic() + _SETTLE
     while True:

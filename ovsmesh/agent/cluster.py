@@ -6,7 +6,7 @@ Imported only where there is a cluster. Imports kube, kubehome, sourcekube and m
 from __future__ import annotations
 
 from ovsmesh.agent.meshnode import MeshNodeWriter
-from ovsmesh.agent.uninstall import Home
+from ovsmesh.agent.uninstall import UninstallWatch
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import Api, in_cluster, load
 from ovsmesh.mesh.slice_source import SliceSource
@@ -15,7 +15,7 @@ START = 1.0
 """Seconds that a start waits for the mesh at most: a last good one is taken after half of that."""
 
 
-class Cluster:
+class KubernetesBackend:
     """An agent's end of its cluster."""
 
     def __init__(self, api: Api, state_dir: str, node: str, patience: float, pod: bool) -> None:
@@ -23,7 +23,7 @@ class Cluster:
         self.source = SliceSource(api, state_dir, node)
         self.source.settled(patience)
         self.writer = MeshNodeWriter(api, node, self.source.observed)
-        self.home = Home(api, api.config.namespace) if pod else None
+        self.home = UninstallWatch(api, api.config.namespace) if pod else None
         """What is taken away with its Namespace; None outside of a pod, where it belongs to none."""
 
     def close(self) -> None:
@@ -34,7 +34,7 @@ class Cluster:
         self._api.close()
 
 
-def connect(kubeconfig: str, state_dir: str, node: str, patience: float = START) -> Cluster:
+def connect(kubeconfig: str, state_dir: str, node: str, patience: float = START) -> KubernetesBackend:
     """The cluster that `kubeconfig` names, "" for the one that this pod is in, as seen from `node`.
 
     Waits `patience` seconds for a mesh at most, so that a first turn has something to do. Raises OvsmeshError
@@ -43,4 +43,4 @@ def connect(kubeconfig: str, state_dir: str, node: str, patience: float = START)
     config = load(kubeconfig) if kubeconfig else in_cluster()
     if config is None:
         raise OvsmeshError("no cluster: there is no service account here; give --kubeconfig FILE")
-    return Cluster(Api(config, "ovsmesh-agent"), state_dir, node, patience, pod=not kubeconfig)
+    return KubernetesBackend(Api(config, "ovsmesh-agent"), state_dir, node, patience, pod=not kubeconfig)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ovsmesh.containers.cni import Cni
-from ovsmesh.containers.docker import STRANGER, Docker, Kernel, Seen
+from ovsmesh.containers.docker import STRANGER, BridgeState, Docker, DockerObserved
 from ovsmesh.dataplane.docker_config import DOCKER0
 from ovsmesh.dataplane.plan import Plan, Step
 from ovsmesh.dataplane.types import KBR, KINDS, OBR, Dataplane, Facts, Observed, Unmanaged
@@ -37,7 +37,7 @@ OTHERS_GRACE = 5.0
 """Seconds that flow-restore-wait is left for whoever restores the flows of other bridges."""
 
 
-class Host:
+class Driver:
     """Everything of ovsmesh on this host. Not thread-safe; one a process."""
 
     def __init__(self, ovsdb: str, cni_dir: str = "", cni_bin_dir: str = "", docker: Docker | None = None) -> None:
@@ -165,7 +165,7 @@ class Host:
             unknown |= {"bridges", "ports", "restore_wait"} | (set() if found else {"flows"})
             text = f"ovsdb-server does not answer at {self.ovs.remote}, so ports can't be kept; is it running?"
             problems.append(Problem("DatabaseDown", text))
-        docker = self.docker.observe(want, self._about_bridges()) if self.docker else Seen()
+        docker = self.docker.observe(want, self._about_bridges()) if self.docker else DockerObserved()
         unmanaged += docker.unmanaged
         problems += docker.problems
         unknown |= set() if docker.known else {"docker"}
@@ -188,8 +188,8 @@ class Host:
         relevant = tuple(_relevant(unmanaged, want))
         return Observed(have, relevant, tuple(problems), frozenset(unknown), docker.note)
 
-    def _about_bridges(self) -> Kernel:
-        return Kernel(
+    def _about_bridges(self) -> BridgeState:
+        return BridgeState(
             self.net.mirror.index(KBR) or 0, self.net.mirror.bridge_ports(DOCKER0), self.net.mirror.addresses_of(KBR)
         )
 

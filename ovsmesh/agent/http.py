@@ -100,7 +100,7 @@ class _Metrics(Collector):
         yield GaugeMetricFamily(name, "When a turn last ended without an error.", counters.last_success)
 
 
-class Health(HttpServer):
+class AgentHttp(HttpServer):
     """The agent's HTTP side. `publish` and `beat` are for the loop's thread; all else runs in threads of its own."""
 
     def __init__(self, listen: str, deadline: float = LOOP_DEADLINE) -> None:

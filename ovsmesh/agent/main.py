@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from ovsmesh import __version__
 from ovsmesh.agent import cleanup
 from ovsmesh.agent.options import Options
-from ovsmesh.agent.publisher import Board
-from ovsmesh.agent.reconciler import Agent, Publisher, readable
-from ovsmesh.agent.result import Runtime, Turn
-from ovsmesh.agent.systemd import Notifier
+from ovsmesh.agent.publisher import StatusPublisher
+from ovsmesh.agent.reconciler import Publisher, Reconciler, readable
+from ovsmesh.agent.result import AgentCounters, ReconcileResult
+from ovsmesh.agent.systemd import SystemdNotifier
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.mesh.source import Source
@@ -28,7 +28,7 @@ from ovsmesh.ovs.idl import run_dir
 from ovsmesh.state_dir import StateDir
 
 if TYPE_CHECKING:
-    from ovsmesh.agent.uninstall import Home
+    from ovsmesh.agent.uninstall import UninstallWatch
 
 log = logging.getLogger("ovsmesh")
 
@@ -43,7 +43,7 @@ _FOR_EVER = 3600.0
 class _Quiet:
     """Publishes nothing: `--once` tells its outcome itself."""
 
-    def publish(self, turn: Turn, runtime: Runtime) -> None:
+    def publish(self, turn: ReconcileResult, runtime: AgentCounters) -> None:
         return
 
     def flush(self) -> None:
@@ -56,7 +56,7 @@ class _All:
     def __init__(self, *publishers: Publisher) -> None:
         self._publishers = publishers
 
-    def publish(self, turn: Turn, runtime: Runtime) -> None:
+    def publish(self, turn: ReconcileResult, runtime: AgentCounters) -> None:
         for publisher in self._publishers:
             publisher.publish(turn, runtime)
 
@@ -68,7 +68,7 @@ class _All:
 @contextlib.contextmanager
 def _agent(
     options: Options, state: StateDir, tells: Publisher, patience: float
-) -> Iterator[tuple[Agent, Publisher, Home | None]]:
+) -> Iterator[tuple[Reconciler, Publisher, UninstallWatch | None]]:
     """An agent, where it publishes its turns (to `tells`, and in its MeshNode where there is one), and its home.
 
     `patience` is for how many seconds a cluster's first word is waited for.
@@ -88,7 +88,7 @@ def _agent(
             ending.callback(cluster.close)
             source, tells, home = cluster.source, _All(tells, cluster.writer), cluster.home
         host.ovs.connect()
-        yield Agent(options.node, source, host, state), tells, home
+        yield Reconciler(options.node, source, host, state), tells, home
 
 
 @contextlib.contextmanager
@@ -113,9 +113,9 @@ def serve(options: Options, stop_fd: int) -> None:
     """
     with _locked(options) as state:
         with contextlib.ExitStack() as ending:
-            board = Board(options.listen, options.node, options.mesh or "MeshSlices", state)
+            board = StatusPublisher(options.listen, options.node, options.mesh or "MeshSlices", state)
             ending.callback(board.close)
-            notifier = Notifier()
+            notifier = SystemdNotifier()
             agent, tells, home = ending.enter_context(_agent(options, state, _All(board, notifier), 1.0))
             ending.callback(notifier.close)
             beside = run_dir(options.ovsdb)
@@ -159,7 +159,7 @@ def _remove(options: Options, state: StateDir, stop_fd: int) -> bool:
             return clean
 
 
-def once(options: Options) -> Turn:
+def once(options: Options) -> ReconcileResult:
     """Applies until nothing is left to do or nothing more can be done. Raises OvsmeshError when it can't start."""
     with _locked(options) as state, _agent(options, state, _Quiet(), 10.0) as (agent, tells, _):
         return agent.once(tells)

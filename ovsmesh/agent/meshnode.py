@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ovsmesh import __version__
-from ovsmesh.agent.result import Runtime, Turn, report
+from ovsmesh.agent.result import AgentCounters, ReconcileResult, report
 from ovsmesh.dataplane import report as reports
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import AlreadyExists, Api, Conflict, NotFound, Object, path_of
@@ -41,7 +41,7 @@ _GONE = 4.0
 _CONDITIONS = ("Converged", "Degraded")
 
 
-_Told = tuple[Turn, str, dict[str, str]]
+_Told = tuple[ReconcileResult, str, dict[str, str]]
 """A turn, the version of OVS, and the slices that the turn's mesh was made of."""
 
 
@@ -88,7 +88,7 @@ class MeshNodeWriter:
         self._thread = threading.Thread(target=self._run, name="meshnode", daemon=True)
         self._thread.start()
 
-    def publish(self, turn: Turn, runtime: Runtime) -> None:
+    def publish(self, turn: ReconcileResult, runtime: AgentCounters) -> None:
         # a wait for the first word of the API server says nothing of the node
         if turn.mesh is None and any(p.reason == "MeshWaiting" for p in turn.problems):
             return
@@ -159,7 +159,7 @@ class MeshNodeWriter:
             times.append(self._routine())
         return max(0.0, min(times) - time.monotonic()) if times else None
 
-    def _status(self, turn: Turn, ovs: str, slices: Mapping[str, str]) -> Object:
+    def _status(self, turn: ReconcileResult, ovs: str, slices: Mapping[str, str]) -> Object:
         about = reports.Context(now=time.time(), agent_version=__version__, ovs_version=ovs, mesh_current=turn.whole)
         made = report(turn, self._node, {}, about)
         refused = made.count("refused")
@@ -270,7 +270,7 @@ def _is_of_another(found: Object, uid: str) -> bool:
     return bool(uid and owners) and all(owner.get("uid") != uid for owner in owners if isinstance(owner, dict))
 
 
-def _mood(turn: Turn) -> tuple[bool, ...]:
+def _mood(turn: ReconcileResult) -> tuple[bool, ...]:
     """What a condition may flip with."""
     return turn.mesh is None, turn.converged, any(p.fatal for p in turn.problems)
 

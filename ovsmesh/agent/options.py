@@ -11,9 +11,9 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 
-from ovsmesh.agent.driver import Host
+from ovsmesh.agent.driver import Driver
 from ovsmesh.containers.docker import Docker
-from ovsmesh.containers.docker_migration import Settings as DockerSettings
+from ovsmesh.containers.docker_migration import DockerOptions
 from ovsmesh.dataplane.types import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_STATE
 from ovsmesh.state_dir import DOCKER_FILES, StateDir
 
@@ -48,14 +48,14 @@ class Options:
     docker_timeout: float = 120.0
     """Seconds for the restart command, and again for the daemon to answer."""
 
-    def host(self, state: StateDir, *, acting: bool = False, removing: bool = False) -> Host:
+    def host(self, state: StateDir, *, acting: bool = False, removing: bool = False) -> Driver:
         """The host that these options mean. `acting`: an agent's; `removing`: cleanup's."""
         docker = None
         # what an earlier agent did to Docker is taken back, though the last one looked away
         if self.docker != "off" or (removing and (state.path / DOCKER_FILES[0]).exists()):
             told = (self.docker, self.docker_config, self.docker_socket, self.docker_restart, self.docker_timeout)
-            docker = Docker(DockerSettings(*told), state, removing, acting)
-        return Host(self.ovsdb, self.cni_dir, self.cni_bin_dir, docker)
+            docker = Docker(DockerOptions(*told), state, removing, acting)
+        return Driver(self.ovsdb, self.cni_dir, self.cni_bin_dir, docker)
 
 
 def remembered(state_dir: str, chosen: Mapping[str, object]) -> Options:
@@ -71,7 +71,7 @@ def remembered(state_dir: str, chosen: Mapping[str, object]) -> Options:
 
 
 @contextlib.contextmanager
-def opened(options: Options, state: StateDir, removing: bool = False) -> Iterator[Host]:
+def opened(options: Options, state: StateDir, removing: bool = False) -> Iterator[Driver]:
     """The host, connected, with whatever was under way on it settled."""
     host = options.host(state, removing=removing)
     try:

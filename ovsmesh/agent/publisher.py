@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 from ovsmesh import __version__
-from ovsmesh.agent.http import Counters, Health
-from ovsmesh.agent.result import Runtime, Turn, report
+from ovsmesh.agent.http import AgentHttp, Counters
+from ovsmesh.agent.result import AgentCounters, ReconcileResult, report
 from ovsmesh.dataplane import report as reports
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.state_dir import StateDir
@@ -27,7 +27,7 @@ _OWN_REASONS = (*RETRIED, "MassRemovalHeld")
 """Problems that only the agent can know; `status` finds the others itself."""
 
 
-class Board:
+class StatusPublisher:
     """The report of a thousand peers takes longer to make than a turn, so it is made when the loop has
     nothing better to do, unless it changes whether all is well.
     """
@@ -37,11 +37,11 @@ class Board:
         self._mesh_from = mesh_from
         self._state = state
         self._listen = listen
-        self._health: Health | None = None
+        self._health: AgentHttp | None = None
         self._listen_at = 0.0
-        self._turn: Turn | None = None
-        self._runtime = Runtime()
-        self._shown: Turn | None = None
+        self._turn: ReconcileResult | None = None
+        self._runtime = AgentCounters()
+        self._shown: ReconcileResult | None = None
         self._kept: dict[str, Any] = {}
         self._open()
 
@@ -49,7 +49,7 @@ class Board:
         """Listens; where that can't be, says so and tries again later: the mesh matters more than its metrics."""
         if self._health is None and time.monotonic() >= self._listen_at:
             try:
-                self._health, self._shown = Health(self._listen), None
+                self._health, self._shown = AgentHttp(self._listen), None
             except OvsmeshError as error:
                 if not self._listen_at:
                     log.warning("no metrics and no readiness: %s", error)
@@ -59,7 +59,7 @@ class Board:
         if self._health is not None:
             self._health.close()
 
-    def publish(self, turn: Turn, runtime: Runtime) -> None:
+    def publish(self, turn: ReconcileResult, runtime: AgentCounters) -> None:
         self._turn, self._runtime = turn, runtime
         if self._shown is None or self._shown.converged != turn.converged:
             self.flush()

@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from ovsmesh.agent.driver import Host
+from ovsmesh.agent.driver import Driver
 from ovsmesh.agent.publisher import RETRIED
-from ovsmesh.agent.result import Runtime, Turn
+from ovsmesh.agent.result import AgentCounters, ReconcileResult
 from ovsmesh.dataplane import desired
 from ovsmesh.dataplane.plan import Plan, due, in_sync, plan
 from ovsmesh.dataplane.report import unmanaged_beside
@@ -46,22 +46,22 @@ _LOG_LINES = 20
 class Publisher(Protocol):
     """Where a turn's outcome goes: metrics, status file."""
 
-    def publish(self, turn: Turn, runtime: Runtime) -> None:
+    def publish(self, turn: ReconcileResult, runtime: AgentCounters) -> None:
         """A turn has ended."""
 
     def flush(self) -> None:
         """The loop has nothing else to do."""
 
 
-class Agent:
+class Reconciler:
     """One node's agent. `run` returns when it is told to stop, `once` when there is nothing left to do."""
 
-    def __init__(self, node: str, source: Source, host: Host, state: StateDir) -> None:
+    def __init__(self, node: str, source: Source, host: Driver, state: StateDir) -> None:
         self._node = node
         self._source = source
         self._host = host
         self._state = state
-        self.runtime = Runtime(started=time.time())
+        self.counters = AgentCounters(started=time.time())
         self._mesh: Mesh | None = None
         self._facts: Facts | None = None
         self._base: tuple[Dataplane, tuple[Problem, ...]] | None = None
@@ -73,30 +73,32 @@ class Agent:
         self._outdated = False
         """Whether the host became another one in the course of the last turn."""
         self._told: frozenset[str] = frozenset()
-        self.last = Turn(None, None, None, None, Plan(), (), False)
+        self.last = ReconcileResult(None, None, None, None, Plan(), (), False)
 
     # one turn
 
-    def turn(self) -> Turn:
+    def reconcile(self) -> ReconcileResult:
         """Brings the system to what the source wants, as far as it goes, and says how that ended."""
         started = time.monotonic()
         self._outdated = False
         try:
-            self.last = self._turn(started)
+            self.last = self._reconcile(started)
         except (OvsmeshError, OSError) as error:
             text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
             problem = Problem("TurnFailed", text)
             seconds = time.monotonic() - started
-            self.last = Turn(self._mesh, self._facts, None, None, Plan(), (problem,), False, duration=seconds)
+            self.last = ReconcileResult(
+                self._mesh, self._facts, None, None, Plan(), (problem,), False, duration=seconds
+            )
             self._host.dirty()
         self._after(self.last)
         return self.last
 
-    def _turn(self, started: float) -> Turn:
+    def _reconcile(self, started: float) -> ReconcileResult:
         snapshot = self._source.snapshot()
         problems = snapshot.problems
         if snapshot.mesh is None:
-            return Turn(None, None, None, None, Plan(), problems, False, duration=time.monotonic() - started)
+            return ReconcileResult(None, None, None, None, Plan(), problems, False, duration=time.monotonic() - started)
         want, refused = self._desired(snapshot.mesh)
         have = self._host.observe(want)
         todo = self._plan(want, have)
@@ -123,7 +125,7 @@ class Agent:
         converged = in_sync(todo, (*have.problems, *failed))
         problems = (*problems, *refused, *have.problems, *failed, *_braked(todo), *unmanaged_beside(have, todo))
         seconds = time.monotonic() - started
-        return Turn(
+        return ReconcileResult(
             snapshot.mesh,
             self._facts,
             want,
@@ -174,19 +176,19 @@ class Agent:
     def _count(self, todo: Plan) -> None:
         now = time.time()
         for step in todo.steps:
-            self.runtime.operations[step.kind, step.op] += 1
+            self.counters.operations[step.kind, step.op] += 1
             if step.kind == "ports":
-                self.runtime.last_change[(step.want or step.have).node] = (now, str(step))
+                self.counters.last_change[(step.want or step.have).node] = (now, str(step))
         for line in _some(todo.steps):
             log.info("%s", line)
 
     def _tell_drift(self, todo: Plan) -> None:
-        self.runtime.drift.update(step.kind for step in todo.steps)
+        self.counters.drift.update(step.kind for step in todo.steps)
         lines = _some(f"{step.kind} {step.key}" for step in todo.steps)
         log.warning("drift: someone changed %s", "; ".join(lines))
 
-    def _after(self, turn: Turn) -> None:
-        runtime = self.runtime
+    def _after(self, turn: ReconcileResult) -> None:
+        runtime = self.counters
         runtime.turns += 1
         runtime.ovs_version = self._host.ovs.version or runtime.ovs_version
         self._was_converged = turn.converged
@@ -246,8 +248,8 @@ class Agent:
                 self._turn_and_publish(publish)
 
     def _turn_and_publish(self, publish: Publisher) -> None:
-        turn = self.turn()
-        publish.publish(turn, self.runtime)
+        turn = self.reconcile()
+        publish.publish(turn, self.counters)
         if turn.converged:
             for problem in self._source.commit():
                 log.warning("%s", problem)
@@ -270,11 +272,11 @@ class Agent:
     def _confirm_asked(self) -> bool:
         return bool(self.last.plan.held) and self._state.confirmation() is not None
 
-    def once(self, publish: Publisher, deadline: float = 60.0) -> Turn:
+    def once(self, publish: Publisher, deadline: float = 60.0) -> ReconcileResult:
         """Turns until the plan is empty or nothing more can be done, for `deadline` seconds at most."""
         end = time.monotonic() + deadline
         self._turn_and_publish(publish)
-        while (time.monotonic() < end or self._host.busy) and self.runtime.failures < _ONCE_TRIES:
+        while (time.monotonic() < end or self._host.busy) and self.counters.failures < _ONCE_TRIES:
             if self._host.busy or self._host.expecting:
                 self._host.wait(self._source.fds(), SYSCTL_POLL)
                 self._source.drain()

@@ -17,7 +17,7 @@ from ovsmesh.mesh.types import Mesh
 
 
 @dataclass
-class Runtime:
+class AgentCounters:
     """What the agent has counted since it started; published as a copy."""
 
     started: float = 0.0
@@ -33,7 +33,7 @@ class Runtime:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class ReconcileResult:
     """One turn of the loop, as it ended."""
 
     mesh: Mesh | None
@@ -55,7 +55,9 @@ class Turn:
     """When the mesh was read, in seconds since the epoch; 0 for never."""
 
 
-def report(turn: Turn, node: str, traffic: Mapping[str, reports.Traffic], about: reports.Context) -> reports.Report:
+def report(
+    turn: ReconcileResult, node: str, traffic: Mapping[str, reports.Traffic], about: reports.Context
+) -> reports.Report:
     """A turn, or a look at the system, as the report that every reader is shown."""
     return reports.report(
         turn.mesh,

@@ -13,13 +13,13 @@ import socket
 import time
 from collections.abc import MutableMapping
 
-from ovsmesh.agent.result import Runtime, Turn
+from ovsmesh.agent.result import AgentCounters, ReconcileResult
 
 _TEXT = 200
 """Characters of a status line."""
 
 
-class Notifier:
+class SystemdNotifier:
     """`publish` and `flush` come from the loop. Takes what it reads out of the environment, for the children's sake."""
 
     def __init__(self, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -37,7 +37,7 @@ class Notifier:
         self._ready = False
         self._status = ""
 
-    def publish(self, turn: Turn, runtime: Runtime) -> None:
+    def publish(self, turn: ReconcileResult, runtime: AgentCounters) -> None:
         # ready is "the loop runs, and did what could be done": a host that waits for a peer's name or for its
         # own address must not keep from starting what is ordered after it
         status = status_line(turn)
@@ -68,7 +68,7 @@ class Notifier:
         return False
 
 
-def status_line(turn: Turn) -> str:
+def status_line(turn: ReconcileResult) -> str:
     """A turn in one line, as `systemctl status` shows it."""
     if turn.mesh is None or turn.want is None:
         said = "no mesh yet" if turn.mesh is None else "the last turn failed"

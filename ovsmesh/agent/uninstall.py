@@ -25,7 +25,7 @@ def leaving(namespace: Object) -> bool:
     return bool(about.get("deletionTimestamp")) and (about.get("annotations") or {}).get(ON_DELETE) != "keep"
 
 
-class Home:
+class UninstallWatch:
     """The Namespace `namespace`. `fd` is readable from when it is seen to be leaving."""
 
     def __init__(self, api: Api, namespace: str) -> None:

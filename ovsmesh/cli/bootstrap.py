@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
-from ovsmesh.agent.driver import Host, kernel_datapath
+from ovsmesh.agent.driver import Driver, kernel_datapath
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.cli import inspect, preflight
 from ovsmesh.cli.preflight import FAIL, OK, WARN, Check
@@ -37,7 +37,7 @@ def _mesh(options: Options) -> tuple[Mesh, Node, tuple[Problem, ...]]:
     return found.mesh, me, found.problems
 
 
-def _open(options: Options) -> AbstractContextManager[Host]:
+def _open(options: Options) -> AbstractContextManager[Driver]:
     # what plugs containers in is none of the recipe's business
     bare = dataclasses.replace(options, cni_dir="", docker="off")
     return opened(bare, StateDir(options.state_dir))

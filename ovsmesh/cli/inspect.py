@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from ovsmesh.agent.driver import Host
+from ovsmesh.agent.driver import Driver
 from ovsmesh.agent.options import Options, opened
-from ovsmesh.agent.result import Turn, report
+from ovsmesh.agent.result import ReconcileResult, report
 from ovsmesh.dataplane import desired
 from ovsmesh.dataplane.plan import Plan, in_sync, plan
 from ovsmesh.dataplane.report import Context, Traffic, unmanaged_beside
@@ -35,12 +35,12 @@ def snapshot(options: Options) -> Snapshot:
         source.close()
 
 
-def _look(host: Host, source: Snapshot, node: str) -> Turn:
+def _look(host: Driver, source: Snapshot, node: str) -> ReconcileResult:
     """What an agent's turn would find now, with nothing done about it."""
     wanted, problems = source.mesh, source.problems
     me = wanted.node(node) if wanted else None
     if wanted is None or me is None:
-        return Turn(None, None, None, None, Plan(), problems, False)
+        return ReconcileResult(None, None, None, None, Plan(), problems, False)
     host.drain()
     facts = host.facts(wanted, me)
     want, refused = desired.dataplane(wanted, node, facts)
@@ -49,10 +49,10 @@ def _look(host: Host, source: Snapshot, node: str) -> Turn:
     todo = plan(want, have)
     converged = in_sync(todo, have.problems)
     problems = (*problems, *refused, *have.problems, *unmanaged_beside(have, todo))
-    return Turn(wanted, facts, want, have, todo, problems, converged, source.confirmed, since=source.since)
+    return ReconcileResult(wanted, facts, want, have, todo, problems, converged, source.confirmed, since=source.since)
 
 
-def look(options: Options) -> tuple[Turn, bool]:
+def look(options: Options) -> tuple[ReconcileResult, bool]:
     """What the agent would change now, and whether something stands in the way of it or of knowing it.
 
     Raises OvsmeshError without a usable mesh.

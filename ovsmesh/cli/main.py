@@ -21,7 +21,7 @@ from ovsmesh.errors import OvsmeshError
 
 if TYPE_CHECKING:
     from ovsmesh.agent.options import Options
-    from ovsmesh.agent.result import Turn
+    from ovsmesh.agent.result import ReconcileResult
 
 CONTROLLER_LISTEN = "127.0.0.1:9475"
 
@@ -156,7 +156,7 @@ def _stop_fd() -> int:
     return read
 
 
-def _tell(turn: Turn) -> None:
+def _tell(turn: ReconcileResult) -> None:
     """The last word of `agent --once`: what is left, and why."""
     for line in turn.plan.lines():
         click.echo(line, err=True)

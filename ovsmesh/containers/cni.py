@@ -17,10 +17,9 @@ from pathlib import Path
 
 from ovsmesh.dataplane import cni_config
 from ovsmesh.dataplane.plan import Step
-from ovsmesh.dataplane.types import Cni as CniFacts
-from ovsmesh.dataplane.types import CniPlugin, Unmanaged
+from ovsmesh.dataplane.types import CniFacts, CniPlugin, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
-from ovsmesh.file_watch import FileBell
+from ovsmesh.file_watch import FileWatch
 from ovsmesh.state_dir import read_regular, write_atomic
 
 log = logging.getLogger("ovsmesh")
@@ -38,7 +37,7 @@ class Cni:
     def __init__(self, directory: str = "", bin_dir: str = "") -> None:
         self._directory = directory
         self._bins = [os.path.abspath(p) for p in bin_dir.split(":") if p] if directory else []
-        self._bell = FileBell(directory, *self._bins, entries=True) if directory else None
+        self._bell = FileWatch(directory, *self._bins, entries=True) if directory else None
         self._known: CniFacts | None = None
         """What was told last to who wants a conflist; cleanup wants none."""
         self._answers: dict[tuple[str, int, int, int], _Copy] = {}

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ovsmesh.containers import docker_rules
-from ovsmesh.containers.docker_api import Daemon, Watch
-from ovsmesh.containers.docker_migration import Settings, Switch
+from ovsmesh.containers.docker_api import Daemon, DaemonWatch
+from ovsmesh.containers.docker_migration import DockerMigration, DockerOptions
 from ovsmesh.containers.docker_restart import command
-from ovsmesh.containers.docker_state import Config, DockerFile, Mark, digest
+from ovsmesh.containers.docker_state import DaemonConfig, DockerFile, MigrationRecord, digest
 from ovsmesh.dataplane import docker_config as settings
 from ovsmesh.dataplane.docker_config import AWAY, DAEMON, DOCKER0, DOWN, daemon_text, some
 from ovsmesh.dataplane.plan import Step
 from ovsmesh.dataplane.types import KBR, Dataplane, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
-from ovsmesh.file_watch import FileBell
+from ovsmesh.file_watch import FileWatch
 from ovsmesh.state_dir import StateDir
 
 _AGAIN = (300.0, 3600.0)
@@ -39,7 +39,7 @@ STRANGER = "address "
 """Key of an address that dockerd gave a kbr0 that had none, when it started."""
 
 
-class Kernel(NamedTuple):
+class BridgeState(NamedTuple):
     """What the kernel has that matters here."""
 
     kbr: int = 0
@@ -50,7 +50,7 @@ class Kernel(NamedTuple):
     """Everyone's on kbr0, with prefix length."""
 
 
-class Seen(NamedTuple):
+class DockerObserved(NamedTuple):
     """What was read back. `known` is False while it is under way, or was not looked at yet."""
 
     settings: Mapping[str, str] = {}
@@ -63,7 +63,7 @@ class Seen(NamedTuple):
 class Docker:
     """The Docker of this host. Not for use by more than one thread; only the agent and cleanup act."""
 
-    def __init__(self, options: Settings, state: StateDir, removing: bool = False, acting: bool = False) -> None:
+    def __init__(self, options: DockerOptions, state: StateDir, removing: bool = False, acting: bool = False) -> None:
         self._options, self._removing, self._acting = options, removing, acting
         if removing:
             # the file that was changed, whatever the last agent was told
@@ -72,11 +72,11 @@ class Docker:
                 options = options._replace(config=mark.config) if mark else options
             self._options = options
         self._file = DockerFile(options.config, state)
-        self._watch = Watch(options.socket)
-        self._bell = FileBell(options.config)
-        self._cached: tuple[Config, Mark | None, dict[str, object]] | None = None
+        self._watch = DaemonWatch(options.socket)
+        self._bell = FileWatch(options.config)
+        self._cached: tuple[DaemonConfig, MigrationRecord | None, dict[str, object]] | None = None
         self._rules: dict[str, list[str]] = {}
-        self._switch = Switch(options, self._file, self._watch)
+        self._switch = DockerMigration(options, self._file, self._watch)
         self._poke_at = time.monotonic() + _POKES
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ class Docker:
 
     # reading
 
-    def _read(self) -> tuple[Config, Mark | None, dict[str, object]]:
+    def _read(self) -> tuple[DaemonConfig, MigrationRecord | None, dict[str, object]]:
         if self._cached is None or self._bell.why_silent:
             config = self._file.read()
             self._cached = config, self._file.mark(), self._file.settings(config)
@@ -135,10 +135,10 @@ class Docker:
             says = ""
         return "keep" if KBR in (daemon.bridge if daemon else "", says) else ""
 
-    def observe(self, want: Dataplane, kernel: Kernel) -> Seen:
+    def observe(self, want: Dataplane, kernel: BridgeState) -> DockerObserved:
         daemon = self._watch.daemon
         if daemon is None:
-            return Seen(known=False)
+            return DockerObserved(known=False)
         self._switch.here = _here(kernel.kbr)
         self._switch.aim = digest(repr(sorted(want.docker.items())).encode())
         try:
@@ -150,15 +150,15 @@ class Docker:
                 config, mark, file = self._read()
         except OvsmeshError as error:
             if not want.docker and not self._removing:
-                return Seen(note=f"{_where(daemon)}; {error}")
-            return Seen({}, (Unmanaged("docker", "bridge", str(error)),), self._trouble(), note=str(error))
+                return DockerObserved(note=f"{_where(daemon)}; {error}")
+            return DockerObserved({}, (Unmanaged("docker", "bridge", str(error)),), self._trouble(), note=str(error))
         if self._switch.busy or (mark and mark.step and not self._removing):
             text = self._switch.text()
-            return Seen({}, (), (Problem("DockerSwitching", text), *self._trouble()), known=False, note=text)
+            return DockerObserved({}, (), (Problem("DockerSwitching", text), *self._trouble()), known=False, note=text)
         if self._removing:
-            return Seen(self._ours(daemon, file, mark), note=_where(daemon))
+            return DockerObserved(self._ours(daemon, file, mark), note=_where(daemon))
         if not want.docker:
-            return Seen(problems=self._elsewhere(daemon), note=_where(daemon))
+            return DockerObserved(problems=self._elsewhere(daemon), note=_where(daemon))
         return self._compare(want, kernel, daemon, config, mark, file)
 
     def _may_resume(self, daemon: Daemon, wanted: Mapping[str, str]) -> bool:
@@ -169,18 +169,18 @@ class Docker:
     def _compare(
         self,
         want: Dataplane,
-        kernel: Kernel,
+        kernel: BridgeState,
         daemon: Daemon,
-        config: Config,
-        mark: Mark | None,
+        config: DaemonConfig,
+        mark: MigrationRecord | None,
         file: Mapping[str, object],
-    ) -> Seen:
+    ) -> DockerObserved:
         wanted = want.docker
         have = settings.found(file, settings.flags(daemon.flags), wanted, list(want.addresses))
         problems = list(self._trouble())
         if DAEMON in wanted:
             if daemon.state == "starting":
-                return Seen({}, (), (Problem("DockerStarting", daemon.why),), known=False, note=daemon.why)
+                return DockerObserved({}, (), (Problem("DockerStarting", daemon.why),), known=False, note=daemon.why)
             have[DAEMON], told = self._daemon(daemon, wanted[DAEMON], mark, file)
             problems += told
         elif daemon.state == "up" and (daemon.bridge != KBR or str(daemon.mtu) != wanted["mtu"]):
@@ -198,10 +198,10 @@ class Docker:
             if not restart and mark and self._acting and mark.seen != self._switch.here:
                 self._cached = None
                 self._switch.keep(replace(mark, seen=self._switch.here))
-        return Seen(have, unmanaged, tuple(problems), note=_where(daemon))
+        return DockerObserved(have, unmanaged, tuple(problems), note=_where(daemon))
 
     def _daemon(
-        self, daemon: Daemon, wanted: str, mark: Mark | None, file: Mapping[str, object]
+        self, daemon: Daemon, wanted: str, mark: MigrationRecord | None, file: Mapping[str, object]
     ) -> tuple[str, list[Problem]]:
         """What the daemon uses; one that somebody stopped is left alone, and counts as it should be."""
         if daemon.state == "up":
@@ -216,7 +216,12 @@ class Docker:
         return (self._switch.trouble,) if self._switch.trouble else ()
 
     def _obstacle(
-        self, daemon: Daemon, wanted: Mapping[str, str], config: Config, mark: Mark | None, restart: bool
+        self,
+        daemon: Daemon,
+        wanted: Mapping[str, str],
+        config: DaemonConfig,
+        mark: MigrationRecord | None,
+        restart: bool,
     ) -> str:
         """Why nothing of it can be done now; "" when it can."""
         texts = list(settings.obstacles(daemon, self._options.config, self._file.real, wanted, restart))
@@ -233,7 +238,7 @@ class Docker:
         return "; ".join(texts)
 
     def _left_behind(
-        self, have: dict[str, str], daemon: Daemon, own: Iterable[str], kernel: Kernel, restart: bool
+        self, have: dict[str, str], daemon: Daemon, own: Iterable[str], kernel: BridgeState, restart: bool
     ) -> list[Problem]:
         """Adds docker0, the rules that dockerd made for it and the address it gave to kbr0, where they are to go."""
         if kernel.kbr:
@@ -248,7 +253,7 @@ class Docker:
         have |= {f"{_RULE}{rule}": "left behind" for rule in self._stale(DOCKER0)}
         return []
 
-    def _ours(self, daemon: Daemon, file: Mapping[str, object], mark: Mark | None) -> dict[str, str]:
+    def _ours(self, daemon: Daemon, file: Mapping[str, object], mark: MigrationRecord | None) -> dict[str, str]:
         """What cleanup is to take back."""
         have = {k: str(file[k]) for k in settings.FILE_KEYS if k in file} if mark else {}
         if mark and daemon.bridge == KBR:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ovsmesh.file_watch import FileBell
+from ovsmesh.file_watch import FileWatch
 
 _ANSWER = 20.0
 """Seconds for one answer of a daemon that is up."""
@@ -77,7 +77,7 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-class Watch:
+class DaemonWatch:
     """Follows the daemon behind a socket. `daemon` is None until it was looked for once."""
 
     def __init__(self, path: str) -> None:
@@ -85,7 +85,7 @@ class Watch:
         self.daemon: Daemon | None = None
         self._rings, self._ring = _pipe()
         self._told, self._tell = _pipe()
-        self._bell = FileBell(path)
+        self._bell = FileWatch(path)
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="docker", daemon=True)
         self._thread.start()

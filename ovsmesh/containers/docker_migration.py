@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from ovsmesh.containers.docker_api import Daemon, Watch
+from ovsmesh.containers.docker_api import Daemon, DaemonWatch
 from ovsmesh.containers.docker_restart import Restart, command, start_time
-from ovsmesh.containers.docker_state import Config, DockerFile, Mark
+from ovsmesh.containers.docker_state import DaemonConfig, DockerFile, MigrationRecord
 from ovsmesh.dataplane.docker_config import AWAY, reached
 from ovsmesh.dataplane.types import KBR
 from ovsmesh.errors import OvsmeshError, Problem
@@ -25,7 +25,7 @@ _RESUME = 60.0
 """Seconds before a file that could not be put back is tried again."""
 
 
-class Settings(NamedTuple):
+class DockerOptions(NamedTuple):
     """Options of the agent that are about Docker."""
 
     mode: str
@@ -35,10 +35,10 @@ class Settings(NamedTuple):
     timeout: float
 
 
-class Switch:
+class DockerMigration:
     """The one change that may be under way."""
 
-    def __init__(self, options: Settings, file: DockerFile, watch: Watch) -> None:
+    def __init__(self, options: DockerOptions, file: DockerFile, watch: DaemonWatch) -> None:
         self._options, self._file, self._watch = options, file, watch
         self._job: Restart | None = None
         self._kind = ""
@@ -69,7 +69,9 @@ class Switch:
             return "Docker is amid a switch, or was when an agent was killed: the agent goes on with it"
         return f"{'putting the old daemon.json back: ' if self._kind == 'rollback' else ''}{self._job.text()}"
 
-    def begin(self, changes: Mapping[str, object], config: Config, mark: Mark | None, wanted: str) -> None:
+    def begin(
+        self, changes: Mapping[str, object], config: DaemonConfig, mark: MigrationRecord | None, wanted: str
+    ) -> None:
         """Writes the file; with `wanted`, how the daemon is to be seen, restarts it too. Raises OvsmeshError."""
         argv = command(self._options.restart) if wanted else []
         self.trouble = None
@@ -78,7 +80,7 @@ class Switch:
         if wanted and mark:
             self._start("switch" if changes else "start", argv, mark, lambda daemon: reached(daemon, wanted))
 
-    def await_child(self, mark: Mark) -> None:
+    def await_child(self, mark: MigrationRecord) -> None:
         """Waits for the restart command of an agent that was killed meanwhile, so that no two run at once."""
         end = time.monotonic() + self._options.timeout
         with contextlib.suppress(OSError):
@@ -88,12 +90,12 @@ class Switch:
             if pidfd >= 0:
                 os.close(pidfd)
 
-    def begin_restore(self, mark: Mark) -> None:
+    def begin_restore(self, mark: MigrationRecord) -> None:
         """Restarts a daemon whose old file is back in place. Raises OvsmeshError."""
         argv = command(self._options.restart)
         self._start("restore", argv, mark, lambda daemon: reached(daemon, AWAY))
 
-    def keep(self, mark: Mark) -> Mark:
+    def keep(self, mark: MigrationRecord) -> MigrationRecord:
         """Saves the mark; where that can't be, what was saved last has to do, and says less."""
         try:
             return self._file.save(mark)
@@ -102,7 +104,12 @@ class Switch:
             return mark
 
     def _start(
-        self, kind: str, argv: list[str], mark: Mark, good: Callable[[Daemon], bool], adopt: tuple[int, int] = (0, 0)
+        self,
+        kind: str,
+        argv: list[str],
+        mark: MigrationRecord,
+        good: Callable[[Daemon], bool],
+        adopt: tuple[int, int] = (0, 0),
     ) -> None:
         job = Restart(argv, self._watch, good, self._options.timeout)
         self._kind, self._job = kind, job
@@ -138,7 +145,7 @@ class Switch:
             self._job.close()
         self._job, self.why = None, why
 
-    def _failed(self, why: str, mark: Mark) -> None:
+    def _failed(self, why: str, mark: MigrationRecord) -> None:
         """The daemon is not as it should be: puts the file back and, unless the old daemon still runs, restarts it."""
         before = self._job.before if self._job else None
         self._end(why)
@@ -153,7 +160,7 @@ class Switch:
         mark = self.keep(replace(mark, step="rollback", why=f"dockerd did not come back on {KBR}: {why}", child=(0, 0)))
         self._roll_back(mark, before)
 
-    def _roll_back(self, mark: Mark, before: Daemon | None) -> None:
+    def _roll_back(self, mark: MigrationRecord, before: Daemon | None) -> None:
         try:
             self._file.roll_back(mark)
             argv = command(self._options.restart)
@@ -170,7 +177,7 @@ class Switch:
             return
         self._start("rollback", argv, mark, lambda daemon: daemon.state == "up")
 
-    def _refused(self, mark: Mark, why: str) -> None:
+    def _refused(self, mark: MigrationRecord, why: str) -> None:
         self._end(why)
         stamp = ""
         with contextlib.suppress(OvsmeshError):
@@ -188,7 +195,7 @@ class Switch:
             )
         )
 
-    def resume(self, daemon: Daemon, config: Config, mark: Mark, good: str) -> None:
+    def resume(self, daemon: Daemon, config: DaemonConfig, mark: MigrationRecord, good: str) -> None:
         """Goes on with what an agent before us, or a full disk, left half done. Raises OvsmeshError."""
         if time.monotonic() < self._resume_at:
             return

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ovsmesh.containers.docker_api import Daemon, Watch
+from ovsmesh.containers.docker_api import Daemon, DaemonWatch
 from ovsmesh.errors import OvsmeshError
 
 _TOLD = 400
@@ -50,7 +50,7 @@ class Restart:
     `good` tells whether the daemon is as it should be, then.
     """
 
-    def __init__(self, argv: list[str], watch: Watch, good: Callable[[Daemon], bool], timeout: float) -> None:
+    def __init__(self, argv: list[str], watch: DaemonWatch, good: Callable[[Daemon], bool], timeout: float) -> None:
         self._watch, self._good, self._timeout = watch, good, timeout
         self.before = watch.daemon
         self._argv = argv

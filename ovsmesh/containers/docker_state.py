@@ -29,7 +29,7 @@ _MODE = 0o644
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class DaemonConfig:
     """daemon.json as it is on disk. `digest` is "" where there is none."""
 
     data: bytes = b""
@@ -42,7 +42,7 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class MigrationRecord:
     """What ovsmesh has done with daemon.json; there is one exactly while the file is changed by it."""
 
     config: str
@@ -84,32 +84,32 @@ class DockerFile:
 
     # reading
 
-    def read(self) -> Config:
+    def read(self) -> DaemonConfig:
         try:
             data, about = read_regular(self.real, LIMIT)
         except FileNotFoundError:
-            return Config()
+            return DaemonConfig()
         except OSError as error:
             raise OvsmeshError(f"{self.path}: can't be read: {error.strerror}") from error
         owner = (about.st_uid, about.st_gid)
         stamp = f"{about.st_mtime_ns} {about.st_ino}"
-        return Config(data, True, stat.S_IMODE(about.st_mode), owner, digest(data), stamp)
+        return DaemonConfig(data, True, stat.S_IMODE(about.st_mode), owner, digest(data), stamp)
 
-    def settings(self, config: Config) -> dict[str, Any]:
+    def settings(self, config: DaemonConfig) -> dict[str, Any]:
         try:
             return daemon_json.settings(config.data)
         except OvsmeshError as error:
             raise OvsmeshError(f"{self.path} {error}; mend it (nothing was changed)") from None
 
-    def mark(self) -> Mark | None:
+    def mark(self) -> MigrationRecord | None:
         try:
             data, _ = read_regular(self._mark)
             told = json.loads(data)
-            known = {f.name: type(getattr(_BLANK, f.name)) for f in fields(Mark)}
+            known = {f.name: type(getattr(_BLANK, f.name)) for f in fields(MigrationRecord)}
             told = {k: tuple(v) if known.get(k) is tuple else v for k, v in told.items()}
             if not all(isinstance(told.get(name, getattr(_BLANK, name)), (kind, int)) for name, kind in known.items()):
                 raise ValueError
-            return Mark(**told)
+            return MigrationRecord(**told)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -122,11 +122,13 @@ class DockerFile:
 
     # writing
 
-    def save(self, mark: Mark) -> Mark:
+    def save(self, mark: MigrationRecord) -> MigrationRecord:
         self._write(self._mark, (json.dumps(asdict(mark), indent=1) + "\n").encode(), 0o600)
         return mark
 
-    def change(self, config: Config, changes: Mapping[str, Any], mark: Mark | None, step: str) -> Mark:
+    def change(
+        self, config: DaemonConfig, changes: Mapping[str, Any], mark: MigrationRecord | None, step: str
+    ) -> MigrationRecord:
         """Edits the file, after all that is needed to undo it is safely on disk."""
         new = daemon_json.edit(config.data, changes)
         fresh = mark is None or (mark.new != config.digest and self.settings(config).get("bridge") != KBR)
@@ -134,7 +136,7 @@ class DockerFile:
         if fresh or mark is None:
             self._write(self._old, config.data, config.mode, config.owner)
             made = not config.exists and not os.path.isdir(os.path.dirname(self.real))
-            kept = mark or Mark(self.real, "")
+            kept = mark or MigrationRecord(self.real, "")
             made = made or kept.made_dir
             mark = replace(kept, old=config.digest, mode=config.mode, owner=config.owner, made_dir=made)
             mark = replace(mark, mixed=False)
@@ -148,12 +150,12 @@ class DockerFile:
         self._write(Path(self.real), new, config.mode, config.owner)
         return mark
 
-    def roll_back(self, mark: Mark) -> None:
+    def roll_back(self, mark: MigrationRecord) -> None:
         """The file as it was before the last change, unless someone else has changed it since then."""
         if self.read().digest == mark.new:
             self._put(self._last, mark.last, mark)
 
-    def restore(self, mark: Mark) -> None:
+    def restore(self, mark: MigrationRecord) -> None:
         """The file as it was before ovsmesh; what someone else has changed in it since then stays changed."""
         config = self.read()
         if config.digest == mark.old or (config.digest == mark.new and not mark.mixed):
@@ -165,13 +167,13 @@ class DockerFile:
         else:
             self._write(Path(self.real), edited, config.mode, config.owner)
 
-    def back(self, config: Config, mark: Mark | None) -> dict[str, Any]:
+    def back(self, config: DaemonConfig, mark: MigrationRecord | None) -> dict[str, Any]:
         """The changes that bring our settings to what they were before ovsmesh; None takes one out."""
         before = daemon_json.settings(self._saved(self._old, mark.old)) if mark and mark.old else {}
         ours = self.settings(config)
         return {key: before.get(key) for key in sorted(FILE_KEYS) if key in before or key in ours}
 
-    def forget(self, mark: Mark) -> None:
+    def forget(self, mark: MigrationRecord) -> None:
         """Removes the memory of it, once the file is as it was."""
         if mark.made_dir:
             with contextlib.suppress(OSError):
@@ -180,7 +182,7 @@ class DockerFile:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 
-    def _put(self, saved: Path, wanted: str, mark: Mark) -> None:
+    def _put(self, saved: Path, wanted: str, mark: MigrationRecord) -> None:
         if wanted:
             data = self._saved(saved, wanted)
             if self.read().digest != wanted:
@@ -214,4 +216,4 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-_BLANK = Mark("", "")
+_BLANK = MigrationRecord("", "")

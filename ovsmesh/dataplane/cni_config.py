@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ovsmesh.dataplane.types import KBR, Cni, CniPlugin, Unmanaged
+from ovsmesh.dataplane.types import KBR, CniFacts, CniPlugin, Unmanaged
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import IPNetwork
 
@@ -69,7 +69,7 @@ def writable(plugins: Sequence[CniPlugin]) -> bool:
 
 
 def wanted(
-    cni: Cni,
+    cni: CniFacts,
     pod_cidrs: Sequence[IPNetwork],
     gateways: Sequence[str],
     mtu: int,
@@ -123,7 +123,7 @@ def render(
     return json.dumps({**head, "name": NETWORK, "plugins": chain}, indent=2) + "\n"
 
 
-def problems(cni: Cni) -> Iterator[Problem]:
+def problems(cni: CniFacts) -> Iterator[Problem]:
     """What lacks for a conflist, or for all that a runtime wants."""
     lacks = missing(cni.plugins)
     stays = f"; {FILE} stays as it is" if cni.kept else ""
@@ -163,7 +163,7 @@ class Standing:
         return f"{self.path} ({'; '.join(filter(None, about))})"
 
 
-def standing(cni: Cni, want: Mapping[str, str], have: Mapping[str, str]) -> Standing:
+def standing(cni: CniFacts, want: Mapping[str, str], have: Mapping[str, str]) -> Standing:
     wanted_text, there = want.get(FILE, ""), have.get(FILE, "")
     if not wanted_text or cni.kept:
         state = "kept" if there else "none"

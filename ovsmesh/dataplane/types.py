@@ -44,7 +44,7 @@ class CniPlugin(NamedTuple):
     """Why it can't be used; "" when it can."""
 
 
-class Cni(NamedTuple):
+class CniFacts(NamedTuple):
     """What the CNI conflist depends on."""
 
     directory: str
@@ -69,7 +69,7 @@ class Facts:
     """Links whose IPv6 default route came from a router advertisement."""
     forward_drop: tuple[str, ...] = ()
     """"iptables" and/or "ip6tables": whose FORWARD chain holds rules or a policy that may drop."""
-    cni: Cni | None = None
+    cni: CniFacts | None = None
     """None: CNI is left alone."""
     docker: str = ""
     """"replace": Docker is to be on kbr0; "keep": it is there, and its file is to say so; "": none of our business."""

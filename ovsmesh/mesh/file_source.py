@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ovsmesh.errors import Problem
-from ovsmesh.file_watch import FileBell
+from ovsmesh.file_watch import FileWatch
 from ovsmesh.mesh.manifest import dump, parse
 from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh, MeshError
@@ -54,7 +54,7 @@ class FileSource:
         self.path = Path(path)
         self.node = node
         self._store = StateDir(state_dir).mesh_file
-        self._bell = FileBell(self.path)
+        self._bell = FileWatch(self.path)
         self._seen: _Signature | None = None
         self._good: Mesh | None = None
         self._good_since = 0.0

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ovsmesh.agent import reconciler as room
-from ovsmesh.agent.reconciler import Agent
+from ovsmesh.agent.reconciler import Reconciler
 from ovsmesh.dataplane.types import Dataplane, Observed
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.source import Snapshot
@@ -24,7 +24,7 @@ from ovsmesh.state_dir import StateDir
 from tests.support.meshkit import FACTS, first
 
 
-class FakeHost:
+class FakeDriver:
     """A system that does what it is told, unless a test says otherwise."""
 
     def __init__(self) -> None:
@@ -154,7 +154,7 @@ class Clock:
 
 
 def make_host() -> Any:
-    return FakeHost()
+    return FakeDriver()
 
 
 def make_source() -> Any:
@@ -168,7 +168,7 @@ def make_state(tmp_path: Path) -> Any:
 
 
 def make_agent(host: Any, source: Any, state: Any) -> Any:
-    return Agent("web1", source, host, state)
+    return Reconciler("web1", source, host, state)
 
 
 def make_clock(host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -212,6 +212,6 @@ def run(agent: Any, host: Any, clock: Any, stop: Any, seconds: Any, at: Any = ()
 
 def braked(agent: Any, source: Any) -> Any:
     """A turn that finds that all three peers have left the mesh."""
-    agent.turn()
+    agent.reconcile()
     source.mesh = first(1)
-    return agent.turn()
+    return agent.reconcile()

@@ -6,7 +6,7 @@ import select
 import time
 from pathlib import Path
 
-from ovsmesh.file_watch import FileBell
+from ovsmesh.file_watch import FileWatch
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.mesh.source import Snapshot
 
@@ -18,7 +18,7 @@ def text_of(*names: str, first: int = 1) -> str:
     return f"{HEAD}  nodes: {'[]' if not nodes else ''}\n{''.join(nodes)}"
 
 
-def rings(bell: FileBell | FileSource, within: float = 2.0) -> bool:
+def rings(bell: FileWatch | FileSource, within: float = 2.0) -> bool:
     """True when the bell rings, at the latest after `within` seconds."""
     until = time.monotonic() + within
     while (left := until - time.monotonic()) > 0:
@@ -27,7 +27,7 @@ def rings(bell: FileBell | FileSource, within: float = 2.0) -> bool:
     return False
 
 
-def silent(bell: FileBell | FileSource) -> bool:
+def silent(bell: FileWatch | FileSource) -> bool:
     return not rings(bell, within=0.05)
 
 

@@ -13,7 +13,7 @@ import click
 import yaml
 from prometheus_client.metrics_core import Metric
 
-from ovsmesh.agent.http import Counters, Health
+from ovsmesh.agent.http import AgentHttp, Counters
 from ovsmesh.cli.main import cli
 from ovsmesh.controller.http import ControllerHttp
 from ovsmesh.dataplane.report import Report, Self
@@ -170,8 +170,8 @@ def _served(server: HttpServer) -> list[Metric]:
         server.close()
 
 
-def _agent() -> Health:
-    server = Health("127.0.0.1:0")
+def _agent() -> AgentHttp:
+    server = AgentHttp("127.0.0.1:0")
     problem = Problem("Reason", "so that each metric has a sample")
     server.publish(Report(0.0, "", False, Self("node"), (), (), (), (), (problem,)), Counters())
     return server

@@ -9,7 +9,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
-from ovsmesh.agent.result import Turn
+from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.dataplane.plan import Plan
 from ovsmesh.dataplane.types import Dataplane, Facts, Observed
 from ovsmesh.errors import Problem
@@ -93,10 +93,12 @@ def becomes(source: SliceSource, names: str, confirmed: bool = True, within: flo
         source.drain()
 
 
-def turn(converged: bool = True, *, me: str = "n0", problems: tuple[Problem, ...] = (), uid: str = "u0") -> Turn:
+def turn(
+    converged: bool = True, *, me: str = "n0", problems: tuple[Problem, ...] = (), uid: str = "u0"
+) -> ReconcileResult:
     nodes = (
         Node(me, ip_address("192.0.2.1"), (ip_network("10.0.1.0/24"),), uid),
         Node("z", ip_address("192.0.2.2"), (ip_network("10.0.2.0/24"),), "uz"),
     )
     mesh = Mesh((ip_network(CLUSTER),), nodes)
-    return Turn(mesh, Facts(1500), None, Observed(Dataplane()), Plan(), problems, converged, True)
+    return ReconcileResult(mesh, Facts(1500), None, Observed(Dataplane()), Plan(), problems, converged, True)

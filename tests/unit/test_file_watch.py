@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ovsmesh.file_watch import FileBell
+from ovsmesh.file_watch import FileWatch
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.state_dir import StateDir
 from tests.support.filetext import by_rename, members, rings, silent, text_of
@@ -155,7 +155,7 @@ def test_neighbours_do_not_ring(source: FileSource, mesh: Path) -> None:
 def test_links_in_a_ring(tmp_path: Path) -> None:
     (tmp_path / "x").symlink_to("y")
     (tmp_path / "y").symlink_to("x")
-    bell = FileBell(tmp_path / "x")
+    bell = FileWatch(tmp_path / "x")
     (tmp_path / "y").unlink()
     assert rings(bell)
     bell.close()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ovsmesh.agent.http import Counters, Health
+from ovsmesh.agent.http import AgentHttp, Counters
 from ovsmesh.dataplane.report import Condition, Peer, Report, Self, Traffic
 from ovsmesh.errors import OvsmeshError, Problem
 
@@ -30,7 +30,7 @@ def made(peers: Any = 2, **changes: Any) -> Any:
 
 @pytest.fixture
 def health() -> Iterator[Any]:
-    health = Health("127.0.0.1:0")
+    health = AgentHttp("127.0.0.1:0")
     yield health
     health.close()
 
@@ -88,7 +88,7 @@ def test_before_the_first_turn(health: Any) -> None:
 
 
 def test_healthz_needs_a_turning_loop() -> None:
-    health = Health("127.0.0.1:0", deadline=0.05)
+    health = AgentHttp("127.0.0.1:0", deadline=0.05)
     try:
         time.sleep(0.1)
         status, text, _ = get(health, "/healthz")
@@ -166,7 +166,7 @@ def test_strange_requests(health: Any, data: Any) -> None:
 
 def test_slow_and_many_clients_do_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ovsmesh.http_server._REQUEST_TIME", 0.5)
-    health = Health("127.0.0.1:0")
+    health = AgentHttp("127.0.0.1:0")
     clients = [socket.create_connection(("127.0.0.1", health.port), timeout=10) for _ in range(40)]
     try:
         for client in clients:
@@ -192,18 +192,18 @@ def test_slow_and_many_clients_do_not_stop_it(monkeypatch: pytest.MonkeyPatch) -
 
 def test_port_in_use_says_what_to_do(health: Any) -> None:
     with pytest.raises(OvsmeshError, match=rf"127.0.0.1:{health.port}: .*another ADDRESS:PORT"):
-        Health(f"127.0.0.1:{health.port}")
+        AgentHttp(f"127.0.0.1:{health.port}")
 
 
 @pytest.mark.parametrize("listen", ["", "9474", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:99999", "192.0.2.1:1", "..:1"])
 def test_bad_addresses(listen: Any) -> None:
     with pytest.raises(OvsmeshError):
-        Health(listen)
+        AgentHttp(listen)
 
 
 def test_ipv6() -> None:
     try:
-        health = Health("[::1]:0")
+        health = AgentHttp("[::1]:0")
     except OvsmeshError as e:
         pytest.skip(f"no IPv6 here: {e}")
     connection = http.client.HTTPConnection("::1", health.port, timeout=5)

@@ -41,7 +41,7 @@ def test_a_bell_makes_a_turn_at_once(agent: Any, host: Any, clock: Any, stop: An
         host.bell = True
 
     shown = run(agent, host, clock, stop, 10, [(3.1, cut)])
-    assert len(shown.turns) == 2 and agent.runtime.drift == Counter(routes=1)
+    assert len(shown.turns) == 2 and agent.counters.drift == Counter(routes=1)
     assert host.dataplane == want(first(4))
 
 
@@ -59,7 +59,7 @@ def test_what_changes_while_the_agent_works_needs_no_second_bell(agent: Any, hos
     shown = run(agent, host, clock, stop, 0.1)
     assert len(shown.turns) == 2 and shown.turns[-1].converged
     assert host.dataplane == want(first(4), facts=host.known)
-    assert agent.runtime.drift == {}
+    assert agent.counters.drift == {}
 
 
 def test_the_sources_bell_makes_a_turn_and_what_is_applied_is_kept(
@@ -87,7 +87,7 @@ def test_a_flipped_sysctl_needs_no_bell(agent: Any, host: Any, clock: Any, stop:
         host.dataplane = dataclasses.replace(host.dataplane, sysctls=values)
 
     shown = run(agent, host, clock, stop, 10, [(3.1, flip)])
-    assert agent.runtime.drift == Counter(sysctls=1) and len(shown.turns) == 2
+    assert agent.counters.drift == Counter(sysctls=1) and len(shown.turns) == 2
     assert host.dataplane.sysctls["net/ipv4/ip_forward"] == "1"
 
 
@@ -176,7 +176,7 @@ def test_once_gives_up(agent: Any, host: Any, clock: Any) -> None:
     start = clock.now
     turn = agent.once(Shown())
     assert not turn.converged and turn.plan.steps
-    assert agent.runtime.failures == 4 and clock.now - start < 10
+    assert agent.counters.failures == 4 and clock.now - start < 10
 
 
 def test_once_does_not_wait_for_what_only_someone_else_can_mend(agent: Any, host: Any, source: Any, clock: Any) -> None:
@@ -194,4 +194,4 @@ def test_once_does_not_wait_for_the_brake(agent: Any, host: Any, source: Any, cl
 def test_once_keeps_to_its_deadline(agent: Any, host: Any, clock: Any) -> None:
     host.fails = 10**6
     agent.once(Shown(), deadline=0.01)
-    assert agent.runtime.failures == 1
+    assert agent.counters.failures == 1

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from ovsmesh.agent.result import Runtime, Turn
-from ovsmesh.agent.systemd import Notifier, status_line
+from ovsmesh.agent.result import AgentCounters, ReconcileResult
+from ovsmesh.agent.systemd import SystemdNotifier, status_line
 from ovsmesh.dataplane.plan import Plan, plan
 from ovsmesh.dataplane.types import Dataplane
 from ovsmesh.errors import Problem
@@ -23,7 +23,7 @@ def turn(*problems: Any, have: Any = None) -> Any:
     mesh = first(3)
     wanted = want(mesh)
     todo = plan(wanted, seen(wanted if have is None else have))
-    return Turn(mesh, FACTS, wanted, None, todo, problems, not todo.steps and not problems, True)
+    return ReconcileResult(mesh, FACTS, wanted, None, todo, problems, not todo.steps and not problems, True)
 
 
 class Systemd(NamedTuple):
@@ -47,7 +47,7 @@ def notifier_of() -> Iterator[Any]:
     with ExitStack() as ending:
 
         def make(environ: Any) -> Any:
-            made = Notifier(environ)
+            made = SystemdNotifier(environ)
             ending.callback(made.close)
             return made
 
@@ -69,10 +69,10 @@ def test_ready_with_the_first_turn_however_it_ended_and_stopping_at_the_end(syst
     assert environ == {"PATH": "/bin"}
     notifier.flush()
     assert heard(systemd) == []
-    notifier.publish(turn(Problem("TunnelAddressMissing", "is on no link")), Runtime())
+    notifier.publish(turn(Problem("TunnelAddressMissing", "is on no link")), AgentCounters())
     assert heard(systemd) == ["READY=1", "STATUS=2 peers, not converged; is on no link"]
-    notifier.publish(turn(), Runtime())
-    notifier.publish(turn(), Runtime())
+    notifier.publish(turn(), AgentCounters())
+    notifier.publish(turn(), AgentCounters())
     assert heard(systemd) == ["STATUS=2 peers, converged"]
     notifier.close()
     notifier.close()
@@ -107,7 +107,7 @@ def test_a_watchdog_of_another_process_or_none_is_not_fed(systemd: Any, more: An
 )
 def test_a_socket_that_is_nobodys_is_ignored(address: Any, notifier_of: Any) -> None:
     notifier = notifier_of({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "1"})
-    notifier.publish(turn(), Runtime())
+    notifier.publish(turn(), AgentCounters())
     notifier.flush()
     notifier.close()
 
@@ -119,9 +119,9 @@ def test_what_did_not_fit_is_said_again(systemd: Any, notifier_of: Any) -> None:
         with pytest.raises(BlockingIOError):
             while True:
                 flood.sendto(b"X=1", systemd.name.replace("@", "\0"))
-    notifier.publish(turn(), Runtime())
+    notifier.publish(turn(), AgentCounters())
     assert "READY=1" not in heard(systemd)
-    notifier.publish(turn(), Runtime())
+    notifier.publish(turn(), AgentCounters())
     assert heard(systemd) == ["READY=1", "STATUS=2 peers, converged"]
 
 
@@ -131,8 +131,11 @@ def test_what_did_not_fit_is_said_again(systemd: Any, notifier_of: Any) -> None:
         (turn(), "2 peers, converged"),
         (turn(have=Dataplane()), "2 peers, not converged"),
         (turn(Problem("X", "bad\nREADY=1\x00 name", fatal=True)), "2 peers, not converged; bad READY=1  name"),
-        (Turn(None, None, None, None, Plan(), (Problem("X", "no file"),), False), "no mesh yet; no file"),
-        (Turn(first(2), None, None, None, Plan(), (Problem("X", 999 * "y"),), False), "the last turn failed; yyy"),
+        (ReconcileResult(None, None, None, None, Plan(), (Problem("X", "no file"),), False), "no mesh yet; no file"),
+        (
+            ReconcileResult(first(2), None, None, None, Plan(), (Problem("X", 999 * "y"),), False),
+            "the last turn failed; yyy",
+        ),
     ],
 )
 def test_the_status_is_one_short_line(found: Any, said: Any) -> None:

@@ -17,7 +17,7 @@ from ovsmesh import __version__
 from ovsmesh.agent import cleanup
 from ovsmesh.agent import main as room
 from ovsmesh.agent.options import Options
-from ovsmesh.agent.result import Turn
+from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.cli import inspect
 from ovsmesh.cli import main as cli
 from ovsmesh.dataplane.plan import Plan, plan
@@ -45,7 +45,7 @@ def turn(have: Any, mesh: Any = None, problems: Any = (), whole: Any = True) -> 
     mesh = mesh or first(3)
     wanted = want(mesh)
     todo = plan(wanted, have)
-    return Turn(mesh, FACTS, wanted, have, todo, problems, not todo.steps and not todo.blocked, whole)
+    return ReconcileResult(mesh, FACTS, wanted, have, todo, problems, not todo.steps and not todo.blocked, whole)
 
 
 @pytest.fixture

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 
 from ovsmesh.containers import docker_rules
-from ovsmesh.containers.docker_api import Daemon, Watch
+from ovsmesh.containers.docker_api import Daemon, DaemonWatch
 from ovsmesh.dataplane import docker_config
 from ovsmesh.dataplane.desired import dataplane
 from ovsmesh.dataplane.plan import plan
-from ovsmesh.dataplane.types import Cni, CniPlugin, Dataplane, Unmanaged
+from ovsmesh.dataplane.types import CniFacts, CniPlugin, Dataplane, Unmanaged
 from tests.support.meshkit import FACTS, first, mesh_of, node, seen, want
 
 REPLACE = dataclasses.replace(FACTS, docker="replace")
-CNI = Cni(
+CNI = CniFacts(
     "/etc/cni/net.d", tuple(CniPlugin(name, ("1.0.0",)) for name in ("bridge", "host-local", "portmap", "loopback"))
 )
 ON_DOCKER0 = Daemon("up", version="20.10.24", bridge="docker0", mtu=1500, subnets=("172.17.0.0/16",))
@@ -234,7 +234,7 @@ class Listener:
 
 @contextlib.contextmanager
 def watched(path: Any, answers: Any) -> Iterator[Any]:
-    listener, watch = Listener(path, {"/_ping": b"OK"} | answers), Watch(str(path))
+    listener, watch = Listener(path, {"/_ping": b"OK"} | answers), DaemonWatch(str(path))
     try:
         yield listener, watch
     finally:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ovsmesh.dataplane.cni_config import FILE, File, judge, problems, standing, wanted, words
 from ovsmesh.dataplane.desired import dataplane
 from ovsmesh.dataplane.plan import plan
-from ovsmesh.dataplane.types import Cni, CniPlugin, Dataplane, Observed
+from ovsmesh.dataplane.types import CniFacts, CniPlugin, Dataplane, Observed
 from tests.support.meshkit import FACTS, first, golden, mesh_of, node, want
 
 OLD = ("0.3.0", "0.3.1", "0.4.0")
@@ -25,7 +25,7 @@ DIR = "/etc/cni/net.d"
 def cni(kept: Any = "", **versions: Any) -> Any:
     """Facts with these plugins' versions (a text: why it can't be used); the others are Debian's."""
     every = {"bridge": DEBIAN, "host_local": DEBIAN, "portmap": DEBIAN, "loopback": DEBIAN} | versions
-    return Cni(
+    return CniFacts(
         DIR,
         tuple(
             CniPlugin(name.replace("_", "-"), () if isinstance(v, str) else v, v if isinstance(v, str) else "")
