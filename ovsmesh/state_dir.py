@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.reasons import Reason
 
 DOCKER_FILES = ("docker.json", "daemon.json.old", "daemon.json.last")
 """What dockerfile keeps here: its mark, and daemon.json as it was before ovsmesh, and before the last change."""
@@ -176,7 +177,7 @@ class StateDir:
             found = _load(path)
         except OvsmeshError as error:
             message = f"{error}: the old sysctl values are not known, so they will not be restored"
-            return {}, (Problem("StateUnreadable", message, fatal=False),)
+            return {}, (Problem(Reason.StateUnreadable, message),)
         good: dict[str, str] = {}
         bad = 0
         for key, value in (found or {}).items():
@@ -185,7 +186,7 @@ class StateDir:
             else:
                 bad += 1
         message = f"{path}: {bad} entries are not sysctl values and are ignored"
-        return good, (Problem("StateUnreadable", message, fatal=False),) if bad else ()
+        return good, (Problem(Reason.StateUnreadable, message),) if bad else ()
 
     def remember(self, values: Mapping[str, str]) -> tuple[Problem, ...]:
         """Records old sysctl values; the first recorded of each path stays. Returns why it could not.
@@ -205,7 +206,7 @@ class StateDir:
             message = (
                 f"{path}: can't be written ({error.strerror}), so cleanup will not restore {', '.join(sorted(new))}"
             )
-            return (*problems, Problem("StateUnwritable", message, fatal=False))
+            return (*problems, Problem(Reason.StateUnwritable, message))
         return problems
 
     # ------------------------------------------------------------ what the agent tells the other commands

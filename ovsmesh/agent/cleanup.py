@@ -10,6 +10,7 @@ from ovsmesh.containers.docker import Docker
 from ovsmesh.dataplane.plan import Plan, plan
 from ovsmesh.dataplane.types import KBR, KINDS, OBR, Dataplane, Observed
 from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 
 _STEP = 0.2
@@ -86,8 +87,8 @@ def _restore_docker(docker: Docker, host: Driver) -> list[Problem]:
         # a restart has deadlines of its own
         host.wait((), _STEP)
         host.drain()
-    return [Problem("DockerNotRestored", text) for text in [docker.restored()] if text] + [
-        Problem("Docker", text, fatal=False) for text in told
+    return [Problem(Reason.DockerNotRestored, text) for text in [docker.restored()] if text] + [
+        Problem(Reason.Docker, text) for text in told
     ]
 
 

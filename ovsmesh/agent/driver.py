@@ -27,6 +27,7 @@ from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.ovs.idl import run_dir
 from ovsmesh.ovs.openflow import FlowTable, port_of
 from ovsmesh.ovs.ovsdb import Ovs
+from ovsmesh.reasons import Reason
 
 _KERNEL_TABLES = ("addresses", "neighbours", "fdb", "routes")
 _DOCKER_NEEDS = ("bridges", "links", "addresses")
@@ -153,7 +154,7 @@ class Driver:
             if found is None:
                 unknown.add("flows")
                 text = f"ovs-vswitchd does not answer on {OBR}, so its flows can't be kept; is it running?"
-                problems.append(Problem("SwitchDown", text))
+                problems.append(Problem(Reason.SwitchDown, text))
             else:
                 flows = found[0]
                 unmanaged += found[1]
@@ -164,7 +165,7 @@ class Driver:
             flows = found[0] if found else {}
             unknown |= {"bridges", "ports", "restore_wait"} | (set() if found else {"flows"})
             text = f"ovsdb-server does not answer at {self.ovs.remote}, so ports can't be kept; is it running?"
-            problems.append(Problem("DatabaseDown", text))
+            problems.append(Problem(Reason.DatabaseDown, text))
         docker = self.docker.observe(want, self._about_bridges()) if self.docker else DockerObserved()
         unmanaged += docker.unmanaged
         problems += docker.problems
@@ -219,7 +220,7 @@ class Driver:
         try:
             return self.flows.observe(self.ovs.ofports)
         except OvsmeshError as error:
-            problems.append(Problem("SwitchUnseen", str(error)))
+            problems.append(Problem(Reason.SwitchUnseen, str(error)))
             return None
 
     def apply(self, todo: Plan, want: Dataplane) -> list[Problem]:
@@ -233,7 +234,7 @@ class Driver:
             try:
                 call(*args)
             except OvsmeshError as error:
-                problems.append(Problem("ApplyFailed", f"{what}: {error}"))
+                problems.append(Problem(Reason.ApplyFailed, f"{what}: {error}"))
                 return False
             return True
 
@@ -341,9 +342,9 @@ class Driver:
         try:
             refused = self.net.batch(labelled)
         except OSError as error:
-            return [Problem("ApplyFailed", f"kernel tables: {error.strerror or error}")]
+            return [Problem(Reason.ApplyFailed, f"kernel tables: {error.strerror or error}")]
         self.net.drain()
-        return [Problem("ApplyFailed", f"{step}: {text}") for step, text in refused.items()]
+        return [Problem(Reason.ApplyFailed, f"{step}: {text}") for step, text in refused.items()]
 
 
 def _relevant(unmanaged: list[Unmanaged], want: Dataplane) -> list[Unmanaged]:

@@ -21,6 +21,7 @@ from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import AlreadyExists, Api, Conflict, NotFound, Object, path_of
 from ovsmesh.kube.http import ApiError
 from ovsmesh.names import API_VERSION, MESH_NODE, MESH_NODES
+from ovsmesh.reasons import Reason
 
 log = logging.getLogger("ovsmesh")
 
@@ -90,7 +91,7 @@ class MeshNodeWriter:
 
     def publish(self, turn: ReconcileResult, runtime: AgentCounters) -> None:
         # a wait for the first word of the API server says nothing of the node
-        if turn.mesh is None and any(p.reason == "MeshWaiting" for p in turn.problems):
+        if turn.mesh is None and any(p.reason == Reason.MeshWaiting for p in turn.problems):
             return
         with self._wake:
             self._turn = turn, runtime.ovs_version, dict(self._observed())

@@ -15,15 +15,16 @@ from ovsmesh.agent.http import AgentHttp, Counters
 from ovsmesh.agent.result import AgentCounters, ReconcileResult, report
 from ovsmesh.dataplane import report as reports
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 
 log = logging.getLogger("ovsmesh")
 
-RETRIED = ("ApplyFailed", "PortError", "NotConverged", "TurnFailed", "FilterFailed")
+RETRIED = (Reason.ApplyFailed, Reason.PortError, Reason.NotConverged, Reason.TurnFailed, Reason.FilterFailed)
 """Problems that may go by themselves, and ring no bell when they do."""
 _LISTEN_AGAIN = 5.0
 """Seconds between attempts to listen: another process may hold the port, or lo be down as yet."""
-_OWN_REASONS = (*RETRIED, "MassRemovalHeld")
+_OWN_REASONS = (*RETRIED, Reason.MassRemovalHeld)
 """Problems that only the agent can know; `status` finds the others itself."""
 
 

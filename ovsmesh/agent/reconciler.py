@@ -25,6 +25,7 @@ from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.linux.netlink import read_sysctls
 from ovsmesh.mesh.source import Source
 from ovsmesh.mesh.types import Mesh
+from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 
 log = logging.getLogger("ovsmesh")
@@ -85,7 +86,7 @@ class Reconciler:
             self.last = self._reconcile(started)
         except (OvsmeshError, OSError) as error:
             text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-            problem = Problem("TurnFailed", text)
+            problem = Problem(Reason.TurnFailed, text)
             seconds = time.monotonic() - started
             self.last = ReconcileResult(
                 self._mesh, self._facts, None, None, Plan(), (problem,), False, duration=seconds
@@ -121,7 +122,9 @@ class Reconciler:
         me = snapshot.mesh.node(self._node)
         self._outdated = me is not None and self._host.facts(snapshot.mesh, me) != self._facts
         if due(todo, have.problems).steps and not failed:
-            failed = [Problem("NotConverged", f"{len(todo.steps)} changes did not take, the first: {todo.steps[0]}")]
+            failed = [
+                Problem(Reason.NotConverged, f"{len(todo.steps)} changes did not take, the first: {todo.steps[0]}")
+            ]
         converged = in_sync(todo, (*have.problems, *failed))
         problems = (*problems, *refused, *have.problems, *failed, *_braked(todo), *unmanaged_beside(have, todo))
         seconds = time.monotonic() - started
@@ -308,7 +311,7 @@ def _braked(todo: Plan) -> tuple[Problem, ...]:
         f"the mesh lacks {len(todo.held_peers)} of this node's peers at once ({names}); their removal is held for "
         f"{BRAKE_HOLD:.0f} s: `ovsmesh confirm {held_digest(todo)}` carries it out now"
     )
-    return (Problem("MassRemovalHeld", text),)
+    return (Problem(Reason.MassRemovalHeld, text),)
 
 
 def _some(things: Iterable[object], most: int = _LOG_LINES) -> list[str]:

@@ -20,11 +20,12 @@ from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.ovs.idl import run_dir
 from ovsmesh.probe import icmp
+from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 
 _USUAL = ("/var/run/openvswitch", "/run/openvswitch")
 _LOOK = 0.5
-_TOLD = ("TunnelAddressMissing", "DatapathMissing")
+_TOLD = (Reason.TunnelAddressMissing, Reason.DatapathMissing)
 """Problems of the mesh that preflight has told in its own words."""
 
 

@@ -23,6 +23,7 @@ from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import Api, Config, NotFound, Object, in_cluster, load, path_of
 from ovsmesh.mesh.meshslice import Entry, parse_slice
 from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
+from ovsmesh.reasons import Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def render(cluster: Cluster, output: str = "table") -> str:
     for condition in status.get("conditions") or ():
         if (condition["type"], condition["status"]) in (("Degraded", "True"), ("Ready", "False")):
             line = f"! {condition['reason']}: {condition['message']}"
-            if condition["type"] == "Degraded" or condition["reason"] == "Converging":
+            if condition["type"] == "Degraded" or condition["reason"] == Reason.Converging:
                 lines.append(line)
     if made:
         head = ["NODE", "ADDRESS", "POD CIDRS", "PEERS", "MTU", "OVS", "SEEN", "STATE"]

@@ -21,6 +21,7 @@ from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.mesh.source import Snapshot
 from ovsmesh.ovs.idl import statistics
+from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 
 
@@ -81,8 +82,8 @@ def status(options: Options, output: str) -> str:
     changes = told.get("lastChange")
     known = {str(p) for p in found.problems}
     own = told.get("problems") if running else None
-    pairs = [pair for pair in own or () if isinstance(pair, list) and len(pair) == 2]
-    more = [Problem(str(reason), str(text)) for reason, text in pairs if str(text) not in known]
+    pairs = [(str(pair[0]), str(pair[1])) for pair in own or () if isinstance(pair, list) and len(pair) == 2]
+    more = [Problem(Reason[r], text) for r, text in pairs if r in Reason.__members__ and text not in known]
     found = dataclasses.replace(found, problems=(*found.problems, *more))
     about = Context(
         now=time.time(),

@@ -20,6 +20,7 @@ from ovsmesh.dataplane.plan import Step
 from ovsmesh.dataplane.types import CniFacts, CniPlugin, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.file_watch import FileWatch
+from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import read_regular, write_atomic
 
 log = logging.getLogger("ovsmesh")
@@ -110,7 +111,7 @@ class Cni:
             names = []
         except OSError as error:
             why = f"CNI directory {self._directory}: {error.strerror}; give --cni-dir the runtime's"
-            return {}, [], [Problem("CNIUnreadable", why)]
+            return {}, [], [Problem(Reason.CNIUnreadable, why)]
         for name in names[:_MOST_FILES]:
             path = os.path.join(self._directory, name)
             # a runtime passes over directories, and over nothing else

@@ -28,6 +28,7 @@ from ovsmesh.dataplane.plan import Step
 from ovsmesh.dataplane.types import KBR, Dataplane, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.file_watch import FileWatch
+from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 
 _AGAIN = (300.0, 3600.0)
@@ -154,7 +155,9 @@ class Docker:
             return DockerObserved({}, (Unmanaged("docker", "bridge", str(error)),), self._trouble(), note=str(error))
         if self._switch.busy or (mark and mark.step and not self._removing):
             text = self._switch.text()
-            return DockerObserved({}, (), (Problem("DockerSwitching", text), *self._trouble()), known=False, note=text)
+            return DockerObserved(
+                {}, (), (Problem(Reason.DockerSwitching, text), *self._trouble()), known=False, note=text
+            )
         if self._removing:
             return DockerObserved(self._ours(daemon, file, mark), note=_where(daemon))
         if not want.docker:
@@ -180,19 +183,21 @@ class Docker:
         problems = list(self._trouble())
         if DAEMON in wanted:
             if daemon.state == "starting":
-                return DockerObserved({}, (), (Problem("DockerStarting", daemon.why),), known=False, note=daemon.why)
+                return DockerObserved(
+                    {}, (), (Problem(Reason.DockerStarting, daemon.why),), known=False, note=daemon.why
+                )
             have[DAEMON], told = self._daemon(daemon, wanted[DAEMON], mark, file)
             problems += told
         elif daemon.state == "up" and (daemon.bridge != KBR or str(daemon.mtu) != wanted["mtu"]):
             text = f"dockerd still runs {daemon_text(daemon)}: restart Docker when its containers may stop"
-            problems.append(Problem("DockerStale", text, fatal=False))
+            problems.append(Problem(Reason.DockerStale, text))
         restart = have.get(DAEMON) != wanted.get(DAEMON)
         unmanaged: tuple[Unmanaged, ...] = ()
         if restart or have != wanted:
             why = self._obstacle(daemon, wanted, config, mark, restart)
             unmanaged = (Unmanaged("docker", DAEMON, why),) if why else ()
             stops = settings.stops(daemon) if restart else ""
-            problems += [Problem("DockerRestart", stops, fatal=False)] if stops else []
+            problems += [Problem(Reason.DockerRestart, stops)] if stops else []
         if DAEMON in wanted and daemon.state == "up":
             problems += self._left_behind(have, daemon, want.addresses, kernel, restart)
             if not restart and mark and self._acting and mark.seen != self._switch.here:
@@ -209,7 +214,7 @@ class Docker:
         if file.get("bridge") == KBR and (mark is None or mark.seen != self._switch.here):
             return DOWN, []
         text = f"dockerd does not run ({daemon.why}); it will be on {KBR} when somebody starts it"
-        return wanted, [Problem("DockerStopped", text, fatal=False)]
+        return wanted, [Problem(Reason.DockerStopped, text)]
 
     def _trouble(self) -> tuple[Problem, ...]:
         """What went wrong on the way, which no look at the system tells."""
@@ -249,7 +254,7 @@ class Docker:
             return []
         if kernel.docker0:
             text = f"{DOCKER0} stays, as {some(kernel.docker0)} is plugged into it and not Docker's any more"
-            return [Problem("DockerLeftover", text, fatal=False)]
+            return [Problem(Reason.DockerLeftover, text)]
         have |= {f"{_RULE}{rule}": "left behind" for rule in self._stale(DOCKER0)}
         return []
 
@@ -267,7 +272,7 @@ class Docker:
             f"Docker's containers are on {daemon.bridge}, which no peer reaches: `ovsmesh agent --docker replace` "
             f"moves them to {KBR} and restarts Docker; `--docker off` leaves Docker alone without a word"
         )
-        return (Problem("DockerElsewhere", text, fatal=False),)
+        return (Problem(Reason.DockerElsewhere, text),)
 
     # changing
 

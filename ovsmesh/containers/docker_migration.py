@@ -20,6 +20,7 @@ from ovsmesh.containers.docker_state import DaemonConfig, DockerFile, MigrationR
 from ovsmesh.dataplane.docker_config import AWAY, reached
 from ovsmesh.dataplane.types import KBR
 from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.reasons import Reason
 
 _RESUME = 60.0
 """Seconds before a file that could not be put back is tried again."""
@@ -100,7 +101,7 @@ class DockerMigration:
         try:
             return self._file.save(mark)
         except OvsmeshError as error:
-            self.trouble = Problem("DockerMark", str(error), fatal=False)
+            self.trouble = Problem(Reason.DockerMark, str(error))
             return mark
 
     def _start(
@@ -166,7 +167,7 @@ class DockerMigration:
             argv = command(self._options.restart)
         except OvsmeshError as error:
             text = f"{mark.why}; and the old {self._options.config} can't be put back: {error}"
-            self.trouble = Problem("DockerRollbackFailed", text)
+            self.trouble = Problem(Reason.DockerRollbackFailed, text)
             self._resume_at = time.monotonic() + _RESUME
             return
         mark = replace(mark, why=f"{mark.why}; the old {self._options.config} is back in place")

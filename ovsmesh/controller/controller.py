@@ -30,6 +30,7 @@ from ovsmesh.kube.leader_election import LeaderElector, Timing
 from ovsmesh.kube.reflector import Reflector, Wakeup
 from ovsmesh.mesh import meshslice
 from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
+from ovsmesh.reasons import Reason
 
 log = logging.getLogger("ovsmesh")
 
@@ -284,7 +285,7 @@ class Controller:
         return {
             name: problem
             for name, problem in self._lacking.items()
-            if name in found.problems and found.problems[name].reason == "PodCIDRMissing"
+            if name in found.problems and found.problems[name].reason == Reason.PodCIDRMissing
         }
 
     def _vanished(self, nodes: Mapping[str, NodeView], held: list[meshslice.Entry]) -> bool:
@@ -294,7 +295,10 @@ class Controller:
             return False
         message = f"the API has no Node any more, while {before} are in the mesh: slices are left as they are"
         self._membership = Membership(
-            tuple(sorted(held)), {}, (Problem("NodesVanished", message),), frozenset(e.name for e in held if not e.uid)
+            tuple(sorted(held)),
+            {},
+            (Problem(Reason.NodesVanished, message),),
+            frozenset(e.name for e in held if not e.uid),
         )
         return True
 

@@ -16,6 +16,7 @@ from ovsmesh.errors import Problem
 from ovsmesh.mesh.meshslice import Entry
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.mesh.validation import Claim, Refusal, claim
+from ovsmesh.reasons import Reason
 
 ADDRESS = "ovsmesh.io/tunnel-address"
 """Annotation on a Node: its tunnel address, where it is not its InternalIP."""
@@ -128,9 +129,11 @@ def _address(node: NodeView, version: int) -> str:
             return text
     if not node.addresses:
         hint = "the kubelet has not told any yet, or its cloud provider has not"
-        raise Refusal("AddressMissing", node.name, "", "", f"has no InternalIP: {hint}; or annotate it with {ADDRESS}")
+        raise Refusal(
+            Reason.AddressMissing, node.name, "", "", f"has no InternalIP: {hint}; or annotate it with {ADDRESS}"
+        )
     message = f"has no IPv{version} InternalIP, which the other nodes use (only {', '.join(node.addresses)}): "
-    raise Refusal("AddressMissing", node.name, "", "", f"{message}give it one, or annotate it with {ADDRESS}")
+    raise Refusal(Reason.AddressMissing, node.name, "", "", f"{message}give it one, or annotate it with {ADDRESS}")
 
 
 # ---------------------------------------------------------------- claims
@@ -149,10 +152,10 @@ class _Held:
         name = who.node.name
         if name in self.names:
             message = "is the name of another member too, which is older: rename one"
-            return Refusal("DuplicateName", name, "name", name, message)
+            return Refusal(Reason.DuplicateName, name, "name", name, message)
         if holder := self._addresses.get(who.address):
             message = f"is the address of node {holder} too, which is older: give this node another"
-            return Refusal("AddressConflict", name, "address", who.address, message)
+            return Refusal(Reason.AddressConflict, name, "address", who.address, message)
         for number, (version, first, last) in enumerate(who.ranges):
             at = bisect_left(self._ranges, (version, last + 1)) - 1
             if at >= 0 and self._ranges[at][0] == version and self._ranges[at][2] >= first:
@@ -161,7 +164,7 @@ class _Held:
                 same = "is the range" if cidr == mine else f"overlaps {cidr}"
                 message = f"{same} of node {holder}{' too' if cidr == mine else ''}, which is older: "
                 message += "make this node again with another (a Node's podCIDRs can't be changed)"
-                return Refusal("PodCIDRConflict", name, f"podCIDRs[{number}]", mine, message)
+                return Refusal(Reason.PodCIDRConflict, name, f"podCIDRs[{number}]", mine, message)
         return None
 
     def add(self, who: Claim) -> None:
@@ -243,7 +246,7 @@ def membership_of(
 def _claim(node: NodeView, version: int, clusters: tuple[str, ...]) -> _Member | Refusal:
     if not node.pod_cidrs:
         message = "has no spec.podCIDRs: let kube-controller-manager assign them (--allocate-node-cidrs), "
-        return Refusal("PodCIDRMissing", node.name, "", "", f"{message}or set allocatePodCIDRs in the Mesh")
+        return Refusal(Reason.PodCIDRMissing, node.name, "", "", f"{message}or set allocatePodCIDRs in the Mesh")
     try:
         address = _address(node, version)
     except Refusal as refusal:
@@ -270,7 +273,7 @@ def _keep(
     for name, refusal in sorted(refused.items()):
         problem = refusal.problem("; the node is left out of the mesh")
         old = before.get(name)
-        conflict = refusal.reason in ("DuplicateName", "AddressConflict", "PodCIDRConflict")
+        conflict = refusal.reason in (Reason.DuplicateName, Reason.AddressConflict, Reason.PodCIDRConflict)
         if old is not None and old.uid == uids[name] and not conflict:
             again = _member(name, old.address, old.pod_cidrs, old.uid, old.zone, clusters)
             if isinstance(again, _Member) and taken.clash(again.claim) is None:

@@ -22,6 +22,7 @@ from ovsmesh.kube.events import EventRecorder, ObjectReference
 from ovsmesh.mesh.manifest import parse
 from ovsmesh.mesh.types import Mesh, MeshError
 from ovsmesh.names import API_VERSION, DEFAULT_MESH, MESH, MESHES
+from ovsmesh.reasons import Reason
 
 log = logging.getLogger("ovsmesh")
 
@@ -103,7 +104,9 @@ class MeshWriter:
             self._missing_since = self._missing_since or now
             if now - self._missing_since < _PATIENCE:
                 return _PATIENCE
-            problem = Problem("MeshMissing", f"there is no Mesh {DEFAULT_MESH}, and none is made: {error}. {_APPLY}")
+            problem = Problem(
+                Reason.MeshMissing, f"there is no Mesh {DEFAULT_MESH}, and none is made: {error}. {_APPLY}"
+            )
             self._say((problem,), "")
             return IDLE
         self._missing_since = 0.0
@@ -116,7 +119,7 @@ class MeshWriter:
         message = f"made with clusterCIDRs {', '.join(cidrs)}, from the Nodes' podCIDRs; edit it where that is wrong"
         log.info("Mesh %s: %s", DEFAULT_MESH, message)
         self._events.record(
-            ObjectReference(API_VERSION, MESH, DEFAULT_MESH, uid), "MeshDerived", message, warning=False
+            ObjectReference(API_VERSION, MESH, DEFAULT_MESH, uid), Reason.MeshDerived, message, warning=False
         )
         return IDLE
 
@@ -164,7 +167,7 @@ class MeshWriter:
         try:
             self.mesh, self.problems = parse(text, f"Mesh {DEFAULT_MESH}")
         except MeshError as error:
-            self.problems = (Problem("MeshInvalid", f"{error}; the slices stay as they are"),)
+            self.problems = (Problem(Reason.MeshInvalid, f"{error}; the slices stay as they are"),)
 
     def forget(self) -> None:
         """Another has led meanwhile."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ovsmesh.controller.membership import NETWORK, READY, Membership, NodeView, ObjectCondition
 from ovsmesh.dataplane.report import timestamp
 from ovsmesh.errors import Problem
+from ovsmesh.reasons import Reason
 
 SILENT = 900.0
 """Seconds without a report after which nothing is known of an agent: three of its longest pauses."""
@@ -130,21 +131,23 @@ def judge(node: NodeView, membership: Membership, report: AgentReport | None, no
     | its agent has been silent for 15 min   | as it is           | Unknown |
     """
     if node.excluded:
-        left = ObjectCondition("False", "Excluded", "left out of the mesh by its label ovsmesh.io/exclude")
+        left = ObjectCondition("False", Reason.Excluded, "left out of the mesh by its label ovsmesh.io/exclude")
         return Wanted(None, left if node.ready else None)
     problem = membership.problems.get(node.name)
     if problem is not None and problem.fatal:
         return _both(False, problem.reason, str(problem))
     if report is None or not speaks_for(report, node) or report.converged is None:
-        return _both(False, "AgentNotReported", "its agent has not said anything yet: is ovsmesh-agent running on it?")
+        return _both(
+            False, Reason.AgentNotReported, "its agent has not said anything yet: is ovsmesh-agent running on it?"
+        )
     if silent_for(report, now) > SILENT:
         message = f"its agent was last heard at {report.observed_at}; what it has set up stays in place"
-        return Wanted(None, ObjectCondition("Unknown", "AgentSilent", message))
+        return Wanted(None, ObjectCondition("Unknown", Reason.AgentSilent, message))
     if report.converged.status == "True":
         if problem is not None:
             return _both(True, problem.reason, str(problem))
-        return _both(True, "MeshConverged", "its part of the mesh is as wanted")
-    return _both(False, report.converged.reason or "NotConverged", report.converged.message)
+        return _both(True, Reason.MeshConverged, "its part of the mesh is as wanted")
+    return _both(False, report.converged.reason or Reason.NotConverged, report.converged.message)
 
 
 def _both(good: bool, reason: str, message: str) -> Wanted:
@@ -185,15 +188,15 @@ def mesh_status(
         rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         degraded = ObjectCondition("True", problems[0].reason, (shown + rest)[:32000])
     else:
-        degraded = ObjectCondition("False", "AllGood", "every node can be joined")
+        degraded = ObjectCondition("False", Reason.AllGood, "every node can be joined")
     if any(p.fatal for p in problems):
         ready = ObjectCondition(
             "False", problems[0].reason, f"{converged} of {nodes} nodes converged; {degraded.message}"
         )
     elif converged < nodes:
-        ready = ObjectCondition("False", "Converging", f"{converged} of {nodes} nodes converged")
+        ready = ObjectCondition("False", Reason.Converging, f"{converged} of {nodes} nodes converged")
     else:
-        ready = ObjectCondition("True", "AllConverged", f"{nodes} nodes converged")
+        ready = ObjectCondition("True", Reason.AllConverged, f"{nodes} nodes converged")
     old = {c.get("type"): c for c in before.get("conditions") or () if isinstance(c, dict)}
     made = []
     for type_, want in (("Ready", ready), ("Degraded", degraded)):

@@ -19,6 +19,7 @@ from ovsmesh.controller.membership import NodeView
 from ovsmesh.errors import Problem
 from ovsmesh.kube.client import Api, Conflict, Invalid, NotFound, NotLeader, path_of
 from ovsmesh.mesh.types import IPNetwork
+from ovsmesh.reasons import Reason
 
 log = logging.getLogger("ovsmesh")
 
@@ -67,7 +68,9 @@ class Allocator:
         try:
             length = lengths(clusters, asked)
         except ValueError as error:
-            return {n.name: Problem("PodCIDRMissing", f"has no podCIDRs, and {error}", n.name) for n in needs}, False
+            return {
+                n.name: Problem(Reason.PodCIDRMissing, f"has no podCIDRs, and {error}", n.name) for n in needs
+            }, False
         new = [node for node in needs if node.uid not in self._reserved][:_BATCH]
         problems: dict[str, Problem] = {}
         if new:
@@ -82,7 +85,7 @@ class Allocator:
                     message = (
                         f"has no podCIDRs, and no {shown} is free in clusterCIDRs ({', '.join(map(str, clusters))})"
                     )
-                    problems[node.name] = Problem("PodCIDRsExhausted", message, node.name)
+                    problems[node.name] = Problem(Reason.PodCIDRsExhausted, message, node.name)
         waiting = [node for node in needs if node.uid in self._reserved and now >= self._sent.get(node.uid, 0) + _AGAIN]
         for node in waiting[:_BATCH]:
             self._give(node, now)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ovsmesh.dataplane.types import KBR, CniFacts, CniPlugin, Unmanaged
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import IPNetwork
+from ovsmesh.reasons import Reason
 
 FILE = "10-ovsmesh.conflist"
 NETWORK = "ovsmesh"
@@ -130,22 +131,22 @@ def problems(cni: CniFacts) -> Iterator[Problem]:
     if lacks:
         names = ", ".join(f"{plugin.name} ({plugin.why})" for plugin in lacks)
         what = f"no CNI conflist can be written, as plugins lack: {names}{stays}"
-        yield Problem("CNIPluginsMissing", f"{what}; install containernetworking-plugins, or give --cni-bin-dir")
+        yield Problem(Reason.CNIPluginsMissing, f"{what}; install containernetworking-plugins, or give --cni-bin-dir")
     elif not versions(_used(cni.plugins)):
         told = "; ".join(f"{plugin.name}: {', '.join(plugin.versions) or 'none'}" for plugin in _used(cni.plugins))
         want = f"one of {', '.join(_VERSIONS)} is wanted of all"
         yield Problem(
-            "CNIVersionMissing", f"the CNI plugins have no common version ({told}); {want}{stays}: upgrade them"
+            Reason.CNIVersionMissing, f"the CNI plugins have no common version ({told}); {want}{stays}: upgrade them"
         )
     else:
         used = {plugin.name for plugin in _used(cni.plugins)}
         for plugin in cni.plugins:
             if plugin.name == PORTMAP and PORTMAP not in used:
                 why = plugin.why or f"supports none of the others' versions, only {', '.join(plugin.versions)}"
-                yield Problem("CNIPluginMissing", f"plugin {PORTMAP}: {why}; pods' hostPort does nothing", fatal=False)
+                yield Problem(Reason.CNIPluginMissing, f"plugin {PORTMAP}: {why}; pods' hostPort does nothing")
             elif plugin.name == LOOPBACK and plugin.why:
                 why = f"{plugin.why}; containerd before 2.0 starts no pod without it"
-                yield Problem("CNIPluginMissing", f"plugin {LOOPBACK}: {why}", fatal=False)
+                yield Problem(Reason.CNIPluginMissing, f"plugin {LOOPBACK}: {why}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,14 +223,14 @@ def judge(directory: str, files: Mapping[str, File]) -> tuple[dict[str, str], li
         elif name < FILE:
             does = f"it {bad}, and containerd stops at it" if bad else f"its network {network or '?'} wins"
             why = f"{where} comes before {FILE}, so pods do not come to {KBR}: {does}"
-            said.append(Problem("CNIOverruled", f"{why}; remove it when that network is gone, or rename it"))
+            said.append(Problem(Reason.CNIOverruled, f"{why}; remove it when that network is gone, or rename it"))
         else:
             after.append(name)
     if after:
         more = f" and {len(after) - _SHOWN} more" if len(after) > _SHOWN else ""
         which = f"{', '.join(after[:_SHOWN])}{more} in {directory}"
         does = f"not used, as {FILE} comes first" if FILE in ours else f"used until {FILE} is there"
-        said.append(Problem("CNILeftover", f"{which}: {does}", fatal=False))
+        said.append(Problem(Reason.CNILeftover, f"{which}: {does}"))
     return ours, unmanaged, said
 
 

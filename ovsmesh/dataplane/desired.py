@@ -18,6 +18,7 @@ from ovsmesh.dataplane import cni_config, docker_config, firewall_rules
 from ovsmesh.dataplane.types import FALLBACK_METRIC, KBR, OBR, ROUTE_METRIC, Bridge, Dataplane, Facts, Link, Port, Route
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.types import IPAddress, IPNetwork, Mesh, Node
+from ovsmesh.reasons import Reason
 
 _PREFIX = {"gre": "gre-", "vxlan": "vx-", "geneve": "gnv-"}
 _OVERHEAD = {"gre": 38, "vxlan": 50, "geneve": 50}
@@ -137,14 +138,14 @@ def peers(mesh: Mesh, me: Node, w: Wiring) -> tuple[dict[str, Dataplane], tuple[
             continue
         if node.address.version != me.address.version:
             text = f"is of another address family than {me.name}'s {me.address}; a tunnel has both ends in one"
-            problems.append(Problem("AddressFamilyMismatch", text, node.name, "address", str(node.address)))
+            problems.append(Problem(Reason.AddressFamilyMismatch, text, node.name, "address", str(node.address)))
             continue
         parts = peer_parts(w, node)
         claims = (*parts.fdb, *parts.ports)
         holder = next((taken[c] for c in claims if c in taken), None)
         if holder is not None:
             text = f"its derived MAC or port name ({' or '.join(claims)}) is {holder}'s too; rename or renumber one"
-            problems.append(Problem("DerivedNameConflict", text, node.name))
+            problems.append(Problem(Reason.DerivedNameConflict, text, node.name))
             continue
         for claim in claims:
             taken[claim] = node.name
@@ -193,25 +194,25 @@ def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
     found = []
     if facts.underlay_mtu is None:
         text = "is on no link of this host, so no tunnel can start here; assign it or correct the mesh"
-        found.append(Problem("TunnelAddressMissing", text, me.name, "address", str(me.address)))
+        found.append(Problem(Reason.TunnelAddressMissing, text, me.name, "address", str(me.address)))
     elif facts.datapath_type == "netdev" and not facts.datapath_carried:
         text = (
             "is on no bridge of the userspace datapath, and this kernel has no openvswitch: no tunnel packet can leave"
         )
-        found.append(Problem("DatapathMissing", text, me.name, "address", str(me.address), fatal=False))
+        found.append(Problem(Reason.DatapathMissing, text, me.name, "address", str(me.address)))
     if mesh.mtu is not None and mesh.mtu > mtu and facts.underlay_mtu is not None:
         text = (
             f"does not fit the underlay's {facts.underlay_mtu} less {overhead(mesh, me.address)} bytes; {mtu} is used"
         )
-        found.append(Problem("MTUTooHigh", text, field="mtu", value=str(mesh.mtu), fatal=False))
+        found.append(Problem(Reason.MTUTooHigh, text, field="mtu", value=str(mesh.mtu)))
     v6 = [c for c in me.pod_cidrs if c.version == 6]
     if facts.docker and len(v6) == len(me.pod_cidrs):
         text = "hold no IPv4 range, without which Docker can't be on kbr0; it stays where it is"
-        found.append(Problem("DockerNeedsIPv4", text, me.name, "podCIDRs", str(v6[0]), fatal=False))
+        found.append(Problem(Reason.DockerNeedsIPv4, text, me.name, "podCIDRs", str(v6[0])))
     if v6 and not facts.ipv6:
         found.append(
             Problem(
-                "IPv6Missing",
+                Reason.IPv6Missing,
                 "this kernel has no IPv6",
                 me.name,
                 "podCIDRs",
@@ -220,7 +221,7 @@ def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
         )
     elif v6 and mtu < _MIN_IPV6_MTU:
         text = f"is below the {_MIN_IPV6_MTU} bytes that IPv6 needs; raise the underlay's MTU by {_MIN_IPV6_MTU - mtu}"
-        found.append(Problem("MTUTooLow", text, me.name, "mtu", str(mtu)))
+        found.append(Problem(Reason.MTUTooLow, text, me.name, "mtu", str(mtu)))
     return found
 
 

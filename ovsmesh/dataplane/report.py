@@ -15,6 +15,7 @@ from ovsmesh.dataplane.plan import Plan, Step
 from ovsmesh.dataplane.types import KBR, Dataplane, Facts, Observed, Unmanaged
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import Mesh, Node
+from ovsmesh.reasons import Reason
 
 PEER_KINDS = ("filter_peers", "ports", "flows", "neighbours", "fdb", "routes")
 """Fields of Dataplane that hold parts of peers."""
@@ -57,7 +58,7 @@ class Condition:
 
     type: str
     status: str
-    reason: str
+    reason: Reason
     message: str = ""
 
 
@@ -148,7 +149,8 @@ def _plain(value: Any) -> Any:
     elif isinstance(value, tuple):
         return [_plain(item) for item in value]
     else:
-        return value
+        # YAML takes no subclass of str
+        return str(value) if isinstance(value, str) else value
     return {
         _JSON_NAMES.get(name, _camel(name)): timestamp(item) if name in _TIMES and item is not None else _plain(item)
         for name, item in pairs
@@ -297,28 +299,34 @@ def _conditions(
     bad = [peer for peer in peers if peer.state in ("missing", "unknown", "refused")]
     fatal = [problem for problem in problems if problem.fatal]
     if mesh is None:
-        yield Condition("Converged", "Unknown", "NoMesh", "no mesh was read yet, so nothing is touched")
+        yield Condition("Converged", "Unknown", Reason.NoMesh, "no mesh was read yet, so nothing is touched")
     elif converged:
-        yield Condition("Converged", "True", "AsWanted")
+        yield Condition("Converged", "True", Reason.AsWanted)
     else:
-        reason = "Blocked" if plan.blocked else "RemovalHeld" if plan.held and not plan.steps else "Pending"
+        reason = (
+            Reason.Blocked if plan.blocked else Reason.RemovalHeld if plan.held and not plan.steps else Reason.Pending
+        )
         text = f"{len(plan.steps)} changes to do, {len(plan.blocked)} blocked, {len(plan.held)} held"
         yield Condition("Converged", "False", reason, text)
-    reasons = [problem.reason for problem in fatal] + ["PeersMissing"] * bool(bad) + ["Blocked"] * bool(plan.blocked)
+    reasons = (
+        [problem.reason for problem in fatal]
+        + [Reason.PeersMissing] * bool(bad)
+        + [Reason.Blocked] * bool(plan.blocked)
+    )
     if reasons:
         text = ", ".join(dict.fromkeys(reasons))
         yield Condition("Degraded", "True", reasons[0], text)
     else:
-        yield Condition("Degraded", "False", "AsWanted")
+        yield Condition("Degraded", "False", Reason.AsWanted)
     if plan.held:
         names = ", ".join(plan.held_peers[:_SHOWN]) + (" …" if len(plan.held_peers) > _SHOWN else "")
-        yield Condition("RemovalHeld", "True", "MassRemovalHeld", f"{len(plan.held_peers)} peers: {names}")
+        yield Condition("RemovalHeld", "True", Reason.MassRemovalHeld, f"{len(plan.held_peers)} peers: {names}")
     if mesh is not None:
         old = f", {age(r.now - r.mesh_since)} old" if r.mesh_since is not None else ""
         if r.mesh_current:
-            yield Condition("MeshCurrent", "True", "Read", f"from {r.mesh_from}" if r.mesh_from else "")
+            yield Condition("MeshCurrent", "True", Reason.Read, f"from {r.mesh_from}" if r.mesh_from else "")
         else:
-            yield Condition("MeshCurrent", "False", "LastKnownGood", f"the last known good mesh{old} is in use")
+            yield Condition("MeshCurrent", "False", Reason.LastKnownGood, f"the last known good mesh{old} is in use")
 
 
 def _headline(name: str, mesh: Mesh | None, plan: Plan, peers: tuple[Peer, ...], degraded: bool, ok: bool) -> str:
@@ -341,7 +349,7 @@ def _headline(name: str, mesh: Mesh | None, plan: Plan, peers: tuple[Peer, ...],
 def unmanaged_beside(have: Observed, todo: Plan) -> tuple[Problem, ...]:
     """Return a problem for each unmanaged object that blocks nothing: it is named all the same."""
     told = {blocked.unmanaged for blocked in todo.blocked}
-    return tuple(Problem("Foreign", f.detail, fatal=False) for f in have.unmanaged if f not in told)
+    return tuple(Problem(Reason.Foreign, f.detail) for f in have.unmanaged if f not in told)
 
 
 def report(

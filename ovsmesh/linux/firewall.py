@@ -34,6 +34,7 @@ from ovsmesh.dataplane.nft_syntax import (
 from ovsmesh.dataplane.types import MARK, Dataplane, Rule, RuleKey
 from ovsmesh.errors import Problem
 from ovsmesh.linux.nft_monitor import EVERYTHING, Bell
+from ovsmesh.reasons import Reason
 
 _TIMEOUT = 10.0
 """Seconds; a full table of a thousand peers takes 0.03."""
@@ -244,12 +245,14 @@ class Firewall:
 
     def _problems(self) -> tuple[Problem, ...]:
         lacking = [
-            Problem("FilterUnavailable", f"{why}; without it {_LOST[what]}", field=what, fatal=False)
+            Problem(Reason.FilterUnavailable, f"{why}; without it {_LOST[what]}", field=what)
             for what, why in self._lacking.items()
         ]
         refused = [
             Problem(
-                "FilterFailed", f"could not be written: {why}; tried again at the next resync", field=f"{tool} rules"
+                Reason.FilterFailed,
+                f"could not be written: {why}; tried again at the next resync",
+                field=f"{tool} rules",
             )
             for tool, (_, why) in self._refused.items()
         ]

@@ -16,6 +16,7 @@ from ovsmesh.file_watch import FileWatch
 from ovsmesh.mesh.manifest import dump, parse
 from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh, MeshError
+from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir, read_regular, write_atomic
 
 WRITE_GRACE = 2.0
@@ -41,7 +42,7 @@ def last_good(store: Path, node: str) -> tuple[Mesh | None, float, tuple[Problem
         if mesh.node(node) is not None:
             return mesh, found.st_mtime, ()
         message = f"{store}: the last good mesh of an earlier run has no node {node}, so it is not used"
-    return None, 0.0, (Problem("LastGoodUnreadable", message, fatal=False),)
+    return None, 0.0, (Problem(Reason.LastGoodUnreadable, message),)
 
 
 class FileSource:
@@ -85,7 +86,7 @@ class FileSource:
         problems = self._read.problems + self._store_problem + self._save_problem
         if self._bell.why_silent:
             message = f"{self.path}: changes are noticed late: {self._bell.why_silent}"
-            problems += (Problem("MeshFileUnwatched", message, fatal=False),)
+            problems += (Problem(Reason.MeshFileUnwatched, message),)
         shown = replace(self._read, problems=problems)
         if self._shown is None or self._shown != shown:
             self._shown = shown
@@ -101,7 +102,7 @@ class FileSource:
         except OSError as error:
             message = f"{self._store}: the last good mesh can't be saved ({error.strerror}): a restart without a good "
             message += f"{self.path} would have none"
-            self._save_problem = (Problem("StateUnwritable", message, fatal=False),)
+            self._save_problem = (Problem(Reason.StateUnwritable, message),)
             self._save_after = time.monotonic() + SAVE_AGAIN
         else:
             self._saved, self._save_problem, self._store_problem = self._good, (), ()
@@ -126,30 +127,30 @@ class FileSource:
         try:
             data, _ = read_regular(self.path)
         except OSError as error:
-            return self._kept("MeshFileUnreadable", f"{where}: can't be read: {error.strerror or error}")
+            return self._kept(Reason.MeshFileUnreadable, f"{where}: can't be read: {error.strerror or error}")
         try:
             mesh, problems = parse(data, where, self._good)
         except MeshError as error:
             # Read again at the next look if it changed while it was read.
             self._seen = seen if seen == self._signature() else None
-            return self._kept("MeshFileInvalid", str(error))
+            return self._kept(Reason.MeshFileInvalid, str(error))
         if seen != self._signature() and self._read is not None:
             return self._read
         self._seen = seen
         problems = tuple(p if p.node == self.node or not p.node else replace(p, fatal=False) for p in problems)
         if not mesh.nodes and not problems:
             message = f"{where}: spec.nodes is empty; an empty list never means that everyone has left"
-            return self._kept("MeshFileEmpty", f"{message}. To take a host out, run `ovsmesh cleanup` on it")
+            return self._kept(Reason.MeshFileEmpty, f"{message}. To take a host out, run `ovsmesh cleanup` on it")
         if mesh.node(self.node) is None:
             refused = any(p.node == self.node for p in problems)
             message = f"{where}: has no {'usable ' if refused else ''}entry for this node, {self.node}: "
             message += "mend it" if refused else "add it, give --node the name it has there, or run `ovsmesh cleanup`"
-            return self._kept("SelfMissing", message, problems)
+            return self._kept(Reason.SelfMissing, message, problems)
         self._good = mesh
         self._good_since = time.time()
         return Snapshot(mesh, problems, True, self._good_since)
 
-    def _kept(self, reason: str, message: str, more: tuple[Problem, ...] = ()) -> Snapshot:
+    def _kept(self, reason: Reason, message: str, more: tuple[Problem, ...] = ()) -> Snapshot:
         if self._good is None:
             problem = Problem(reason, f"{message}. No earlier good mesh is known, so nothing is touched")
             return Snapshot(None, (problem, *more))

@@ -15,6 +15,7 @@ from ovsmesh.mesh.types import ENCAPSULATIONS, Mesh, MeshError, Node
 from ovsmesh.mesh.validation import Claim, Refusal, claim, clusters_of, settle
 from ovsmesh.mesh.yaml_reader import Map, Scalar, Tree, kind_of, load, show
 from ovsmesh.names import API_VERSION, DEFAULT_MESH, MESH
+from ovsmesh.reasons import Reason
 
 MAX_CIDRS = 16
 """Pod CIDRs of one node; Kubernetes gives at most two."""
@@ -211,7 +212,7 @@ def _entry(entry: Tree, index: int, clusters: tuple[str, ...]) -> Claim:
     """What a node's entry claims. Raises Refusal."""
     here = f"nodes[{index}]"
     if type(entry) is not Map:
-        raise Refusal("NodeInvalid", here, "entry", show(entry), f"wanted a mapping, found {kind_of(entry)}")
+        raise Refusal(Reason.NodeInvalid, here, "entry", show(entry), f"wanted a mapping, found {kind_of(entry)}")
     get = entry.get
     name, address, cidrs, uid, zone = get("name"), get("address"), get("podCIDRs"), get("uid", ""), get("zone", "")
     if (
@@ -243,34 +244,38 @@ def _misfit(entry: Map, here: str) -> NoReturn:
     name = _given(entry, "name")
     who = show(name) if type(name) is str and name else here
     if name is None:
-        raise Refusal("NameMissing", here, "name", "missing", "give the node's name")
+        raise Refusal(Reason.NameMissing, here, "name", "missing", "give the node's name")
     if type(name) is not str:
-        raise Refusal("NameInvalid", here, "name", show(name), _quote(name))
+        raise Refusal(Reason.NameInvalid, here, "name", show(name), _quote(name))
     known = ("name", "address", "podCIDRs", "uid", "zone")
     for key in entry:
         if key not in _NODE:
-            raise Refusal("UnknownKey", who, show(key), show(entry[key]), f"unknown key: {_nearest(key, known)}")
+            raise Refusal(Reason.UnknownKey, who, show(key), show(entry[key]), f"unknown key: {_nearest(key, known)}")
     address = _given(entry, "address")
     if address is None:
-        raise Refusal("AddressMissing", who, "address", "missing", "give the address that its tunnel packets go to")
+        raise Refusal(
+            Reason.AddressMissing, who, "address", "missing", "give the address that its tunnel packets go to"
+        )
     if type(address) is not str:
-        raise Refusal("AddressInvalid", who, "address", show(address), _quote(address, "an IP address"))
+        raise Refusal(Reason.AddressInvalid, who, "address", show(address), _quote(address, "an IP address"))
     for field in ("uid", "zone"):
         value = entry.get(field, "")
         if type(value) is not str:
-            raise Refusal("NodeInvalid", who, field, show(value), _quote(value))
+            raise Refusal(Reason.NodeInvalid, who, field, show(value), _quote(value))
     cidrs = _given(entry, "podCIDRs")
     if cidrs is None or cidrs == []:
         state = "missing" if cidrs is None else "[]"
-        raise Refusal("PodCIDRMissing", who, "podCIDRs", state, "give at least one range out of spec.clusterCIDRs")
+        raise Refusal(Reason.PodCIDRMissing, who, "podCIDRs", state, "give at least one range out of spec.clusterCIDRs")
     if type(cidrs) is not list:
         fix = f": write [{show(cidrs)}]" if type(cidrs) is str else ""
-        raise Refusal("PodCIDRInvalid", who, "podCIDRs", show(cidrs), f"wanted a list, found {kind_of(cidrs)}{fix}")
+        raise Refusal(
+            Reason.PodCIDRInvalid, who, "podCIDRs", show(cidrs), f"wanted a list, found {kind_of(cidrs)}{fix}"
+        )
     if len(cidrs) > MAX_CIDRS:
         message = f"wanted at most {MAX_CIDRS} ranges, found {len(cidrs)}"
-        raise Refusal("PodCIDRInvalid", who, "podCIDRs", show(cidrs), message)
+        raise Refusal(Reason.PodCIDRInvalid, who, "podCIDRs", show(cidrs), message)
     index, bad = next((i, c) for i, c in enumerate(cidrs) if type(c) is not str)
-    raise Refusal("PodCIDRInvalid", who, f"podCIDRs[{index}]", show(bad), _quote(bad, "a CIDR"))
+    raise Refusal(Reason.PodCIDRInvalid, who, f"podCIDRs[{index}]", show(bad), _quote(bad, "a CIDR"))
 
 
 def _quote(value: Tree, want: str = "a string") -> str:

@@ -24,11 +24,12 @@ from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh, MeshError
 from ovsmesh.mesh.validation import Claim, Refusal, claim, settle
 from ovsmesh.names import API_VERSION, MESH, MESH_LABEL, MESH_SLICES
+from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir, write_atomic
 
 GRACE = 0.5
 """Seconds that a start waits for an API server that says nothing; one that refuses is not waited for."""
-_PASSING = frozenset({"ApiUnavailable", "MeshSlicesIncomplete"})
+_PASSING = frozenset({Reason.ApiUnavailable, Reason.MeshSlicesIncomplete})
 """Reasons that go by without this node's doing, so it is as healthy as before. Each change of the mesh's settings
 makes every agent see incomplete slices for a moment: a thousand MeshNodes must not be written for that."""
 
@@ -93,11 +94,11 @@ def _settings(text: str) -> Mesh:
     return parse(json.dumps(given) + "\n", "MeshSlices")[0]
 
 
-def lacking(parts: Mapping[str, Part]) -> tuple[str, str]:
-    """Why these slices are not a whole mesh, as (reason, message); ("", "") when they are."""
+def lacking(parts: Mapping[str, Part]) -> tuple[Reason, str] | None:
+    """Why these slices are not a whole mesh, as (reason, message); None when they are."""
     if not parts:
         return (
-            "MeshSlicesMissing",
+            Reason.MeshSlicesMissing,
             "there are no MeshSlices: is there a Mesh named default, and does the controller run?",
         )
     by_index: dict[int, Part] = {}
@@ -105,19 +106,19 @@ def lacking(parts: Mapping[str, Part]) -> tuple[str, str]:
         by_index[part.index] = part
     first = by_index.get(0)
     if first is None:
-        return "MeshSlicesIncomplete", "slice 0, which says how many there are, is missing"
+        return Reason.MeshSlicesIncomplete, "slice 0, which says how many there are, is missing"
     missing = [str(index) for index in range(first.count) if index not in by_index]
     if missing:
         some = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
-        return "MeshSlicesIncomplete", f"{len(missing)} of {first.count} slices are missing: {some}"
+        return Reason.MeshSlicesIncomplete, f"{len(missing)} of {first.count} slices are missing: {some}"
     newest = max(part.generation for part in parts.values())
     older = sum(by_index[index].generation < newest for index in range(first.count))
     if older:
         return (
-            "MeshSlicesIncomplete",
+            Reason.MeshSlicesIncomplete,
             f"{older} of {first.count} slices have not the settings of generation {newest} yet",
         )
-    return "", ""
+    return None
 
 
 def assemble(parts: Mapping[str, Part], last: Mesh | None) -> tuple[Mesh, tuple[Problem, ...]]:
@@ -135,7 +136,7 @@ def assemble(parts: Mapping[str, Part], last: Mesh | None) -> tuple[Mesh, tuple[
     refused: list[tuple[Refusal, int]] = []
     for entry in entries.values():
         if isinstance(entry, Refused):
-            refused.append((Refusal("NodeInvalid", entry.name, entry.field, "", entry.message), 0))
+            refused.append((Refusal(Reason.NodeInvalid, entry.name, entry.field, "", entry.message), 0))
             continue
         good = claim(*entry[:3], entry.uid, entry.zone, clusters)
         if isinstance(good, Refusal):
@@ -245,7 +246,7 @@ class SliceSource:
             write_atomic(self._store, dump(good))
         except OSError as error:
             message = f"{self._store}: the last good mesh can't be saved ({error.strerror}): a restart while the API "
-            self._save_problem = (Problem("StateUnwritable", message + "server is away would have none", fatal=False),)
+            self._save_problem = (Problem(Reason.StateUnwritable, message + "server is away would have none"),)
         else:
             self._saved, self._save_problem, self._store_problem = good, (), ()
         return self._save_problem
@@ -257,27 +258,27 @@ class SliceSource:
 
     def _now(self, look: Collection[Part], waiting: bool) -> Snapshot:
         if waiting:
-            return Snapshot(None, (Problem("MeshWaiting", f"waits for {self._server}", fatal=False),))
+            return Snapshot(None, (Problem(Reason.MeshWaiting, f"waits for {self._server}"),))
         if look.synced:
             return self._fresh(look)
-        return self._kept("ApiUnavailable", f"no MeshSlices were read yet: {look.problem or 'no answer'}")
+        return self._kept(Reason.ApiUnavailable, f"no MeshSlices were read yet: {look.problem or 'no answer'}")
 
     def _load_store(self) -> None:
         self._good, self._good_since, self._store_problem = last_good(self._store, self.node)
         self._saved = self._good
 
     def _fresh(self, look: Collection[Part]) -> Snapshot:
-        reason, message = lacking(look.items)
-        if reason:
-            return self._kept(reason, message)
+        why = lacking(look.items)
+        if why:
+            return self._kept(*why)
         try:
             mesh, problems = assemble(look.items, self._good)
         except MeshError as error:
-            return self._kept("MeshSlicesInvalid", str(error))
+            return self._kept(Reason.MeshSlicesInvalid, str(error))
         problems = tuple(p if p.node == self.node or not p.node else replace(p, fatal=False) for p in problems)
         if mesh.node(self.node) is None:
             message = f"no MeshSlice has this node, {self.node}: the controller's Events on the Node say why"
-            return self._kept("SelfMissing", message, problems)
+            return self._kept(Reason.SelfMissing, message, problems)
         if mesh is not self._good or not self._versions:
             self._good_since = time.time()
         self._good = mesh
@@ -286,10 +287,10 @@ class SliceSource:
             # they were whole when last heard of: still what is wanted, but no one says so now
             stamp = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(look.since))
             message = f"not current since {stamp}: {look.problem}"
-            problems = (Problem("ApiUnavailable", message, fatal=False), *problems)
+            problems = (Problem(Reason.ApiUnavailable, message, fatal=False), *problems)
         return Snapshot(mesh, problems, not look.problem, self._good_since)
 
-    def _kept(self, reason: str, message: str, more: tuple[Problem, ...] = ()) -> Snapshot:
+    def _kept(self, reason: Reason, message: str, more: tuple[Problem, ...] = ()) -> Snapshot:
         if self._good is None:
             problem = Problem(reason, f"{message}. No earlier good mesh is known, so nothing is touched")
             return Snapshot(None, (problem, *more))

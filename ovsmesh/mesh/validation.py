@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import IPAddress, IPNetwork, Mesh, Node
 from ovsmesh.mesh.yaml_reader import show
+from ovsmesh.reasons import Reason
 
 Range = tuple[int, int, int]
 """IP version, first and last address as integers."""
@@ -43,7 +44,7 @@ _SPECIAL_NETWORKS = (
 class Refusal(Exception):
     """Why a node's entry, or one of the cluster CIDRs, can't be used."""
 
-    def __init__(self, reason: str, node: str, field: str, value: str, message: str) -> None:
+    def __init__(self, reason: Reason, node: str, field: str, value: str, message: str) -> None:
         super().__init__(message)
         self.reason, self.node, self.field, self.value, self.message = reason, node, field, value, message
 
@@ -77,7 +78,7 @@ def _special(what: Range) -> str:
     return ""
 
 
-def _network(text: str, reason: str, node: str, field: str) -> IPNetwork:
+def _network(text: str, reason: Reason, node: str, field: str) -> IPNetwork:
     """Raises Refusal, with the right range where it can be guessed."""
     if _CIDR.fullmatch(text):
         try:
@@ -100,12 +101,14 @@ def clusters_of(texts: tuple[str, ...]) -> tuple[tuple[IPNetwork, ...], tuple[Ra
     networks: list[IPNetwork] = []
     for index, text in enumerate(texts):
         field = f"clusterCIDRs[{index}]"
-        network = _network(text, "ClusterCIDRInvalid", "", field)
+        network = _network(text, Reason.ClusterCIDRInvalid, "", field)
         if label := _special(_range(network)):
-            raise Refusal("ClusterCIDRInvalid", "", field, show(text), f"reaches into the {label} range")
+            raise Refusal(Reason.ClusterCIDRInvalid, "", field, show(text), f"reaches into the {label} range")
         for other in networks:
             if network.overlaps(other):
-                raise Refusal("ClusterCIDRInvalid", "", field, show(text), f"overlaps {other}: leave one of them out")
+                raise Refusal(
+                    Reason.ClusterCIDRInvalid, "", field, show(text), f"overlaps {other}: leave one of them out"
+                )
         networks.append(network)
     return tuple(networks), tuple(_range(network) for network in networks)
 
@@ -129,26 +132,26 @@ def _claim(
 ) -> Claim | Refusal:
     if not _NAME.fullmatch(name):
         message = "is not a name: wanted letters, digits, - _ . inside, at most 253 characters"
-        raise Refusal("NameInvalid", "", "name", show(name), message)
+        raise Refusal(Reason.NameInvalid, "", "name", show(name), message)
     for field, text in (("uid", uid), ("zone", zone)):
         if not _LABEL.fullmatch(text):
             message = "wanted letters, digits, - _ . inside, at most 253 characters"
-            raise Refusal("NodeInvalid", name, field, show(text), message)
+            raise Refusal(Reason.NodeInvalid, name, field, show(text), message)
     where = _address(name, address, clusters)
     networks: list[IPNetwork] = []
     ranges: list[Range] = []
     for index, text in enumerate(cidrs):
         field = f"podCIDRs[{index}]"
-        network = _network(text, "PodCIDRInvalid", name, field)
+        network = _network(text, Reason.PodCIDRInvalid, name, field)
         mine = _range(network)
         _inside(name, field, text, mine, clusters)
         if network.prefixlen > _LONGEST[network.version]:
             message = f"has no room for a gateway and a pod: wanted /{_LONGEST[network.version]} or shorter"
-            raise Refusal("PodCIDRInvalid", name, field, show(text), message)
+            raise Refusal(Reason.PodCIDRInvalid, name, field, show(text), message)
         for before, other in enumerate(networks):
             if network.overlaps(other):
                 message = f"overlaps podCIDRs[{before}] {other} of the same node: leave one of them out"
-                raise Refusal("PodCIDRConflict", name, field, show(text), message)
+                raise Refusal(Reason.PodCIDRConflict, name, field, show(text), message)
         networks.append(network)
         ranges.append(mine)
     return Claim(Node(name, where, tuple(networks), uid, zone), str(where), tuple(ranges))
@@ -156,7 +159,7 @@ def _claim(
 
 def _address(name: str, text: str, clusters: tuple[str, ...]) -> IPAddress:
     def refuse(message: str) -> Refusal:
-        return Refusal("AddressInvalid", name, "address", show(text), message)
+        return Refusal(Reason.AddressInvalid, name, "address", show(text), message)
 
     if not _ADDRESS.fullmatch(text):
         hint = ": leave out the prefix length" if "/" in text else ""
@@ -185,7 +188,7 @@ def _inside(name: str, field: str, text: str, mine: Range, clusters: tuple[str, 
     message = f"is not inside spec.clusterCIDRs ({', '.join(clusters[:4])}{', …' if len(clusters) > 4 else ''})"
     if all(network.version != mine[0] for network in networks):
         message += f", which has no IPv{mine[0]} range: add one"
-    raise Refusal("PodCIDROutside", name, field, show(text), message)
+    raise Refusal(Reason.PodCIDROutside, name, field, show(text), message)
 
 
 # ---------------------------------------------------------------- two claims for one thing
@@ -288,7 +291,7 @@ def _contest(
         by_name[name] = winner
         why = "it is the one that held until now" if newcomer else "it comes first"
         message = f"is the name of another entry too{_line(winner[1])}; that one counts, as {why}: rename or remove one"
-        losers.append((Refusal("DuplicateName", name, "name", show(name), message), loser[1]))
+        losers.append((Refusal(Reason.DuplicateName, name, "name", show(name), message), loser[1]))
     taken = _Index()
     held_by: dict[str, Claim] = {}
     for name, (mine, _) in by_name.items():
@@ -311,11 +314,11 @@ def _contest(
 def _lost(mine: Claim, index: int, winner: tuple[Claim, int], held: Claim | None) -> Refusal:
     other, line = winner
     if index < 0:
-        reason, field, value = "AddressConflict", "address", mine.address
+        reason, field, value = Reason.AddressConflict, "address", mine.address
         older = held is not None and held.address == value
         message = f"is the address of node {other.node.name} too"
     else:
-        reason, field, value = "PodCIDRConflict", f"podCIDRs[{index}]", str(mine.node.pod_cidrs[index])
+        reason, field, value = Reason.PodCIDRConflict, f"podCIDRs[{index}]", str(mine.node.pod_cidrs[index])
         theirs = next(i for i, r in enumerate(other.ranges) if _meet(r, mine.ranges[index]))
         older = held is not None and other.ranges[theirs] in held.ranges
         message = f"overlaps {other.node.pod_cidrs[theirs]} of node {other.node.name}"

@@ -18,6 +18,7 @@ import ovs.poller
 from ovsmesh.dataplane.types import MARK, OBR, Bridge, Port, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.ovs.idl import Replica, references, run_dir
+from ovsmesh.reasons import Reason
 
 COMMIT_DEADLINE = 5.0
 """Seconds for ovsdb-server to answer a transaction: 0.4 s is usual for a thousand ports."""
@@ -148,7 +149,7 @@ class Ovs:
                 unmanaged.append(Unmanaged("ports", name, text, blocks=True))
         problems = [
             Problem(
-                "PortError",
+                Reason.PortError,
                 f"ovs-vswitchd says: {text}",
                 self._ports[name].node,
                 "port",

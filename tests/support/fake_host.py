@@ -20,6 +20,7 @@ from ovsmesh.agent.reconciler import Reconciler
 from ovsmesh.dataplane.types import Dataplane, Observed
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.source import Snapshot
+from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 from tests.support.meshkit import FACTS, first
 
@@ -63,7 +64,7 @@ class FakeDriver:
         self.plans.append(todo)
         if self.fails:
             self.fails -= 1
-            return [Problem("ApplyFailed", "ports: no")]
+            return [Problem(Reason.ApplyFailed, "ports: no")]
         if not self.deaf:
             parts = {f.name: dict(getattr(self.dataplane, f.name)) for f in dataclasses.fields(self.dataplane)}
             for step in todo.steps:

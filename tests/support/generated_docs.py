@@ -19,6 +19,7 @@ from ovsmesh.controller.http import ControllerHttp
 from ovsmesh.dataplane.report import Report, Self
 from ovsmesh.errors import Problem
 from ovsmesh.http_server import HttpServer
+from ovsmesh.reasons import Reason
 
 ROOT = Path(__file__).resolve().parents[2]
 _NOTE = "<!-- Made by `make docs`; do not edit. -->"
@@ -172,7 +173,7 @@ def _served(server: HttpServer) -> list[Metric]:
 
 def _agent() -> AgentHttp:
     server = AgentHttp("127.0.0.1:0")
-    problem = Problem("Reason", "so that each metric has a sample")
+    problem = Problem(Reason.ApplyFailed, "so that each metric has a sample")
     server.publish(Report(0.0, "", False, Self("node"), (), (), (), (), (problem,)), Counters())
     return server
 

@@ -1,8 +1,7 @@
-"""The documents name what the code has: reasons, commands, files and links."""
+"""The documents name what the code has: commands, files and links."""
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,33 +14,9 @@ from tests.support.generated_docs import GENERATED
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-_TOLD = ("Problem", "Refusal", "_kept")
 _FOLDERS = ("docs", "manifests", "ovsmesh", "scripts", "tests", ".ci")
 _BUILT = ("dist/bootstrap.sh", "dist/wheels")
 """Files that a document names and that a command there makes."""
-
-
-def reasons() -> list[str]:
-    """First arguments of whatever makes a Problem or a Refusal, as literals in the source."""
-    found = set()
-    for path in (ROOT / "ovsmesh").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or not node.args:
-                continue
-            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            first = node.args[0]
-            if name in _TOLD and isinstance(first, ast.Constant) and isinstance(first.value, str):
-                found.add(first.value)
-    return sorted(found)
-
-
-def test_there_are_reasons_to_look_for() -> None:
-    assert {"PodCIDRConflict", "ApplyFailed", "SelfMissing"} <= set(reasons())
-
-
-@pytest.mark.parametrize("reason", reasons())
-def test_each_reason_is_in_the_troubleshooting_guide(reason: str) -> None:
-    assert f"`{reason}`" in (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 
 
 def commands(group: Group = cli, before: str = "ovsmesh") -> Iterator[str]:

@@ -17,13 +17,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from ovsmesh.agent.http import AgentHttp, Counters
 from ovsmesh.dataplane.report import Condition, Peer, Report, Self, Traffic
 from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.reasons import Reason
 
 COUNTERS = Counters(7, 1, 1.8e9, 0.03, {"routes": 2}, {("ports", "+"): 5})
 
 
 def made(peers: Any = 2, **changes: Any) -> Any:
     every = tuple(Peer(f"web{n}", "ok", f"192.0.2.{n}", traffic=Traffic(1, 2)) for n in range(peers))
-    conditions = (Condition("Converged", "True", "AsWanted"),)
+    conditions = (Condition("Converged", "True", Reason.AsWanted),)
     report = Report(1.8e9, "web9 is converged", True, Self("web9", ovs_version="3.1.0"), conditions, every, (), (), ())
     return replace(report, **changes)
 
@@ -106,11 +107,11 @@ def test_readyz(health: Any) -> None:
     assert get(health, "/readyz")[0] == 200
     # the mesh's faults are its writer's: the node keeps what was good
     for node in ("", "web1", "web9"):
-        health.publish(made(problems=(Problem("X", "of the mesh", node=node),)), COUNTERS)
+        health.publish(made(problems=(Problem(Reason.TurnFailed, "of the mesh", node=node),)), COUNTERS)
         assert get(health, "/readyz")[0] == 200
     health.publish(made(converged=False, pending=("= held port gre-web1 peer left (web1)",)), COUNTERS)
     assert get(health, "/readyz")[0] == 200
-    down = made(converged=False, problems=(Problem("SwitchDown", "ovs-vswitchd does not answer"),))
+    down = made(converged=False, problems=(Problem(Reason.SwitchDown, "ovs-vswitchd does not answer"),))
     health.publish(down, COUNTERS)
     assert get(health, "/readyz")[:2] == (503, "not converged: ovs-vswitchd does not answer\n")
 

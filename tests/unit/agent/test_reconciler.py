@@ -12,6 +12,7 @@ from ovsmesh.agent import reconciler as room
 from ovsmesh.agent.reconciler import Reconciler, held_digest
 from ovsmesh.dataplane.types import CniFacts, CniPlugin, Dataplane, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.reasons import Reason
 from tests.support import fake_host
 from tests.support.fake_host import braked
 from tests.support.meshkit import FACTS, first, mesh_of, numbered, want
@@ -45,11 +46,11 @@ def test_no_pod_is_let_in_while_something_fails(agent: Any, host: Any) -> None:
 
 
 def test_no_pod_is_let_in_while_something_can_t_be_seen_and_that_is_no_failure(agent: Any, host: Any) -> None:
-    host.known, host.problems, host.unknown = CNI, (Problem("DatabaseDown", "no"),), frozenset({"ports"})
+    host.known, host.problems, host.unknown = CNI, (Problem(Reason.DatabaseDown, "no"),), frozenset({"ports"})
     turn = agent.reconcile()
     assert not turn.converged and not host.dataplane.cni
     assert [s.kind for s in turn.plan.steps] == ["cni"]
-    assert {p.reason for p in turn.problems} == {"DatabaseDown"} and agent.counters.failures == 0
+    assert {p.reason for p in turn.problems} == {Reason.DatabaseDown} and agent.counters.failures == 0
     host.problems, host.unknown = (), frozenset()
     assert agent.reconcile().converged and host.dataplane.cni
 
@@ -92,7 +93,7 @@ def test_an_agent_that_starts_again_writes_nothing(agent: Any, host: Any, source
 
 
 def test_no_mesh_touches_nothing(agent: Any, host: Any, source: Any) -> None:
-    source.mesh, source.problems = None, (Problem("MeshFileInvalid", "is not YAML"),)
+    source.mesh, source.problems = None, (Problem(Reason.MeshFileInvalid, "is not YAML"),)
     host.dataplane = want(first(3))
     turn = agent.reconcile()
     assert not turn.converged and turn.mesh is None and host.plans == []
@@ -100,7 +101,7 @@ def test_no_mesh_touches_nothing(agent: Any, host: Any, source: Any) -> None:
 
 
 def test_the_last_good_mesh_is_followed_and_said_not_to_be_current(agent: Any, host: Any, source: Any) -> None:
-    source.confirmed, source.problems = False, (Problem("MeshFileUnreadable", "can't be read"),)
+    source.confirmed, source.problems = False, (Problem(Reason.MeshFileUnreadable, "can't be read"),)
     turn = agent.reconcile()
     assert host.dataplane == want(first(4))
     assert turn.converged and not turn.whole and turn.problems == source.problems
@@ -123,7 +124,7 @@ def test_old_sysctls_are_remembered_before_they_are_changed(agent: Any, host: An
 def test_what_does_not_take_is_said_and_not_tried_for_ever(agent: Any, host: Any) -> None:
     host.deaf = True
     turn = agent.reconcile()
-    assert [p.reason for p in turn.problems] == ["NotConverged"]
+    assert [p.reason for p in turn.problems] == [Reason.NotConverged]
     assert "the first: + bridge obr0" in str(turn.problems[0])
     assert not turn.converged and 1 <= len(host.plans) <= 3
 
@@ -137,7 +138,7 @@ def test_an_error_on_the_way_ends_the_turn_and_not_the_agent(agent: Any, host: A
 
     observe, host.observe = host.observe, fail
     turn = agent.reconcile()
-    assert [p.reason for p in turn.problems] == ["TurnFailed"]
+    assert [p.reason for p in turn.problems] == [Reason.TurnFailed]
     assert ("too fast" in str(turn.problems[0])) or str(turn.problems[0]) == "not allowed"
     assert host.dirtied == 1 and not turn.converged
     host.observe = observe
@@ -157,7 +158,7 @@ def test_what_is_wrong_with_others_does_not_keep_this_node_from_converging(agent
     other = dataclasses.replace(numbered(3), address=numbered(3).pod_cidrs[1].network_address + 9)
     source.mesh = mesh_of(numbered(1), numbered(2), other)
     turn = agent.reconcile()
-    assert turn.converged and [p.reason for p in turn.problems] == ["AddressFamilyMismatch"]
+    assert turn.converged and [p.reason for p in turn.problems] == [Reason.AddressFamilyMismatch]
 
 
 def test_unmanaged_things_are_named_each_way(agent: Any, host: Any) -> None:
@@ -211,7 +212,7 @@ def test_the_first_turn_and_unfinished_business_are_not_drift(agent: Any, host: 
 
 def test_what_could_not_be_seen_for_a_while_is_not_drift(agent: Any, host: Any) -> None:
     agent.reconcile()
-    host.unknown, host.problems = frozenset({"flows"}), (Problem("SwitchDown", "does not answer"),)
+    host.unknown, host.problems = frozenset({"flows"}), (Problem(Reason.SwitchDown, "does not answer"),)
     assert not agent.reconcile().converged
     # the switch starts with an empty table
     host.unknown, host.problems = frozenset(), ()
@@ -254,7 +255,7 @@ def test_something_in_the_way_waits_for_its_bell(agent: Any, host: Any, clock: A
 def test_a_mass_removal_is_held_and_named(agent: Any, host: Any, source: Any, clock: Any) -> None:
     turn = braked(agent, source)
     assert len(host.dataplane.ports) == 3 and not turn.converged
-    assert [p.reason for p in turn.problems] == ["MassRemovalHeld"]
+    assert [p.reason for p in turn.problems] == [Reason.MassRemovalHeld]
     text = str(turn.problems[0])
     assert "lacks 3 of this node's peers at once (web2, web3, web4)" in text
     assert f"`ovsmesh confirm {held_digest(turn.plan)}`" in text

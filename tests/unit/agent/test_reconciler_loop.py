@@ -12,6 +12,7 @@ from ovsmesh.agent import reconciler as room
 from ovsmesh.agent.reconciler import held_digest
 from ovsmesh.dataplane.types import Dataplane, Unmanaged
 from ovsmesh.errors import Problem
+from ovsmesh.reasons import Reason
 from tests.support import fake_host
 from tests.support.fake_host import Shown, braked, run
 from tests.support.meshkit import FACTS, first, want
@@ -119,7 +120,7 @@ def test_the_end_of_a_failure_is_found_without_a_bell(agent: Any, host: Any, clo
 
 def test_a_switch_that_is_gone_is_looked_for_and_costs_no_turns(agent: Any, host: Any, clock: Any, stop: Any) -> None:
     host.switch_up, host.switch_lost = False, True
-    host.unknown, host.problems = frozenset({"flows"}), (Problem("SwitchDown", "does not answer"),)
+    host.unknown, host.problems = frozenset({"flows"}), (Problem(Reason.SwitchDown, "does not answer"),)
 
     def back() -> None:
         host.switch_answers = lambda: True

@@ -16,6 +16,7 @@ from ovsmesh.agent.systemd import SystemdNotifier, status_line
 from ovsmesh.dataplane.plan import Plan, plan
 from ovsmesh.dataplane.types import Dataplane
 from ovsmesh.errors import Problem
+from ovsmesh.reasons import Reason
 from tests.support.meshkit import FACTS, first, seen, want
 
 
@@ -69,7 +70,7 @@ def test_ready_with_the_first_turn_however_it_ended_and_stopping_at_the_end(syst
     assert environ == {"PATH": "/bin"}
     notifier.flush()
     assert heard(systemd) == []
-    notifier.publish(turn(Problem("TunnelAddressMissing", "is on no link")), AgentCounters())
+    notifier.publish(turn(Problem(Reason.TunnelAddressMissing, "is on no link")), AgentCounters())
     assert heard(systemd) == ["READY=1", "STATUS=2 peers, not converged; is on no link"]
     notifier.publish(turn(), AgentCounters())
     notifier.publish(turn(), AgentCounters())
@@ -130,10 +131,16 @@ def test_what_did_not_fit_is_said_again(systemd: Any, notifier_of: Any) -> None:
     [
         (turn(), "2 peers, converged"),
         (turn(have=Dataplane()), "2 peers, not converged"),
-        (turn(Problem("X", "bad\nREADY=1\x00 name", fatal=True)), "2 peers, not converged; bad READY=1  name"),
-        (ReconcileResult(None, None, None, None, Plan(), (Problem("X", "no file"),), False), "no mesh yet; no file"),
         (
-            ReconcileResult(first(2), None, None, None, Plan(), (Problem("X", 999 * "y"),), False),
+            turn(Problem(Reason.TurnFailed, "bad\nREADY=1\x00 name", fatal=True)),
+            "2 peers, not converged; bad READY=1  name",
+        ),
+        (
+            ReconcileResult(None, None, None, None, Plan(), (Problem(Reason.TurnFailed, "no file"),), False),
+            "no mesh yet; no file",
+        ),
+        (
+            ReconcileResult(first(2), None, None, None, Plan(), (Problem(Reason.TurnFailed, 999 * "y"),), False),
             "the last turn failed; yyy",
         ),
     ],

@@ -23,6 +23,7 @@ from ovsmesh.cli import main as cli
 from ovsmesh.dataplane.plan import Plan, plan
 from ovsmesh.dataplane.types import DEFAULT_OVSDB, Dataplane, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 from tests.support.meshkit import FACTS, first, seen, want
 from tests.support.meshtext import A, B, text_of
@@ -160,7 +161,9 @@ def test_once_by_environment(monkeypatch: pytest.MonkeyPatch, agents: Any) -> No
 def test_once_that_is_not_converged_is_exit_1_with_what_is_left(
     monkeypatch: pytest.MonkeyPatch, ended: Any, last: Any
 ) -> None:
-    monkeypatch.setattr(room, "once", lambda options: dataclasses.replace(ended, problems=(Problem("R", "said so"),)))
+    monkeypatch.setattr(
+        room, "once", lambda options: dataclasses.replace(ended, problems=(Problem(Reason.NodeInvalid, "said so"),))
+    )
     found = invoke("agent", "--once", "--mesh", "/m.yaml")
     assert found.exit_code == 1
     lines = found.stderr.splitlines()
@@ -196,7 +199,7 @@ def test_garbage_in_the_state_directory_is_only_a_hint_lost(looks: Any, tmp_path
         (turn(seen(want(first(3)))), False, 0),
         (turn(seen(Dataplane())), False, 2),
         (turn(seen(want(first(12)))), False, 2),
-        (turn(seen(want(first(3))), problems=(Problem("DatabaseDown", "does not answer"),)), True, 1),
+        (turn(seen(want(first(3))), problems=(Problem(Reason.DatabaseDown, "does not answer"),)), True, 1),
         (turn(seen(Dataplane(), Unmanaged("links", "kbr0", "bridge kbr0 is not ours"))), True, 1),
     ],
 )

@@ -6,6 +6,7 @@ from ovsmesh.controller.membership import Membership, NodeView, ObjectCondition
 from ovsmesh.controller.node_conditions import AgentReport, changes, judge, mesh_status, orphans, parse_meshnode
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.meshslice import Entry
+from ovsmesh.reasons import Reason
 
 NOW = 1_780_000_000.0
 NODE = NodeView("web1", "u1", "2026-05-28T20:00:00Z", ("192.0.2.1",), "", False, ("10.97.1.0/24",))
@@ -37,12 +38,12 @@ def test_a_report_from_before_this_node_was_made_is_not_its_own() -> None:
 
 
 def test_refused_excluded_kept_silent() -> None:
-    refused = Membership((), {"web1": Problem("PodCIDRMissing", "has none", "web1")})
+    refused = Membership((), {"web1": Problem(Reason.PodCIDRMissing, "has none", "web1")})
     assert statuses(NODE, refused, GOOD) == ("True", "False")
-    kept = Membership((ENTRY,), {"web1": Problem("AddressMissing", "has none", "web1", fatal=False)})
+    kept = Membership((ENTRY,), {"web1": Problem(Reason.AddressMissing, "has none", "web1", fatal=False)})
     assert statuses(NODE, kept, GOOD) == ("False", "True")
     ready = judge(NODE, kept, GOOD, NOW).ready
-    assert ready is not None and ready.reason == "AddressMissing"
+    assert ready is not None and ready.reason == Reason.AddressMissing
     out = NODE._replace(excluded=True)
     assert statuses(out, MEMBERSHIP, GOOD) == (None, None)
     assert statuses(out._replace(ready=ObjectCondition("True", "", "")), MEMBERSHIP, GOOD) == (None, "False")
@@ -71,11 +72,11 @@ def test_mesh_status() -> None:
     assert (good["nodes"], good["converged"], good["observedGeneration"]) == (1, 1, 7)
     assert [(c["type"], c["status"]) for c in good["conditions"]] == [("Ready", "True"), ("Degraded", "False")]
     assert mesh_status(MEMBERSHIP, 1, 7, (), good, NOW + 60) == good
-    refused = Membership((ENTRY,), {"web2": Problem("PodCIDRMissing", "has none", "web2")})
+    refused = Membership((ENTRY,), {"web2": Problem(Reason.PodCIDRMissing, "has none", "web2")})
     bad = mesh_status(refused, 1, 7, (), good, NOW + 60)
     ready = bad["conditions"][0]
-    assert (ready["status"], ready["reason"]) == ("False", "PodCIDRMissing") and "web2" in ready["message"]
-    assert mesh_status(MEMBERSHIP, 0, 7, (), {}, NOW)["conditions"][0]["reason"] == "Converging"
+    assert (ready["status"], ready["reason"]) == ("False", Reason.PodCIDRMissing) and "web2" in ready["message"]
+    assert mesh_status(MEMBERSHIP, 0, 7, (), {}, NOW)["conditions"][0]["reason"] == Reason.Converging
 
 
 def test_orphans_are_of_an_earlier_node_or_of_none_and_silent() -> None:

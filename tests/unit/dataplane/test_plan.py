@@ -11,6 +11,7 @@ import pytest
 from ovsmesh.dataplane.plan import due, plan
 from ovsmesh.dataplane.types import FALLBACK_METRIC, KBR, KINDS, OBR, Dataplane, Port, Route, Rule, Unmanaged
 from ovsmesh.errors import Problem
+from ovsmesh.reasons import Reason
 from tests.support.meshkit import first, golden, node, numbered, seen, want
 from tests.support.meshkit import mesh_of as mesh
 
@@ -352,7 +353,7 @@ def test_nothing_is_planned_for_what_can_not_be_seen(kind: Any) -> None:
 # what waits
 
 CNI = replace(FULL, cni={"10-ovsmesh.conflist": "{}"})
-FATAL, MILD = Problem("DatabaseDown", "no"), Problem("FilterUnavailable", "no", fatal=False)
+FATAL, MILD = Problem(Reason.DatabaseDown, "no"), Problem(Reason.FilterUnavailable, "no")
 
 
 def kinds(todo: Any) -> Any:
@@ -369,7 +370,12 @@ def test_a_conflist_waits_for_all_else() -> None:
 
 @pytest.mark.parametrize(
     ("problem", "waits"),
-    [(FATAL, True), (MILD, False), (Problem("CNIOverruled", "x"), False), (Problem("DockerX", "x"), False)],
+    [
+        (FATAL, True),
+        (MILD, False),
+        (Problem(Reason.CNIOverruled, "x"), False),
+        (Problem(Reason.DockerStarting, "x"), False),
+    ],
 )
 def test_a_conflist_waits_for_what_is_fatal_and_not_of_containers(problem: Any, waits: Any) -> None:
     alone = plan(CNI, seen(FULL))

@@ -16,6 +16,7 @@ from ovsmesh.dataplane.report_text import clean, render_text
 from ovsmesh.dataplane.types import Dataplane, Facts, Observed, Unmanaged
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import Mesh, Node
+from ovsmesh.reasons import Reason
 
 NOW = 1_800_000_000.0
 NODES = tuple(
@@ -95,7 +96,7 @@ def test_golden_degraded() -> None:
 
 def test_switch_down_is_unknown_not_missing() -> None:
     want, _ = wanted()
-    problem = Problem("SwitchDown", "ovs-vswitchd does not answer")
+    problem = Problem(Reason.SwitchDown, "ovs-vswitchd does not answer")
     have = Observed(copy(want, flows={}), (), (problem,), frozenset({"flows"}))
     found = made(observed=have)
     assert {peer.state for peer in found.peers} == {"unknown"}
@@ -128,7 +129,7 @@ def test_held_removals_and_last_known_good() -> None:
     ]
     conditions = {c.type: c for c in found.conditions}
     assert conditions["RemovalHeld"].message == "2 peers: web2, web3"
-    assert conditions["MeshCurrent"].reason == "LastKnownGood" and "3m5s old" in conditions["MeshCurrent"].message
+    assert conditions["MeshCurrent"].reason == Reason.LastKnownGood and "3m5s old" in conditions["MeshCurrent"].message
     assert "last known good" in render_text(found)
 
 
@@ -139,8 +140,8 @@ def test_no_mesh_yet() -> None:
 
 
 def test_problems_first_and_bounded() -> None:
-    problems = [Problem("X", f"trouble {n}", fatal=False) for n in range(20)]
-    problems.append(Problem("Y", "the worst"))
+    problems = [Problem(Reason.TurnFailed, f"trouble {n}", fatal=False) for n in range(20)]
+    problems.append(Problem(Reason.ApplyFailed, "the worst"))
     lines = render_text(made(problems=problems)).splitlines()
     assert lines[0] == "web1 is converged, with problems: all 2 peers ok"
     assert lines[1] == "! the worst" and lines[9] == "and 13 more"

@@ -9,19 +9,20 @@ import pytest
 
 from ovsmesh.dataplane.types import KINDS, Dataplane
 from ovsmesh.errors import Problem
+from ovsmesh.reasons import Reason
 from tests.support.meshkit import first
 
 
 @pytest.mark.parametrize(
     ("problem", "text"),
     [
-        (Problem("R", "is wrong"), "is wrong"),
-        (Problem("R", "is wrong", "web2"), "node web2: is wrong"),
+        (Problem(Reason.NodeInvalid, "is wrong"), "is wrong"),
+        (Problem(Reason.NodeInvalid, "is wrong", "web2"), "node web2: is wrong"),
         (
-            Problem("R", "has host bits", "web2", "podCIDRs[0]", "10.97.2.1/24"),
+            Problem(Reason.NodeInvalid, "has host bits", "web2", "podCIDRs[0]", "10.97.2.1/24"),
             "node web2: podCIDRs[0] 10.97.2.1/24: has host bits",
         ),
-        (Problem("R", "is missing", field="ibrname"), "ibrname: is missing"),
+        (Problem(Reason.NodeInvalid, "is missing", field="ibrname"), "ibrname: is missing"),
     ],
 )
 def test_a_problem_names_node_field_and_value(problem: Any, text: Any) -> None:
