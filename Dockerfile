@@ -1,6 +1,6 @@
-# One image for the agent, the controller and the switch's DaemonSet. Any base of Debian 12 or
-# Ubuntu 24.04 or newer; `make image BASE=… TAG=…`. What the base trusts (/etc/ssl/certs) is what the build trusts,
-# so behind a proxy that opens TLS a base that knows its authority is all that is needed.
+# One image for the agent, the controller and the switch's DaemonSet. `make image BASE=… TAG=…` builds it.
+# The base is Debian 12, Ubuntu 24.04 or newer. The build trusts the certificates of the base (/etc/ssl/certs): behind
+# a proxy that opens TLS, use a base that has the proxy's authority.
 ARG BASE=debian:12-slim
 
 FROM ${BASE} AS build
@@ -11,7 +11,7 @@ RUN apt-get -q -o Acquire::Retries=3 update && \
     rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY setup.cfg pyproject.toml ./
-# The libraries first, by a package with nothing in it: a change of our code does not fetch them anew.
+# The libraries first, through an empty package: a change of the code then does not fetch them again.
 RUN mkdir ovsmesh && touch README.md LICENSE && echo '__version__ = "0"' >ovsmesh/__init__.py && \
     python3 -m venv /opt/ovsmesh && /opt/ovsmesh/bin/pip install --retries 5 . && rm -rf build ./*.egg-info
 COPY README.md LICENSE ./
@@ -21,8 +21,8 @@ RUN /opt/ovsmesh/bin/pip install --no-deps --force-reinstall . && \
     /opt/ovsmesh/bin/ovsmesh --version
 
 FROM ${BASE}
-# The lists of packages are of no use later, and no init script may start a switch here. A database made by a
-# package's script would give every node of every cluster one system id.
+# policy-rc.d keeps init scripts from starting a switch here. The database that the package made is removed: with it every
+# node would have the same system id. So are package lists and documents, which nothing reads later.
 RUN export DEBIAN_FRONTEND=noninteractive && \
     printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod 755 /usr/sbin/policy-rc.d && \
     apt-get -q -o Acquire::Retries=3 update && \
@@ -41,6 +41,6 @@ LABEL org.opencontainers.image.title=ovsmesh \
       org.opencontainers.image.licenses=Apache-2.0 \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# The agent and the switch need root; the controller's manifest gives it another user (runAsNonRoot).
+# The agent and the switch need root. The controller's manifest runs it as another user.
 ENTRYPOINT ["ovsmesh"]
 CMD ["--help"]

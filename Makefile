@@ -9,7 +9,7 @@ export PYTHONPATH := $(CURDIR)
 
 BIN = $(shell scripts/setup.sh --where)/bin
 PYTEST = $(BIN)/python -m pytest -p no:cacheprovider
-# Where setup.sh and the tests keep what they make once; root's tests shall find what the user's have built.
+# Where setup.sh and the tests keep what they make once. Root's tests must find what the user's tests have built.
 CACHE = $(patsubst %/,%,$(dir $(shell scripts/setup.sh --where)))
 # Network namespaces need root; the rest does not.
 ifeq ($(shell id -u),0)
@@ -36,8 +36,8 @@ test: setup-dev lint test-unit test-kube test-lab test-kernel test-e2e ## everyt
 test-unit: setup-dev ## tests that need neither root nor Open vSwitch in namespaces
 	$(PYTEST) -n 2 -m 'not lab and not kernel and not kube and not e2e'
 
-# Built first and on its own, so that nobody waits in silence. Three at once, as they wait most of the time; labs after
-# them, one at a time.
+# The control plane is built first, before any test's time runs. Three tests at once, since they wait most of the time;
+# then those with a lab, one at a time.
 test-kube: setup-dev ## tests on a real Kubernetes control plane, built once with Go (10 minutes; root for some)
 	@$(BIN)/python tests/support/binaries.py --ahead
 	$(ROOTLY)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes this Debian or Ubuntu host a node of a mesh: checks first and says at once all that is missing, installs
-# Open vSwitch and ovsmesh, starts the agent as a systemd unit, waits until it has converged, prints the peers.
-# It may be run again, also after it was killed: what is as it should be is left alone.
+# Makes this Debian or Ubuntu host a node of a mesh. It lists everything that is missing, installs Open vSwitch and
+# ovsmesh, starts the agent as a systemd unit, waits until it has converged, and prints the peers.
+# It may be run again, also after it was killed: what is already right is left alone.
 # shellcheck disable=SC2015,SC2016  # `a && b || c` where c is for either's failure; backquotes in messages
 set -euo pipefail
 PATH=${PATH:-/usr/bin:/bin}:/usr/local/sbin:/usr/sbin:/sbin
@@ -52,14 +52,14 @@ while [ $# -gt 0 ]; do
 done
 case $docker in '' | auto | replace | off) ;; *) wrong "--docker $docker: wanted auto, replace or off" ;; esac
 [[ $wait =~ ^[0-9]{1,5}$ ]] || wrong "--wait $wait: wanted seconds"
-# What goes into /etc/default/ovsmesh must be one word of it.
+# It is written into /etc/default/ovsmesh, where it must be one word.
 [[ -z $node || $node =~ ^[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?$ ]] || wrong "--node $node: no name a node can have"
 [ -z "$kubernetes" ] || [ -z "$mesh$docker$from" ] || wrong "--kubernetes takes no --mesh, --docker or --from: the DaemonSet has them"
 
-# ---------------------------------------------------------------- what is missing, all of it at once
+# ---------------------------------------------------------------- list everything that is missing
 
 missing=()
-lacks() { missing+=("$*"); }
+need() { missing+=("$*"); }
 
 in_kernel() { # loaded, or built in
   [ -d "/sys/module/$1" ] || grep -qsE "/${1//_/[-_]}\.ko" "/lib/modules/$(uname -r)/modules.builtin" || case $1 in
@@ -78,7 +78,7 @@ find_python() { # the first Python >= 3.11 that can make a virtual environment; 
   local name found test='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
   [ "${1:-}" != any ] || test='import sys; sys.exit(sys.version_info < (3, 11))'
   for name in python3 python3.11 python3.12 python3.13 python3.14; do
-    # Debian's own: one of /usr/local may go, and is not apt's to complete.
+    # Debian's own Python: one in /usr/local may be removed, and apt can't complete it.
     found=/usr/bin/$name
     if [ -x "$found" ] && "$found" -c "$test" 2>/dev/null; then
       echo "$found"
@@ -111,12 +111,12 @@ wheel_of() { # the one ovsmesh wheel in a directory
 
 [ "$(uname -s)" = Linux ] || die "ovsmesh needs Linux, this is $(uname -s)"
 command -v dpkg-query >/dev/null && command -v apt-get >/dev/null ||
-  lacks "apt: this script is for Debian 12, Ubuntu 22.04 and newer; elsewhere install Open vSwitch and \`pip install .\`"
-[ "$(id -u)" = 0 ] || lacks 'root: run it with sudo'
+  need "apt: this script is for Debian 12, Ubuntu 22.04 and newer; elsewhere install Open vSwitch and \`pip install .\`"
+[ "$(id -u)" = 0 ] || need 'root: run it with sudo'
 release=$(uname -r)
-[[ $release =~ ^([0-9]+)\. ]] && [ "${BASH_REMATCH[1]}" -ge 5 ] || lacks "kernel: Linux 5.0 or newer, this is $release"
+[[ $release =~ ^([0-9]+)\. ]] && [ "${BASH_REMATCH[1]}" -ge 5 ] || need "kernel: Linux 5.0 or newer, this is $release"
 for module in $modules; do
-  has_module "$module" || lacks "kernel module $module: not in this kernel ($release) and not below /lib/modules/$release" \
+  has_module "$module" || need "kernel module $module: not in this kernel ($release) and not below /lib/modules/$release" \
     '(Ubuntu: linux-modules-extra; a container: load it on its host)'
 done
 systemd=''
@@ -130,20 +130,20 @@ if [ -z "$kubernetes" ]; then
       read -ra python_names <<<"$names"
       want+=("${python_names[@]}")
     else
-      lacks 'Python 3.11 or newer: neither here nor in the packages of this release (after apt-get update?)'
+      need 'Python 3.11 or newer: neither here nor in the packages of this release (after apt-get update?)'
     fi
   fi
   source=$mesh
   [ -n "$source" ] || source=$installed_mesh
-  [ -f "$source" ] && [ -r "$source" ] || lacks "the mesh file: no $source${mesh:+, which --mesh names}; give --mesh FILE"
+  [ -f "$source" ] && [ -r "$source" ] || need "the mesh file: no $source${mesh:+, which --mesh names}; give --mesh FILE"
   if [ -n "$from" ]; then
-    wheel=$(wheel_of "$from") || lacks "ovsmesh's wheel: wanted one ovsmesh-*.whl in $from (--from)"
+    wheel=$(wheel_of "$from") || need "ovsmesh's wheel: wanted one ovsmesh-*.whl in $from (--from)"
   elif [ ! -f "$here/../setup.cfg" ]; then
-    lacks "ovsmesh itself: no checkout around $here; give --from DIR with its wheels"
+    need "ovsmesh itself: no checkout around $here; give --from DIR with its wheels"
   fi
-  [ -f "$here/ovsmesh-agent.service" ] || lacks "ovsmesh-agent.service beside this script, in $here"
+  [ -f "$here/ovsmesh-agent.service" ] || need "ovsmesh-agent.service beside this script, in $here"
   if [ -e $link ] || [ -L $link ]; then
-    [[ $(readlink $link 2>/dev/null) = $root/* ]] || lacks "$link for ovsmesh: something else is there; move it away"
+    [[ $(readlink $link 2>/dev/null) = $root/* ]] || need "$link for ovsmesh: something else is there; move it away"
   fi
 fi
 if [ ${#missing[@]} -gt 0 ]; then
@@ -152,7 +152,7 @@ if [ ${#missing[@]} -gt 0 ]; then
   exit 1
 fi
 
-# ---------------------------------------------------------------- doing, or saying what would be done
+# ---------------------------------------------------------------- do it, or with --dry-run say it
 
 changed=''
 run() { # a command that changes something
@@ -160,16 +160,16 @@ run() { # a command that changes something
   if [ -n "$dry" ]; then
     say "would run: $*"
   else
-    # The lock is this script's; a daemon that it starts must not keep it.
+    # 9 is the lock of this script: a daemon that it starts must not hold it.
     "$@" 9>&-
   fi
 }
-put() { # FILE MODE: standard input into FILE, whole or not at all; false when it holds that already
+put() { # FILE MODE: writes standard input to FILE, whole or not at all; false if the file has that text already
   local text
   text=$(cat; echo .)
   text=${text%.}
   if [ -f "$1" ] && [ "$(cat "$1"; echo .)" = "$text." ]; then
-    # what a killed run has left
+    # left by a killed run
     [ -n "$dry" ] || rm -f "$1.ovsmesh-new"
     return 1
   fi
@@ -179,11 +179,11 @@ put() { # FILE MODE: standard input into FILE, whole or not at all; false when i
     return
   fi
   say "writing $1"
-  # Said out loud, since `set -e` is off in what `||` follows.
+  # Joined by &&, since `set -e` is off before ||.
   { mkdir -p "$(dirname "$1")" && printf %s "$text" >"$1.ovsmesh-new" && chmod "$2" "$1.ovsmesh-new" &&
     sync "$1.ovsmesh-new" && mv -T "$1.ovsmesh-new" "$1"; } || die "$1 could not be written (see above)"
 }
-quietly() { # a command whose words matter only when it fails
+quietly() { # a command whose output is shown only if it fails
   local log rc=0
   if [ -n "$dry" ]; then
     run "$@"
@@ -199,7 +199,7 @@ apt() {
   quietly env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l apt-get -qq -y -o DPkg::Lock::Timeout=300 \
     -o Dpkg::Options::=--force-confold -o Acquire::Retries=3 -o Acquire::http::Timeout=30 "$@"
 }
-sources_hash() { # what tells one ovsmesh from another
+sources_hash() { # the version: a hash of the wheel or of the sources
   if [ -n "$from" ]; then
     sha256sum <"$wheel"
   else
@@ -237,7 +237,7 @@ if [ -n "$systemd" ] && ! { systemctl -q is-active openvswitch-switch && systemc
 fi
 
 if [ -n "$kubernetes" ]; then
-  # What the kubelet's own checks ask for. Without Kubernetes the agent sets what it needs, and puts it back.
+  # The kubelet checks these before it starts. Without Kubernetes the agent sets them, and restores them at cleanup.
   if put /etc/sysctl.d/60-ovsmesh.conf 644 <<<'# What a Kubernetes node of ovsmesh needs at boot.
 net.ipv4.ip_forward = 1
 net.bridge.bridge-nf-call-iptables = 1
@@ -249,7 +249,7 @@ net.bridge.bridge-nf-call-ip6tables = 1'; then
   exit 0
 fi
 
-# One directory for each version, never changed once it is whole, so that a running agent keeps its own.
+# One directory a version, never changed once complete, so that a running agent keeps its files.
 version=$(sources_hash)
 venv=$root/$version
 if [ ! -e "$venv/whole" ]; then
@@ -308,11 +308,11 @@ if [ -z "$systemd" ]; then
   say 'once Open vSwitch runs, then see `ovsmesh status`'
   exit 1
 fi
-# Only below a directory that is there may the agent write, see the unit.
+# The unit lets the agent write /etc/docker only if the directory exists.
 if command -v dockerd >/dev/null && [ ! -d /etc/docker ]; then run mkdir -m 755 /etc/docker; fi
 put $unit 644 <"$here/ovsmesh-agent.service" || true
-# Also where systemd has seen the file go, or half of it: it then says of the unit that it can't be loaded, not that it
-# should be read again.
+# LoadState too: if systemd has seen the file missing or incomplete, it reports the unit as not loaded, and does not say
+# that a reload is needed.
 if [ "$(systemctl show --value -p NeedDaemonReload ovsmesh-agent)" != no ] ||
   [ "$(systemctl show --value -p LoadState ovsmesh-agent)" != loaded ]; then
   run systemctl daemon-reload

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# image.sh BASE TAG [TOOL] -- builds the container image of the Dockerfile with docker, podman or buildah: the
-# first of them that works here, or TOOL. Behind a proxy, HTTP_PROXY and HTTPS_PROXY reach the build.
+# image.sh BASE TAG [TOOL] -- builds the container image with docker, podman or buildah: the first one that works
+# here, or TOOL. HTTP_PROXY and HTTPS_PROXY are passed to the build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n 2,3p "$0" >&2; exit 2; }
 base=$1 tag=$2 tools=${3:-docker podman buildah}
 
 die() { printf 'image: error: %s\n' "$*" >&2; exit 1; }
-works() { # whether the tool can build here; a docker without its daemon can't
+works() { # whether the tool can build here; docker can't without its daemon
   command -v "$1" >/dev/null || return 1
   case $1 in docker) timeout 20 docker version >/dev/null 2>&1 ;; *) timeout 20 "$1" info >/dev/null 2>&1 ;; esac
 }
