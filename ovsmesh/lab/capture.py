@@ -1,9 +1,4 @@
-"""Counts the frames that pass a device of a namespace, and looks inside those that are encapsulated.
-
-Knows: packet sockets, and the headers of GRE, VXLAN and Geneve over IPv4 and IPv6. The socket is
-bound before the constructor returns, so nothing sent after it is missed, and what the kernel had to
-drop is told. Never imports ovs, pyroute2, kubernetes, rich.
-"""
+"""Count the frames that pass a device of a namespace, and look inside GRE, VXLAN and Geneve."""
 
 from __future__ import annotations
 
@@ -30,7 +25,7 @@ _KEEP = 10000
 
 
 def inner_frame(frame: bytes) -> bytes | None:
-    """The Ethernet frame inside an encapsulated one; None when it is none."""
+    """Return the Ethernet frame inside an encapsulated one; None when `frame` is not encapsulated."""
     if len(frame) < 34:
         return None
     kind = int.from_bytes(frame[12:14], "big")
@@ -54,10 +49,12 @@ def inner_frame(frame: bytes) -> bytes | None:
 
 
 class Capture:
-    """Counts until it is left as a context manager (or `close()`); the counts may be read at any time.
+    """Counts frames until `close()` or the end of its context; the counts may be read at any time.
 
-    `frames`, `encapsulated`, `broadcast` and `multicast` (inner frames to a group address);
-    `inner` counts inner EtherTypes; `flooded` keeps the first group frames, `kept` the first inner frames.
+    `frames` and `encapsulated` count all frames; `broadcast` and `multicast` count inner frames to a group address.
+    `inner` counts inner EtherTypes. `flooded` keeps the first group frames, `kept` the first inner frames.
+    `missed`, set by `close()`, counts what the kernel dropped. No frame sent after the constructor returns is missed
+    otherwise.
     """
 
     def __init__(self, ns: str, device: str) -> None:
@@ -108,7 +105,7 @@ class Capture:
             except BlockingIOError:
                 return
             except OSError:
-                # the device went down: the error is taken by this read, and the next ones go on
+                # the device went down: this read takes the error, the next one goes on
                 continue
             self.frames += 1
             inner = inner_frame(frame)

@@ -1,7 +1,6 @@
 """One host of a lab, and its pods: namespaces, a real ovsdb-server and ovs-vswitchd, an agent.
 
-Knows how such a host is started, broken, mended and asked; keeps nothing in memory, so any process
-that knows the lab's name can take over. Never imports ovs, pyroute2, kubernetes, rich.
+Keeps nothing in memory: any process that knows the lab's name can take over.
 """
 
 from __future__ import annotations
@@ -22,26 +21,15 @@ import ovsmesh
 from ovsmesh.lab import netns
 from ovsmesh.lab.capture import Capture
 from ovsmesh.lab.netns import LabError, Process
+from ovsmesh.lab.state import LabSettings, write
 from ovsmesh.names import KBR
 
 BR_PHY = "br-phy"
-"""Userspace datapath only: the OVS bridge that holds eth0 and the underlay address."""
+"""The OVS bridge that holds eth0 and the underlay address; on the userspace datapath only."""
 _SCHEMA = Path("/usr/share/openvswitch/vswitch.ovsschema")
 _UPTIME_GATE = 10.05
-"""OVS 3.1.0: an ovs-vswitchd started before 10 s of uptime has no upcall handlers, for ever (fixed in 3.1.1)."""
+"""Seconds. In OVS 3.1.0 an ovs-vswitchd started before 10 s of uptime never gets upcall handlers; 3.1.1 fixes it."""
 READYZ = ("127.0.0.1", 9474)
-
-
-@dataclass(frozen=True, slots=True)
-class Wiring:
-    """What all hosts of a lab have in common."""
-
-    name: str
-    state: Path
-    datapath: str
-    """"system" (kernel) or "netdev" (userspace)."""
-    dual_stack: bool = False
-    underlay6: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +41,18 @@ class Pod:
     addresses: tuple[IPv4Address | IPv6Address, ...]
 
     def run(self, argv: list[str], timeout: float = 20.0, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command in the pod, as `netns.run` does."""
         return netns.run(argv, self.ns, timeout=timeout, check=check)
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Host number `index` (from 1). Methods raise LabError, which says what to look at."""
+    """Host number `index`, from 1, of a lab. Methods raise LabError, which says what to look at."""
 
-    wiring: Wiring
+    settings: LabSettings
+    lab_state: Path
+    """The state directory of the lab."""
     index: int
-    pod_count: int
 
     @property
     def name(self) -> str:
@@ -70,15 +60,15 @@ class Host:
 
     @property
     def ns(self) -> str:
-        return f"{self.wiring.name}-{self.name}"
+        return f"{self.settings.name}-{self.name}"
 
     @property
     def state(self) -> Path:
-        return self.wiring.state / self.name
+        return self.lab_state / self.name
 
     @property
     def mesh(self) -> Path:
-        return self.wiring.state / "mesh.yaml"
+        return self.lab_state / "mesh.yaml"
 
     @property
     def ovsdb(self) -> str:
@@ -86,13 +76,13 @@ class Host:
 
     @property
     def address(self) -> IPv4Address | IPv6Address:
-        """The tunnel address, out of the documentation ranges (RFC 5737, RFC 3849)."""
-        return ip_address(f"2001:db8::{10 + self.index}" if self.wiring.underlay6 else f"192.0.2.{10 + self.index}")
+        """The tunnel address, from the documentation ranges (RFC 5737, RFC 3849)."""
+        return ip_address(f"2001:db8::{10 + self.index}" if self.settings.underlay6 else f"192.0.2.{10 + self.index}")
 
     @property
     def pod_cidrs(self) -> tuple[IPv4Network | IPv6Network, ...]:
         v4 = ip_network(f"10.97.{self.index}.0/24")
-        return (v4, ip_network(f"fd00:97:{self.index}::/64")) if self.wiring.dual_stack else (v4,)
+        return (v4, ip_network(f"fd00:97:{self.index}::/64")) if self.settings.dual_stack else (v4,)
 
     @property
     def node(self) -> dict[str, Any]:
@@ -100,48 +90,54 @@ class Host:
         return {"name": self.name, "address": str(self.address), "podCIDRs": [str(c) for c in self.pod_cidrs]}
 
     def pod(self, index: int) -> Pod:
-        if not 1 <= index <= self.pod_count:
-            raise LabError(f"pod {index} of {self.name}: there are pods 1 to {self.pod_count}")
+        """Return pod number `index`, from 1."""
+        if not 1 <= index <= self.settings.pods:
+            raise LabError(f"pod {index} of {self.name}: there are pods 1 to {self.settings.pods}")
         addresses = tuple(cidr.network_address + 1 + index for cidr in self.pod_cidrs)
         return Pod(f"{self.ns}p{index}", f"{self.name}p{index}", addresses)
 
     @property
     def pods(self) -> list[Pod]:
-        return [self.pod(n) for n in range(1, self.pod_count + 1)]
+        return [self.pod(n) for n in range(1, self.settings.pods + 1)]
 
     # --- running things
 
     @property
     def env(self) -> dict[str, str]:
-        """Makes ovs-vsctl, ovs-ofctl, ovs-appctl and `python -m ovsmesh` work in and on this host."""
+        """Environment in which ovs-vsctl, ovs-ofctl, ovs-appctl and `python -m ovsmesh` act on this host."""
         package = str(Path(ovsmesh.__file__).resolve().parents[1])
         path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
         state = str(self.state)
-        ours = {f"OVSMESH_{c}_STATE_DIR": f"{state}/agent" for c in ("PLAN", "STATUS", "CLEANUP")}
-        # the machine's own Docker is none of a lab's business
-        ours["OVSMESH_AGENT_DOCKER"] = "off"
-        return {"OVS_RUNDIR": state, "OVS_LOGDIR": state, "OVS_DBDIR": state, "PYTHONPATH": path, **ours}
+        options = {f"OVSMESH_{c}_STATE_DIR": f"{state}/agent" for c in ("PLAN", "STATUS", "CLEANUP")}
+        # a lab leaves the machine's own Docker alone
+        options["OVSMESH_AGENT_DOCKER"] = "off"
+        return {"OVS_RUNDIR": state, "OVS_LOGDIR": state, "OVS_DBDIR": state, "PYTHONPATH": path, **options}
 
     def run(
         self, argv: list[str], timeout: float = 20.0, check: bool = True, text: str | None = None
     ) -> subprocess.CompletedProcess[str]:
+        """Run a command on the host, as `netns.run` does."""
         return netns.run(argv, self.ns, timeout=timeout, check=check, env=self.env, text=text)
 
     def ovs_vsctl(self, *args: str, timeout: float = 20.0) -> str:
+        """Run ovs-vsctl and return what it prints."""
         return self.run(["ovs-vsctl", f"--db={self.ovsdb}", *args], timeout).stdout
 
     def ovs_ofctl(self, *args: str, timeout: float = 20.0) -> str:
+        """Run ovs-ofctl and return what it prints."""
         return self.run(["ovs-ofctl", *args], timeout).stdout
 
     def ovs_appctl(self, *args: str, timeout: float = 20.0) -> str:
+        """Run ovs-appctl on ovs-vswitchd and return what it prints."""
         pid = (self.state / "ovs-vswitchd.pid").read_text().strip()
         return self.run(["ovs-appctl", "-t", f"{self.state}/ovs-vswitchd.{pid}.ctl", *args], timeout).stdout
 
     def ovsmesh(self, command: str, *args: str, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
-        """`ovsmesh COMMAND` with the options that this host's agent has; does not raise on its exit status."""
-        return self.run([*self._ovsmesh(command), *args], timeout, check=False)
+        """Run `ovsmesh COMMAND` with the options that this host's agent has, whatever its exit status is."""
+        return self.run([*self.command(command), *args], timeout, check=False)
 
-    def _ovsmesh(self, command: str, mesh: Path | None = None) -> list[str]:
+    def command(self, command: str, mesh: Path | None = None) -> list[str]:
+        """Return `ovsmesh COMMAND` with the options that this host's agent has, to be run with `env`."""
         return [
             *(sys.executable, "-m", "ovsmesh", command),
             *("--mesh", str(mesh or self.mesh)),
@@ -151,44 +147,44 @@ class Host:
         ]
 
     def capture(self, device: str = "eth0") -> Capture:
-        """Counts what passes `device`, both ways; eth0 shows the encapsulated frames on either datapath."""
+        """Count what passes `device`, both ways. eth0 shows the encapsulated frames on either datapath."""
         return Capture(self.ns, device)
 
     # --- Open vSwitch
 
     def start_ovsdb(self) -> None:
-        """Starts ovsdb-server and returns when it answers; makes the database first if there is none."""
+        """Start ovsdb-server and return when it answers. Make the database if there is none."""
         self.state.mkdir(parents=True, exist_ok=True)
         database, log = self.state / "conf.db", self.state / "ovsdb-server.log"
         if not database.exists():
             if not _SCHEMA.exists():
-                raise LabError(f"{_SCHEMA}: not there; install Open vSwitch (Debian, Ubuntu: openvswitch-switch)")
+                raise LabError(f"{_SCHEMA}: not found; install Open vSwitch (Debian, Ubuntu: openvswitch-switch)")
             self.run(["ovsdb-tool", "create", str(database), str(_SCHEMA)])
         pid = f"--pidfile={self.state}/ovsdb-server.pid"
         socket_path = f"--remote=punix:{self.state}/db.sock"
         self.run(["ovsdb-server", str(database), socket_path, pid, "--detach", "-vconsole:off", f"--log-file={log}"])
 
     def start_vswitchd(self, restore_wait: bool = True) -> None:
-        """Starts ovs-vswitchd and returns when it has configured itself from the database.
+        """Start ovs-vswitchd and return when it has configured itself from the database.
 
-        `restore_wait` sets flow-restore-wait first, as what starts ovs-vswitchd has to; the agent
-        clears it once the flows are back, so without an agent nothing is forwarded for ever.
+        `restore_wait` sets flow-restore-wait first, as a service manager has to. The agent clears it once the flows
+        are back; without an agent nothing is forwarded.
         """
-        # the 10.05 s of uptime ring no bell
+        # nothing announces that the machine is up for so long
         time.sleep(max(0.0, _UPTIME_GATE - time.clock_gettime(time.CLOCK_MONOTONIC)))
         if restore_wait:
             self.ovs_vsctl("--no-wait", "set", "Open_vSwitch", ".", "other_config:flow-restore-wait=true")
         pid, log = f"--pidfile={self.state}/ovs-vswitchd.pid", f"--log-file={self.state}/ovs-vswitchd.log"
         self.run(["ovs-vswitchd", self.ovsdb, pid, "--detach", "-vconsole:off", log], timeout=60)
-        if self.wiring.datapath == "netdev" and BR_PHY in self.ovs_vsctl("list-br").split():
-            # its taps ended with the process that held them
+        if self.settings.datapath == "netdev" and BR_PHY in self.ovs_vsctl("list-br").split():
+            # its tap devices ended with the process that held them
             self.address_underlay()
 
     def create_underlay(self) -> None:
-        """Gives eth0's network to the host: eth0 itself, or on the userspace datapath a bridge that holds it."""
-        if self.wiring.datapath == "netdev":
+        """Connect the host to the underlay: by eth0, or on the userspace datapath by a bridge that holds it."""
+        if self.settings.datapath == "netdev":
             rules = "table netdev lab { chain in { type filter hook ingress device eth0 priority 0; policy drop; }; }"
-            # the kernel must not answer ARP for what br-phy owns, nor ovs-vswitchd see half-made checksums
+            # the kernel must not answer ARP for br-phy's address, and ovs-vswitchd must see complete checksums
             self.run(["nft", "-f", "-"], text=rules)
             netns.tx_checksum_off(self.ns, "eth0")
             netns.sysctl(self.ns, {"net/ipv6/conf/eth0/disable_ipv6": "1"})
@@ -200,10 +196,10 @@ class Host:
         self.address_underlay()
 
     def address_underlay(self) -> None:
-        """Underlay address, state and default route; again after the userspace datapath lost its taps."""
-        device = BR_PHY if self.wiring.datapath == "netdev" else "eth0"
+        """Set address, state and default route of the underlay. Again after the userspace datapath lost its taps."""
+        device = BR_PHY if self.settings.datapath == "netdev" else "eth0"
         lines = [f"link set {device} up", f"addr replace 192.0.2.{10 + self.index}/24 dev {device}"]
-        if self.wiring.underlay6 or self.wiring.dual_stack:
+        if self.settings.underlay6 or self.settings.dual_stack:
             netns.sysctl(self.ns, {f"net/ipv6/conf/{device}/accept_dad": "0", f"net/ipv6/conf/{device}/accept_ra": "0"})
             lines.append(f"addr replace 2001:db8::{10 + self.index}/64 dev {device} nodad")
             lines.append(f"route replace default via 2001:db8::1 dev {device}")
@@ -213,13 +209,13 @@ class Host:
             netns.tx_checksum_off(self.ns, BR_PHY)
 
     def daemon(self, name: str) -> Process | None:
-        """ovsdb-server or ovs-vswitchd as it runs now: the recorded pid, if it is still this host's."""
+        """Return ovsdb-server or ovs-vswitchd: the process of its pid file, if it is still this host's."""
         try:
             pid = int((self.state / f"{name}.pid").read_text())
         except (FileNotFoundError, ValueError):
             return None
-        mine = any(str(self.state) in argument for argument in netns.command_line(pid))
-        return netns.identity(pid) if mine else None
+        own = any(str(self.state) in argument for argument in netns.command_line(pid))
+        return netns.identity(pid) if own else None
 
     def kill_ovsdb(self, how: signal.Signals = signal.SIGKILL) -> None:
         self._kill("ovsdb-server", how)
@@ -248,18 +244,16 @@ class Host:
         return self.state / "agent.log"
 
     def start_agent(self, *options: str, mesh: Path | None = None) -> Process:
-        """Starts this host's agent; use Lab.converged() to wait for what it does."""
+        """Start this host's agent. `Lab.converged()` waits for what it does."""
         if self.agent_alive():
             raise LabError(f"agent of {self.ns}: runs already as pid {self.agent().pid}; stop_agent() first")  # type: ignore[union-attr]
         (self.state / "agent").mkdir(parents=True, exist_ok=True)
-        process = netns.spawn([*self._ovsmesh("agent", mesh), *options], self.ns, self.agent_log, self.env)
-        temporary = self.state / ".agent.pid"
-        temporary.write_text(json.dumps(process))
-        temporary.replace(self.state / "agent.pid")
+        process = netns.spawn([*self.command("agent", mesh), *options], self.ns, self.agent_log, self.env)
+        write(self.state / "agent.pid", json.dumps(process))
         return process
 
     def agent(self) -> Process | None:
-        """The agent as it runs now: recorded pid and start time, so never another process."""
+        """Return the agent, by its recorded pid and start time; None when it does not run."""
         netns.reap()
         try:
             recorded = Process(*json.loads((self.state / "agent.pid").read_text()))
@@ -268,6 +262,7 @@ class Host:
         return recorded if netns.identity(recorded.pid) == recorded else None
 
     def agent_alive(self) -> bool:
+        """Return whether the agent runs."""
         return self.agent() is not None
 
     def stop_agent(self, how: signal.Signals = signal.SIGTERM, timeout: float = 10.0) -> None:
@@ -276,7 +271,7 @@ class Host:
         (self.state / "agent.pid").unlink(missing_ok=True)
 
     def http(self, path: str, timeout: float = 2.0) -> tuple[int, str]:
-        """GET from the agent, from inside the host's namespace: status and body; (0, why) when it does not answer."""
+        """Return status and body of a GET from the agent, sent on the host; (0, reason) when it does not answer."""
         try:
             sock = netns.within(self.ns, lambda: socket.create_connection(READYZ, timeout))
             with sock:
@@ -291,17 +286,18 @@ class Host:
         return (int(status[0]) if status else 0), body.decode(errors="replace")
 
     def ready(self) -> bool:
+        """Return whether the agent's /readyz says 200."""
         return self.http("/readyz")[0] == 200
 
     # --- pods
 
     def plug(self) -> None:
-        """Plugs every pod into kbr0 as it is now, with its MTU; again after kbr0 was made anew, or its MTU changed."""
+        """Plug every pod into kbr0, with its MTU. Again after kbr0 was replaced or its MTU changed."""
         mtu = int(json.loads(self.run(["ip", "-j", "link", "show", KBR]).stdout)[0]["mtu"])
-        there = netns.within(self.ns, lambda: {name for _, name in socket.if_nameindex()})
+        links = netns.within(self.ns, lambda: {name for _, name in socket.if_nameindex()})
         lines = []
         for number, pod in enumerate(self.pods, 1):
-            if f"vp{number}" in there:
+            if f"vp{number}" in links:
                 lines.append(f"link set vp{number} mtu {mtu} master {KBR} up")
                 netns.ip_batch([f"link set eth0 mtu {mtu}"], pod.ns)
             else:
@@ -310,7 +306,7 @@ class Host:
                 lines.append(f"link set vp{number} master {KBR} up")
         netns.ip_batch(lines, self.ns)
         for number, pod in enumerate(self.pods, 1):
-            if f"vp{number}" not in there:
+            if f"vp{number}" not in links:
                 self._address(pod)
 
     def _address(self, pod: Pod) -> None:
@@ -321,7 +317,7 @@ class Host:
         netns.ip_batch(lines, pod.ns)
 
     def logs(self, lines: int = 40, which: str = "*.log") -> str:
-        """The end of each of this host's logs, for a failed test."""
+        """Return the last lines of each of this host's logs, for a failed test."""
         shown = []
         for path in sorted(self.state.glob(which)):
             text = path.read_text(errors="replace").splitlines()

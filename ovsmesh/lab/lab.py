@@ -1,8 +1,7 @@
 """A mesh of hosts on one machine: network namespaces, a real Open vSwitch and a real agent each, real packets.
 
-Knows the whole: the underlay that joins the hosts, the mesh file, the state directory by which
-another process finds the lab again, and how to end it all and prove it. One lab, three uses: the
-demo, the tests' fixture, the benches' stage. Never imports ovs, pyroute2, kubernetes, rich.
+The demo, the tests and the benches use it. Another process finds a lab again by its state directory. Ending a lab
+proves that nothing is left of it.
 
     NAME-hub    bridge `hub` 192.0.2.1, 2001:db8::1        the underlay, and the outside world
     NAME-hN     eth0 192.0.2.(10+N)    pods 10.97.N.0/24, fd00:97:N::/64
@@ -24,9 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ovsmesh.lab import netns, state
-from ovsmesh.lab import underlay as underlay
-from ovsmesh.lab.host import Host, Pod, Wiring
+from ovsmesh.lab import netns, state, underlay
+from ovsmesh.lab.host import Host, Pod
 from ovsmesh.lab.netns import LabError, Process
 from ovsmesh.lab.ping import Pair, Prober, Track, ping
 from ovsmesh.lab.state import (
@@ -54,7 +52,7 @@ class Lab:
 
     `up()` makes it, `Lab.open(name)` finds it again from another process, `down()` leaves nothing.
     As a context manager it is up inside and down after. `step` is called with each step's name and
-    gives a context manager around it, to show progress. `made`: it is this object's to end.
+    returns a context manager around it, to show progress. `made` says whether this object is to end the lab.
     """
 
     def __init__(
@@ -87,7 +85,7 @@ class Lab:
 
     @classmethod
     def open(cls, name: str, base: Path = BASE, step: Step = quiet, remains: bool = False) -> Lab:
-        """The lab of that name, as its state directory tells; with `remains`, also what is left of one, to end it.
+        """Return the lab of that name, from its state directory. With `remains`, also what is left of one, to end it.
 
         Raises LabError when there is none.
         """
@@ -113,7 +111,7 @@ class Lab:
     ) -> None:
         self.down()
 
-    # --- what is there
+    # --- its parts
 
     @property
     def name(self) -> str:
@@ -133,20 +131,20 @@ class Lab:
         return underlay.hub(self.settings)
 
     def host(self, index: int) -> Host:
+        """Return host number `index`, from 1."""
         if index not in self.settings.hosts:
             raise LabError(f"host {index} of lab {self.name}: there are {', '.join(map(str, self.settings.hosts))}")
         return self._host(index)
 
     def _host(self, index: int) -> Host:
-        s = self.settings
-        wiring = Wiring(s.name, self.state, s.datapath, s.dual_stack, s.underlay6)
-        return Host(wiring, index, s.pods)
+        return Host(self.settings, self.state, index)
 
     @property
     def hosts(self) -> list[Host]:
         return [self._host(index) for index in self.settings.hosts]
 
     def pod(self, host: int, pod: int) -> Pod:
+        """Return a pod by the numbers of its host and of itself, both from 1."""
         return self.host(host).pod(pod)
 
     @property
@@ -156,12 +154,12 @@ class Lab:
     # --- up
 
     def up(self) -> Lab:
-        """Makes the lab; with agents, returns when every one is ready and every pod plugged in."""
+        """Make the lab. With agents, return when every agent is ready and every pod plugged in."""
         preflight(self.settings.datapath)
         with self._locked(create=True):
             if (self.state / "lab.json").exists():
                 raise LabError(
-                    f"lab {self.name}: exists already; `ovsmesh lab down --name {self.name}`, or use another name"
+                    f"lab {self.name} exists already; `ovsmesh lab down --name {self.name}`, or use another name"
                 )
             self.made = True
             self._save()
@@ -197,16 +195,16 @@ class Lab:
         host.create_underlay()
 
     def _reach_underlay(self) -> None:
-        """Every host pings every other over the underlay."""
+        """Ping from every host to every other over the underlay."""
         self._all_answer(
             "underlay", [Pair(a.ns, str(b.address), a.name, b.name) for a in self.hosts for b in self.hosts]
         )
 
     def warm_up(self) -> None:
-        """Every host pings every other's gateway, as hosts that talked before have.
+        """Ping from every host to every other's gateway.
 
-        The userspace datapath drops the first packets of a tunnel whose remote's MAC it has not yet
-        learned, and learns only once there are tunnels. Raises LabError when one does not answer.
+        The userspace datapath drops the first packets of a tunnel until it has learned its remote's MAC.
+        Raises LabError when a gateway does not answer.
         """
         gateways = [(host, cidr.network_address + 1) for host in self.hosts for cidr in host.pod_cidrs]
         pairs = [Pair(a.ns, str(address), a.name, b.name) for a in self.hosts for b, address in gateways]
@@ -231,24 +229,24 @@ class Lab:
     # --- the mesh
 
     def mesh_text(self, nodes: Sequence[Mapping[str, Any]] | None = None, **spec: Any) -> str:
-        """A mesh file with these nodes, or those of all hosts; `spec` overrides or adds."""
+        """Return a mesh file with these nodes, or those of all hosts; `spec` overrides or adds."""
         chosen = [host.node for host in self.hosts] if nodes is None else nodes
         return state.mesh_text(self.settings, chosen, spec)
 
     def write_mesh(self, nodes: Sequence[Mapping[str, Any]] | None = None, **spec: Any) -> None:
-        """Writes mesh_text() as the mesh file of all hosts, by an atomic rename."""
+        """Write `mesh_text()` as the mesh file of all hosts, by an atomic rename."""
         self.write_mesh_text(self.mesh_text(nodes, **spec))
 
     def write_mesh_text(self, text: str) -> None:
-        """Any text as the mesh file, good or bad, by an atomic rename."""
+        """Write any text as the mesh file, good or bad, by an atomic rename."""
         write(self.mesh_file, text)
 
     def converged(self, timeout: float = 30.0, hosts: Sequence[Host] | None = None, thorough: bool = False) -> float:
-        """Waits until /readyz of every host's agent says 200; returns the seconds waited.
+        """Wait until /readyz of every host's agent says 200, and return the seconds waited.
 
-        An agent may not have noticed yet what was changed a moment ago; `thorough` also waits until
+        An agent may not have noticed yet what was changed a moment ago: `thorough` also waits until
         `ovsmesh plan` finds nothing to change. Raises LabError after `timeout` seconds, with what
-        the first agents that aren't ready say.
+        the first agents that are not ready say.
         """
         start = time.monotonic()
         waiting = list(self.hosts if hosts is None else hosts)
@@ -257,7 +255,7 @@ class Lab:
             waiting[:] = [host for host in waiting if not host.ready()]
             if ended := [host for host in waiting if not host.agent_alive()]:
                 waiting[:] = ended
-                raise LabError(f"an agent that was to be ready has ended: {', '.join(host.name for host in ended)}")
+                raise LabError(f"agents that should be ready have ended: {', '.join(host.name for host in ended)}")
             if thorough and not waiting:
                 chosen = list(self.hosts if hosts is None else hosts)
                 plans = self._each(lambda host: host.ovsmesh("plan").returncode, chosen)
@@ -277,23 +275,22 @@ class Lab:
             f"{host.name}: agent {alive}, /readyz {status or 'no answer'}: {body.strip()[:500]}; log {host.agent_log}"
         )
 
-    def add_host(self, agent: bool = True) -> Host:
-        """A further host, with its pods; with `agent`, in the mesh file, and plugged in once its own agent is ready."""
+    def add_host(self) -> Host:
+        """Add a host to the lab and to the mesh file, and plug its pods in once all agents are ready."""
         with self._locked():
             host = self.prepare_host()
-            if agent:
-                self.write_mesh()
-                host.start_agent()
-                self.converged(30)
-                host.plug()
-                self.warm_up()
+            self.write_mesh()
+            host.start_agent()
+            self.converged(30)
+            host.plug()
+            self.warm_up()
         return host
 
     def prepare_host(self) -> Host:
-        """A further host with Open vSwitch and no agent yet, not in the mesh file; pods not plugged in."""
+        """Add a host with Open vSwitch but no agent. It is not in the mesh file, and its pods are not plugged in."""
         index = next(n for n in range(1, MOST_HOSTS + 2) if n not in self.settings.hosts)
         if index > MOST_HOSTS:
-            raise LabError(f"lab {self.name} has {MOST_HOSTS} hosts already, the most there can be")
+            raise LabError(f"lab {self.name} has {MOST_HOSTS} hosts already, the most that are possible")
         self.settings = replace(self.settings, hosts=(*self.settings.hosts, index))
         self._save()
         host = self._host(index)
@@ -303,7 +300,7 @@ class Lab:
         return host
 
     def remove_host(self, index: int) -> None:
-        """Takes a host out of the mesh file, then ends it."""
+        """Take a host out of the mesh file, then end it."""
         host = self.host(index)
         with self._locked():
             self.settings = replace(self.settings, hosts=tuple(n for n in self.settings.hosts if n != index))
@@ -315,7 +312,7 @@ class Lab:
     # --- packets
 
     def pairs(self, between_hosts_only: bool = False) -> list[Pair]:
-        """Every pod to every other, in each address family that they have."""
+        """Return every pod with every other, in each address family that they have."""
         places = [(host.index, pod) for host in self.hosts for pod in host.pods]
         return [
             Pair(a.ns, str(address), a.name, b.name)
@@ -328,30 +325,32 @@ class Lab:
     def ping_matrix(
         self, count: int = 3, size: int = 0, df: bool = False, pace: float = 0.0005, timeout: float = 1.0
     ) -> list[Track]:
-        """Pings from every pod to every other, `count` times: what came back, and in what time."""
+        """Ping from every pod to every other, `count` times."""
         return ping(self.pairs(), count, pace, size, df, timeout)
 
     def stream(self, pairs: Sequence[Pair] | None = None, interval: float = 0.005, grace: float = 0.3) -> Prober:
-        """A stream in the background while its context lasts: one packet a pair each `interval` seconds.
+        """Return a stream that runs while its context lasts: one packet for each pair each `interval` seconds.
 
-        What is not answered `grace` seconds after it was sent is lost.
+        A packet that is not answered `grace` seconds after it was sent is lost.
         """
         return Prober(self.pairs(between_hosts_only=True) if pairs is None else pairs, interval, grace=grace)
 
     def pair(self, source: Pod, target: Pod, version: int = 4) -> Pair:
+        """Return two pods as a pair to ping, in one address family."""
         address = next(a for a in target.addresses if a.version == version)
         return Pair(source.ns, str(address), source.name, target.name)
 
     def logs(self, lines: int = 40) -> str:
+        """Return the last lines of all hosts' logs."""
         return "\n".join(host.logs(lines) for host in self.hosts)
 
     # --- down
 
     def down(self) -> Proof:
-        """Ends every process of the lab, removes its namespaces and files, and looks again.
+        """End every process of the lab, remove its namespaces and files, and look what is left.
 
-        Works on a half-made lab, and after its maker was killed. What lives in a namespace of the
-        lab is the lab's; beyond that only the recorded processes that are still the same.
+        Works on a half-made lab, and after its maker was killed. Ends the processes in the lab's namespaces
+        and the recorded ones that are still the same.
         """
         with self._locked():
             recorded = [p for host in self._recorded_hosts() for p in _recorded(host)]
@@ -368,7 +367,7 @@ class Lab:
 
     def _end(self, names: Iterable[str]) -> tuple[int, int]:
         chosen, ended = sorted(names), 0
-        # again while something is found: a process may have started another meanwhile
+        # again while something is found: a process may have started another one meanwhile
         while found := netns.inhabitants(chosen):
             ended += len(netns.end(found))
         if chosen:
@@ -377,13 +376,13 @@ class Lab:
 
 
 def end_orphans(base: Path = BASE) -> list[Proof]:
-    """Ends the ephemeral labs whose maker has ended without doing it."""
+    """End the ephemeral labs whose maker has ended without doing it."""
     proofs = []
     for name in names(base):
         try:
             lab = Lab.open(name, base)
         except LabError:
-            # its maker ended it just now
+            # its maker has just ended it
             continue
         if (maker := lab.settings.owner) and netns.identity(maker.pid) != maker:
             proofs.append(lab.down())

@@ -1,8 +1,4 @@
-"""Network namespaces and processes of a lab: entering, running, finding, ending.
-
-Knows the kernel's doors for that (setns, pidfd, /proc) and `ip -batch`; knows nothing of hosts,
-pods or meshes. Never imports ovs, pyroute2, kubernetes, rich.
-"""
+"""Network namespaces and processes: enter, run, find, end. Does not know hosts, pods or meshes."""
 
 from __future__ import annotations
 
@@ -31,26 +27,26 @@ T = TypeVar("T")
 
 
 class LabError(OvsmeshError):
-    """Something in the lab is not as wanted: the text says what, where, and what to do."""
+    """Something in the lab is not as wanted. The text says what, where, and what to do."""
 
 
 class Process(NamedTuple):
-    """A process and its start time in clock ticks after boot (/proc/PID/stat, field 22): never two alike."""
+    """A process and its start time in clock ticks after boot (/proc/PID/stat, field 22). No two are equal."""
 
     pid: int
     start: int
 
 
 def namespaces() -> set[str]:
+    """Return the names of all named network namespaces of this machine."""
     return set(os.listdir(NETNS)) if NETNS.exists() else set()
 
 
 def within(ns: str, make: Callable[[], T]) -> T:
-    """What `make` returns when called inside the namespace: a socket made there stays there.
+    """Call `make` inside the namespace and return its result. A socket made there stays there.
 
-    A thread of its own enters and ends, so that no other thread, and not the process as
-    /proc/PID/ns/net shows it, ever leaves its own namespace. Raises LabError when there is no such
-    namespace, and whatever `make` raises.
+    A thread of its own enters and ends, so that no other thread leaves its namespace.
+    Raises LabError when there is no such namespace, and whatever `make` raises.
     """
     done: list[T] = []
     failed: list[BaseException] = []
@@ -89,7 +85,7 @@ def run(
     env: Mapping[str, str] | None = None,
     text: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command, inside the namespace when one is named. `timeout` in seconds.
+    """Run a command, inside the namespace when one is named. `timeout` is in seconds.
 
     Raises LabError when the program is missing, takes too long, or (with `check`) exits non-zero.
     """
@@ -110,13 +106,13 @@ def run(
     except subprocess.TimeoutExpired as error:
         raise LabError(f"`{' '.join(argv)}`{where}: no end after {timeout:g} s; see the lab's logs") from error
     if check and done.returncode:
-        said = (done.stderr or done.stdout).strip() or "(it said nothing)"
-        raise LabError(f"`{' '.join(argv)}`{where}: exit status {done.returncode}: {said}")
+        output = (done.stderr or done.stdout).strip() or "(no output)"
+        raise LabError(f"`{' '.join(argv)}`{where}: exit status {done.returncode}: {output}")
     return done
 
 
 def ip_batch(lines: Iterable[str], ns: str = "") -> None:
-    """One `ip -batch` for all lines. Raises LabError naming the first line that failed."""
+    """Run one `ip -batch` for all lines. Raises LabError, which names the first line that failed."""
     text = "\n".join(lines) + "\n"
     done = run(["ip", *(("-n", ns) if ns else ()), "-batch", "-"], text=text, check=False)
     if done.returncode:
@@ -124,7 +120,7 @@ def ip_batch(lines: Iterable[str], ns: str = "") -> None:
 
 
 def sysctl(ns: str, values: Mapping[str, str]) -> None:
-    """Writes below /proc/sys of the namespace; what this kernel does not have is left out."""
+    """Write files below /proc/sys of the namespace; leave out those that this kernel does not have."""
 
     def write() -> None:
         for path, value in values.items():
@@ -135,7 +131,7 @@ def sysctl(ns: str, values: Mapping[str, str]) -> None:
 
 
 def tx_checksum_off(ns: str, device: str) -> None:
-    """`ethtool -K DEVICE tx off`: a datapath in userspace reads frames before anyone fills in their checksums."""
+    """Do `ethtool -K DEVICE tx off`: a userspace datapath reads frames before their checksums are filled in."""
 
     def set_feature() -> None:
         value = ctypes.create_string_buffer(struct.pack("=II", _ETHTOOL_STXCSUM, 0))
@@ -147,7 +143,7 @@ def tx_checksum_off(ns: str, device: str) -> None:
 
 
 def identity(pid: int) -> Process | None:
-    """The process as it is now; None when it has ended (a zombie has)."""
+    """Return the process that has this pid now; None when it has ended. A zombie has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -157,6 +153,7 @@ def identity(pid: int) -> Process | None:
 
 
 def command_line(pid: int) -> list[str]:
+    """Return the arguments of a process; [] when it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
     except (FileNotFoundError, ProcessLookupError):
@@ -164,7 +161,7 @@ def command_line(pid: int) -> list[str]:
 
 
 def inhabitants(names: Iterable[str]) -> dict[Process, str]:
-    """Every process whose network namespace is one of these → the namespace's name."""
+    """Return the processes in these network namespaces, each with the name of its namespace."""
     inodes: dict[int, str] = {}
     for name in names:
         try:
@@ -186,10 +183,10 @@ def inhabitants(names: Iterable[str]) -> dict[Process, str]:
 
 
 def end(processes: Iterable[Process], how: signal.Signals = signal.SIGKILL, timeout: float = 10.0) -> list[Process]:
-    """Signals each process that is still the one meant, and waits for all; returns those that did end.
+    """Signal each process that is still the one meant, wait for all, and return those that ended.
 
-    A pidfd is opened before the identity is compared, so a reused pid is never hit. `timeout` in
-    seconds for all. Raises LabError when one is still there after it.
+    A pidfd is opened before the identity is compared, so a reused pid is never signalled.
+    `timeout` is in seconds, for all. Raises LabError when one is still there after it.
     """
     fds: dict[int, Process] = {}
     try:
@@ -233,7 +230,7 @@ _children: list[subprocess.Popen[bytes]] = []
 
 
 def spawn(argv: Sequence[str], ns: str, log: Path, env: Mapping[str, str]) -> Process:
-    """Starts a process inside the namespace that outlives this one; its output goes to `log` (appended)."""
+    """Start a process inside the namespace that outlives this one. Its output is appended to `log`."""
     with log.open("ab") as out:
         child = subprocess.Popen(
             ["ip", "netns", "exec", ns, *argv],
@@ -252,19 +249,19 @@ def spawn(argv: Sequence[str], ns: str, log: Path, env: Mapping[str, str]) -> Pr
 
 
 def reap() -> None:
-    """Takes the exit status of own children that have ended, so that none stays as a zombie."""
+    """Wait for the children of this process that have ended, so that none stays a zombie."""
     _children[:] = [child for child in _children if child.poll() is None]
 
 
 def wait_for(wanted: str, check: Callable[[], T | None], timeout: float, every: float = 0.02, hint: str = "") -> T:
-    """Polls until `check` gives something true, for at most `timeout` seconds. For what rings no bell.
+    """Call `check` until it returns something true, and return that. For what sends no event.
 
-    Raises LabError with `wanted` and `hint` after it.
+    Raises LabError with `wanted` and `hint` after `timeout` seconds.
     """
     until = time.monotonic() + timeout
     while True:
         if found := check():
             return found
         if time.monotonic() >= until:
-            raise LabError(f"waited {timeout:g} s for {wanted}, in vain{'; ' + hint if hint else ''}")
+            raise LabError(f"waited {timeout:g} s in vain for {wanted}{'; ' + hint if hint else ''}")
         time.sleep(every)

@@ -1,9 +1,7 @@
-"""Real ICMP echo packets between many network namespaces from one process, timed by the kernel.
+"""ICMP echo packets between many network namespaces from one process, timed by the kernel.
 
-Knows: raw sockets, pacing, and what came back of each packet (once, twice, refused, never).
-A send is stamped just before the system call and a receipt by the kernel (SO_TIMESTAMPNS), both on
-CLOCK_REALTIME, so a round trip does not depend on when this process gets round to reading.
-Never imports ovs, pyroute2, kubernetes, rich.
+A send is stamped just before the system call, a receipt by the kernel (SO_TIMESTAMPNS), both on CLOCK_REALTIME.
+So a round trip does not depend on when this process reads the answer.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -33,7 +31,7 @@ _ICMP6_FILTER = 1
 _IP_MTU_DISCOVER = 10
 _IPV6_MTU_DISCOVER = 23
 _PMTUDISC_PROBE = 3
-"""Set DF, and don't let the sender's own idea of the path's MTU stop the packet."""
+"""Set DF, and send the packet whatever path MTU the sender's kernel has recorded."""
 _REPLY = {socket.AF_INET: 0, socket.AF_INET6: 129}
 _REFUSALS = {socket.AF_INET: (3, 11), socket.AF_INET6: (1, 2, 3)}
 _MARK = b"ovsm"
@@ -44,7 +42,7 @@ _RECEIVE_BUFFER = 1 << 20
 
 
 class Pair(NamedTuple):
-    """Who pings whom: the source's namespace, the target's address, and a name for each to show."""
+    """Who pings whom: the source's namespace, the target's address, and a name of each to show."""
 
     ns: str
     address: str
@@ -54,18 +52,18 @@ class Pair(NamedTuple):
 
 @dataclass(slots=True)
 class Track:
-    """What became of the packets of one pair. Times in seconds of CLOCK_REALTIME."""
+    """What became of the packets of one pair. Times are seconds of CLOCK_REALTIME."""
 
     pair: Pair
     sent: list[float] = field(default_factory=list)
     received: dict[int, float] = field(default_factory=dict)
     duplicates: int = 0
     strays: int = 0
-    """Answers that came from another address than the one asked."""
+    """Answers that came from another address than the target's."""
     refused: dict[int, float] = field(default_factory=dict)
-    """Number of the packet → when an ICMP error came back for it."""
+    """Number of a packet → when an ICMP error came back for it, or the send failed."""
     errors: Counter[str] = field(default_factory=Counter)
-    """What the sender's own kernel said to the send."""
+    """Errors of the send itself."""
 
     @property
     def lost(self) -> int:
@@ -73,16 +71,16 @@ class Track:
 
     @property
     def rtts(self) -> list[float]:
-        """Round trips in ms, in the order of sending."""
+        """The round trips in ms, in the order of sending."""
         return [(self.received[n] - self.sent[n]) * 1000 for n in sorted(self.received)]
 
     @property
     def rtt(self) -> float | None:
-        """Median round trip in ms; None when nothing came back."""
+        """The median round trip in ms; None when nothing came back."""
         return statistics.median(self.rtts) if self.received else None
 
     def outages(self, since: float = 0.0) -> list[Outage]:
-        """Each stretch of consecutive lost packets among those sent at or after `since`."""
+        """Return each run of consecutive lost packets among those sent at or after `since`."""
         found: list[Outage] = []
         first: int | None = None
         for number, at in enumerate(self.sent):
@@ -98,7 +96,7 @@ class Track:
         return found
 
     def answered_since(self, at: float, run: int = 1) -> bool:
-        """Whether `run` packets in a row, all sent at or after `at`, were answered."""
+        """Return whether `run` packets in a row, all sent at or after `at`, were answered."""
         streak = 0
         for number in range(len(self.sent) - 1, -1, -1):
             if self.sent[number] < at:
@@ -110,7 +108,7 @@ class Track:
 
 
 class Outage(NamedTuple):
-    """From the first lost packet's sending to the sending of the next one that was answered."""
+    """The time from sending the first lost packet to sending the next one that was answered."""
 
     start: float
     end: float
@@ -150,6 +148,7 @@ class _Endpoint:
         return sock
 
     def echo(self, body: bytes, number: int) -> bytes:
+        """Return an echo request. The kernel fills in the checksum of ICMPv6."""
         if self.family == socket.AF_INET6:
             return struct.pack("!BBHHH", 128, 0, 0, self.id, number & 0xFFFF) + body
         packet = struct.pack("!BBHHH", 8, 0, 0, self.id, number & 0xFFFF) + body
@@ -157,13 +156,13 @@ class _Endpoint:
 
 
 class Prober:
-    """Sends an echo for each pair in turn and notes what comes back, until stopped or `count` a pair are out.
+    """Sends echo requests for each pair in turn and records what comes back.
 
-    `interval` seconds between two packets of one pair (they are spread evenly over it, and never
-    sent in a burst to catch up); `size` bytes of IP packet in all, 0 for the least;
-    `df` sets "don't fragment"; `grace` seconds are waited for the last answers.
-    Use as a context manager for a stream in the background, or `run()`.
-    Raises LabError when a namespace is not there or root is missing.
+    Ends when its context does, or after `count` packets for each pair. `interval` is in seconds between two packets
+    of one pair; the pairs are spread evenly over it, and late packets are not sent in a burst. `size` is the bytes
+    of the IP packet, 0 for the least. `df` sets "don't fragment". The last answers are awaited for `grace` seconds.
+    Use it as a context manager for a stream in the background, or call `run()`.
+    Raises LabError when a namespace is missing or the user is not root.
     """
 
     def __init__(
@@ -180,7 +179,7 @@ class Prober:
         self._count, self._grace, self._size = count, grace, size
         self._run = int.from_bytes(os.urandom(4), "big")
         self._stop = threading.Event()
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name="prober", daemon=True)
         self._epoll = select.epoll()
         self._endpoints: dict[tuple[str, int], _Endpoint] = {}
@@ -190,7 +189,7 @@ class Prober:
         self._addresses = [ip_address(pair.address) for pair in pairs]
         self._targets = [str(address) for address in self._addresses]
         try:
-            self._ways = [self._endpoint(p.ns, a.version, df) for p, a in zip(pairs, self._addresses, strict=True)]
+            self._sources = [self._endpoint(p.ns, a.version, df) for p, a in zip(pairs, self._addresses, strict=True)]
         except PermissionError as error:
             self._closing.close()
             raise LabError("pinging from inside a namespace needs root; run it with sudo") from error
@@ -217,44 +216,41 @@ class Prober:
         self._thread.join()
 
     def run(self) -> list[Track]:
+        """Send `count` packets for each pair, await the answers and return what became of them."""
         with self:
             self._thread.join()
         return self.tracks
 
-    def wait(self, since: float, timeout: float, run: int = 3, pairs: Sequence[int] | None = None) -> bool:
-        """Until each pair (all, or these indices) has `run` answers in a row to packets sent after `since`.
+    def wait(self, since: float, timeout: float, run: int = 3) -> bool:
+        """Wait until each pair has `run` answers in a row to packets sent after `since`.
 
-        `since` in seconds of CLOCK_REALTIME, `timeout` in seconds. False when time ran out.
+        `since` is in seconds of CLOCK_REALTIME, `timeout` in seconds. Returns False when time ran out.
         """
-        chosen = [self.tracks[i] for i in (range(len(self.tracks)) if pairs is None else pairs)]
-        with self._news:
-            return self._news.wait_for(lambda: all(t.answered_since(since, run) for t in chosen), timeout)
+        return self._wait(lambda track: track.answered_since(since, run), timeout)
 
-    def wait_refused(self, since: float, timeout: float, pairs: Sequence[int] | None = None) -> bool:
-        """Until each pair had an ICMP error, or an error of the send itself, for a packet sent after `since`."""
-        chosen = [self.tracks[i] for i in (range(len(self.tracks)) if pairs is None else pairs)]
+    def wait_refused(self, since: float, timeout: float) -> bool:
+        """Wait until each pair had an ICMP error, or an error of the send, for a packet sent after `since`."""
+        return self._wait(lambda track: any(track.sent[number] >= since for number in track.refused), timeout)
 
-        def refused(track: Track) -> bool:
-            return any(track.sent[number] >= since for number in track.refused)
-
-        with self._news:
-            return self._news.wait_for(lambda: all(map(refused, chosen)), timeout)
+    def _wait(self, done: Callable[[Track], bool], timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: all(map(done, self.tracks)), timeout)
 
     def _loop(self) -> None:
         with self._closing:
-            due, turn, pairs = time.monotonic(), 0, len(self.tracks)
+            due, number, pairs = time.monotonic(), 0, len(self.tracks)
             total = None if self._count is None else self._count * pairs
-            while pairs and not self._stop.is_set() and (total is None or turn < total):
-                # receipts are stamped by the kernel, so nothing is lost by reading them only between two sends
+            while pairs and not self._stop.is_set() and (total is None or number < total):
+                # the kernel stamps receipts, so it is enough to read them between two sends
                 time.sleep(max(0.0, due - time.monotonic()))
                 due = max(due + self._gap, time.monotonic())
-                self._send(turn % pairs)
-                turn += 1
+                self._send(number % pairs)
+                number += 1
                 self._drain(0)
             self._await_last()
 
     def _await_last(self) -> None:
-        """Gives each packet that is still out `grace` seconds from its sending, and no more."""
+        """Wait for each unanswered packet until `grace` seconds after it was sent."""
         out = [(t, n) for t in self.tracks for n in range(len(t.sent)) if n not in t.received and n not in t.refused]
         while out := [(t, n) for t, n in out if n not in t.received and n not in t.refused]:
             left = max(t.sent[n] for t, n in out) + self._grace - time.time()
@@ -263,14 +259,14 @@ class Prober:
             self._drain(left)
 
     def _send(self, index: int) -> None:
-        track, way = self.tracks[index], self._ways[index]
+        track, source = self.tracks[index], self._sources[index]
         number = len(track.sent)
         body = _BODY.pack(_MARK, self._run, index, number)
         body += bytes(max(0, self._size - HEADERS[self._addresses[index].version] - len(body)))
-        packet = way.echo(body, number)
+        packet = source.echo(body, number)
         track.sent.append(time.time())
         try:
-            way.socket.sendto(packet, (self._targets[index], 0))
+            source.socket.sendto(packet, (self._targets[index], 0))
         except OSError as error:
             track.errors[error.strerror or str(error)] += 1
             track.refused[number] = time.time()
@@ -279,41 +275,41 @@ class Prober:
         ready = self._epoll.poll(timeout)
         if not ready:
             return
-        with self._news:
+        with self._changed:
             for fd, _ in ready:
                 self._read(self._by_fd[fd])
-            self._news.notify_all()
+            self._changed.notify_all()
 
-    def _read(self, way: _Endpoint) -> None:
+    def _read(self, endpoint: _Endpoint) -> None:
         while True:
             try:
-                data, control, _, source = way.socket.recvmsg(65535, 256)
+                data, control, _, sender = endpoint.socket.recvmsg(65535, 256)
             except BlockingIOError:
                 return
             except OSError:
-                # a pending error of the socket (its link went away): reading it clears it
+                # a pending error of the socket, as when its link went away: this read clears it
                 continue
             at = time.time()
             for level, kind, value in control:
                 if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
                     seconds, nanos = struct.unpack("@ll", value[:16])
                     at = seconds + nanos / 1e9
-            self._note(way, data, str(source[0]).partition("%")[0], at)
+            self._record(endpoint, data, str(sender[0]).partition("%")[0], at)
 
-    def _note(self, way: _Endpoint, data: bytes, source: str, at: float) -> None:
-        icmp = data[(data[0] & 15) * 4 :] if way.family == socket.AF_INET else data
+    def _record(self, endpoint: _Endpoint, data: bytes, sender: str, at: float) -> None:
+        icmp = data[(data[0] & 15) * 4 :] if endpoint.family == socket.AF_INET else data
         found = icmp.find(_MARK, 8)
         if len(icmp) < 8 or found < 0 or len(icmp) < found + _BODY.size:
             return
         _, run, index, number = _BODY.unpack_from(icmp, found)
-        if run != self._run or index >= len(self.tracks) or self._ways[index] is not way:
+        if run != self._run or index >= len(self.tracks) or self._sources[index] is not endpoint:
             return
         track = self.tracks[index]
         if number >= len(track.sent):
             return
-        if icmp[0] != _REPLY[way.family]:
+        if icmp[0] != _REPLY[endpoint.family]:
             track.refused.setdefault(number, at)
-        elif source != self._targets[index]:
+        elif sender != self._targets[index]:
             track.strays += 1
         elif number in track.received:
             track.duplicates += 1
@@ -330,8 +326,8 @@ def ping(
     timeout: float = 1.0,
     interval: float = 0.0,
 ) -> list[Track]:
-    """Pings every pair `count` times, one packet each `pace` seconds; answers may take `timeout` seconds.
+    """Ping every pair `count` times, one packet each `pace` seconds. An answer may take `timeout` seconds.
 
-    `interval` seconds is the least time between two packets of one pair.
+    `interval` is the least number of seconds between two packets of one pair.
     """
     return Prober(pairs, max(interval, pace * len(pairs)), count, size, df, timeout).run()

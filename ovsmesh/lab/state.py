@@ -1,7 +1,6 @@
-"""What is known of a lab outside any process: its settings on disk, its lock, its names, whether it can be.
+"""What is known of a lab outside any process: its settings on disk, its lock, the names of its namespaces.
 
-Knows the state directory (lab.json, one lock) and which namespaces are a lab's by their names.
-Never imports ovs, pyroute2, kubernetes, rich.
+Also what a lab needs of the machine, and which settings it can have.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import Any
 from ovsmesh.lab import netns
 from ovsmesh.lab.netns import LabError, Process
 from ovsmesh.names import API_VERSION, DEFAULT_MESH, MESH
+from ovsmesh.state_dir import write_atomic
 
 BASE = Path("/run/ovsmesh-lab")
 MOST_HOSTS = 20
@@ -34,7 +34,7 @@ Step = Callable[[str], AbstractContextManager[Any]]
 
 @dataclass(frozen=True, slots=True)
 class LabSettings:
-    """What a lab was asked to be; kept in its state directory as lab.json."""
+    """The settings of a lab, kept in its state directory as lab.json."""
 
     name: str
     hosts: tuple[int, ...]
@@ -46,12 +46,12 @@ class LabSettings:
     underlay_mtu: int = 1500
     datapath: str = "netdev"
     owner: Process | None = None
-    """The process at whose end the lab may go: set for labs of tests."""
+    """The process that made the lab for itself: once it has ended, the lab may be ended. None for other labs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What down() ended, and what it found left when it looked again afterwards."""
+    """What `Lab.down()` ended, and what it found left afterwards."""
 
     name: str
     processes: int
@@ -68,18 +68,19 @@ class Proof:
 
 
 def quiet(_: str) -> AbstractContextManager[Any]:
+    """Show no steps."""
     return nullcontext()
 
 
 def kernel_datapath() -> bool:
-    """Whether this machine's kernel has openvswitch, loading it if it is a module."""
+    """Return whether this machine's kernel has openvswitch. Loads it if it is a module."""
     if shutil.which("modprobe"):
         netns.run(["modprobe", "-qa", "openvswitch", "vport-gre", "vport-vxlan", "vport-geneve"], check=False)
     return Path("/sys/module/openvswitch").exists()
 
 
 def preflight(datapath: str) -> None:
-    """Raises LabError when this machine or user can't have a lab, naming what is missing."""
+    """Raise LabError when this machine or user cannot make a lab. Names what is missing."""
     if os.geteuid() != 0:
         raise LabError("a lab makes network namespaces, which needs root; run it with sudo")
     tools = _TOOLS if datapath == "system" else {**_TOOLS, "nft": "nftables"}
@@ -90,7 +91,7 @@ def preflight(datapath: str) -> None:
 
 
 def check(settings: LabSettings, base: Path) -> None:
-    """Raises LabError for what no lab can be."""
+    """Raise LabError for settings that no lab can have."""
     if not 1 <= len(settings.hosts) <= MOST_HOSTS:
         text = f"{len(settings.hosts)} hosts: a lab has 2 to {MOST_HOSTS}"
         raise LabError(f"{text} (more overflow the kernel's neighbour table, which all namespaces share)")
@@ -104,7 +105,7 @@ def check(settings: LabSettings, base: Path) -> None:
 
 
 def load(base: Path, name: str) -> LabSettings:
-    """Raises LabError when there is no such lab."""
+    """Return the settings of a lab. Raises LabError when there is no such lab."""
     try:
         raw = json.loads((base / name / "lab.json").read_text())
     except FileNotFoundError as error:
@@ -116,11 +117,12 @@ def load(base: Path, name: str) -> LabSettings:
 
 
 def save(base: Path, settings: LabSettings) -> None:
+    """Write the settings where `load` finds them."""
     write(base / settings.name / "lab.json", json.dumps(asdict(settings), indent=1))
 
 
 def mesh_text(settings: LabSettings, nodes: Sequence[Mapping[str, Any]], spec: Mapping[str, Any]) -> str:
-    """A mesh file; `spec` overrides or adds."""
+    """Return a mesh file with these nodes; `spec` overrides or adds."""
     import yaml
 
     cidrs = ["10.97.0.0/16", *(["fd00:97::/32"] if settings.dual_stack else [])]
@@ -132,15 +134,15 @@ def mesh_text(settings: LabSettings, nodes: Sequence[Mapping[str, Any]], spec: M
 
 
 def names(base: Path = BASE) -> list[str]:
-    """The labs there are, by their state directories."""
+    """Return the names of the labs, by their state directories."""
     return sorted(path.parent.name for path in base.glob("*/lab.json")) if base.exists() else []
 
 
 @contextmanager
 def locked(base: Path, name: str, create: bool = False) -> Iterator[None]:
-    """One process at a time changes a lab; the lock ends with its holder, however that ends.
+    """Hold the lock with which one process at a time changes a lab. It ends with its holder, however that ends.
 
-    Raises LabError when another holds it for more than 15 s.
+    Raises LabError when another process holds it for more than 15 s.
     """
     state = base / name
     if create:
@@ -159,7 +161,7 @@ def locked(base: Path, name: str, create: bool = False) -> Iterator[None]:
 
 
 def left_of(base: Path, name: str) -> tuple[str, ...]:
-    """Whatever of a lab is there: namespaces by name, processes by a path of its state, the directory itself."""
+    """Return what there is of a lab: namespaces, processes that name its state directory, the directory itself."""
     state = f"{base / name}/"
     pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and int(entry) != os.getpid()]
     users = [pid for pid in pids if any(state in argument for argument in netns.command_line(pid))]
@@ -177,10 +179,10 @@ def _try_lock(fd: int) -> bool:
 
 
 def own(name: str) -> set[str]:
+    """Return the namespaces of a lab, by their names."""
     return {ns for ns in netns.namespaces() if re.fullmatch(rf"{name}-(hub|h\d+(p\d+)?)", ns)}
 
 
 def write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    """Write a file by an atomic rename."""
+    write_atomic(path, text, 0o644, sync=False)

@@ -1,8 +1,4 @@
-"""The underlay of a lab: a bridge in a namespace of its own, and a cable from it to each host.
-
-Knows how namespaces are joined and what must be quiet in them; knows no Open vSwitch. Never imports
-ovs, pyroute2, kubernetes, rich.
-"""
+"""The underlay of a lab: a bridge in a namespace of its own, the hub, and a veth pair from it to each host."""
 
 from __future__ import annotations
 
@@ -13,19 +9,20 @@ from ovsmesh.lab.host import Host
 from ovsmesh.lab.state import LabSettings
 
 _QUIET = {
-    # each multicast group that a link speaks to takes an entry of the machine-wide neighbour table
+    # each multicast group that a link sends to takes an entry of the machine-wide neighbour table
     "net/ipv6/conf/default/router_solicitations": "0",
-    # two of the kernel's checks take ICMP tokens from one bucket, so a stream that is refused gets no error at all
+    # ICMP errors are rate limited, and a stream that is refused would get none
     "net/ipv4/icmp_ratelimit": "0",
 }
 
 
 def hub(settings: LabSettings) -> str:
+    """Return the name of the underlay's namespace."""
     return f"{settings.name}-hub"
 
 
 def join(settings: LabSettings, hosts: Sequence[Host]) -> None:
-    """Makes the namespaces of these hosts and their pods, and joins the hosts to the hub (made if need be)."""
+    """Make the namespaces of these hosts and their pods, join the hosts to the hub, make the hub if it is missing."""
     centre = hub(settings)
     if centre not in netns.namespaces():
         _make_hub(centre, settings.underlay_mtu)
@@ -47,7 +44,7 @@ def _make_hub(centre: str, mtu: int) -> None:
 
 
 def _cable(host: Host, mtu: int) -> list[str]:
-    # a MAC that the host's number tells, so that a host that is made again is the same to its peers
+    # derived from the host's number, so that a host that is made again is the same to its peers
     mac = f"02:00:c0:00:02:{10 + host.index:02x}"
     return [
         f"link add u{host.index} mtu {mtu} type veth peer name eth0 address {mac} mtu {mtu} netns {host.ns}",

@@ -95,7 +95,7 @@ class Testbed:
 
     def command(self, name: str, *options: str) -> list[str]:
         """`ovsmesh NAME` as the host's own agent is started; to be run with the host's environment."""
-        return [*self.host._ovsmesh(name), *options]
+        return [*self.host.command(name), *options]
 
     def ready(self, timeout: float = 60.0) -> None:
         netns.wait_for("the agent to be ready", self.host.ready, timeout, every=0.02, hint=str(self.host.agent_log))

@@ -22,7 +22,7 @@ def once(host: Host, *capabilities: str, path: str = "") -> tuple[int, str]:
     argv += ["--ovsdb", host.ovsdb, "--state-dir", str(host.state / "agent")]
     with_path = ["env", f"PATH={path}"] if path else []
     done = host.run([*with_path, *argv], check=False, timeout=60)
-    return done.returncode, host.run([*with_path, *host._ovsmesh("plan")], check=False).stdout
+    return done.returncode, host.run([*with_path, *host.command("plan")], check=False).stdout
 
 
 def test_net_admin_is_needed_and_enough(lab: Make) -> None:

@@ -59,7 +59,7 @@ def others(host: Host) -> None:
         "net/ipv4/conf/default/rp_filter": "1",
     }
     netns.sysctl(host.ns, settings)
-    host.ovs_vsctl("add-br", "br-else", "--", "set", "bridge", "br-else", f"datapath_type={host.wiring.datapath}")
+    host.ovs_vsctl("add-br", "br-else", "--", "set", "bridge", "br-else", f"datapath_type={host.settings.datapath}")
     host.ovs_vsctl("set", "Open_vSwitch", ".", "external_ids:system-id=abc", "other_config:foo=bar")
 
 

@@ -269,7 +269,7 @@ def _unmanaged_kbr0(host: Host) -> None:
 
 
 def _unmanaged_obr0(host: Host) -> None:
-    datapath = host.wiring.datapath
+    datapath = host.settings.datapath
     host.ovs_vsctl("add-br", "obr0", "--", "set", "bridge", "obr0", f"datapath_type={datapath}")
 
 
