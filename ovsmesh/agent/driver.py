@@ -12,11 +12,13 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ovsmesh.containers.cni import Cni
 from ovsmesh.containers.docker import STRANGER, BridgeState, Docker, DockerObserved
+from ovsmesh.dataplane import firewall_rules
 from ovsmesh.dataplane.docker_config import DOCKER0
 from ovsmesh.dataplane.plan import Plan, Step
 from ovsmesh.dataplane.types import KBR, KINDS, OBR, Dataplane, Facts, Observed, Unmanaged
@@ -101,12 +103,12 @@ class Driver:
                 # the turn that follows tells what is still wrong
                 self.ovs.nudge()
 
-    def facts(self, mesh: Mesh, me: Node) -> Facts:
-        """What the desired dataplane depends on here."""
+    def facts(self, mesh: Mesh, me: Node, probe_firewall: bool = True) -> Facts:
+        """What the desired dataplane depends on here. `probe_firewall`: see Firewall.missing."""
         self.net.watch(mesh.cluster_cidrs)
         underlay = self.net.underlay(str(me.address))
         carried = underlay is not None and self._carried(underlay[0])
-        return Facts(
+        facts = Facts(
             underlay_mtu=underlay[1] if underlay else None,
             # the one that carries the tunnel address; else the kernel's where the kernel has one
             datapath_type="system" if kernel_datapath() and not carried else "netdev",
@@ -117,19 +119,14 @@ class Driver:
             cni=self.cni.facts(),
             docker=self.docker.wanted() if self.docker else "",
         )
+        missing = self.firewall.missing(firewall_rules.rules(mesh, me, facts), probe_firewall)
+        return replace(facts, firewall_missing=missing)
 
     def _carried(self, link: str) -> bool:
         """Whether a bridge of the userspace datapath carries the link; as last known while the database is away."""
         if self.ovs.synced:
             self._carriers[link] = self.ovs.bridge_of(link) == "netdev"
         return self._carriers.get(link, False)
-
-    def possible(self, want: Dataplane, try_out: bool = True) -> Dataplane:
-        """What of the desired dataplane this host can have; the next observation names the rest.
-
-        With `try_out` the packet filter is asked beforehand; without, applying will tell.
-        """
-        return self.firewall.possible(want, try_out=try_out)
 
     def observe(self, want: Dataplane) -> Observed:
         """Reads back all that is ours, and what stands in its way; `want` says which sysctls matter."""

@@ -120,7 +120,7 @@ class Reconciler:
                 break
         # what changed while we worked has rung its bell already
         me = snapshot.mesh.node(self._node)
-        self._outdated = me is not None and self._host.facts(snapshot.mesh, me) != self._facts
+        self._outdated = me is not None and self._host.facts(snapshot.mesh, me, probe_firewall=False) != self._facts
         if due(todo, have.problems).steps and not failed:
             failed = [
                 Problem(Reason.NotConverged, f"{len(todo.steps)} changes did not take, the first: {todo.steps[0]}")
@@ -145,13 +145,14 @@ class Reconciler:
         me = wanted.node(self._node)
         # facts and observation must be of one state, so nothing is taken in between them
         self._host.drain()
-        facts = self._host.facts(wanted, me) if me else Facts()
+        # what the packet filter can't do shows when it is written
+        facts = self._host.facts(wanted, me, probe_firewall=False) if me else Facts()
         if self._base is None or wanted is not self._mesh or facts != self._facts:
             # another wish or another host: what differs now is no one's drift
             self._was_converged = False
             self._base = desired.dataplane(wanted, self._node, facts)
             self._mesh, self._facts = wanted, facts
-        return self._host.possible(self._base[0], try_out=False), self._base[1]
+        return self._base
 
     def _plan(self, want: Dataplane, have: Observed) -> Plan:
         """The plan, with the brake lifted where these removals were confirmed or have been held for long enough."""

@@ -51,7 +51,6 @@ def script(options: Options) -> tuple[str, tuple[Problem, ...]]:
         host.drain()
         facts = host.facts(wanted, me)
         want, refused = desired.dataplane(wanted, me.name, facts)
-        want = host.possible(want)
         lacking = host.firewall.observe(want.rules).problems
     notes = [
         f"containers get an address of {', '.join(map(str, me.pod_cidrs))}, the first one as gateway, "

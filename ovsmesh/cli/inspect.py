@@ -45,7 +45,6 @@ def _look(host: Driver, source: Snapshot, node: str) -> ReconcileResult:
     host.drain()
     facts = host.facts(wanted, me)
     want, refused = desired.dataplane(wanted, node, facts)
-    want = host.possible(want)
     have = host.observe(want)
     todo = plan(want, have)
     converged = in_sync(todo, have.problems)

@@ -15,6 +15,7 @@ from ipaddress import IPv4Network
 from typing import Any
 
 from ovsmesh.dataplane import cni_config, docker_config, firewall_rules
+from ovsmesh.dataplane.nft_syntax import sets_used
 from ovsmesh.dataplane.types import FALLBACK_METRIC, KBR, OBR, ROUTE_METRIC, Bridge, Dataplane, Facts, Link, Port, Route
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.types import IPAddress, IPNetwork, Mesh, Node
@@ -255,6 +256,9 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
     for kind, into in grows.items():
         for parts in joined.values():
             into.update(getattr(parts, kind))
+    rules = firewall_rules.rules(mesh, me, facts)
+    if not sets_used(rule.text for rule in rules.values()):
+        grows["filter_peers"].clear()
     cidrs = [c for c in me.pod_cidrs if facts.ipv6 or c.version == 4]
     want = Dataplane(
         bridges={OBR: Bridge(facts.datapath_type, mtu_request=w.mtu)},
@@ -264,7 +268,7 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
         },
         sysctls=_sysctls(me, facts),
         addresses={f"{gateway(c)}/{c.prefixlen}": KBR for c in cidrs},
-        rules=firewall_rules.rules(mesh, me, facts),
+        rules=rules,
         docker=docker_config.desired(me, facts, w.mtu),
         cni=_conflist(cidrs, facts, w.mtu) if facts.cni else {},
         **grows,

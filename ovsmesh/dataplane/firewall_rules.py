@@ -142,7 +142,7 @@ def _accept(tool: str, own: list[IPNetwork], cluster: list[IPNetwork]) -> dict[R
 
 
 def rules(mesh: Mesh, self_node: Node, facts: Facts) -> dict[RuleKey, Rule]:
-    """Every filter rule that this node should have, in the order in which they stand in their chain."""
+    """Every filter rule that this node should have and can have, in the order in which they stand in their chain."""
     found: dict[RuleKey, Rule] = {}
     spoof: dict[RuleKey, Rule] = {}
     accept: dict[RuleKey, Rule] = {}
@@ -156,7 +156,7 @@ def rules(mesh: Mesh, self_node: Node, facts: Facts) -> dict[RuleKey, Rule]:
         if tool in facts.forward_drop:
             accept |= _accept(tool, own, cluster)
         spoof |= _spoof(version, own, cluster, self_node)
-    return found | _tunnel(mesh, self_node) | spoof | accept
+    return within(found | _tunnel(mesh, self_node) | spoof | accept, facts.firewall_missing)
 
 
 def within(wanted: Mapping[RuleKey, Rule], lacking: Iterable[str]) -> dict[RuleKey, Rule]:

@@ -69,6 +69,8 @@ class Facts:
     """Links whose IPv6 default route came from a router advertisement."""
     forward_drop: tuple[str, ...] = ()
     """"iptables" and/or "ip6tables": whose FORWARD chain holds rules or a policy that may drop."""
+    firewall_missing: tuple[str, ...] = ()
+    """What this kernel's packet filter or its tools are known not to have, in the words of firewall_rules.within."""
     cni: CniFacts | None = None
     """None: CNI is left alone."""
     docker: str = ""

@@ -1,10 +1,9 @@
-"""The filter rules as the kernel holds them: reading them back and writing them, through nft and iptables.
+"""Observe and change the filter rules in the kernel, through nft and iptables.
 
-Knows: when to read and what to write, and what to do without on a kernel that lacks something.
-Never imports ovs, pyroute2 or kubernetes.
+It decides when to read and what to write, and finds out what this kernel can't do.
 
-A rule is told by its comment, "NAME DIGEST": nft prints rules in another form than they were
-written, and in another one in each version, so texts can't be compared.
+A rule is identified by its comment, "NAME DIGEST". Texts can't be compared: nft prints a rule in
+another form than it was written in, and each version in its own.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,16 +29,16 @@ from ovsmesh.dataplane.nft_syntax import (
     table_script,
     wanted_order,
 )
-from ovsmesh.dataplane.types import MARK, Dataplane, Rule, RuleKey
+from ovsmesh.dataplane.types import MARK, Rule, RuleKey
 from ovsmesh.errors import Problem
-from ovsmesh.linux.nft_monitor import EVERYTHING, Bell
+from ovsmesh.linux.nft_monitor import ALL_TOOLS, NftMonitor
 from ovsmesh.reasons import Reason
 
 _TIMEOUT = 10.0
 """Seconds; a full table of a thousand peers takes 0.03."""
 _LOCK_WAIT = "5"
 """Seconds that iptables waits for the lock that all its users share."""
-_LOST = {
+_CONSEQUENCE = {
     "nft": "no masquerading, no source check and no filter for tunnel packets",
     "bridge": "a pod may use another pod's source address on this node",
     "ibrname": "source addresses are checked on the veth ports of all bridges, and forged tunnel addresses"
@@ -54,7 +52,7 @@ _LOST = {
 
 
 class Filters(NamedTuple):
-    """What was read back. A rule that is not as written, or not ours, comes with a text that says so."""
+    """What was read back. A rule that differs from what was written, or is unmanaged, has a text that says so."""
 
     rules: dict[RuleKey, Rule]
     peers: Mapping[str, str]
@@ -62,11 +60,11 @@ class Filters(NamedTuple):
 
 
 class _Failed(Exception):
-    """A tool said no; the text is its own."""
+    """A tool failed; the text is its own."""
 
 
 def _run(argv: list[str], script: str | None = None) -> str:
-    """Standard output of a command. Raises FileNotFoundError, _Failed."""
+    """Return the standard output of a command. Raise FileNotFoundError or _Failed."""
     try:
         done = subprocess.run(
             argv,
@@ -93,66 +91,66 @@ def _first_line(error: Exception) -> str:
 
 
 class Firewall:
-    """The filter rules of this network namespace.
+    """The filter rules of this network namespace. Not thread-safe.
 
-    What was read is kept until the bell rings; so an unchanged table costs nothing to observe.
-    Not for use by more than one thread.
+    A table that was read is kept until a notification says that it changed.
     """
 
     def __init__(self) -> None:
         self._tables: dict[str, Table] = {tool: Table() for tool in (*NFT, *IPTABLES)}
-        self._dirty: set[str] = set(EVERYTHING)
-        self._lacking: dict[str, str] = {}
-        """What this system can't do → why; forgotten at each resync."""
+        self._dirty: set[str] = set(ALL_TOOLS)
+        self._missing: dict[str, str] = {}
+        """What this system can't do → why. Cleared at each resync."""
         self._refused: dict[str, tuple[int, str]] = {}
-        """Tool → the write that failed (its hash) and why; the same one is not tried again before a resync."""
-        self._sound: set[str] = set()
-        """Families whose tables were seen as wanted, or could be written: nothing to try out."""
+        """Tool → hash of the write that failed, and why. It is not tried again before a resync."""
+        self._supported: set[str] = set()
+        """Families whose tables were read as wanted or could be written, so that there is nothing to try out."""
         self._unreadable: set[str] = set()
-        """Families whose listing made no sense at the last reading: written anew once, then given up."""
+        """Families that could not be parsed at the last reading: written again once, then reported."""
         self._legacy: dict[str, bool] = {}
         self._peers: dict[str, str] = {}
-        self._bell: Bell | None = None
+        self._monitor: NftMonitor | None = None
         try:
-            self._bell = Bell(MARK)
+            self._monitor = NftMonitor(MARK)
         except OSError as e:
-            self._lacking["nft"] = f"no nf_tables notifications: {e.strerror}"
+            self._missing["nft"] = f"no nf_tables notifications: {e.strerror}"
 
     def close(self) -> None:
-        if self._bell:
-            self._bell.close()
+        """Stop watching for changes."""
+        if self._monitor:
+            self._monitor.close()
 
     def fds(self) -> tuple[int, ...]:
-        """File descriptors that become readable when someone changes a filter table; then call drain()."""
-        return (self._bell.fileno(),) if self._bell else ()
+        """Return the file descriptors that are readable after a change of a filter table; then call drain()."""
+        return (self._monitor.fileno(),) if self._monitor else ()
 
     def drain(self) -> bool:
-        """Whether something of ours, or FORWARD, may have changed since it was last read."""
-        self._listen()
+        """Return whether a managed table, or FORWARD, may have changed since it was last read."""
+        self._take_changes()
         return bool(self._dirty)
 
     def resync(self) -> None:
-        """Read all again at the next observation, and try again what failed."""
-        self._dirty |= EVERYTHING
+        """Make the next observation read everything, and try again what failed."""
+        self._dirty |= ALL_TOOLS
         self._refused.clear()
-        self._lacking.clear()
-        self._sound.clear()
+        self._missing.clear()
+        self._supported.clear()
         self._unreadable.clear()
 
-    def _listen(self, own: str = "") -> None:
-        """Take what the bell heard; `own` is the tool that we have just written one transaction with."""
-        if not self._bell:
-            # nothing will tell: read again what we wrote, and the rest at the next resync
-            self._dirty |= {own} & EVERYTHING
+    def _take_changes(self, own: str = "") -> None:
+        """Mark what other programs changed. `own`: the tool that one transaction was just written with."""
+        if not self._monitor:
+            # there are no notifications: read what was just written, and the rest at the next resync
+            self._dirty |= {own} & ALL_TOOLS
             return
-        heard = self._bell.heard()
-        if heard is None:
-            self._dirty |= EVERYTHING
+        transactions = self._monitor.transactions()
+        if transactions is None:
+            self._dirty |= ALL_TOOLS
             return
-        # our transaction is among them, so a single one is ours
-        ours = [tools for tools in heard if own in tools] if own else []
-        for tools in heard:
-            if len(ours) != 1 or tools is not ours[0]:
+        # our own transaction is among those of its tool, so if there is one it is our own
+        of_tool = [tools for tools in transactions if own in tools] if own else []
+        for tools in transactions:
+            if len(of_tool) != 1 or tools is not of_tool[0]:
                 self._dirty |= tools
 
     # Reading
@@ -183,11 +181,11 @@ class Firewall:
         return parse_iptables(_run([tool, "-w", _LOCK_WAIT, "-S", "FORWARD"]))
 
     def _refresh(self) -> None:
-        self._listen()
+        self._take_changes()
         for tool in [*NFT, *IPTABLES]:
             if tool not in self._dirty:
                 continue
-            if tool in NFT and "nft" in self._lacking:
+            if tool in NFT and "nft" in self._missing:
                 self._dirty.discard(tool)
                 continue
             try:
@@ -195,22 +193,24 @@ class Firewall:
             except FileNotFoundError:
                 self._tables[tool] = Table()
                 if tool in NFT:
-                    self._lacking["nft"] = "nft is not installed; install the package nftables"
+                    self._missing["nft"] = "nft is not installed; install the package nftables"
             except _Failed as e:
                 self._tables[tool] = Table()
-                self._lacking["nft" if tool in NFT else tool] = _first_line(e)
+                self._missing["nft" if tool in NFT else tool] = _first_line(e)
             self._dirty.discard(tool)
             if tool in NFT:
                 self._peers = {}
 
     def forward_drop(self) -> tuple[str, ...]:
-        """Which of iptables and ip6tables has a FORWARD chain that may drop: see model.Facts."""
+        """Return those of iptables and ip6tables whose FORWARD chain may drop, see Facts."""
         self._refresh()
         return tuple(tool for tool in IPTABLES if self._tables[tool].drops)
 
     def observe(self, want: Mapping[RuleKey, Rule]) -> Filters:
-        """What stands in the kernel. A rule's text can't be read back, so it is taken from `want` where the
-        digest agrees; anything else comes back with a text that differs, or under a name that nobody wants.
+        """Return what is in the kernel.
+
+        A rule's text can't be read back: it is taken from `want` where the digest agrees. Any other rule
+        has a text that differs, or a name that is not wanted.
         """
         self._refresh()
         order = {place: n for n, place in enumerate(dict.fromkeys(key[:2] for key in want))}
@@ -222,9 +222,9 @@ class Firewall:
                     key = (tool, row.chain, key[2] + "-again")
                 rule = want.get(key)
                 if not row.digest:
-                    text = "not ours, in our table"
+                    text = "unmanaged, in a managed table"
                 elif tool in NFT and table.chains.get(row.chain) != CHAINS.get((tool, row.chain)):
-                    text = f"digest {row.digest}, in a chain that is not hooked as ours"
+                    text = f"digest {row.digest}, in a chain with another hook"
                 elif rule and digest(key, rule) == row.digest:
                     text = rule.text
                 else:
@@ -245,8 +245,8 @@ class Firewall:
 
     def _problems(self) -> tuple[Problem, ...]:
         lacking = [
-            Problem(Reason.FilterUnavailable, f"{why}; without it {_LOST[what]}", field=what)
-            for what, why in self._lacking.items()
+            Problem(Reason.FilterUnavailable, f"{why}; without it {_CONSEQUENCE[what]}", field=what)
+            for what, why in self._missing.items()
         ]
         refused = [
             Problem(
@@ -260,40 +260,36 @@ class Firewall:
 
     # What this system can do
 
-    def possible(self, want: Dataplane, try_out: bool = True) -> Dataplane:
-        """`want` without the filter rules that this system can't have, each of them named in the problems.
+    def missing(self, wanted: Mapping[RuleKey, Rule], probe: bool = True) -> tuple[str, ...]:
+        """Return what this system is known not to have, in the words of firewall_rules.within.
 
-        Call it before observing. What is neither in place nor known is tried out (`nft -c`, 0.02 s
-        a table); without `try_out` that is left to apply(), so call it again after that.
+        `wanted`: all rules that the node should have. With `probe`, those that are neither in the kernel
+        nor known are tried out (`nft -c`, 0.02 s a table); without, a refused apply() finds out.
         """
         self._refresh()
         for family in NFT:
-            wanted = rules_of(family, want.rules)
-            if not wanted or family in self._sound or "nft" in self._lacking:
+            of_family = rules_of(family, wanted)
+            if not of_family or family in self._supported or "nft" in self._missing:
                 continue
-            if self._in_place(family, wanted):
-                self._sound.add(family)
-            elif try_out:
-                self._try_out(family, wanted)
-                self._sound.add(family)
-        if not self._lacking:
-            return want
-        rules = within(want.rules, self._lacking)
-        return replace(
-            want, rules=rules, filter_peers=want.filter_peers if sets_used(r.text for r in rules.values()) else {}
-        )
+            if self._in_place(family, of_family):
+                self._supported.add(family)
+            elif probe:
+                self._try_out(family, of_family)
+                self._supported.add(family)
+        return tuple(sorted(self._missing))
 
     def _in_place(self, family: str, wanted: Mapping[RuleKey, Rule]) -> bool:
+        """Return whether the kernel has these rules, or those that it can have without nft_meta_bridge."""
         found = by_chain(row[:3] for row in self._tables[family].rows)
         if found == wanted_order(wanted):
             return True
         if family == "bridge" and found == wanted_order(within(wanted, ["ibrname"])):
-            self._lacking["ibrname"] = "the kernel has no nft_meta_bridge"
+            self._missing["ibrname"] = "the kernel has no nft_meta_bridge"
             return True
         return False
 
     def _check(self, family: str, wanted: Mapping[RuleKey, Rule]) -> str:
-        """Why the kernel would refuse these rules; "" when it would take them."""
+        """Return why the kernel refuses these rules, "" if it accepts them."""
         try:
             _run(["nft", "-c", "-f", "-"], table_script(family, wanted, {}))
         except FileNotFoundError:
@@ -303,39 +299,39 @@ class Firewall:
         return ""
 
     def _try_out(self, family: str, wanted: Mapping[RuleKey, Rule]) -> None:
+        """Find out what of these rules the kernel refuses."""
         if not self._check(family, wanted):
             return
         if family == "bridge":
             reduced = within(wanted, ["ibrname"])
             why = self._check(family, reduced)
             what = "bridge" if why else "ibrname"
-            self._lacking[what] = why or "the kernel has no nft_meta_bridge"
+            self._missing[what] = why or "the kernel has no nft_meta_bridge"
             return
         for chain in dict.fromkeys(key[1] for key in wanted):
             why = self._check(family, {key: rule for key, rule in wanted.items() if key[1] == chain})
             if why:
-                self._lacking[f"{family} {chain}"] = why
+                self._missing[f"{family} {chain}"] = why
 
     # Writing
 
     def apply(self, rules: Mapping[RuleKey, Rule], peers: Mapping[str, str]) -> None:
-        """Make the kernel hold these rules and these set elements, and nothing else of ours.
+        """Make the managed tables hold these rules and set elements, and nothing else.
 
-        `peers` are all that are to be there afterwards, those included whose removal is held.
-        Writes only what differs: whole tables where a rule does, else single set elements.
-        A write that fails is not raised but named by the next observe(), and not repeated
-        before the next resync().
+        `peers` includes those whose removal is held. Only what differs is written: whole tables if
+        a rule differs, else single set elements. A failed write is not raised: the next observe()
+        reports it, and it is not repeated before the next resync().
         """
         self._refresh()
         for family in NFT:
-            if "nft" not in self._lacking:
+            if "nft" not in self._missing:
                 self._apply_nft(family, rules_of(family, rules), peers)
         for tool in IPTABLES:
-            if tool not in self._lacking:
+            if tool not in self._missing:
                 self._apply_iptables(tool, rules_of(tool, rules))
 
     def _shaped(self, family: str, wanted: Mapping[RuleKey, Rule]) -> bool:
-        """Whether only set elements may differ."""
+        """Return whether everything but set elements is as wanted."""
         table = self._tables[family]
         chains = {key[1]: CHAINS[family, key[1]] for key in wanted}
         sets = set(sets_used(rule.text for rule in wanted.values()))
@@ -359,12 +355,12 @@ class Firewall:
             table.sets = after
 
     def _write_less(self, family: str, wanted: Mapping[RuleKey, Rule], peers: Mapping[str, str]) -> None:
-        """After a refused write: find out what the kernel lacks, and write the rest."""
-        if family in self._sound:
+        """After a refused write, find out what the kernel does not have, and write the rest."""
+        if family in self._supported:
             return
         self._try_out(family, wanted)
-        self._sound.add(family)
-        left = within(wanted, self._lacking)
+        self._supported.add(family)
+        left = within(wanted, self._missing)
         if left != wanted:
             del self._refused[family]
         if left and left != wanted:
@@ -378,11 +374,11 @@ class Firewall:
         self._write(tool, command, iptables_script(table, wanted))
 
     def _write(self, tool: str, argv: list[str], script: str, own: bool = False) -> bool:
-        """Run one transaction; with `own` its echo rings no bell, when nobody else wrote meanwhile."""
+        """Run one transaction. With `own`, ignore its notification unless another writer came in between."""
         if self._refused.get(tool, (0, ""))[0] == hash(script):
             return False
         if own:
-            self._listen()
+            self._take_changes()
         try:
             _run(argv, script)
         except (FileNotFoundError, _Failed) as e:
@@ -391,7 +387,7 @@ class Firewall:
             return False
         self._refused.pop(tool, None)
         if own:
-            self._listen(tool)
+            self._take_changes(tool)
             self._peers = {}
         else:
             # read back what the kernel made of it

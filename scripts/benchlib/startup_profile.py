@@ -47,7 +47,7 @@ _PARTS = (
     ("read flows", "ovsmesh.ovs.openflow", "FlowTable.observe"),
     ("read nft", "ovsmesh.linux.firewall", "Firewall.observe"),
     ("read nft", "ovsmesh.linux.firewall", "Firewall.forward_drop"),
-    ("read nft", "ovsmesh.linux.firewall", "Firewall.possible"),
+    ("read nft", "ovsmesh.linux.firewall", "Firewall.missing"),
     ("read kernel", "ovsmesh.linux.netlink", "Netlink.observe"),
     ("save mesh", "ovsmesh.mesh.file_source", "FileSource.commit"),
     ("netlink messages and their echo", "ovsmesh.agent.driver", "Driver._kernel"),

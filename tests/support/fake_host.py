@@ -48,11 +48,8 @@ class FakeDriver:
         self.bell = False
         self.on_wait: Callable[[], object] = lambda: None
 
-    def facts(self, mesh: Any, me: Any) -> Any:
+    def facts(self, mesh: Any, me: Any, probe_firewall: bool = True) -> Any:
         return self.known
-
-    def possible(self, want: Any, try_out: Any = True) -> Any:
-        return want
 
     def observe(self, want: Any) -> Any:
         have = self.dataplane

@@ -8,12 +8,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
 
 from ovsmesh.dataplane import firewall_rules
+from ovsmesh.dataplane.nft_syntax import sets_used
 from ovsmesh.dataplane.types import Dataplane, Facts
 from ovsmesh.linux.firewall import Firewall
 from ovsmesh.mesh.types import Mesh, Node
@@ -54,9 +56,17 @@ def desired(mesh: Any = MESH, facts: Any = None, peers: Any = (PEER,)) -> Any:
     )
 
 
+def possible(firewall: Any, want: Any, probe: bool = True) -> Any:
+    """What is left of the desired rules and set elements on this system, as desired.dataplane computes it."""
+    rules = firewall_rules.within(want.rules, firewall.missing(want.rules, probe))
+    return replace(
+        want, rules=rules, filter_peers=want.filter_peers if sets_used(r.text for r in rules.values()) else {}
+    )
+
+
 def converge(firewall: Any, want: Any) -> Any:
     """One pass as the agent makes it: returns whether anything had to be written, and what is there after."""
-    want = firewall.possible(want)
+    want = possible(firewall, want)
     have = firewall.observe(want.rules)
     differs = (list(have.rules.items()), have.peers) != (list(want.rules.items()), want.filter_peers)
     firewall.apply(want.rules, want.filter_peers)

@@ -294,6 +294,20 @@ def test_nothing_that_needs_ipv6_where_the_kernel_has_none() -> None:
     assert not [key for key in (*found.addresses, *found.neighbours, *(r[0] for r in found.routes)) if ":" in key]
 
 
+# a kernel whose packet filter can't do everything
+
+
+def test_what_the_packet_filter_does_not_have_is_not_wanted() -> None:
+    everything = want(first(2))
+    assert {tool for tool, _, _ in everything.rules} == {"inet", "bridge"} and everything.filter_peers
+    less = want(first(2), facts=replace(FACTS, firewall_missing=("bridge", "inet postrouting")))
+    assert {key[:2] for key in less.rules} == {("inet", "input"), ("inet", "forward")}
+    assert less.filter_peers == everything.filter_peers
+    nothing = want(first(2), facts=replace(FACTS, firewall_missing=("nft",)))
+    assert not nothing.rules and not nothing.filter_peers
+    assert replace(nothing, rules=everything.rules, filter_peers=everything.filter_peers) == everything
+
+
 # peers are computed once
 
 
