@@ -1,8 +1,7 @@
-"""What a host needs before it can be a node: each thing on a line of its own, all of them at once.
+"""Check what a host needs before it can be a node: each thing is one line, and all of them are reported.
 
-Knows what to look at and what to say about it; reads the system through the tools that are there, and
-changes nothing (asking for a datapath may load its module, as starting Open vSwitch does). What only the
-agent's own rooms can tell (facts, plan) is given to it. Imports model and probe.
+Reads the system through its own tools and changes nothing; asking for a datapath may load its module, as starting
+Open vSwitch does. What only the agent's driver can tell (facts, plan) is given as arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ovsmesh.dataplane.types import KBR, OBR, PROTOCOL
 from ovsmesh.mesh.types import Mesh, Node
-from ovsmesh.probe import icmp
+from ovsmesh.probe import gre
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 _KERNEL = (5, 0)
@@ -32,10 +31,13 @@ _PACKAGES = {
     "ovs-vsctl": "openvswitch-switch",
     "ovs-ofctl": "openvswitch-switch",
 }
-_MOST = 5
+_SHOWN = 5
+"""Things that one line names at most."""
 
 
 class Check(NamedTuple):
+    """The result of one check: `state` is OK, WARN or FAIL."""
+
     state: str
     name: str
     text: str
@@ -45,7 +47,7 @@ class Check(NamedTuple):
 
 
 def output(*argv: str) -> str | None:
-    """Standard output of a command; None when it is not there or says no."""
+    """Return the standard output of a command; None when it is missing, fails or takes too long."""
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, stdin=subprocess.DEVNULL
@@ -56,9 +58,10 @@ def output(*argv: str) -> str | None:
 
 
 def kernel() -> Iterator[Check]:
+    """Check the kernel's version, br_netfilter and whether sysctls can be written."""
     release = os.uname().release
     found = tuple(int(n) for n in re.findall(r"\d+", release)[:2])
-    text = "Linux {} is needed, for marks on what is ours".format(".".join(map(str, _KERNEL)))
+    text = "Linux {} is needed, for ownership marks".format(".".join(map(str, _KERNEL)))
     yield Check(OK, "kernel", release) if found >= _KERNEL else Check(FAIL, "kernel", f"{release}: {text}")
     if Path("/proc/sys/net/bridge").exists():
         yield Check(OK, "br_netfilter", "is loaded")
@@ -72,20 +75,24 @@ def kernel() -> Iterator[Check]:
 
 
 def tools() -> Iterator[Check]:
+    """Check that the programs that the agent runs are installed, and that nft works."""
     missing = {tool: package for tool, package in _PACKAGES.items() if not shutil.which(tool)}
     if missing:
         packages = " ".join(sorted(set(missing.values())))
-        yield Check(FAIL, "tools", f"not there: {', '.join(missing)}; apt-get install {packages}")
+        yield Check(FAIL, "tools", f"not found: {', '.join(missing)}; apt-get install {packages}")
     else:
         yield Check(OK, "tools", ", ".join(_PACKAGES))
     if "nft" not in missing:
         works = output("nft", "list", "tables") is not None
-        text = "nft can't speak with the kernel: no nf_tables; modprobe nf_tables"
+        text = "nft does not work: the kernel has no nf_tables; modprobe nf_tables"
         yield Check(OK, "nf_tables", "works") if works else Check(FAIL, "nf_tables", text)
 
 
 def switch(synced: bool, version: str, remote: str, datapath: bool, carried: bool, kind: str) -> Iterator[Check]:
-    """`datapath`: the kernel has one. `carried`: a bridge of the userspace datapath has the tunnel address."""
+    """Check Open vSwitch at `remote` and its datapath for tunnels of `kind`.
+
+    `datapath`: the kernel has one. `carried`: a bridge of the userspace datapath has the tunnel address.
+    """
     if not synced:
         text = f"ovsdb-server does not answer at {remote}; systemctl start openvswitch-switch"
         yield Check(FAIL, "openvswitch", text)
@@ -110,7 +117,7 @@ def switch(synced: bool, version: str, remote: str, datapath: bool, carried: boo
 
 
 def ranges(mesh: Mesh, routes: Iterable[Mapping[str, Any]]) -> Iterator[Check]:
-    """Routes of this host that want the mesh's ranges; `routes` as `ip -j route` tells them."""
+    """Check that no other route of this host is in the mesh's ranges. `routes` are as `ip -j route` prints them."""
     bad, near = [], []
     for route in routes:
         if route.get("dst") in (None, "default") or route.get("dev") in (KBR, OBR):
@@ -126,16 +133,18 @@ def ranges(mesh: Mesh, routes: Iterable[Mapping[str, Any]]) -> Iterator[Check]:
         text = f"{route['dst']} dev {route.get('dev', 'none')}"
         taken = [n.name for n in mesh.nodes for c in n.pod_cidrs if _within(there, c)]
         if taken:
-            bad.append(f"{text} (of {', '.join(taken[:_MOST])})")
+            bad.append(f"{text} (of {', '.join(taken[:_SHOWN])})")
         elif any(c.version == there.version and c.overlaps(there) for c in mesh.cluster_cidrs):
             near.append(text)
     if bad:
-        yield Check(FAIL, "ranges", f"of the mesh are this host's already: {'; '.join(bad[:_MOST])}; renumber one")
+        yield Check(
+            FAIL, "ranges", f"of the mesh are used by this host already: {'; '.join(bad[:_SHOWN])}; renumber one"
+        )
     if near:
-        text = f"routes that touch the mesh's ranges, though no node's: {'; '.join(near[:_MOST])}"
+        text = f"routes that overlap the mesh's ranges, but no node's: {'; '.join(near[:_SHOWN])}"
         yield Check(WARN, "ranges", f"{text}; the mesh's are narrower and win")
     if not bad and not near:
-        yield Check(OK, "ranges", f"{', '.join(map(str, mesh.cluster_cidrs))}: no other route of this host is in there")
+        yield Check(OK, "ranges", f"{', '.join(map(str, mesh.cluster_cidrs))}: no other route of this host is in them")
 
 
 def _within(route: Any, cidr: Any) -> bool:
@@ -143,6 +152,7 @@ def _within(route: Any, cidr: Any) -> bool:
 
 
 def routes() -> list[dict[str, Any]]:
+    """Return this host's routes, IPv4 and IPv6, as `ip -j route` prints them."""
     found: list[dict[str, Any]] = []
     for version in ("-4", "-6"):
         text = output("ip", version, "-j", "-N", "route", "show")
@@ -155,48 +165,46 @@ def routes() -> list[dict[str, Any]]:
 
 
 def tunnels(mesh: Mesh, me: Node) -> Iterator[Check]:
-    """Whether encapsulated packets may leave and come in, as far as that can be told from here."""
+    """Check whether encapsulated packets may leave and come in, as far as this host can tell."""
     closed = _closed(output("nft", "-j", "list", "ruleset"), mesh.encapsulation)
     if closed:
         peers = ",".join(str(n.address) for n in mesh.nodes[:3] if n.name != me.name) or "PEER"
         port = {"gre": "-p gre", "vxlan": "-p udp --dport 4789", "geneve": "-p udp --dport 6081"}[mesh.encapsulation]
-        text = (
-            f"{', '.join(closed[:_MOST])} refuses by default what comes in and speaks nowhere of {mesh.encapsulation}"
-        )
+        text = f"{', '.join(closed[:_SHOWN])} refuses input by default and has no rule for {mesh.encapsulation}"
         yield Check(
-            WARN, "firewall", f"{text}; let it in from each peer: iptables -I INPUT {port} -s {peers} -j ACCEPT"
+            WARN, "firewall", f"{text}; accept it from each peer: iptables -I INPUT {port} -s {peers} -j ACCEPT"
         )
     else:
-        yield Check(OK, "firewall", f"nothing seen here that keeps {mesh.encapsulation} out")
+        yield Check(OK, "firewall", f"no rule of this host is seen to refuse {mesh.encapsulation}")
     if mesh.encapsulation != "gre":
         return
     remotes = {
         str(n.address): n.name for n in mesh.nodes if n.name != me.name and n.address.version == me.address.version
     }
-    told = icmp.gre(str(me.address), remotes)
+    results = gre.probe(str(me.address), remotes)
     refused = [
-        f"{remotes[address]} {address}: {why}" for address, (state, why) in told.items() if state == icmp.REFUSED
+        f"{remotes[address]} {address}: {why}" for address, (state, why) in results.items() if state == gre.REFUSED
     ]
-    arrived = [remotes[address] for address, (state, _) in told.items() if state == icmp.ARRIVES]
+    arrived = [remotes[address] for address, (state, _) in results.items() if state == gre.ARRIVES]
     if refused:
         yield Check(
-            FAIL, "gre", f"{len(refused)} of {len(told)} peers: {'; '.join(refused[:_MOST])}; allow IP protocol 47"
+            FAIL, "gre", f"{len(refused)} of {len(results)} peers: {'; '.join(refused[:_SHOWN])}; allow IP protocol 47"
         )
     else:
-        silent = len(told) - len(arrived)
-        text = f"arrives at {len(arrived)} of {len(told)} peers; {silent} say nothing, as one does whose tunnel is up"
-        yield Check(OK, "gre", text if told else "no peers yet")
+        silent = len(results) - len(arrived)
+        text = f"arrives at {len(arrived)} of {len(results)} peers; {silent} are silent, as peers with a tunnel are"
+        yield Check(OK, "gre", text if results else "no peers yet")
 
 
-def _closed(ruleset: str | None, what: str) -> list[str]:
-    """Tables whose input chain refuses by default, and none of whose rules speaks of the encapsulation."""
+def _closed(ruleset: str | None, encapsulation: str) -> list[str]:
+    """Return the tables whose input chain refuses by default and that have no rule for the encapsulation."""
     try:
         items = json.loads(ruleset or "{}").get("nftables", [])
         chains = [item["chain"] for item in items if item.get("chain", {}).get("hook") == "input"]
         rules = [item["rule"] for item in items if "rule" in item]
     except (ValueError, AttributeError, TypeError, KeyError):
         return []
-    speaks = {"gre": r'"gre"|: 47\b', "vxlan": r"\b4789\b", "geneve": r"\b6081\b"}[what]
+    pattern = {"gre": r'"gre"|: 47\b', "vxlan": r"\b4789\b", "geneve": r"\b6081\b"}[encapsulation]
     found = []
     for chain in chains:
         table = (chain.get("family"), chain.get("table"))
@@ -204,6 +212,6 @@ def _closed(ruleset: str | None, what: str) -> list[str]:
         last: dict[str, Any] = next((rule for rule in reversed(own) if rule.get("chain") == chain.get("name")), {})
         verdicts = [key for part in last.get("expr", ()) for key in part if key != "counter"]
         closed = chain.get("policy") == "drop" or verdicts in (["drop"], ["reject"])
-        if closed and not any(re.search(speaks, json.dumps(rule.get("expr"))) for rule in own):
+        if closed and not any(re.search(pattern, json.dumps(rule.get("expr"))) for rule in own):
             found.append(f"table {table[0]} {table[1]}")
     return found

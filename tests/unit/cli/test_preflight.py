@@ -1,4 +1,4 @@
-"""What a host needs: each thing that can be missing is one line, and all of them are said."""
+"""What a host needs: each thing that can be missing is one line, and all of them are reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def states(checks: Any) -> Any:
         ({}, OK),
     ],
 )
-def test_routes_that_want_the_meshs_ranges(route: Any, state: Any) -> None:
+def test_routes_in_the_meshs_ranges(route: Any, state: Any) -> None:
     assert states(preflight.ranges(MESH, [route])) == [(state, "ranges")]
 
 
@@ -71,7 +71,7 @@ def test_filters_that_keep_gre_out(ruleset: Any, closed: Any) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "no JSON", "[]", '{"nftables": [1]}', '{"nftables": [{"rule": {}}]}'])
-def test_what_nft_says_may_be_anything(text: Any) -> None:
+def test_the_output_of_nft_may_be_anything(text: Any) -> None:
     assert preflight._closed(text, "gre") == []
 
 
