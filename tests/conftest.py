@@ -1,4 +1,4 @@
-"""Fixtures that every room's tests may use: labs that end whatever happens, and their logs when a test fails.
+"""Fixtures for all tests: labs that end whatever happens, and their logs when a test fails.
 
 `lab` and `module_lab` are factories: `lab(3, 2, dual_stack=True)` is an ovsmesh.lab.Lab that is up, and ends
 with the test or with the module. What they take is what Lab takes.

@@ -1,4 +1,4 @@
-"""The mesh changes under live agents: nodes leave, move, swap, are renamed; the brake holds a mass removal."""
+"""The mesh changes under live agents: nodes leave, move, swap, are renamed; the removal guard holds a mass removal."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from tests.support.labtools import (
     difference,
     fdb,
     held,
-    mend,
     neighbours,
     problems,
     report,
+    revive,
     routes,
     tunnels,
     wiring,
@@ -48,7 +48,7 @@ def three(module_lab: Make) -> Lab:
 def mesh(three: Lab) -> Iterator[Lab]:
     three.write_mesh()
     confirm_all(three)
-    mend(three)
+    revive(three)
     yield three
     three.write_mesh()
     at_rest(three)
@@ -98,7 +98,7 @@ def test_a_renumbered_peer_is_followed_live(mesh: Lab) -> None:
         at_rest(mesh)
         assert stream.wait(time.time(), SOON)
     if mesh.settings.datapath == "system":
-        # the userspace datapath may drop a packet or two of others whenever it makes a port anew
+        # the userspace datapath may drop a packet or two of others whenever it makes a port again
         assert_whole(stream.tracks)
     assert "10.97.33.1/24 dev kbr0" in addresses(third)
     assert "0a:58:0a:61:21:01" in third.run(["cat", "/sys/class/net/kbr0/address"]).stdout
@@ -158,7 +158,7 @@ def test_two_nodes_that_swap_addresses(mesh: Lab, good: list[State]) -> None:
     assert [difference(old, wiring(h)) for old, h in zip(good, mesh.hosts, strict=True)] == [[], [], []]
 
 
-# --- the brake
+# --- the removal guard
 
 
 def paper(count: int, first: int = 100) -> list[dict[str, Any]]:
@@ -188,7 +188,7 @@ def test_a_mass_removal_is_held_until_it_is_confirmed(mesh: Lab, good: list[Stat
     plan = host.ovsmesh("plan")
     assert plan.returncode == 2 and plan.stdout.count("= held port") == 6, plan.stdout
     assert_whole(ping(mesh.pairs(), 2))
-    # a wrong digest does nothing; nor does an agent that starts anew
+    # a wrong digest does nothing; nor does an agent that starts again
     confirm(host, "000000000000")
     host.stop_agent()
     host.start_agent()

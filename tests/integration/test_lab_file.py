@@ -24,8 +24,8 @@ from tests.support.labtools import (
     await_state,
     confirm_all,
     difference,
-    mend,
     operations,
+    revive,
     tunnels,
     wiring,
 )
@@ -42,7 +42,7 @@ def three(module_lab: Make) -> Lab:
 def mesh(three: Lab) -> Iterator[Lab]:
     three.write_mesh()
     confirm_all(three)
-    mend(three)
+    revive(three)
     yield three
     three.write_mesh()
     at_rest(three)
@@ -102,7 +102,7 @@ BAD = {
 
 
 def write(lab: Lab, text: str | bytes) -> None:
-    """The mesh file anew, by a rename."""
+    """Replace the mesh file, by a rename."""
     temporary = lab.mesh_file.with_name(".new")
     temporary.write_bytes(text if isinstance(text, bytes) else text.encode())
     temporary.replace(lab.mesh_file)

@@ -2,7 +2,7 @@
 
 pytest on the host does not collect this file: test_kernel.py boots the guest that runs it. The
 guest has one CPU, a process starts ten times slower than outside, and its kernel has no nftables
-for IP; so repair times here are upper bounds, and nothing filters but Open vSwitch.
+for IP; so repair times here are upper bounds, and only Open vSwitch filters.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Runs one command as root inside User-mode Linux, on a throw-away overlay of this machine's root.
+"""Run one command as root inside User-mode Linux, on a throw-away overlay of this machine's root.
 
-Knows: how to boot Debian's linux.uml over hostfs, how to hear from it, how to end it. Imports
-nothing of ovsmesh. The guest sees this machine's files (the checkout and the virtual environment
+Debian's linux.uml boots over hostfs. The guest sees this machine's files (the checkout and the virtual environment
 among them) but can write to one folder of it only, `out`, and to one terminal, `REPORT`, whose
 lines come out of `Guest.lines`.
 """

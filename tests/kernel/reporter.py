@@ -1,7 +1,4 @@
-"""pytest plugin for the inside of the guest: one JSON line a test to the terminal that the host reads.
-
-Knows: how a test's end is told to test_kernel.py. Imports nothing of ovsmesh.
-"""
+"""pytest plugin for the inside of the guest: one JSON line a test to the terminal that test_kernel.py reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mesh on the real kernel datapath: cases.py, run inside User-mode Linux, told here one by one.
+"""The mesh on the real kernel datapath: cases.py, run inside User-mode Linux, shown here one by one.
 
 The guest is booted once; its tests run in it in their order, and each is a test here too. A case
 that passes prints what it measured (`pytest -rP`).

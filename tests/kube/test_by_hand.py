@@ -171,7 +171,7 @@ def test_a_mesh_edited_by_hand(kube: Cluster) -> None:
     eventually(lambda: kube.status().get("nodes") == 2)
 
     def now() -> Object:
-        """The times of conditions may begin anew."""
+        """The times of conditions may begin again."""
         found = kube.status()
         conditions = [{k: v for k, v in c.items() if k != "lastTransitionTime"} for c in found.get("conditions", ())]
         return found | {"conditions": conditions}

@@ -149,7 +149,7 @@ def test_plugins_that_the_node_lacks_are_put_there_whole_and_none_is_replaced(tm
     assert (node / "portmap").stat().st_mode & 0o777 == 0o755
     (node / "portmap").unlink()
     (image / "portmap").unlink()
-    # the agent is to start all the same, and says what lacks
+    # the agent starts all the same, and says what is missing
     assert "plugin portmap could not be put" in run().stderr
 
 

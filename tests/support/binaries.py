@@ -1,7 +1,7 @@
-"""Knows where the programs of a real control plane come from: KUBEBUILDER_ASSETS, PATH, or a build of our own.
+"""Find or build the programs of a real control plane: from KUBEBUILDER_ASSETS, PATH, or a build from source.
 
-A program that is found must be new enough to be trusted with what the tests ask of it; else it is built once
-with Go from the module proxy, into a cache folder outside the checkout. `python tests/support/binaries.py` does
+A program that is found must be new enough for the tests. Otherwise it is built once with Go from the module
+proxy, into a cache folder outside the checkout. `python tests/support/binaries.py` does
 that and prints where they are (with --all those of a whole cluster, kubelet included). --ahead is for before the
 tests: silent where there is nothing to build, and where nothing can be built it fails in CI and else says what
 will be skipped. --check only says what is missing. Imports nothing of ovsmesh.

@@ -1,7 +1,7 @@
 """A cluster in a lab: hosts with real Open vSwitch, a real control plane on their underlay, real service accounts.
 
-Knows how to start the agents and controllers as the manifests do (with tokens of their own, bound to a pod on
-their node) and how to put Nodes into the API as kubelets do. Drives ovsmesh by its command line only.
+Agents and controllers start as the manifests start them, with tokens of their own that are bound to a pod on their
+node. Nodes are put into the API as kubelets do. ovsmesh is driven by its command line only.
 """
 
 from __future__ import annotations

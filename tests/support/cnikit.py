@@ -1,6 +1,6 @@
 """A container runtime as far as CNI goes: reads the directory as containerd does, and runs the plugins.
 
-Knows the CNI specification (1.0.0, sections 1 to 4) and nothing of ovsmesh. Each plugin runs in a host's network
+It follows the CNI specification (1.0.0, sections 1 to 4). Each plugin runs in a host's network
 namespace, with its result kept as libcni keeps it, for DEL.
 """
 

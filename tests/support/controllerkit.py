@@ -1,4 +1,4 @@
-"""Real controllers as processes, with their own service account, and what their tests say to the API.
+"""Real controllers as processes, with their own service account, and what their tests write to the API.
 
 Imports kube (as a quick client) of ovsmesh; the controller runs by its command line.
 """

@@ -1,6 +1,6 @@
 """A real control plane for tests: etcd, kube-apiserver and kube-controller-manager, with TLS, RBAC and tokens.
 
-Knows how to start, stop, kill, pause and restart each of them; how to reach the API as anyone is in reach.
+Each of them can be started, stopped, killed, paused and restarted. tests/support/reach.py reaches the API.
 Runs on loopback, or inside a network namespace of a lab. Imports labnet, nothing else of ovsmesh.
 
     with ControlPlane(folder) as plane:

@@ -1,6 +1,6 @@
 """A real dockerd in each lab host's namespace, with its containers, for the tests of --docker.
 
-Knows the API by HTTP over the socket; nothing of the rooms under test. No service of the machine is touched.
+It uses Docker's API over the socket. No service of the machine is touched.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Docker:
         return netns.command_line(self.pid()) if self.pid() else []
 
     def again(self, text: str | bytes, mode: int = 0o644) -> None:
-        """Docker anew with this file."""
+        """Restart Docker with this file."""
         self.stop()
         self.configure(text, mode)
         self.start()

@@ -1,8 +1,7 @@
-"""Stands between agents and a real API server, and does to their watches what networks and servers do wrong.
+"""A proxy between agents and a real API server, which does to their watches what networks and servers do wrong.
 
 Ends TLS with a certificate of the same authority and passes all on as it came, tokens too; between two events
-of a watch it can put in what the server never said, or let nothing more through. Imports labnet, nothing else
-of ovsmesh.
+of a watch it can put in what the server never said, or let nothing more through.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A mesh file on disk and its bell, for the tests of those who watch it."""
+"""A mesh file on disk and the watch on it, for the tests of what reads it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def text_of(*names: str, first: int = 1) -> str:
     return f"{HEAD}  nodes: {'[]' if not nodes else ''}\n{''.join(nodes)}"
 
 
-def rings(bell: FileWatch | FileSource, within: float = 2.0) -> bool:
-    """True when the bell rings, at the latest after `within` seconds."""
+def rings(watch: FileWatch | FileSource, within: float = 2.0) -> bool:
+    """Return whether the watch wakes, within `within` seconds."""
     until = time.monotonic() + within
     while (left := until - time.monotonic()) > 0:
-        if select.select(bell.fds(), [], [], left)[0] and bell.drain():
+        if select.select(watch.fds(), [], [], left)[0] and watch.drain():
             return True
     return False
 
 
-def silent(bell: FileWatch | FileSource) -> bool:
-    return not rings(bell, within=0.05)
+def silent(watch: FileWatch | FileSource) -> bool:
+    return not rings(watch, within=0.05)
 
 
 def members(snapshot: Snapshot) -> str:

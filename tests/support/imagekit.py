@@ -1,4 +1,4 @@
-"""Knows how to get container images where no registry can be reached: ours by `make image`, and one for test pods.
+"""Make container images without a registry: ovsmesh's by `make image`, and one for test pods.
 
 The base is a Debian root file system made by mmdebstrap, as slim as debian:12-slim. It, and the layers of the
 build, are kept in the folder where setup.sh keeps the virtual environments. Imports nothing of ovsmesh.
@@ -28,7 +28,7 @@ _AUTHORITIES = Path("/usr/local/share/ca-certificates")
 _LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 """What the slim image of Debian leaves out too."""
 _MOST_BYTES = 6 << 30
-"""Of kept layers; then they are thrown away and made anew."""
+"""Of kept layers; then they are removed and made again."""
 _BUILD_SECONDS = 900.0
 
 

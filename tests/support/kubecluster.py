@@ -3,7 +3,6 @@
 Each node has two links: one to the API server and the other kubelets, and `eth0`, into the underlay that tunnels
 go through. This machine's kernel may have no Open vSwitch, so each node's switch forwards in userspace, and holds
 eth0 in a bridge of its own, br-phy: what an administrator of such a host sets up, and not ovsmesh.
-Imports labnet and labhost's names, nothing else of ovsmesh.
 """
 
 from __future__ import annotations
@@ -258,7 +257,7 @@ def _state(node: KubeNode) -> set[str]:
 
 
 def _hurry(node: KubeNode) -> None:
-    """A kernel's datapath takes its turn when a packet comes; one in userspace waits for it as any process does."""
+    """The kernel's datapath runs when a packet comes; one in userspace waits for the CPU as any process does."""
     for pid in netns.inhabitants([node.ns]):
         if netns.command_line(pid.pid)[:1] == ["ovs-vswitchd"]:
             for task in os.listdir(f"/proc/{pid.pid}/task"):

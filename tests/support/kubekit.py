@@ -1,7 +1,4 @@
-"""What the tests on a real API server share: the manifests applied, a clean cluster, waiting.
-
-Knows the names of our objects. Imports nothing of ovsmesh.
-"""
+"""What the tests on a real API server share: the manifests applied, a clean cluster, waiting."""
 
 from __future__ import annotations
 

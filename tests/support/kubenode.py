@@ -1,7 +1,6 @@
 """One node of the test cluster: a network namespace, and in it a containerd, a kubelet and a kube-proxy of its own.
 
-Knows how such a node is started, looked into and ended; nodeinit is its first process, so its end is the end of
-all that runs there. Imports labnet, nothing else of ovsmesh.
+Its first process is nodeinit.py, so its end is the end of all that runs there.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ CLUSTER_CIDR = "10.244.0.0/16"
 _INIT = Path(__file__).with_name("nodeinit.py")
 _CGROUPS = Path("/sys/fs/cgroup")
 _FIRST = {"cpu.shares": "262144", "cpu.weight": "10000"}
-"""A kernel's datapath takes its turn when a packet comes; one in a pod must not wait for all else on this machine."""
+"""The kernel's datapath runs when a packet comes; one in a pod must not wait for everything else on this machine."""
 _IMPORT_SECONDS = 120.0
 _START_SECONDS = 60.0
 

@@ -1,7 +1,4 @@
-"""Packets of the tests of a live mesh: pings that have to be whole, frames forged by hand, and who received them.
-
-Knows IP, Ethernet and packet sockets; nothing of the agent.
-"""
+"""Packets of the tests of a live mesh: pings that must all be answered, forged frames, and who received them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What the tests of a live mesh look at: each host's real state, read from outside the agent.
-
-Knows ip, nft and ovs-vsctl, and nothing of the rooms under test but their names of things.
-"""
+"""What the tests of a live mesh look at: each host's real state, read with ip, nft and ovs-vsctl, outside the agent."""
 
 from __future__ import annotations
 
@@ -50,7 +47,7 @@ def sysctls(host: Host, *below: str) -> dict[str, str]:
         found = {}
         for top in below or ("net/ipv4", "net/ipv6"):
             for path in Path("/proc/sys", top).rglob("*"):
-                # what the kernel draws anew at each reading, or may not be read
+                # what the kernel draws again at each reading, or may not be read
                 if path.is_file() and path.stat().st_mode & 0o444 and "stable_secret" not in path.name:
                     with contextlib.suppress(OSError):
                         found[str(path.relative_to("/proc/sys"))] = path.read_text().strip()
@@ -284,8 +281,8 @@ def confirm_all(lab: Lab) -> None:
             confirm(host, digest)
 
 
-def mend(lab: Lab) -> None:
-    """Starts whatever an earlier test that failed has left dead, so that it fails alone."""
+def revive(lab: Lab) -> None:
+    """Start what an earlier, failed test has left dead, so that no other test fails with it."""
     for host in lab.hosts:
         if not host.daemon("ovsdb-server"):
             host.start_ovsdb()
@@ -301,7 +298,7 @@ def guarded(lab: Lab, thorough: bool = True) -> Iterator[Lab]:
 
     Without `thorough` the agents' word is enough: for tests that compare the state itself.
     """
-    mend(lab)
+    revive(lab)
     yield lab
     at_rest(lab)
     if thorough:

@@ -1,4 +1,4 @@
-"""Meshes and dataplanes as values, and golden texts, for the tests of the pure rooms."""
+"""Meshes and dataplanes as values, and golden texts, for the tests of the pure packages."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def shown(dataplane: Dataplane) -> str:
 
 
 def golden(name: str, text: str) -> None:
-    """Compares with tests/unit/dataplane/golden/NAME; UPDATE_GOLDEN=1 writes it anew, to be read in the diff."""
+    """Compare with tests/unit/dataplane/golden/NAME; UPDATE_GOLDEN=1 writes it again, to be read in the diff."""
     path = Path(__file__).parents[1] / "unit" / "dataplane" / "golden" / name
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)

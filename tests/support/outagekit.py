@@ -1,7 +1,7 @@
 """What may happen to a control plane while pods send: each way, how many packets it cost, what the slices lost.
 
 A Storm is three hosts that are converged, two controllers, and a stream between all pods of different hosts.
-Each way ends when the control plane is as it was; then a Node is made, and the mesh must follow.
+Each way ends when the control plane is as it was. Then a Node is made, and the mesh must follow.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Knows how to make the certificates and keys of a control plane for tests, with the openssl command.
+"""Make the certificates and keys of a control plane for tests, with the openssl command.
 
-One authority signs everything; P-256 keys, since one takes 10 ms. Imports nothing of ovsmesh.
+One authority signs everything; P-256 keys, since one takes 10 ms.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """How tests reach an API server as anyone: by client certificate, by service account token, by kubectl.
 
-Knows identities and requests; what runs the API server is controlplane. Imports labnet (to open a connection
-inside a namespace) and model's errors, nothing else of ovsmesh.
+tests/support/controlplane.py runs the API server.
 """
 
 from __future__ import annotations
@@ -110,7 +109,7 @@ class Reach:
         return self.token(account, pod=name, namespace=namespace)
 
     def token_kubeconfig(self, name: str, token: str) -> Path:
-        """For who holds the token, which stands in a file beside it: token_file(name), to be written anew."""
+        """Return a kubeconfig whose token is in a file beside it: token_file(name), which may be written again."""
         self.token_file(name).write_text(token)
         path = self.folder / f"{name}.kubeconfig"
         path.write_text(json.dumps(kubeconfig(self.url, self.ca, {"tokenFile": str(self.token_file(name))}, True)))

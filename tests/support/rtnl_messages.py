@@ -1,4 +1,4 @@
-"""Netlink messages as the kernel would tell them, of one host that is wired, for the tests of the mirror."""
+"""Netlink messages as the kernel would send them, of one host that is wired, for the tests of the cache."""
 
 from __future__ import annotations
 

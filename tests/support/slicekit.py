@@ -1,4 +1,4 @@
-"""What tests of the mesh from MeshSlices share: slices on a stub, sources of them, a turn to tell of."""
+"""What tests of the mesh from MeshSlices share: slices on a stub, sources of them, a reconcile result."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def reasons(snapshot: Snapshot) -> list[str]:
 
 
 def becomes(source: SliceSource, names: str, confirmed: bool = True, within: float = 20.0) -> Snapshot:
-    """Waits at the bell, as the loop does, until the snapshot is this."""
+    """Wait for the source to wake, as the loop does, until the snapshot is this."""
     end = time.monotonic() + within
     while True:
         found = source.snapshot()

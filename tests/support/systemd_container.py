@@ -1,7 +1,7 @@
 """A fresh Debian as a machine of its own: its root file system, a real systemd as process 1, a namespace's network.
 
-Knows mmdebstrap, unshare and nsenter; nothing of ovsmesh but where its package is. The image is made once, in
-the cache folder; it holds the packages that bootstrap.sh asks for as files, since a lab has no way to a mirror.
+The image is made once, by mmdebstrap, in the cache folder. It holds the packages that bootstrap.sh asks for as
+files, since a lab has no way to a mirror.
 
 The kernel of the build machines has no openvswitch. What stands in for one is told to the machine as its
 hardware: a list of modules that says yes, a modprobe that does, and a unit that puts eth0 and its address
