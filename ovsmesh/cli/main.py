@@ -1,11 +1,12 @@
-"""The command line: one thin command each, and nothing decided here.
+"""The command line: one thin command each.
 
-Each command imports what it needs when it runs, so that the agent carries no table drawing and
-`status` no lab. Every option can be set as OVSMESH_<COMMAND>_<OPTION>.
+A command imports what it needs when it runs, so the agent does not carry the lab. Every option can be set as
+OVSMESH_<COMMAND>_<OPTION>.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from ovsmesh.agent.result import ReconcileResult
 
 CONTROLLER_LISTEN = "127.0.0.1:9475"
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 class _Lazy(click.Group):
-    """Loads the lab's commands when they are asked for."""
+    """Loads the lab's commands when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*super().list_commands(ctx), "lab"])
@@ -43,58 +45,79 @@ class _Lazy(click.Group):
 @click.group(cls=_Lazy, context_settings={"auto_envvar_prefix": "OVSMESH", "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ovsmesh")
 def cli() -> None:
-    """One flat network for the pods and containers of many hosts, on Open vSwitch."""
+    """Connect the pods and containers of many hosts in one flat network, on Open vSwitch."""
 
 
-def _common(command: Callable[..., None]) -> Callable[..., None]:
-    """What names a node and its mesh. None means: as the agent that ran here last, or the default."""
-    for option in (
-        click.option("--mesh", metavar="FILE", help="The mesh file (a Mesh object in YAML)."),
-        click.option("--node", metavar="NAME", help="This node's name in the mesh.  [default: the hostname]"),
-        click.option("--ovsdb", metavar="unix:PATH", help=f"The OVS database.  [default: {DEFAULT_OVSDB}]"),
-        click.option("--state-dir", metavar="DIR", default=DEFAULT_STATE, show_default=True, help="The agent's state."),
-    ):
-        command = option(command)
-    return command
+def _option(name: str, text: str, default: str | None = None, usual: str = "", **settings: Any) -> Decorator:
+    """Return an option. `usual` is shown as the default of one whose default is decided later."""
+    shown = f"{text}  [default: {usual}]" if usual else text
+    return click.option(*name.split(), help=shown, default=default, show_default=default is not None, **settings)
 
 
-def _containers(command: Callable[..., None]) -> Callable[..., None]:
-    """What plugs containers in."""
-    for option in (
-        click.option("--cni-dir", metavar="DIR", help="Holds the CNI conflist, e.g. /etc/cni/net.d.  [default: none]"),
-        click.option("--cni-bin-dir", metavar="DIR:DIR…", help=f"Hold the CNI plugins.  [default: {CNI_BIN_DIR}]"),
-        click.option(
-            "--docker",
-            type=click.Choice(["auto", "replace", "off"]),
-            help="replace: docker0 gives way to kbr0. auto: never restarts Docker; says what to do.  [default: auto]",
-        ),
-        click.option("--docker-config", metavar="FILE", help="[default: /etc/docker/daemon.json]"),
-        click.option("--docker-socket", metavar="PATH", help="[default: /var/run/docker.sock]"),
-        click.option(
-            "--docker-restart", metavar="'ARGV …'", help="Without a shell.  [default: systemctl restart docker]"
-        ),
-        click.option(
-            "--docker-timeout",
-            metavar="SECONDS",
-            type=click.FloatRange(1, 3600),
-            help="For the restart command, and again for dockerd to answer.  [default: 120]",
-        ),
-    ):
-        command = option(command)
-    return command
+def _listen(default: str) -> Decorator:
+    return _option("--listen", "Address for /metrics, /healthz and /readyz.", default, metavar="ADDR:PORT")
+
+
+def _kubeconfig(text: str) -> Decorator:
+    usual = "$KUBECONFIG, the pod's service account, ~/.kube/config"
+    return _option("--kubeconfig", text, usual=usual, metavar="FILE")
+
+
+_SECONDS = click.FloatRange(0)
+_LEVELS = click.Choice(["debug", "info", "warning", "error"])
+_log_level = _option("--log-level", "Least severity that is logged.", "info", type=_LEVELS)
+_state_dir = _option("--state-dir", "Directory in which the agent keeps its state.", DEFAULT_STATE, metavar="DIR")
+_NODE = (
+    _option("--mesh", "Mesh file: a Mesh object in YAML.", metavar="FILE"),
+    _option("--node", "Name of this node in the mesh.", usual="the hostname", metavar="NAME"),
+    _option("--ovsdb", "Socket of the Open vSwitch database.", usual=DEFAULT_OVSDB, metavar="unix:PATH"),
+    _state_dir,
+)
+"""Options that name a node, its mesh and its switch. None means: as the agent that last ran here, or the default."""
+_CONTAINERS = (
+    _option("--cni-dir", "Directory for the CNI conflist, for example /etc/cni/net.d.", usual="none", metavar="DIR"),
+    _option("--cni-bin-dir", "Directories of the CNI plugins.", usual=CNI_BIN_DIR, metavar="DIR:DIR…"),
+    _option(
+        "--docker",
+        "replace: move Docker's containers from docker0 to kbr0. auto: never restart Docker, say what to do. "
+        "off: leave Docker alone.",
+        usual="auto",
+        type=click.Choice(["auto", "replace", "off"]),
+    ),
+    _option("--docker-config", "Configuration of Docker.", usual="/etc/docker/daemon.json", metavar="FILE"),
+    _option("--docker-socket", "Socket of Docker.", usual="/var/run/docker.sock", metavar="PATH"),
+    _option(
+        "--docker-restart",
+        "Command that restarts Docker, run without a shell.",
+        usual="systemctl restart docker",
+        metavar="'ARGV …'",
+    ),
+    _option(
+        "--docker-timeout",
+        "Time for the restart command, and again for Docker to answer.",
+        usual="120",
+        metavar="SECONDS",
+        type=click.FloatRange(1, 3600),
+    ),
+)
+
+
+def _with(*options: Decorator) -> Decorator:
+    """Return one decorator for several options, which help shows in this order."""
+    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
 _PATHS = ("mesh", "cni_dir", "docker_config", "docker_socket")
 
 
 def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What was said, with paths that mean the same from anywhere."""
-    said = {name: value for name, value in options.items() if value is not None and value != ""}
-    return said | {name: os.path.abspath(said[name]) for name in _PATHS if name in said}
+    """Return the options that were given, their paths made absolute."""
+    given = {name: value for name, value in options.items() if value is not None and value != ""}
+    return given | {name: os.path.abspath(given[name]) for name in _PATHS if name in given}
 
 
 def _options(state_dir: str, options: Mapping[str, Any]) -> Options:
-    """What was not said is as the agent that last ran here has it, so `ovsmesh status` needs no option."""
+    """Return all options: what was not given is as the agent that last ran here has it."""
     from ovsmesh.agent.options import remembered
 
     return remembered(state_dir, _chosen(options))
@@ -106,18 +129,13 @@ def _root() -> None:
 
 
 @cli.command()
-@_common
-@_containers
-@click.option(
-    "--listen", metavar="ADDR:PORT", default=DEFAULT_LISTEN, show_default=True, help="/metrics, /healthz, /readyz."
-)
-@click.option("--kubeconfig", metavar="FILE", help="Read the mesh from this cluster.  [default: in a pod, its own]")
-@click.option("--once", is_flag=True, help="Apply until nothing is left to do, then exit: 0 converged, 1 not.")
-@click.option(
-    "--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]), show_default=True
-)
+@_with(*_NODE, *_CONTAINERS)
+@_listen(DEFAULT_LISTEN)
+@_option("--kubeconfig", "Kubernetes cluster to read the mesh from.", usual="in a pod, its own", metavar="FILE")
+@click.option("--once", is_flag=True, help="Apply changes until none is left, then exit: 0 converged, 1 not.")
+@_log_level
 def agent(listen: str, once: bool, log_level: str, **options: Any) -> None:
-    """Keep this node's part of the mesh true, until SIGTERM; what is in place then stays."""
+    """Keep this node's part of the mesh in sync until SIGTERM. What is in place then stays."""
     from ovsmesh.agent import main as room
     from ovsmesh.agent.options import Options
 
@@ -146,7 +164,7 @@ def _in_pod() -> None:
 
 
 def _stop_fd() -> int:
-    """A file descriptor that becomes readable at SIGTERM or SIGINT."""
+    """Return a file descriptor that becomes readable at SIGTERM or SIGINT."""
     read, write = os.pipe()
     for fd in (read, write):
         os.set_blocking(fd, False)
@@ -157,7 +175,7 @@ def _stop_fd() -> int:
 
 
 def _tell(turn: ReconcileResult) -> None:
-    """The last word of `agent --once`: what is left, and why."""
+    """Print how `agent --once` ended: what is left to do, and why."""
     for line in turn.plan.lines():
         click.echo(line, err=True)
     for problem in turn.problems:
@@ -166,10 +184,12 @@ def _tell(turn: ReconcileResult) -> None:
 
 
 @cli.command()
-@_common
-@_containers
+@_with(*_NODE, *_CONTAINERS)
 def plan(state_dir: str, **options: Any) -> None:
-    """Print what the agent would change now; exit 0: nothing, 2: changes, 1: an error or something in the way."""
+    """Print what the agent would change now.
+
+    Exit status: 0 nothing, 2 changes, 1 an error or a conflict with something unmanaged.
+    """
     from ovsmesh.cli import inspect
 
     _root()
@@ -186,15 +206,12 @@ def plan(state_dir: str, **options: Any) -> None:
 
 
 @cli.command()
-@_common
-@_containers
-@click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
-@click.option("--cluster", is_flag=True, help="One line a node, as the Kubernetes API has it; needs no root.")
-@click.option(
-    "--kubeconfig", metavar="FILE", help="With --cluster.  [default: $KUBECONFIG, in-cluster, ~/.kube/config]"
-)
+@_with(*_NODE, *_CONTAINERS)
+@_option("-o --output", "Format of the output.", "table", type=click.Choice(["table", "json", "yaml"]))
+@click.option("--cluster", is_flag=True, help="Show all nodes, as the Kubernetes API has them. Does not need root.")
+@_kubeconfig("Cluster to ask, with --cluster.")
 def status(state_dir: str, output: str, cluster: bool, kubeconfig: str | None, **options: Any) -> None:
-    """Show this node and each peer: what is there, what is missing and why. Or, with --cluster, all nodes."""
+    """Show this node and each peer: what is in place, what is missing and why."""
     if cluster:
         from ovsmesh.cli import cluster_status
 
@@ -207,62 +224,61 @@ def status(state_dir: str, output: str, cluster: bool, kubeconfig: str | None, *
 
 
 @cli.command()
-@_common
-@_containers
-@click.option("--dry-run", is_flag=True, help="Print what would be removed and restored.")
+@_with(*_NODE, *_CONTAINERS)
+@click.option("--dry-run", is_flag=True, help="Print what would be removed and restored, change nothing.")
 def cleanup(state_dir: str, dry_run: bool, **options: Any) -> None:
-    """Remove all of ours and nothing else, put back what was there, and prove it."""
-    from ovsmesh.agent import cleanup as room
+    """Remove everything that ovsmesh made and nothing else, and restore what it changed.
+
+    Looks again afterwards and prints what is left. Exit status: 0 when nothing is, else 1.
+    """
+    from ovsmesh.agent.cleanup import cleanup as clean_up
 
     _root()
-    lines, clean = room.cleanup(_options(state_dir, options), dry_run)
+    lines, clean = clean_up(_options(state_dir, options), dry_run)
     for line in lines:
         click.echo(line)
     sys.exit(0 if clean else 1)
 
 
 @cli.command()
-@_common
-@click.option(
-    "--print", "printed", is_flag=True, help="This host's part of the mesh as a shell script without ovsmesh."
-)
-@click.option("--check", "checked", is_flag=True, help="What a node needs, and whether this host has it; exit 1: not.")
-@click.option("--wait", "waited", type=click.FloatRange(0), metavar="SECONDS", help="Until the agent has converged.")
+@_with(*_NODE)
+@_option("--check checked", "Check whether this host has what a node needs. Exit status 1: it has not.", is_flag=True)
+@_option("--print printed", "Print this host's part of the mesh as a shell script without ovsmesh.", is_flag=True)
+@_option("--wait waited", "Wait until the agent has converged, ping each peer.", metavar="SECONDS", type=_SECONDS)
 def bootstrap(state_dir: str, printed: bool, checked: bool, waited: float | None, **options: Any) -> None:
-    """Make a host ready: what it needs, its recipe, its first success. scripts/bootstrap.sh does all of it."""
-    from ovsmesh.cli import bootstrap as room
+    """Help to make this host a node. scripts/bootstrap.sh does all of it."""
+    from ovsmesh.cli.bootstrap import await_converged, check, script
 
     if [printed, checked, waited is not None].count(True) != 1:
         raise click.UsageError("give one of --print, --check and --wait SECONDS")
     _root()
-    told = _options(state_dir, options)
+    chosen = _options(state_dir, options)
     if printed:
-        text, problems = room.script(told)
+        text, problems = script(chosen)
         click.echo(text, nl=False)
         for problem in problems:
             click.echo(f"! {problem}", err=True)
         sys.exit(1 if any(p.fatal for p in problems) else 0)
     if checked:
-        found = room.check(told)
-        for line in found:
+        checks = check(chosen)
+        for line in checks:
             click.echo(str(line))
-        sys.exit(1 if any(c.state == "FAIL" for c in found) else 0)
-    lines, converged = room.await_converged(told, waited or 0.0)
+        sys.exit(1 if any(line.state == "FAIL" for line in checks) else 0)
+    lines, converged = await_converged(chosen, waited or 0.0)
     for text in lines:
         click.echo(text)
     sys.exit(0 if converged else 1)
 
 
 @cli.command()
-@click.option("--kubeconfig", metavar="FILE", help="[default: $KUBECONFIG, in-cluster, ~/.kube/config]")
-@click.option(
-    "--listen", metavar="ADDR:PORT", default=CONTROLLER_LISTEN, show_default=True, help="/metrics, /healthz, /readyz."
-)
-@click.option(
-    "--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]), show_default=True
-)
+@_kubeconfig("Cluster to work in.")
+@_listen(CONTROLLER_LISTEN)
+@_log_level
 def controller(kubeconfig: str | None, listen: str, log_level: str) -> None:
-    """Keep the mesh of a Kubernetes cluster: Nodes in, MeshSlices and Nodes' conditions out; until SIGTERM."""
+    """Run the controller of a Kubernetes cluster until SIGTERM.
+
+    Reads Nodes; writes MeshSlices and the Nodes' conditions.
+    """
     from ovsmesh.cli import cluster_status
     from ovsmesh.controller import controller as room
     from ovsmesh.kube.client import Api
@@ -273,21 +289,24 @@ def controller(kubeconfig: str | None, listen: str, log_level: str) -> None:
 
 @cli.command()
 @click.argument("digest")
-@click.option("--state-dir", metavar="DIR", default=DEFAULT_STATE, show_default=True)
+@_state_dir
 def confirm(digest: str, state_dir: str) -> None:
-    """Let the agent carry out the mass removal that it holds back; DIGEST is in its message and in `status`."""
+    """Confirm the mass removal that the agent holds back.
+
+    DIGEST is in the agent's message and in `status`.
+    """
     from ovsmesh.state_dir import StateDir
 
     StateDir(state_dir).request_confirm(digest)
 
 
 def kubectl() -> None:
-    """The console script kubectl-ovsmesh, for `kubectl ovsmesh …`: there `status` is the cluster's."""
+    """Run `kubectl ovsmesh …`, the console script kubectl-ovsmesh. Its `status` is the cluster's."""
     main(prog_name="kubectl ovsmesh", default_map={"status": {"cluster": True}})
 
 
 def main(**settings: Any) -> None:
-    """The console script: an error that a user can mend is one line on standard error, exit 1."""
+    """Run the console script. An error that a user can correct is one line on standard error, exit status 1."""
     try:
         cli(standalone_mode=True, **settings)
     except OvsmeshError as error:
