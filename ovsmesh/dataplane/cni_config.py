@@ -170,7 +170,7 @@ def standing(cni: CniFacts, want: Mapping[str, str], have: Mapping[str, str]) ->
         state = "kept" if there else "none"
     else:
         state = "written" if wanted_text == there else "differs" if there else "waits"
-    told = dict(words(there or wanted_text)) if there or wanted_text else {}
+    told = dict(summary(there or wanted_text)) if there or wanted_text else {}
     plugins = tuple(filter(None, told.get("plugins", "").split(",")))
     return Standing(f"{cni.directory}/{FILE}", state, told.get("version", ""), plugins)
 
@@ -234,8 +234,8 @@ def judge(directory: str, files: Mapping[str, File]) -> tuple[dict[str, str], li
     return ours, unmanaged, said
 
 
-def words(conf: str) -> list[tuple[str, str]]:
-    """What a reader of a plan wants to know of a conflist: word and text."""
+def summary(conf: str) -> list[tuple[str, str]]:
+    """Return what a reader of a plan wants to know of a conflist, as pairs of field and text."""
     network, bad, found = _network(FILE, File(conf.encode()))
     if bad or found is None:
         return [("network", network), ("version", ""), ("mtu", ""), ("ranges", ""), ("plugins", bad)]

@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 
 from ovsmesh.dataplane import cni_config, desired
 from ovsmesh.dataplane.plan import Plan, Step
-from ovsmesh.dataplane.types import KBR, Dataplane, Facts, Observed, Unmanaged
+from ovsmesh.dataplane.types import KBR, PEER_KINDS, Dataplane, Facts, Observed, Unmanaged
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.reasons import Reason
 
-PEER_KINDS = ("filter_peers", "ports", "flows", "neighbours", "fdb", "routes")
-"""Fields of Dataplane that hold parts of peers."""
 _SHOWN = 8
 """Lines about one thing before the text says "and N more"; the table and JSON hold all."""
 

@@ -172,6 +172,8 @@ class Dataplane:
 
 
 KINDS: tuple[str, ...] = tuple(f.name for f in fields(Dataplane))
+PEER_KINDS = ("filter_peers", "ports", "flows", "neighbours", "fdb", "routes")
+"""The kinds that grow with the mesh: each peer has parts of them."""
 
 
 class Unmanaged(NamedTuple):

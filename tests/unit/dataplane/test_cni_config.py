@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovsmesh.dataplane.cni_config import FILE, File, judge, problems, standing, wanted, words
+from ovsmesh.dataplane.cni_config import FILE, File, judge, problems, standing, summary, wanted
 from ovsmesh.dataplane.desired import dataplane
 from ovsmesh.dataplane.plan import plan
 from ovsmesh.dataplane.types import CniFacts, CniPlugin, Dataplane, Observed
@@ -77,7 +77,7 @@ def test_two_ranges_of_a_family_give_a_pod_one_address() -> None:
 
 def test_a_kernel_without_ipv6_gets_no_ipv6() -> None:
     facts = dataclasses.replace(FACTS, cni=cni(), ipv6=False)
-    assert dict(words(want(first(3), facts=facts).cni[FILE]))["ranges"] == "10.97.1.0/24"
+    assert dict(summary(want(first(3), facts=facts).cni[FILE]))["ranges"] == "10.97.1.0/24"
 
 
 @pytest.mark.parametrize(
