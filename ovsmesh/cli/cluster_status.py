@@ -21,7 +21,8 @@ from ovsmesh.dataplane.report import age
 from ovsmesh.dataplane.report_text import clean, table
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import Api, Config, NotFound, Object, in_cluster, load, path_of
-from ovsmesh.mesh.meshslice import Entry, parse_slice
+from ovsmesh.mesh.meshslice import parse_slice
+from ovsmesh.mesh.types import Node
 from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
 from ovsmesh.reasons import Reason
 
@@ -31,7 +32,7 @@ class Cluster:
     """What the API says of the mesh at one time (`now`, seconds since the epoch)."""
 
     mesh: Mapping[str, Any] | None
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, Node]
     reports: Mapping[str, AgentReport]
     now: float
 
@@ -57,7 +58,8 @@ def read(api: Api) -> Cluster:
     except NotFound:
         mesh = None
     found = [parse_slice(item) for page in api.pages(MESH_SLICES) for item in page.items]
-    entries = {entry.name: entry for one in found if one.mesh == DEFAULT_MESH for entry in one.nodes}
+    nodes = [node for one in found if one.mesh == DEFAULT_MESH for node in one.nodes if isinstance(node, Node)]
+    entries = {node.name: node for node in nodes}
     told = [node_conditions.parse_meshnode(item) for page in api.pages(MESH_NODES) for item in page.items]
     return Cluster(mesh, entries, {report.name: report for report in told}, time.time())
 
@@ -71,7 +73,7 @@ def rows(cluster: Cluster) -> list[dict[str, Any]]:
     return sorted(made, key=lambda row: row["state"] == "converged")
 
 
-def _row(name: str, entry: Entry | None, report: AgentReport | None, now: float) -> dict[str, Any]:
+def _row(name: str, entry: Node | None, report: AgentReport | None, now: float) -> dict[str, Any]:
     state, message = "converged", ""
     if report is None or report.converged is None:
         state, message = "unknown", "its agent has not reported"
@@ -92,8 +94,8 @@ def _row(name: str, entry: Entry | None, report: AgentReport | None, now: float)
     return {
         "name": name,
         "state": state,
-        "address": entry.address if entry else "",
-        "podCIDRs": list(entry.pod_cidrs) if entry else [],
+        "address": str(entry.address) if entry else "",
+        "podCIDRs": [str(cidr) for cidr in entry.pod_cidrs] if entry else [],
         "peers": {"wanted": told.wanted, "installed": told.installed, "up": told.up},
         "mtu": told.mtu,
         "versions": {"agent": told.agent, "ovs": told.ovs, "kernel": told.kernel},

@@ -12,7 +12,7 @@ import random
 import select
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ovsmesh.controller import node_conditions, slice_layout
 from ovsmesh.controller.garbage_collector import GarbageCollector
@@ -29,6 +29,7 @@ from ovsmesh.kube.events import EventRecorder
 from ovsmesh.kube.leader_election import LeaderElector, Timing
 from ovsmesh.kube.reflector import Reflector, Wakeup
 from ovsmesh.mesh import meshslice
+from ovsmesh.mesh.types import Node
 from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
 from ovsmesh.reasons import Reason
 
@@ -234,7 +235,7 @@ class Controller:
         if self._seen is not None:
             pauses.append(self._mesh_writer.tell(seen.mesh, self._membership, self._converged, now))
             if seen.nodes:  # an empty list never means that everyone has left
-                pauses.append(self._collector.turn(seen.reports, seen.nodes, self._membership.statics, now))
+                pauses.append(self._collector.turn(seen.reports, seen.nodes, self._membership.static, now))
         pauses += [self._again_at - now, self._survey_at - now]
         return max(0.0, min(pauses))
 
@@ -251,7 +252,7 @@ class Controller:
         if self._seen is None or now >= self._again_at or basis != self._basis:
             self._members(seen, there, now)
             self._basis = (*basis[:3], self._slice_writer.now(seen.slices))
-            self._mesh_writer.warn(seen.mesh, self._membership.static)
+            self._mesh_writer.warn(seen.mesh, self._membership.static_problems)
         self._converged = self._count(seen)
         self._survey_at = now + self._node_writer.survey(seen.nodes, self._membership, seen.reports)
         self._seen = seen
@@ -261,22 +262,22 @@ class Controller:
     def _members(self, seen: _Seen, there: Mapping[str, meshslice.MeshSlice], now: float) -> None:
         assert seen.mesh is not None
         self._mesh_writer.take(seen.mesh)
-        held = [entry for one in there.values() if one.mesh == DEFAULT_MESH for entry in one.nodes]
+        slices = [one for one in there.values() if one.mesh == DEFAULT_MESH]
+        held = [node for one in slices for node in one.nodes if isinstance(node, Node)]
         self._again_at = float("inf")
         mesh = self._mesh_writer.mesh
         if mesh is None or self._vanished(seen.nodes, held):
             return
-        found = membership_of(mesh, tuple(map(str, mesh.cluster_cidrs)), seen.nodes.values(), held)
+        found = membership_of(mesh, seen.nodes.values(), held)
         self._membership = Membership(
-            found.entries, {**found.problems, **self._lacks(found)}, found.static, found.statics
+            found.members, {**found.problems, **self._lacks(found)}, found.static_problems, found.static
         )
         due = self._pacer.due(now)
-        settings = meshslice.settings_of(mesh)
         writer = self._slice_writer
-        made, whole = writer.write(found.entries, settings, seen.mesh.generation, seen.slices, due <= now)
+        made, whole = writer.write(found.members, mesh.settings, seen.mesh.generation, seen.slices, due <= now)
         if made:
-            self._pacer.wrote(now, len(set(found.entries).symmetric_difference(held)))
-            log.info("%d members, %d refused: %d slices written", len(found.entries), len(found.problems), made)
+            self._pacer.wrote(now, _differences(found.members, held))
+            log.info("%d members, %d refused: %d slices written", len(found.members), len(found.problems), made)
         if not whole:
             self._again_at = max(due, now + (_REFUSED if writer.refused else 0.02))
 
@@ -288,14 +289,14 @@ class Controller:
             if name in found.problems and found.problems[name].reason == Reason.PodCIDRMissing
         }
 
-    def _vanished(self, nodes: Mapping[str, NodeView], held: list[meshslice.Entry]) -> bool:
+    def _vanished(self, nodes: Mapping[str, NodeView], held: list[Node]) -> bool:
         """No Node at all where slices hold some: an empty list never means that everyone has left."""
         before = sum(bool(entry.uid) for entry in held)
         if nodes or before <= _FEW:
             return False
         message = f"the API has no Node any more, while {before} are in the mesh: slices are left as they are"
         self._membership = Membership(
-            tuple(sorted(held)),
+            tuple(sorted(held, key=lambda node: node.name)),
             {},
             (Problem(Reason.NodesVanished, message),),
             frozenset(e.name for e in held if not e.uid),
@@ -304,9 +305,9 @@ class Controller:
 
     def _count(self, seen: _Seen) -> int:
         found = 0
-        for entry in self._membership.entries:
+        for entry in self._membership.members:
             report, node = seen.reports.get(entry.name), seen.nodes.get(entry.name)
-            own = entry.name in self._membership.statics or (node is not None and speaks_for(report, node))
+            own = entry.name in self._membership.static or (node is not None and speaks_for(report, node))
             found += own and report is not None and report.converged is not None and report.converged.status == "True"
         return found
 
@@ -321,13 +322,14 @@ class Controller:
         if all(node.pod_cidrs or node.excluded for node in seen.nodes.values()):
             self._lacking = {}
             return IDLE
-        others = [entry.pod_cidrs for entry in self._membership.entries]
-        others += [tuple(map(str, node.pod_cidrs)) for node in mesh.nodes]
-        others += [entry.pod_cidrs for one in seen.slices.values() for entry in one.nodes]
+        others = [*self._membership.members, *mesh.nodes]
+        others += [node for one in seen.slices.values() for node in one.nodes if isinstance(node, Node)]
         asked = seen.mesh.subnet_length
         before = self._lacking
         try:
-            self._lacking, more = self._allocator.turn(seen.nodes, mesh.cluster_cidrs, asked, others, now)
+            self._lacking, more = self._allocator.turn(
+                seen.nodes, mesh.cluster_cidrs, asked, [c for node in others for c in node.pod_cidrs], now
+            )
         except Conflict as error:
             log.info("lease: %s", error)
             return 0.1
@@ -344,9 +346,9 @@ class Controller:
         counts = Counts(
             synced=not waiting,
             leads=self.lease.is_leader,
-            nodes=len(self._membership.entries),
+            nodes=len(self._membership.members),
             converged=self._converged,
-            refused=len(self._membership.problems) + len(self._membership.static),
+            refused=len(self._membership.problems) + len(self._membership.static_problems),
             slices=len(self.slices.collection().items),
             turns=self._turns,
             slice_writes=self._slice_writer.writes,
@@ -356,6 +358,12 @@ class Controller:
             waiting=waiting,
         )
         self._health.report(counts)
+
+
+def _differences(now: Iterable[Node], before: Iterable[Node]) -> int:
+    """Return how many members came, changed or left."""
+    old = {node.name: node for node in before}
+    return sum(old.pop(node.name, None) != node for node in now) + len(old)
 
 
 def identity() -> str:

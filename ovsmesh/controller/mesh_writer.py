@@ -6,7 +6,6 @@ are widened as Nodes come, until someone edits them. Imports meshfile, ranges, r
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from ovsmesh.controller.node_conditions import mesh_status
 from ovsmesh.errors import Problem
 from ovsmesh.kube.client import JSON, Api, Conflict, Forbidden, Invalid, NotFound, Object, path_of
 from ovsmesh.kube.events import EventRecorder, ObjectReference
-from ovsmesh.mesh.manifest import parse
+from ovsmesh.mesh.manifest import parse_object
 from ovsmesh.mesh.types import Mesh, MeshError
 from ovsmesh.names import API_VERSION, DEFAULT_MESH, MESH, MESHES
 from ovsmesh.reasons import Reason
@@ -87,7 +86,7 @@ class MeshWriter:
         self._api, self._events = api, events
         self.mesh: Mesh | None = None
         self.problems: tuple[Problem, ...] = ()
-        self._text = ""
+        self._spec: dict[str, Any] | None = None
         self._told: set[str] = set()
         self._written: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         self._next = 0.0
@@ -160,12 +159,12 @@ class MeshWriter:
         return True
 
     def take(self, view: MeshView) -> None:
-        text = json.dumps({"apiVersion": API_VERSION, "kind": MESH, "spec": view.spec})
-        if text == self._text:
+        if view.spec == self._spec:
             return
-        self._text = text
+        self._spec = view.spec
+        found = {"apiVersion": API_VERSION, "kind": MESH, "spec": view.spec}
         try:
-            self.mesh, self.problems = parse(text, f"Mesh {DEFAULT_MESH}")
+            self.mesh, self.problems = parse_object(found, f"Mesh {DEFAULT_MESH}")
         except MeshError as error:
             self.problems = (Problem(Reason.MeshInvalid, f"{error}; the slices stay as they are"),)
 

@@ -181,8 +181,12 @@ def mesh_status(
     now: float,
 ) -> dict[str, Any]:
     """The Mesh's status. `before` is what it is now, for the times of the conditions."""
-    nodes = len(membership.entries)
-    problems = [*more, *membership.static, *(membership.problems[name] for name in sorted(membership.problems))]
+    nodes = len(membership.members)
+    problems = [
+        *more,
+        *membership.static_problems,
+        *(membership.problems[name] for name in sorted(membership.problems)),
+    ]
     if problems:
         shown = "; ".join(map(str, problems[:_SHOWN]))
         rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""

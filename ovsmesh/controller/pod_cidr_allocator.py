@@ -50,7 +50,7 @@ class Allocator:
         nodes: Mapping[str, NodeView],
         clusters: tuple[IPNetwork, ...],
         asked: int | None,
-        others: Iterable[tuple[str, ...]],
+        others: Iterable[IPNetwork],
         now: float,
     ) -> tuple[dict[str, Problem], bool]:
         """Gives the next Nodes theirs; a Problem for each that can't have any, and whether more are waiting.
@@ -75,7 +75,7 @@ class Allocator:
         problems: dict[str, Problem] = {}
         if new:
             texts = [node.pod_cidrs for node in nodes.values()]
-            taken = _networks([*texts, *others, *self._reserved.values()])
+            taken = [*_networks([*texts, *self._reserved.values()]), *others]
             found = allocate(clusters, length, taken, [node.uid for node in new])
             if found:
                 self._reserve({**self._reserved, **found})

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ovsmesh.mesh.meshslice import MOST, Entry, MeshSettings, MeshSlice, slice_name, slice_spec
+from ovsmesh.mesh.meshslice import MOST, MeshSlice, slice_name, slice_spec
+from ovsmesh.mesh.types import MeshSettings, Node
 
 _FAR = 16
 """Slices that may be missing at once and are still made again at their own place."""
@@ -32,7 +33,7 @@ class Write(NamedTuple):
 
 
 def assign(
-    mesh: str, wanted: Sequence[Entry], settings: MeshSettings, generation: int, there: Iterable[MeshSlice]
+    mesh: str, wanted: Sequence[Node], settings: MeshSettings, generation: int, there: Iterable[MeshSlice]
 ) -> tuple[Write, ...]:
     """The fewest writes that make the slices say `wanted` (unique names) and `settings`; none when they do.
 
@@ -99,26 +100,26 @@ def _known(mesh: str, there: Iterable[MeshSlice]) -> tuple[dict[int, MeshSlice],
     return own, strays, counted
 
 
-def _keep(wanted: Sequence[Entry], own: Mapping[int, MeshSlice]) -> tuple[dict[int, list[Entry]], set[int]]:
+def _keep(wanted: Sequence[Node], own: Mapping[int, MeshSlice]) -> tuple[dict[int, list[Node]], set[int]]:
     """Everyone who has a place at it, by the new entry; and the slices that are changed by this."""
     new = {entry.name: entry for entry in wanted}
     seen: set[str] = set()
-    places: dict[int, list[Entry]] = {}
+    places: dict[int, list[Node]] = {}
     dirty: set[int] = set()
     for index, found in sorted(own.items()):
-        stay: list[Entry] = []
+        stay: list[Node] = []
         for old in found.nodes:
-            entry = new.get(old.name)
-            if entry is not None and old.name not in seen and len(stay) < MOST:
-                seen.add(old.name)
-                stay.append(entry)
+            node = new.get(old.name) if isinstance(old, Node) else None
+            if node is not None and node.name not in seen and len(stay) < MOST:
+                seen.add(node.name)
+                stay.append(node)
         if tuple(stay) != found.nodes:
             dirty.add(index)
         places[index] = stay
     return places, dirty
 
 
-def _place(wanted: Sequence[Entry], places: dict[int, list[Entry]], dirty: set[int]) -> None:
+def _place(wanted: Sequence[Node], places: dict[int, list[Node]], dirty: set[int]) -> None:
     """Gives those without one a place: in slices that are written anyway, then where most fit, then in new ones."""
     placed = {entry.name for nodes in places.values() for entry in nodes}
     left = [entry for entry in wanted if entry.name not in placed]

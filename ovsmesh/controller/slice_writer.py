@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from ovsmesh.controller.slice_layout import Write, assign
 from ovsmesh.kube.client import Api, Conflict, Forbidden, Invalid, NotFound, Object, path_of
-from ovsmesh.mesh.meshslice import Entry, MeshSettings, MeshSlice, labels, parse_slice
+from ovsmesh.mesh.meshslice import MeshSlice, labels, parse_slice
+from ovsmesh.mesh.types import MeshSettings, Node
 from ovsmesh.names import API_VERSION, MESH_SLICE, MESH_SLICES
 
 log = logging.getLogger("ovsmesh")
@@ -50,7 +51,7 @@ class SliceWriter:
 
     def write(
         self,
-        wanted: Sequence[Entry],
+        wanted: Sequence[Node],
         settings: MeshSettings,
         generation: int,
         watched: Mapping[str, MeshSlice],

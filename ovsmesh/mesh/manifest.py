@@ -1,19 +1,22 @@
-"""Knows the Mesh object as a file: text in, Mesh out, and a Problem for each node that can't be used.
+"""The Mesh object as a file or as an object of the API: a Mesh, and a Problem for each node that can't be used.
 
-What spoils the whole file raises MeshError; what spoils one entry refuses that node only, and everyone else
-converges. Nothing here touches the file system or the clock. Imports model, yamltree and claims only.
+What spoils the whole mesh raises MeshError; what spoils one entry refuses that node only, and all others
+converge. Does no I/O and asks no clock.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from ovsmesh.errors import Problem
-from ovsmesh.mesh.types import ENCAPSULATIONS, Mesh, MeshError, Node
-from ovsmesh.mesh.validation import Claim, Refusal, claim, clusters_of, settle
-from ovsmesh.mesh.yaml_reader import Map, Scalar, Tree, kind_of, load, show
+from ovsmesh.mesh.conflicts import settle_entries
+from ovsmesh.mesh.types import ENCAPSULATIONS, IPNetwork, Mesh, MeshError, MeshSettings, Node
+from ovsmesh.mesh.validation import Refusal, clusters_of, validate_node
+from ovsmesh.mesh.yaml_reader import Map, Scalar, Tree, kind_of, load, show, tree_of
 from ovsmesh.names import API_VERSION, DEFAULT_MESH, MESH
 from ovsmesh.reasons import Reason
 
@@ -22,8 +25,11 @@ MAX_CIDRS = 16
 MAX_CLUSTER_CIDRS = 64
 
 _TOP = ("apiVersion", "kind", "metadata", "spec", "status")
-_SPEC = ("clusterCIDRs", "encapsulation", "key", "mtu", "allocatePodCIDRs", "nodeSubnetLength", "nodes")
-_NODE = frozenset(("name", "address", "podCIDRs", "uid", "zone"))
+_SETTINGS = ("clusterCIDRs", "encapsulation", "key", "mtu")
+_SPEC = (*_SETTINGS, "allocatePodCIDRs", "nodeSubnetLength", "nodes")
+_NODE = ("name", "address", "podCIDRs", "uid", "zone")
+NODE_KEYS = frozenset(_NODE)
+"""Fields of an entry."""
 _ONLY_STR = {str}
 _KEY_BITS = {"gre": 32, "vxlan": 24, "geneve": 24}
 """Width of the key: RFC 2890, RFC 7348, RFC 8926."""
@@ -34,14 +40,24 @@ _MTU6 = 1280
 
 
 def parse(text: str | bytes, where: str, last: Mesh | None = None) -> tuple[Mesh, tuple[Problem, ...]]:
-    """The mesh in `text`, and what was refused of it.
+    """Return the mesh in `text`, and what was refused of it. Raises MeshError.
 
-    `where` is the file's path, for messages. `last` is the last mesh that was good: of two nodes that claim
-    one thing, the one that held it there keeps it; a node refused now keeps its entry of there; its Node
-    objects are reused where equal, and it is returned itself where nothing changed. The mesh may be without
-    nodes: whether that is meant is for the caller to judge. Raises MeshError.
+    `where` is the file's path, for messages. `last` is the last good mesh: of two nodes that want one thing, the
+    one that held it there keeps it; a node refused now keeps its entry of there; it is returned itself if nothing
+    changed. The mesh may be without nodes: whether that is meant is for the caller to judge.
     """
-    tree = load(text, where)
+    mesh, problems = _parse(load(text, where), where, last)
+    if last is not None and mesh is not last and text[-1:] not in (b"\n", "\n"):
+        _uncut(mesh, last, where)
+    return mesh, problems
+
+
+def parse_object(found: Mapping[str, Any], where: str) -> tuple[Mesh, tuple[Problem, ...]]:
+    """Return the mesh of a decoded Mesh object, and what was refused of it. Raises MeshError."""
+    return _parse(tree_of(found, where), where, None)
+
+
+def _parse(tree: Tree, where: str, last: Mesh | None) -> tuple[Mesh, tuple[Problem, ...]]:
     if type(tree) is not Map:
         raise MeshError(f"{where}: wanted a Mesh object (apiVersion, kind, spec), found {kind_of(tree)}")
     _known(tree, _TOP, where, "")
@@ -58,27 +74,18 @@ def parse(text: str | bytes, where: str, last: Mesh | None = None) -> tuple[Mesh
     if type(spec) is not Map:
         _bad(where, "spec", spec, f"wanted a mapping, found {kind_of(spec)}")
     _known(spec, _SPEC, where, "spec.")
-    clusters = _clusters(spec, where)
-    networks, _ = clusters_of(clusters)
-    encapsulation = _encapsulation(spec, where)
-    key = _integer(spec, "key", range(1 << _KEY_BITS[encapsulation]), where)
-    lowest = _MTU6 if any(network.version == 6 for network in networks) else _MTU.start
-    mtu = None if spec.get("mtu") == "auto" else _integer(spec, "mtu", range(lowest, _MTU.stop), where, "auto or ")
+    settings = _settings(spec, where)
     _integer(spec, "nodeSubnetLength", range(1, 127), where)
     allocate = _given(spec, "allocatePodCIDRs")
     if allocate is not None and not (isinstance(allocate, Scalar) and allocate.kind == "boolean"):
         _bad(where, "spec.allocatePodCIDRs", allocate, f"wanted true or false, found {kind_of(allocate)}")
-    nodes, problems = _nodes(spec, where, clusters, last)
-    mesh = Mesh(networks, nodes, encapsulation, key, mtu)
-    if last is not None and last == mesh:
-        return last, problems
-    if last is not None and text[-1:] not in (b"\n", "\n"):
-        _uncut(mesh, last, where)
-    return mesh, problems
+    nodes, problems = _nodes(spec, where, tuple(map(str, settings.cluster_cidrs)), last)
+    mesh = Mesh(settings.cluster_cidrs, nodes, *settings[1:])
+    return (last if last is not None and last == mesh else mesh), problems
 
 
 def _uncut(mesh: Mesh, last: Mesh, where: str) -> None:
-    """Refuses a file that ends within a value: "192.0.2.1" of "192.0.2.11" is an address too.
+    """Raise MeshError if a file ends within a value: "192.0.2.1" of "192.0.2.11" is an address too.
 
     Only a value that begins what stood there before tells a cut file from one that just has no
     newline at its end.
@@ -93,25 +100,33 @@ def _uncut(mesh: Mesh, last: Mesh, where: str) -> None:
 
 
 def dump(mesh: Mesh) -> str:
-    """`mesh` in the format that parse() reads: JSON, which is YAML too, one node a line."""
-    spec: dict[str, Any] = {"clusterCIDRs": [str(c) for c in mesh.cluster_cidrs], "encapsulation": mesh.encapsulation}
-    if mesh.key is not None:
-        spec["key"] = mesh.key
-    spec["mtu"] = "auto" if mesh.mtu is None else mesh.mtu
+    """Return `mesh` in the format that parse() reads: JSON, which is YAML too, one node a line."""
+    spec = {**dump_settings(mesh.settings), "nodes": []}
     head = json.dumps({"apiVersion": API_VERSION, "kind": MESH, "metadata": {"name": DEFAULT_MESH}, "spec": spec})
     if not mesh.nodes:
-        return head[:-2] + ', "nodes": []}}\n'
-    return head[:-2] + ', "nodes": [\n' + ",\n".join(map(_dump_node, mesh.nodes)) + "\n]}}\n"
+        return head + "\n"
+    return head[:-3] + "\n" + ",\n".join(json.dumps(dump_node(node)) for node in mesh.nodes) + "\n]}}\n"
 
 
-def _dump_node(node: Node) -> str:
+def dump_settings(settings: MeshSettings) -> dict[str, Any]:
+    """Return `settings` as parse_settings() reads them. No key is null, so that a merge patch removes an old one."""
+    return {
+        "clusterCIDRs": [str(c) for c in settings.cluster_cidrs],
+        "encapsulation": settings.encapsulation,
+        "key": settings.key,
+        "mtu": "auto" if settings.mtu is None else settings.mtu,
+    }
+
+
+def dump_node(node: Node) -> dict[str, Any]:
+    """Return `node` as parse_entry() reads it."""
     entry: dict[str, Any] = {"name": node.name, "address": str(node.address)}
     entry["podCIDRs"] = [str(c) for c in node.pod_cidrs]
     if node.uid:
         entry["uid"] = node.uid
     if node.zone:
         entry["zone"] = node.zone
-    return json.dumps(entry)
+    return entry
 
 
 # ---------------------------------------------------------------- the mesh's own settings
@@ -121,8 +136,8 @@ def _bad(where: str, field: str, value: object, message: str) -> NoReturn:
     raise MeshError(f"{where}: {field} {show(value)}: {message}")
 
 
-def _given(tree: Map, field: str) -> Tree | None:
-    """What stands under `field`; None when it is absent or null, which mean the same."""
+def _given(tree: dict[str, Any], field: str) -> Tree | None:
+    """Return what stands under `field`; None if it is absent or null, which mean the same."""
     value = tree.get(field)
     return None if isinstance(value, Scalar) and value.kind == "null" else value
 
@@ -139,12 +154,29 @@ def _nearest(key: str, known: tuple[str, ...]) -> str:
 def _known(tree: Map, known: tuple[str, ...], where: str, prefix: str) -> None:
     for key in tree:
         if key not in known:
-            message = f"{where}:{tree.line}: unknown key {prefix}{show(key)}: {_nearest(key, known)}"
-            raise MeshError(message)
+            at = f"{where}:{tree.line}" if tree.line else where
+            raise MeshError(f"{at}: unknown key {prefix}{show(key)}: {_nearest(key, known)}")
 
 
-def _clusters(spec: Map, where: str) -> tuple[str, ...]:
-    """The texts of spec.clusterCIDRs, known to be good."""
+def parse_settings(value: object, where: str) -> MeshSettings:
+    """Return the settings in a decoded JSON object, such as a MeshSlice carries. Raises MeshError."""
+    tree = tree_of(value, where)
+    if type(tree) is not Map:
+        raise MeshError(f"{where}: wanted settings, found {kind_of(tree)}")
+    _known(tree, _SETTINGS, where, "spec.")
+    return _settings(tree, where)
+
+
+def _settings(spec: Map, where: str) -> MeshSettings:
+    networks = _clusters(spec, where)
+    encapsulation = _encapsulation(spec, where)
+    key = _integer(spec, "key", range(1 << _KEY_BITS[encapsulation]), where)
+    lowest = _MTU6 if any(network.version == 6 for network in networks) else _MTU.start
+    mtu = None if spec.get("mtu") == "auto" else _integer(spec, "mtu", range(lowest, _MTU.stop), where, "auto or ")
+    return MeshSettings(networks, encapsulation, key, mtu)
+
+
+def _clusters(spec: Map, where: str) -> tuple[IPNetwork, ...]:
     given = _given(spec, "clusterCIDRs")
     field = "spec.clusterCIDRs"
     if given is None or given == []:
@@ -157,12 +189,11 @@ def _clusters(spec: Map, where: str) -> tuple[str, ...]:
     for index, text in enumerate(given):
         if type(text) is not str:
             _bad(where, f"{field}[{index}]", text, f"wanted a CIDR such as 10.97.0.0/16, found {kind_of(text)}")
-    clusters = tuple(given)
     try:
-        clusters_of(clusters)
+        return clusters_of(tuple(given))[0]
     except Refusal as refusal:
-        _bad(where, f"spec.{refusal.field}", refusal.value, refusal.message)
-    return clusters
+        problem = refusal.problem
+        raise MeshError(f"{where}: spec.{problem.field} {problem.value}: {problem.message}") from None
 
 
 def _encapsulation(spec: Map, where: str) -> str:
@@ -197,22 +228,26 @@ def _nodes(
         given = []
     if type(given) is not list:
         _bad(where, "spec.nodes", given, f"wanted a list, found {kind_of(given)}")
-    found: list[tuple[Claim, int]] = []
-    refused: list[tuple[Refusal, int]] = []
+    found: list[tuple[Node, int]] = []
+    refused: list[tuple[Problem, int]] = []
     for index, entry in enumerate(given):
         line = entry.line if type(entry) is Map else 0
-        try:
-            found.append((_entry(entry, index, clusters), line))
-        except Refusal as refusal:
-            refused.append((refusal, line))
-    return settle(found, refused, last, clusters)
+        node = parse_entry(entry, index, clusters)
+        if isinstance(node, Node):
+            found.append((node, line))
+        else:
+            refused.append((node, line))
+    return settle_entries(found, refused, last, clusters)
 
 
-def _entry(entry: Tree, index: int, clusters: tuple[str, ...]) -> Claim:
-    """What a node's entry claims. Raises Refusal."""
+def parse_entry(entry: Any, index: int, clusters: tuple[str, ...]) -> Node | Problem:
+    """Return the node that an entry describes, or why it is refused.
+
+    `entry` is a Tree or decoded JSON, the one with number `index` in its list; `clusters` as in validate_node().
+    """
     here = f"nodes[{index}]"
-    if type(entry) is not Map:
-        raise Refusal(Reason.NodeInvalid, here, "entry", show(entry), f"wanted a mapping, found {kind_of(entry)}")
+    if not isinstance(entry, dict):
+        return _misfit(entry, here)
     get = entry.get
     name, address, cidrs, uid, zone = get("name"), get("address"), get("podCIDRs"), get("uid", ""), get("zone", "")
     if (
@@ -222,35 +257,42 @@ def _entry(entry: Tree, index: int, clusters: tuple[str, ...]) -> Claim:
         and 0 < len(cidrs) <= MAX_CIDRS
         and type(uid) is str
         and type(zone) is str
-        and entry.keys() <= _NODE
+        and entry.keys() <= NODE_KEYS
         and set(map(type, cidrs)) == _ONLY_STR
     ):
-        good = claim(name, address, tuple(cidrs), uid, zone, clusters)
-        if type(good) is Claim:
-            return good
-        assert isinstance(good, Refusal)
-        # A name that is no name can't be the subject of a message: the entry's place stands in for it.
-        # A copy is raised, as what is remembered would gather tracebacks.
-        raise good.about(here if good.field == "name" else good.node)
+        node = validate_node(name, address, tuple(cidrs), uid, zone, clusters)
+        # What is no name can't be the subject of a message: the entry's place stands in for it.
+        return replace(node, node=here) if isinstance(node, Problem) and node.field == "name" else node
     if nulls := [f for f in ("uid", "zone") if f in entry and _given(entry, f) is None]:
-        for field in nulls:
-            del entry[field]
-        return _entry(entry, index, clusters)
-    _misfit(entry, here)
+        return parse_entry({field: value for field, value in entry.items() if field not in nulls}, index, clusters)
+    return _misfit(entry, here)
 
 
-def _misfit(entry: Map, here: str) -> NoReturn:
-    """Says why an entry has not even the shape of a node's."""
+def _misfit(entry: Any, here: str) -> Problem:
+    """Return why an entry has not the shape of a node's."""
+    try:
+        tree = tree_of(entry, here)
+        _check_shape(tree, here)
+    except MeshError as error:
+        return Problem(Reason.NodeInvalid, str(error), here)
+    except Refusal as refusal:
+        return refusal.problem
+    raise AssertionError(f"{here} has the right shape")
+
+
+def _check_shape(entry: Tree, here: str) -> None:
+    """Raise Refusal if `entry` has not the shape of a node's."""
+    if type(entry) is not Map:
+        raise Refusal(Reason.NodeInvalid, here, "entry", show(entry), f"wanted a mapping, found {kind_of(entry)}")
     name = _given(entry, "name")
     who = show(name) if type(name) is str and name else here
     if name is None:
         raise Refusal(Reason.NameMissing, here, "name", "missing", "give the node's name")
     if type(name) is not str:
         raise Refusal(Reason.NameInvalid, here, "name", show(name), _quote(name))
-    known = ("name", "address", "podCIDRs", "uid", "zone")
     for key in entry:
-        if key not in _NODE:
-            raise Refusal(Reason.UnknownKey, who, show(key), show(entry[key]), f"unknown key: {_nearest(key, known)}")
+        if key not in NODE_KEYS:
+            raise Refusal(Reason.UnknownKey, who, show(key), show(entry[key]), f"unknown key: {_nearest(key, _NODE)}")
     address = _given(entry, "address")
     if address is None:
         raise Refusal(
@@ -274,8 +316,9 @@ def _misfit(entry: Map, here: str) -> NoReturn:
     if len(cidrs) > MAX_CIDRS:
         message = f"wanted at most {MAX_CIDRS} ranges, found {len(cidrs)}"
         raise Refusal(Reason.PodCIDRInvalid, who, "podCIDRs", show(cidrs), message)
-    index, bad = next((i, c) for i, c in enumerate(cidrs) if type(c) is not str)
-    raise Refusal(Reason.PodCIDRInvalid, who, f"podCIDRs[{index}]", show(bad), _quote(bad, "a CIDR"))
+    for index, cidr in enumerate(cidrs):
+        if type(cidr) is not str:
+            raise Refusal(Reason.PodCIDRInvalid, who, f"podCIDRs[{index}]", show(cidr), _quote(cidr, "a CIDR"))
 
 
 def _quote(value: Tree, want: str = "a string") -> str:

@@ -1,12 +1,18 @@
-"""The MeshSlice format: the part of a mesh that one object carries, read from the API and written to it."""
+"""The MeshSlice format: the part of a mesh that one object carries, read from the API and written to it.
+
+One parser for both sides. What is wrong in a slice is part of the result: an agent refuses it by name, and the
+controller, which compares with what it wants, writes it again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from ovsmesh.mesh.types import Mesh
+from ovsmesh.errors import Problem
+from ovsmesh.mesh.manifest import NODE_KEYS, dump_node, dump_settings, parse_entry, parse_settings
+from ovsmesh.mesh.types import MeshError, MeshSettings, Node
 from ovsmesh.names import MESH_LABEL
 
 MOST = 100
@@ -14,28 +20,9 @@ MOST = 100
 MANAGED_BY = "ovsmesh-controller"
 
 
-class Entry(NamedTuple):
-    """A member as slices carry it. `address` and `pod_cidrs` are texts in canonical form."""
-
-    name: str
-    uid: str
-    address: str
-    pod_cidrs: tuple[str, ...]
-    zone: str = ""
-
-
-class MeshSettings(NamedTuple):
-    """What all members must agree on."""
-
-    cluster_cidrs: tuple[str, ...]
-    encapsulation: str = "gre"
-    key: int | None = None
-    mtu: int | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class MeshSlice:
-    """A MeshSlice as it was read."""
+    """A MeshSlice as it was read. A number that is missing or wrong is -1, a count 0."""
 
     name: str
     mesh: str
@@ -43,48 +30,56 @@ class MeshSlice:
     count: int
     generation: int
     settings: MeshSettings | None
-    nodes: tuple[Entry, ...]
+    nodes: tuple[Node | Problem, ...]
     resource_version: str
     labelled: bool = True
+    problem: str = ""
+    """Why it can't be used as a whole; "" if it can."""
 
 
 def slice_name(mesh: str, index: int) -> str:
+    """Return the name of the slice with this index."""
     return f"{mesh}-{index:03d}"
 
 
-def settings_of(mesh: Mesh) -> MeshSettings:
-    return MeshSettings(tuple(map(str, mesh.cluster_cidrs)), mesh.encapsulation, mesh.key, mesh.mtu)
-
-
 def labels(mesh: str) -> dict[str, str]:
+    """Return the labels of each slice of `mesh`."""
     return {MESH_LABEL: mesh, "app.kubernetes.io/managed-by": MANAGED_BY}
 
 
 def parse_slice(found: Mapping[str, Any]) -> MeshSlice:
-    """A MeshSlice object as a MeshSlice; what has not the right shape is left out, so that it is written anew."""
-    meta = _map(found.get("metadata"))
-    spec = _map(found.get("spec"))
-    mesh = _text(spec.get("mesh"))
-    has = _map(meta.get("labels"))
-    return MeshSlice(
-        _text(meta.get("name")),
-        mesh,
-        _number(spec.get("index"), -1),
-        _number(spec.get("count"), 0),
-        _number(spec.get("meshGeneration"), 0),
-        _settings(_map(spec.get("settings"))),
-        tuple(_entry(_map(node)) for node in _list(spec.get("nodes"))),
-        _text(meta.get("resourceVersion")),
-        all(has.get(key) == value for key, value in labels(mesh).items()),
-    )
+    """Return a MeshSlice object as a MeshSlice, whatever is in it. Its nodes are judged by its own cluster CIDRs."""
+    meta, spec = _map(found.get("metadata")), _map(found.get("spec"))
+    name, mesh, has = _text(meta.get("name")), _text(spec.get("mesh")), _map(meta.get("labels"))
+    index, count = _number(spec.get("index"), -1), _number(spec.get("count"), 0)
+    generation = _number(spec.get("meshGeneration"), -1)
+    settings: MeshSettings | None = None
+    clusters: tuple[str, ...] = ()
+    problem = ""
+    try:
+        settings = parse_settings(spec.get("settings"), f"MeshSlice {name}")
+        clusters = tuple(map(str, settings.cluster_cidrs))
+    except MeshError as error:
+        problem = str(error)
+    if index < 0 or count < 1 or generation < 0:
+        problem = f"MeshSlice {name}: wanted numbers for index, count and meshGeneration"
+    given = spec.get("nodes")
+    entries = given if isinstance(given, list) else []
+    nodes = tuple(parse_entry(_without_unknown(entry), place, clusters) for place, entry in enumerate(entries))
+    labelled = all(has.get(key) == value for key, value in labels(mesh).items())
+    version = _text(meta.get("resourceVersion"))
+    return MeshSlice(name, mesh, index, count, generation, settings, nodes, version, labelled, problem)
+
+
+def _without_unknown(entry: object) -> object:
+    """Leave out what a newer controller may say of a node."""
+    if not isinstance(entry, dict) or entry.keys() <= NODE_KEYS:
+        return entry
+    return {key: value for key, value in entry.items() if key in NODE_KEYS}
 
 
 def _map(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _text(value: object) -> str:
@@ -92,52 +87,18 @@ def _text(value: object) -> str:
 
 
 def _number(value: object, otherwise: int) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else otherwise
-
-
-def _entry(node: Mapping[str, Any]) -> Entry:
-    cidrs = tuple(_text(cidr) for cidr in _list(node.get("podCIDRs")))
-    return Entry(
-        _text(node.get("name")), _text(node.get("uid")), _text(node.get("address")), cidrs, _text(node.get("zone"))
-    )
-
-
-def _settings(given: Mapping[str, Any]) -> MeshSettings | None:
-    clusters = tuple(_text(cidr) for cidr in _list(given.get("clusterCIDRs")))
-    key, mtu = given.get("key"), given.get("mtu")
-    if not clusters:
-        return None
-    return MeshSettings(
-        clusters,
-        _text(given.get("encapsulation")),
-        None if key is None else _number(key, -1),
-        None if mtu == "auto" else _number(mtu, -1),
-    )
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else otherwise
 
 
 def slice_spec(
-    mesh: str, index: int, count: int, generation: int, settings: MeshSettings, nodes: Iterable[Entry]
-) -> Any:
-    """The spec as written. A key of None is said as null, so that a merge patch takes an old one away."""
+    mesh: str, index: int, count: int, generation: int, settings: MeshSettings, nodes: Iterable[Node]
+) -> dict[str, Any]:
+    """Return the spec of a slice as it is written."""
     return {
         "mesh": mesh,
         "index": index,
         "count": count,
         "meshGeneration": generation,
-        "settings": {
-            "clusterCIDRs": list(settings.cluster_cidrs),
-            "encapsulation": settings.encapsulation,
-            "key": settings.key,
-            "mtu": "auto" if settings.mtu is None else settings.mtu,
-        },
-        "nodes": [_dump(entry) for entry in nodes],
+        "settings": dump_settings(settings),
+        "nodes": [dump_node(node) for node in nodes],
     }
-
-
-def _dump(entry: Entry) -> dict[str, Any]:
-    made: dict[str, Any] = {"name": entry.name, "address": entry.address, "podCIDRs": list(entry.pod_cidrs)}
-    if entry.uid:
-        made["uid"] = entry.uid
-    if entry.zone:
-        made["zone"] = entry.zone
-    return made

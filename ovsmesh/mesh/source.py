@@ -26,16 +26,19 @@ class Source(Protocol):
     """Where the mesh comes from. snapshot() is cheap when nothing changed, and then returns the same object."""
 
     def fds(self) -> list[int]:
-        """Bells: to be waited on for reading. They stay the same."""
+        """Return the file descriptors to wait on for reading. They stay the same."""
 
     def drain(self) -> bool:
-        """Takes in what rang; True when snapshot() may now be another. Never blocks."""
+        """Read what made them readable; return whether snapshot() may now differ. Never blocks."""
 
     def snapshot(self) -> Snapshot:
-        """The mesh as of now. Never raises for what a user can cause, never blocks."""
+        """Return the mesh as of now. Never raises for what a user can cause, never blocks."""
 
     def commit(self) -> tuple[Problem, ...]:
-        """Keeps the mesh of the last snapshot for the next start, where it is confirmed; to be called once it is
-        applied. What went wrong is in the snapshots that follow too."""
+        """Keep the mesh of the last snapshot for the next start, if it is confirmed. Return what went wrong.
 
-    def close(self) -> None: ...
+        Call it once the mesh is applied. What went wrong is in the snapshots that follow too.
+        """
+
+    def close(self) -> None:
+        """Stop watching."""

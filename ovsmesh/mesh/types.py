@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import NamedTuple
 
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.names import ENCAPSULATIONS as ENCAPSULATIONS
@@ -13,7 +14,7 @@ IPNetwork = IPv4Network | IPv6Network
 
 
 class MeshError(OvsmeshError):
-    """A mesh that can't be used as a whole (unreadable, not YAML, wrong kind, unknown key)."""
+    """A mesh that can't be used as a whole: unreadable, not YAML, of the wrong kind, with an unknown key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,16 @@ class Node:
     zone: str = ""
 
 
+class MeshSettings(NamedTuple):
+    """What all nodes of a mesh must agree on."""
+
+    cluster_cidrs: tuple[IPNetwork, ...]
+    encapsulation: str = "gre"
+    key: int | None = None
+    mtu: int | None = None
+    """Pod MTU in bytes; None derives it from the underlay."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mesh:
     """All nodes joined, and what they must agree on. `nodes` is sorted by name; names are unique."""
@@ -38,5 +49,10 @@ class Mesh:
     mtu: int | None = None
     """Pod MTU in bytes; None derives it from the underlay."""
 
+    @property
+    def settings(self) -> MeshSettings:
+        return MeshSettings(self.cluster_cidrs, self.encapsulation, self.key, self.mtu)
+
     def node(self, name: str) -> Node | None:
+        """Return the node called `name`; None if there is none."""
         return next((n for n in self.nodes if n.name == name), None)

@@ -56,12 +56,12 @@ def test_kinds_are_cluster_scoped_and_in_our_group() -> None:
 def test_mesh_has_the_keys_of_the_file() -> None:
     assert set(schema("Mesh")["properties"]) == set(manifest._SPEC)
     # uid and zone are the controller's to know, from the Node.
-    assert set(schema("Mesh", "nodes", "[]")["properties"]) == manifest._NODE - {"uid", "zone"}
+    assert set(schema("Mesh", "nodes", "[]")["properties"]) == manifest.NODE_KEYS - {"uid", "zone"}
 
 
 def test_slices_have_the_fields_of_the_model() -> None:
     entry = schema("MeshSlice", "nodes", "[]")["properties"]
-    assert set(entry) == {camel(field.name) for field in dataclasses.fields(Node)} == manifest._NODE
+    assert set(entry) == {camel(field.name) for field in dataclasses.fields(Node)} == manifest.NODE_KEYS
     settings = {camel(field.name) for field in dataclasses.fields(Mesh)} - {"nodes"}
     assert set(schema("MeshSlice", "settings")["properties"]) == settings
     assert schema("MeshSlice", "nodes")["maxItems"] == 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import time
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,14 @@ import pytest
 from ovsmesh.controller.slice_layout import assign
 from ovsmesh.kube.client import Object
 from ovsmesh.mesh.manifest import dump
-from ovsmesh.mesh.meshslice import Entry, MeshSettings
-from ovsmesh.mesh.meshslice import parse_slice as controllers_view
+from ovsmesh.mesh.meshslice import parse_slice
 from ovsmesh.mesh.slice_source import SliceSource
-from ovsmesh.mesh.types import Mesh
+from ovsmesh.mesh.types import Mesh, MeshSettings, Node
 from ovsmesh.names import MESH_SLICES
 from tests.support import slicekit
 from tests.support.kubekit import eventually
 from tests.support.kubestub import Stub
+from tests.support.meshkit import node as mesh_node
 from tests.support.slicekit import CLUSTER, LABELS, SETTINGS, Open, becomes, members, node, put, reasons, spec
 
 stub = pytest.fixture(slicekit.make_stub)
@@ -140,9 +141,10 @@ def test_a_bad_entry_costs_its_node_only(stub: Stub, open_source: Open) -> None:
         ("n1", "AddressInvalid"),
         ("n2", "PodCIDRInvalid"),
         ("n3", "PodCIDROutside"),
-        ("n4", "NodeInvalid"),
-        ("n5", "NodeInvalid"),
-        ("?", "NodeInvalid"),
+        ("n4", "PodCIDRMissing"),
+        ("n5", "AddressMissing"),
+        ("nodes[6]", "NameInvalid"),
+        ("nodes[7]", "NodeInvalid"),
         ("n8", "PodCIDRConflict"),
     }
     assert not any(p.fatal for p in found.problems)
@@ -186,9 +188,14 @@ def test_a_node_made_anew_replaces_its_old_entry_whole(stub: Stub, open_source: 
     eventually(lambda: five() == ["u6", "192.0.0.7", "10.0.6.0/24"])
 
 
+def member(number: int) -> Node:
+    n = node(number)
+    return mesh_node(n["name"], n["address"], *n["podCIDRs"], uid=n["uid"])
+
+
 def test_what_the_controller_writes_is_what_the_agent_reads(stub: Stub, open_source: Open) -> None:
-    wanted = [Entry(n["name"], n["uid"], n["address"], tuple(n["podCIDRs"])) for n in map(node, range(1000))]
-    settings = MeshSettings((CLUSTER,), key=3)
+    wanted = [member(number) for number in range(1000)]
+    settings = MeshSettings((ip_network(CLUSTER),), key=3)
     for write in assign("default", wanted, settings, 4, ()):
         stub.put(f"{MESH_SLICES}/{write.name}", write.spec, labels=LABELS)
     source = open_source()
@@ -199,9 +206,8 @@ def test_what_the_controller_writes_is_what_the_agent_reads(stub: Stub, open_sou
     assert mesh.key == 3
     times = []
     for number in range(1000, 1030):
-        n = node(number)
-        wanted.append(Entry(n["name"], n["uid"], n["address"], tuple(n["podCIDRs"])))
-        there = [controllers_view(o) for p, o in stub.objects.items() if p.startswith(MESH_SLICES)]
+        wanted.append(member(number))
+        there = [parse_slice(o) for p, o in stub.objects.items() if p.startswith(MESH_SLICES)]
         for write in assign("default", wanted, settings, 4, there):
             stub.put(f"{MESH_SLICES}/{write.name}", write.spec, labels=LABELS)
         began = time.monotonic()

@@ -15,8 +15,8 @@ FACTS = Facts(underlay_mtu=1500)
 CLUSTERS = (ip_network("10.97.0.0/16"), ip_network("fd00:97::/32"))
 
 
-def node(name: str, address: str, *cidrs: str, uid: str = "") -> Node:
-    return Node(name, ip_address(address), tuple(map(ip_network, cidrs)), uid)
+def node(name: str, address: str, *cidrs: str, uid: str = "", zone: str = "") -> Node:
+    return Node(name, ip_address(address), tuple(map(ip_network, cidrs)), uid, zone)
 
 
 def numbered(number: int) -> Node:

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovsmesh.controller.membership import Membership, NodeView, membership_of, parse_node
-from ovsmesh.mesh.meshslice import Entry
-from ovsmesh.mesh.types import Mesh
+from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.mesh.validation import clusters_of
 from tests.support.meshkit import node as member
 
@@ -31,18 +30,18 @@ def view(number: int, *cidrs: str, created: int | None = None, **more: object) -
     return made._replace(**more)  # type: ignore[arg-type]
 
 
-def of(*nodes: NodeView, static: tuple[object, ...] = (), held: tuple[Entry, ...] = ()) -> Membership:
+def of(*nodes: NodeView, static: tuple[object, ...] = (), held: tuple[Node, ...] = ()) -> Membership:
     mesh = Mesh(clusters_of(CLUSTERS)[0], static)  # type: ignore[arg-type]
-    return membership_of(mesh, CLUSTERS, nodes, held)
+    return membership_of(mesh, nodes, held)
 
 
 def names(found: Membership) -> list[str]:
-    return [entry.name for entry in found.entries]
+    return [entry.name for entry in found.members]
 
 
 def test_an_entry_carries_what_agents_need() -> None:
-    (entry,) = of(view(1, "10.97.1.0/24", "fd00:97:1::/64", zone="z1")).entries
-    assert entry == Entry("web1", "uid1", "192.0.2.1", ("10.97.1.0/24", "fd00:97:1::/64"), "z1")
+    (entry,) = of(view(1, "10.97.1.0/24", "fd00:97:1::/64", zone="z1")).members
+    assert entry == member("web1", "192.0.2.1", "10.97.1.0/24", "fd00:97:1::/64", uid="uid1", zone="z1")
 
 
 @pytest.mark.parametrize(
@@ -102,25 +101,25 @@ def test_excluded_nodes_hold_nothing() -> None:
 
 
 def test_the_annotation_comes_first_and_leading_space_is_forgiven() -> None:
-    (entry,) = of(view(1, asked="198.51.100.7")).entries
-    assert entry.address == "198.51.100.7"
+    (entry,) = of(view(1, asked="198.51.100.7")).members
+    assert str(entry.address) == "198.51.100.7"
 
 
 def test_the_family_that_most_use_is_kept() -> None:
     dual = [view(n, addresses=(f"2001:db8::{n}", f"192.0.2.{n}")) for n in (1, 2)]
-    assert [e.address for e in of(*dual).entries] == ["192.0.2.1", "192.0.2.2"]
-    held = of(*(n._replace(addresses=n.addresses[:1]) for n in dual)).entries
-    assert [e.address for e in held] == ["2001:db8::1", "2001:db8::2"]
-    assert of(*dual, held=held).entries == held
+    assert [str(e.address) for e in of(*dual).members] == ["192.0.2.1", "192.0.2.2"]
+    held = of(*(n._replace(addresses=n.addresses[:1]) for n in dual)).members
+    assert [str(e.address) for e in held] == ["2001:db8::1", "2001:db8::2"]
+    assert of(*dual, held=held).members == held
     # One that has the other only does not turn all others round.
     found = of(*dual, view(3), held=held)
-    assert found.entries == held and found.problems["web3"].reason == "AddressMissing"
+    assert found.members == held and found.problems["web3"].reason == "AddressMissing"
 
 
 def test_a_node_that_turns_bad_keeps_its_last_good_entry() -> None:
-    held = of(view(1), view(2)).entries
+    held = of(view(1), view(2)).members
     found = of(view(1), view(2, addresses=()), held=held)
-    assert found.entries == held
+    assert found.members == held
     assert not found.problems["web2"].fatal and "last good" in found.problems["web2"].message
     # but not when it is another Node, or when another has what it had
     assert names(of(view(1), view(2, addresses=(), uid="new"), held=held)) == ["web1"]
@@ -131,14 +130,14 @@ def test_a_node_that_turns_bad_keeps_its_last_good_entry() -> None:
 def test_static_members() -> None:
     static = member("rack1", "198.51.100.1", "10.97.200.0/24")
     found = of(view(1), static=(static,))
-    assert names(found) == ["rack1", "web1"] and found.statics == {"rack1"}
-    held = found.entries
+    assert names(found) == ["rack1", "web1"] and found.static == {"rack1"}
+    held = found.members
     # One that is there already goes before a Node, a new one after it.
     newcomer = view(2, "10.97.200.0/24")
     found = of(view(1), newcomer, static=(static,), held=held)
     assert names(found) == ["rack1", "web1"] and found.problems["web2"].reason == "PodCIDRConflict"
     found = of(view(1), newcomer, static=(static,))
-    assert names(found) == ["web1", "web2"] and found.static[0].node == "rack1"
+    assert names(found) == ["web1", "web2"] and found.static_problems[0].node == "rack1"
 
 
 def test_projection() -> None:
@@ -186,10 +185,10 @@ def test_never_two_that_claim_one_thing(nodes: list[NodeView], random: object) -
     shuffled = list(nodes)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     assert of(*shuffled) == found
-    addresses = [entry.address for entry in found.entries]
+    addresses = [entry.address for entry in found.members]
     assert len(set(addresses)) == len(addresses)
-    networks = [n for entry in found.entries for n in clusters_of(entry.pod_cidrs)[0]]
+    networks = [n for entry in found.members for n in entry.pod_cidrs]
     assert not any(a.overlaps(b) for i, a in enumerate(networks) for b in networks[:i])
-    assert {e.name for e in found.entries} | found.problems.keys() == {n.name for n in nodes}
+    assert {e.name for e in found.members} | found.problems.keys() == {n.name for n in nodes}
     # Held by itself it stays as it is.
-    assert of(*nodes, held=found.entries) == found
+    assert of(*nodes, held=found.members) == found

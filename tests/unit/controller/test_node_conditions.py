@@ -5,12 +5,12 @@ from __future__ import annotations
 from ovsmesh.controller.membership import Membership, NodeView, ObjectCondition
 from ovsmesh.controller.node_conditions import AgentReport, changes, judge, mesh_status, orphans, parse_meshnode
 from ovsmesh.errors import Problem
-from ovsmesh.mesh.meshslice import Entry
 from ovsmesh.reasons import Reason
+from tests.support.meshkit import node as member
 
 NOW = 1_780_000_000.0
 NODE = NodeView("web1", "u1", "2026-05-28T20:00:00Z", ("192.0.2.1",), "", False, ("10.97.1.0/24",))
-ENTRY = Entry("web1", "u1", "192.0.2.1", ("10.97.1.0/24",))
+ENTRY = member("web1", "192.0.2.1", "10.97.1.0/24", uid="u1")
 MEMBERSHIP = Membership((ENTRY,), {})
 GOOD = AgentReport("web1", "u1", "2026-05-28T20:26:30Z", ObjectCondition("True", "AllThere", "1 of 1"))
 

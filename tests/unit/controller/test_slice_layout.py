@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from ipaddress import ip_network
+from operator import attrgetter
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovsmesh.controller.slice_layout import FIRST_PAUSE, LONGEST_PAUSE, Pacer, Write, assign
-from ovsmesh.mesh.meshslice import MOST, Entry, MeshSettings, MeshSlice, parse_slice
+from ovsmesh.mesh.meshslice import MOST, MeshSlice, parse_slice
+from ovsmesh.mesh.types import MeshSettings, Node
+from tests.support.meshkit import node
 
-SETTINGS = MeshSettings(("10.0.0.0/8",))
+by_name = attrgetter("name")
+SETTINGS = MeshSettings((ip_network("10.0.0.0/8"),))
 
 
-def entry(number: int, uid: str = "", address: str = "") -> Entry:
+def entry(number: int, uid: str = "", address: str = "") -> Node:
     uid = uid or f"u{number}"
-    where = address or f"192.0.2.{number}"
-    return Entry(f"n{number:04d}", uid, where, (f"10.{number // 256}.{number % 256}.0/24",), "")
+    where = address or f"192.{number // 256}.2.{number % 256}"
+    return node(f"n{number:04d}", where, f"10.{number // 256}.{number % 256}.0/24", uid=uid)
 
 
-def entries(*numbers: int) -> list[Entry]:
+def entries(*numbers: int) -> list[Node]:
     return [entry(number) for number in numbers]
+
+
+def good(found: MeshSlice) -> list[Node]:
+    return [entry for entry in found.nodes if isinstance(entry, Node)]
 
 
 class Store:
@@ -54,12 +63,11 @@ class Store:
         if 0 in found:
             assert found.keys() >= set(range(found[0].count))
 
-    def bring(self, wanted: list[Entry], to: MeshSettings = SETTINGS, generation: int = 1) -> tuple[Write, ...]:
+    def bring(self, wanted: list[Node], to: MeshSettings = SETTINGS, generation: int = 1) -> tuple[Write, ...]:
         writes = assign("default", wanted, to, generation, self.slices())
         self.apply(writes)
         assert assign("default", wanted, to, generation, self.slices()) == ()
-        everyone = [e for s in self.slices() for e in s.nodes]
-        assert sorted(everyone) == sorted(wanted)
+        assert sorted(self.members(), key=by_name) == sorted(wanted, key=by_name)
         assert all(len(s.nodes) <= MOST for s in self.slices())
         indexes = sorted(s.index for s in self.slices())
         assert indexes == list(range(len(indexes)))
@@ -70,7 +78,10 @@ class Store:
         return writes
 
     def places(self) -> dict[str, str]:
-        return {e.name: s.name for s in self.slices() for e in s.nodes}
+        return {e.name: s.name for s in self.slices() for e in good(s)}
+
+    def members(self) -> list[Node]:
+        return [e for s in self.slices() for e in good(s)]
 
 
 def test_nobody_yet_is_one_empty_slice() -> None:
@@ -287,7 +298,7 @@ def test_any_history_ends_right_with_few_writes(steps: list[tuple[set[int], int 
     for wanted, mtu, gone in steps:
         before = store.places()
         removed = store.objects.pop(f"default-{gone:03d}", None)
-        was = {s.name: s.nodes for s in store.slices()}
+        was = {s.name: good(s) for s in store.slices()}
         told = [s.count for s in store.slices()]
         want = entries(*wanted)
         writes = store.bring(want, SETTINGS._replace(mtu=mtu))

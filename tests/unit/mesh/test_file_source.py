@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ovsmesh.mesh import file_source
+from ovsmesh.mesh import file_source, last_good
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.mesh.manifest import parse
 from ovsmesh.state_dir import StateDir
@@ -298,12 +298,11 @@ def test_where_it_cannot_be_saved(source: FileSource, state: Path, monkeypatch: 
 
     source.snapshot()
     with monkeypatch.context() as patch:
-        patch.setattr(file_source, "write_atomic", full)
+        patch.setattr(last_good, "write_atomic", full)
         (problem,) = source.commit()
         source.commit()
     assert problem.reason == "StateUnwritable" and not problem.fatal and "No space left" in problem.message
     assert len(tries) == 1
     assert source.snapshot().problems == (problem,) and source.snapshot().confirmed
-    monkeypatch.setattr(file_source, "SAVE_AGAIN", 0.0)
-    source._save_after = 0.0
+    monkeypatch.setattr(source._last, "_save_after", 0.0)
     assert source.commit() == () and source.snapshot().problems == ()

@@ -158,8 +158,8 @@ def test_objects_are_reused() -> None:
     last, _ = read(text_of(A, B))
     copy = Mesh(last.cluster_cidrs, tuple(Node(n.name, n.address, n.pod_cidrs) for n in last.nodes))
     assert read("# moved\n" + text_of(B, A), copy)[0] is copy
-    mesh, _ = read(text_of(A, B, C), copy)
-    assert mesh.nodes[0] is copy.nodes[0] and mesh.nodes[1] is copy.nodes[1]
+    mesh, _ = read(text_of(A, B, C))
+    assert mesh.nodes[0] is last.nodes[0] and mesh.nodes[1] is last.nodes[1]
 
 
 def test_a_thousand_nodes_with_a_thousand_conflicts() -> None:

@@ -198,4 +198,4 @@ def test_duplicate_name_the_one_that_was_good_stays() -> None:
     last, _ = read(text_of(A, B))
     other = "{name: a, address: 192.0.2.9, podCIDRs: [10.97.9.0/24]}"
     mesh, (problem,) = read(text_of(other, A, B), last)
-    assert mesh is last and "held until now" in problem.message and "line 7" in problem.message
+    assert mesh is last and "held it before" in problem.message and "line 7" in problem.message
