@@ -1,7 +1,7 @@
-"""One peer more and one less on a running agent, from the mesh file's rename to the last part in place.
+"""One peer more and one less on a running agent, from the rename of the mesh file to the last part in place.
 
-Beside it, on the same bridge between two changes: one `ovs-vsctl add-port` or `del-port`, with the
-agent stopped (SIGSTOP) for as long, so that it does not slow what it is compared with.
+Compared with one `ovs-vsctl add-port` or `del-port` on the same bridge between two changes. The agent is stopped
+(SIGSTOP) meanwhile, so it does not slow them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from ovsmesh.lab.netns import LabError
 _FLOWS = 3
 """Flows that one IPv4 peer needs: to it, from its pods, from its tunnel address."""
 _REST = (0.5, 1.2)
-"""Seconds between two changes, at random, so that they meet the agent's own clocks in every phase."""
+"""Seconds between two changes, at random, so that they meet the agent's timers in every phase."""
 
 
 def bench(plan: Plan) -> list[Figure]:
+    """Measure changes at each size."""
     figures = []
     for size in plan.sizes:
         figures += _at(plan, size)
@@ -120,11 +121,11 @@ def _less(s: Testbed, probe: EventProbe, base: list[Peer], extra: Peer) -> tuple
         "filter": ("nft-", extra.address),
     }
     found = _seen(probe, parts) | {"flows": probe.wait_count("flow-", _FLOWS, 10)}
-    # gone from the database, and then from the switch
+    # removed from the database, then from the switch
     until = time.monotonic() + 10
     while not (settled := [t for t, event in probe.events if event == ("settled",) and t >= found["port"]]):
         if time.monotonic() > until:
-            raise LabError("ovs-vswitchd did not take the removal over in 10 s")
+            raise LabError("ovs-vswitchd did not apply the removal in 10 s")
         probe.look(0.5)
     return since, found | {"ovs-vswitchd": settled[0]}
 

@@ -1,8 +1,7 @@
 """Cold start: from the agent's process start to the last port, flow, route, neighbour and FDB entry.
 
-Beside it, in turns and each on a fresh Open vSwitch: the recipe by hand as a shell loop of
-`ovs-vsctl add-port`, all ports in one ovs-vsctl, and all routes in one `ip -batch` (ports alone,
-routes alone, and nothing else).
+Compared, alternating and each on a fresh Open vSwitch, with the work by hand: a shell loop of `ovs-vsctl add-port`, all
+ports in one ovs-vsctl, all routes in one `ip -batch`.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ from ovsmesh.lab import netns
 from ovsmesh.lab.netns import LabError
 
 FLANNEL = 1.8
-"""Seconds that flannel 0.28.10 took to 1,000 Nodes, routes, ARP and FDB only; measured elsewhere, not in this run."""
+"""Seconds in which flannel 0.28.10 reached 1,000 Nodes (routes, ARP, FDB); measured elsewhere, not in this run."""
 
 
 def bench(plan: Plan) -> list[Figure]:
+    """Measure cold starts at each size."""
     figures = []
     for size in plan.sizes:
         own: list[float] = []
@@ -48,13 +48,13 @@ def bench(plan: Plan) -> list[Figure]:
             plan.progress(f"  {size} peers, shell loop of ovs-vsctl: {loop[0]:.1f} s")
         name = f"cold start, {size:,} peers"
         bound = FLANNEL if size == 1000 else None
-        told = f"flannel 0.28.10 took {FLANNEL} s to 1,000 (a stated figure, not measured here)" if bound else ""
+        note = f"flannel 0.28.10 took {FLANNEL} s to 1,000 (a stated figure, not measured here)" if bound else ""
         floor = 1 / 20 if size == 1000 else None
-        figures.append(Figure("cold", name, "s", tuple(own), "loop of ovs-vsctl", tuple(loop), bound, floor, note=told))
+        figures.append(Figure("cold", name, "s", tuple(own), "loop of ovs-vsctl", tuple(loop), bound, floor, note=note))
         figures.append(
-            Figure("cold", f"  beside all ports at once, {size:,}", "s", tuple(own), "one ovs-vsctl", tuple(batch))
+            Figure("cold", f"  against all ports at once, {size:,}", "s", tuple(own), "one ovs-vsctl", tuple(batch))
         )
-        figures.append(Figure("cold", f"  beside routes alone, {size:,}", "s", tuple(own), "ip -batch", tuple(routes)))
+        figures.append(Figure("cold", f"  against routes alone, {size:,}", "s", tuple(own), "ip -batch", tuple(routes)))
         name = f"  CPU of agent, ovsdb-server and ovs-vswitchd, {size:,}"
         figures.append(Figure("cold", name, "s", tuple(used)))
         figures += _split_figures(size, splits)
@@ -62,7 +62,7 @@ def bench(plan: Plan) -> list[Figure]:
 
 
 def _split_figures(size: int, splits: list[dict[str, float]]) -> list[Figure]:
-    """The split of a separate run, each part's own figure, largest first."""
+    """Return a figure for each part of a profiled run, the largest first."""
     parts = sorted(
         {part for split in splits for part in split}, key=lambda p: -statistics.median(s.get(p, 0) for s in splits)
     )
@@ -79,9 +79,10 @@ def _expected(peers: Iterable[Peer]) -> set[Event]:
 
 
 def _agent(size: int) -> tuple[float, float]:
-    """Seconds from the start of the process to the last part, by notifications; then all is read back.
+    """Return the seconds from the start of the process to the last part, and the CPU seconds used by then.
 
-    And the seconds of CPU that agent, ovsdb-server and ovs-vswitchd have used by then.
+    Taken from notifications, then confirmed by reading everything back. The CPU is that of agent, ovsdb-server and
+    ovs-vswitchd.
     """
     with testbed(size) as s, EventProbe(s.host, flows=False, database=False) as probe:
         start = time.monotonic()
@@ -94,7 +95,7 @@ def _agent(size: int) -> tuple[float, float]:
         probe.look(0)
         last_filter = max(when for when, event in probe.events if event == ("gen",))
         found = s.check()
-        # a port is there before the flows that name its number
+        # a port exists before the flows that name its number
         return max(*seen.values(), found.last_flow, last_filter) - start, used
 
 
@@ -126,7 +127,7 @@ def _by_hand(size: int, way: Callable[[Testbed, str, list[Peer]], None]) -> floa
 
 
 def add_port(p: Peer, local: str) -> list[str]:
-    """What `ovs-vsctl` is told to make one tunnel port."""
+    """Return the arguments of `ovs-vsctl` that make one tunnel port."""
     remote = (f"options:remote_ip={p.address}", f"options:local_ip={local}")
     return ["add-port", "obr0", p.port, "--", "set", "interface", p.port, "type=gre", *remote]
 
@@ -150,7 +151,7 @@ def _all_there(s: Testbed, database: str, count: int) -> None:
         ["ovs-vsctl", database, "list-ports", "obr0"], capture_output=True, text=True, check=True, timeout=20
     )
     if len(done.stdout.split()) != count:
-        raise LabError(f"{len(done.stdout.split())} ports in obr0, {count} were made by hand")
+        raise LabError(f"{len(done.stdout.split())} ports in obr0, wanted the {count} made by hand")
 
 
 def _ip_batch(s: Testbed, database: str, peers: list[Peer]) -> None:

@@ -1,7 +1,7 @@
-"""Each way in which someone may break a node's dataplane: the time until all of it is as it was, and the packets lost.
+"""Drifts of a node's dataplane: the time until each is repaired, and the packets lost.
 
-The damage is done with the tools that a user has (ip, bridge, ovs-vsctl, ovs-ofctl, nft, sysctl). It
-begins when a notification, or a look every 2 ms, first shows it, and ends when all is as before.
+A drift is made with a user's tools (ip, bridge, ovs-vsctl, ovs-ofctl, nft, sysctl). It begins when a notification, or
+a sample every 2 ms, first shows it, and ends when everything is as before.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from ovsmesh.mesh.types import Node
 
 _TICK = 0.002
 _CALM = 0.25
-"""Seconds for which all must stay whole before a repair counts as its end."""
+"""Seconds for which everything must stay in sync before a repair counts as complete."""
 _UNSEEN = 2.0
-"""Seconds in which damage is seen if it is seen at all; else it was repaired between two samples."""
+"""Seconds in which a drift is seen if it is seen at all; else it was repaired between two samples."""
 _TIMEOUT = 30.0
-"""Seconds; the kernel itself may keep a writer of a forwarding sysctl waiting for its lock for many."""
+"""Seconds. A writer of a forwarding sysctl may wait long for the kernel's lock."""
 _GOAL = 1000.0
-"""Milliseconds: what is asked of each repair that has a notification."""
+"""Milliseconds: the goal for each repair."""
 _REST = (0.1, 0.7)
 _STREAM = 0.002
 _CHANGES = ("route-", "neigh-", "fdb-", "addr-", "link", "conf", "port-", "flow-", "gen")
-"""Events that a damage brings; one that is mended before it was looked at is known by them alone."""
+"""Events of a drift; a drift that was repaired before the next sample shows only in them."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """A damage and which parts it hits: "kernel", "switch", "filters", "sysctls"."""
+    """A drift, the command that makes it, and the parts it changes: "kernel", "switch", "filters", "sysctls"."""
 
     name: str
     argv: list[str]
@@ -95,7 +95,7 @@ def _drifts(host: Host, peer: Host) -> list[Drift]:
 
 
 class _Watch:
-    """Sees one host whole or not, by what was good when this was made."""
+    """Compares one host with what it was when this was made."""
 
     def __init__(self, host: Host, probe: EventProbe, kernel: state.Kernel) -> None:
         self._host, self._probe, self._kernel = host, probe, kernel
@@ -106,45 +106,46 @@ class _Watch:
         self._good_sysctls = state.sysctls(host.ns, _SYSCTLS)
         self._seen = 0
         self._since_kernel = 0.0
-        self.touched = False
-        self._whole: dict[str, bool] = {}
+        self.changed = False
+        self._same: dict[str, bool] = {}
 
     def start(self) -> None:
         self._probe.clear()
         self._seen = 0
-        self.touched = False
-        self._whole = dict.fromkeys(("kernel", "switch", "filters", "sysctls"), True)
+        self.changed = False
+        self._same = dict.fromkeys(("kernel", "switch", "filters", "sysctls"), True)
 
-    def look(self, parts: tuple[str, ...]) -> tuple[float, bool]:
-        """When something was last seen, and whether these parts are whole.
+    def sample(self, parts: tuple[str, ...]) -> tuple[float, bool]:
+        """Return when something was last seen, and whether these parts are as they were.
 
-        `touched` then says whether any of them was changed, though it may be whole again.
+        `changed` then says whether any of them was changed, even if it is as it was again.
         """
         probe = self._probe
         probe.look(_TICK)
         fresh = probe.events[self._seen :]
         self._seen = len(probe.events)
         now = time.monotonic()
-        self.touched |= any(event[0].startswith(_CHANGES) for _, event in fresh)
+        self.changed |= any(event[0].startswith(_CHANGES) for _, event in fresh)
         for part in parts:
             if part == "sysctls":
-                self._whole[part] = state.sysctls(self._host.ns, _SYSCTLS) == self._good_sysctls
+                self._same[part] = state.sysctls(self._host.ns, _SYSCTLS) == self._good_sysctls
             elif part == "switch" and fresh:
-                self._whole[part] = state.switch(probe) == self._good_switch
+                self._same[part] = state.switch(probe) == self._good_switch
             elif part == "kernel" and (fresh or now - self._since_kernel > 0.02):
-                self._whole[part] = self._kernel.read() == self._good_kernel
+                self._same[part] = self._kernel.read() == self._good_kernel
                 self._since_kernel = now
             elif part == "filters" and (changes := [at for at, event in fresh if event == ("gen",)]):
-                self._whole[part] = state.filters(self._host) == self._good_filters
-                # listing takes longer than the look, so the transaction's own time is taken
+                self._same[part] = state.filters(self._host) == self._good_filters
+                # listing takes longer than sampling: take the time of the transaction
                 return changes[-1], self._all(parts)
         return time.monotonic(), self._all(parts)
 
     def _all(self, parts: tuple[str, ...]) -> bool:
-        return all(self._whole[part] for part in parts)
+        return all(self._same[part] for part in parts)
 
 
 def bench(plan: Plan) -> Iterator[Figure]:
+    """Measure the repair of each drift."""
     tries = plan.tries(20, 3)
     with Lab(2, 1, dual_stack=True, ephemeral=True) as lab:
         host, peer = lab.host(1), lab.host(2)
@@ -156,12 +157,12 @@ def bench(plan: Plan) -> Iterator[Figure]:
                 yield Figure("drift", drift.name, "ms", tuple(repairs), bound=_GOAL, bound_on_max=True, note=lost)
                 if any(outages):
                     yield Figure("drift", "  its longest outage", "ms", tuple(outages))
-                _tell(plan, drift.name, repairs, outages)
+                _report(plan, drift.name, repairs, outages)
             if (code := host.ovsmesh("plan").returncode) != 0:
                 raise LabError(f"after all drifts `ovsmesh plan` exits {code}: {host.ovsmesh('plan').stdout}")
 
 
-def _tell(plan: Plan, name: str, repairs: list[float], outages: list[float]) -> None:
+def _report(plan: Plan, name: str, repairs: list[float], outages: list[float]) -> None:
     out = f"p50 {statistics.median(outages):.0f} ms" if any(outages) else "none"
     plan.progress(f"  {name}: p50 {statistics.median(repairs):.0f} ms, max {max(repairs):.0f} ms, outage {out}")
 
@@ -186,49 +187,49 @@ def _tries(lab: Lab, host: Host, watch: _Watch, drift: Drift, tries: int) -> tup
 
 
 def _outage(track: Track, since: float, until: float) -> float:
-    """Milliseconds of the longest stretch without an answer that began in that time."""
+    """Return the milliseconds of the longest outage that began in that time."""
     return max((o.seconds * 1000 for o in track.outages(since) if o.start < until), default=0.0)
 
 
 def _once(host: Host, watch: _Watch, drift: Drift) -> float:
-    """Does the damage and returns the milliseconds from when it is first seen until all is whole again."""
+    """Make a drift. Return the milliseconds from when it is first seen until everything is as before."""
     watch.start()
     argv = ["ip", "netns", "exec", host.ns, *drift.argv]
     child = subprocess.Popen(argv, env=os.environ | host.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    damaged: float | None = None
-    whole: float | None = None
+    drifted: float | None = None
+    repaired: float | None = None
     ended = 0.0
     until = time.monotonic() + _TIMEOUT
     try:
         before = time.monotonic()
-        while whole is None or time.monotonic() - whole < _CALM:
-            at, good = watch.look(drift.parts)
+        while repaired is None or time.monotonic() - repaired < _CALM:
+            at, good = watch.sample(drift.parts)
             if not good:
-                damaged, whole = damaged or at, None
-            elif damaged is None and watch.touched:
-                # done and mended between two looks: all of the time between them is counted
-                damaged, whole = before, at
-            elif damaged is not None and whole is None:
-                whole = at
+                drifted, repaired = drifted or at, None
+            elif drifted is None and watch.changed:
+                # made and repaired between two samples: count all of the time between them
+                drifted, repaired = before, at
+            elif drifted is not None and repaired is None:
+                repaired = at
             before = time.monotonic()
             ended = ended or (before if child.poll() == 0 else 0.0)
-            if damaged is None and ended and before - ended > _UNSEEN:
-                # a sysctl that was mended between two looks leaves no trace at all
+            if drifted is None and ended and before - ended > _UNSEEN:
+                # a sysctl that was repaired between two samples leaves no trace
                 return _TICK * 1000
             if before > until:
-                what = "not repaired" if damaged else "no damage was seen"
-                raise LabError(f"{drift.name}: {what} in {_TIMEOUT} s: {_said(child)} {host.logs(15)}")
+                what = "not repaired" if drifted else "no drift was seen"
+                raise LabError(f"{drift.name}: {what} in {_TIMEOUT} s: {_stderr(child)} {host.logs(15)}")
         if child.wait(5):
-            raise LabError(f"{drift.name}: `{' '.join(drift.argv)}`: {_said(child)}")
+            raise LabError(f"{drift.name}: `{' '.join(drift.argv)}`: {_stderr(child)}")
     finally:
         if child.poll() is None:
             child.kill()
         child.communicate()
-    assert damaged is not None
-    return (whole - damaged) * 1000
+    assert drifted is not None
+    return (repaired - drifted) * 1000
 
 
-def _said(child: subprocess.Popen[bytes]) -> str:
+def _stderr(child: subprocess.Popen[bytes]) -> str:
     if child.poll() is None or child.stderr is None:
         return ""
     return child.stderr.read().decode(errors="replace").strip()

@@ -1,7 +1,7 @@
-"""What a bench measured, as values: figures, their table, their JSON. Imports nothing that has an effect.
+"""What a bench measured: figures, their table, their JSON.
 
-A figure that is compared carries the samples of what it is compared with, taken in the same run and
-in turns with its own, so that a busy machine slows both.
+A figure that is compared carries the samples of what it is compared with, taken in the same run and alternating with
+its own, so a busy machine slows both.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 
 def percentile(samples: Sequence[float], share: float) -> float:
-    """The sample below or at which `share` (0 to 1) of all are (nearest rank)."""
+    """Return the sample at or below which a `share` (0 to 1) of all samples is (nearest rank)."""
     ordered = sorted(samples)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured thing. `samples` and `beside` are in `unit`."""
+    """One measured quantity. `samples` and `beside` are in `unit`."""
 
     bench: str
     name: str
@@ -30,9 +30,9 @@ class Figure:
     beside_name: str = ""
     beside: tuple[float, ...] = ()
     bound: float | None = None
-    """What the project's goals ask for, in `unit`, of the median (or of the maximum, `bound_on_max`)."""
+    """The goal for the median, in `unit`; for the maximum with `bound_on_max`."""
     ratio_bound: float | None = None
-    """The same for the ratio."""
+    """The goal for the ratio."""
     bound_on_max: bool = False
     note: str = ""
 
@@ -42,7 +42,7 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """Own median by that of what it stands beside: below 1 is less than it."""
+        """The median divided by that of what it is compared with."""
         below = statistics.median(self.beside) if self.beside else 0.0
         return self.p50 / below if below else None
 
@@ -101,7 +101,7 @@ _HEADS = ("figure", "unit", "n", "p50", "p99", "max", "beside it", "p50", "ratio
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """All figures as a text table, one section a bench, notes below each section."""
+    """Return all figures as a text table: a section for each bench, a note below its figure."""
     rows: list[tuple[str, ...]] = []
     for f in figures:
         beside = _number(statistics.median(f.beside)) if f.beside else ""

@@ -1,9 +1,9 @@
 """Three hosts with real Open vSwitch: a Node that joins, one that leaves, one whose address changes.
 
-A join begins when the request that makes the Node is sent. The agent's pod is bound to a token that needs the
-Node, so its process starts after; the pod is plugged in when kbr0 is there, as a CNI plugin would. It ends when
-every pod's packets pass to the new node's pod, and back, three in a row. Beside it, the same for a node whose
-agent runs already and whose Node lacks its address.
+A join begins when the request that makes the Node is sent. The agent starts after it, as its token needs the Node. The
+pod is plugged in once kbr0 exists, as a CNI plugin would do. The join ends when packets of every pod pass to the new
+node's pod and back, three in a row. The same is measured for a node whose agent runs already and whose Node gets its
+address.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _TIMEOUT = 20.0
 
 
 def bench(plan: Plan) -> list[Figure]:
+    """Measure joins, leaves and address changes."""
     fresh: list[float] = []
     waiting: list[float] = []
     gone: list[float] = []
@@ -61,7 +62,7 @@ def bench(plan: Plan) -> list[Figure]:
                 )
                 plan.progress(f"  {number + 1} of {tries}: {text}")
         _join(cluster, new, parts)
-        moved, dark = _moves(plan, cluster, new)
+        moved, outages = _moves(plan, cluster, new)
     name = "kube-joins"
     begun, complete = "Node made to all pods ping, agent's start included", "Node complete to all pods ping, agent runs"
     return [
@@ -73,7 +74,7 @@ def bench(plan: Plan) -> list[Figure]:
         Figure(name, "  p99 of them", "s", (percentile(gone, 0.99),), bound=_P99),
         Figure(name, "Node's address changed to all pods ping", "s", tuple(moved), bound=_P50),
         Figure(name, "  p99 of them", "s", (percentile(moved, 0.99),), bound=_P99),
-        Figure(name, "  longest silence of a pair then", "s", tuple(dark)),
+        Figure(name, "  longest silence of a pair then", "s", tuple(outages)),
     ]
 
 
@@ -86,14 +87,14 @@ def _others(cluster: ClusterLab, new: Host) -> list[Host]:
 
 
 def _pairs(cluster: ClusterLab, new: Host) -> list[Pair]:
-    """Every old pod to the new node's, and back."""
+    """Return every old pod with the new node's, both ways."""
     mine = new.pod(1)
     pods = [host.pod(1) for host in _others(cluster, new)]
     return [pair for pod in pods for pair in (cluster.lab.pair(pod, mine), cluster.lab.pair(mine, pod))]
 
 
 def _passing(track: Track, since: float) -> float:
-    """When the packet came back from which on all were answered, of those that have been."""
+    """Return when the first packet came back after which none was lost."""
     known = range(max(track.received) + 1)
     lost = [n for n in known if n not in track.received and track.sent[n] >= since]
     first = lost[-1] + 1 if lost else 0
@@ -108,14 +109,14 @@ def _until_passing(cluster: ClusterLab, stream: Prober, since: float) -> float:
 
 
 def _in_time(cluster: ClusterLab, new: Host, since: float, parts: dict[str, list[float]]) -> float:
-    """Plugs a new pod in as soon as kbr0 is there; then every pod sends, until all is answered.
+    """Plug a new pod in as soon as kbr0 exists; then let every pod send until all packets are answered.
 
-    Not before: Linux asks for a neighbour that does not answer again after a second, which is not the mesh's.
+    Not before: Linux waits a second before it asks again for a neighbour that did not answer.
     """
     address = f"{new.pod_cidrs[0].network_address + 1}/{new.pod_cidrs[0].prefixlen}"
     look = ["ip", "-4", "addr", "show", "kbr0"]
     netns.wait_for("kbr0", lambda: address in new.run(look, check=False).stdout, _TIMEOUT)
-    parts["kbr0 there"].append(time.time() - since)
+    parts["kbr0 exists"].append(time.time() - since)
     new.plug()
     parts["pod plugged in"].append(time.time() - since)
     with cluster.lab.stream(_pairs(cluster, new), _INTERVAL) as stream:
@@ -132,7 +133,7 @@ def _join(cluster: ClusterLab, new: Host, parts: dict[str, list[float]]) -> floa
 
 
 def _complete(cluster: ClusterLab, new: Host, parts: dict[str, list[float]]) -> float:
-    """The agent waits for its node to be complete: the Node has no address yet."""
+    """Start the agent of a Node without an address, then set the address."""
     cidrs = [str(cidr) for cidr in new.pod_cidrs]
     node = {"kind": "Node", "metadata": {"name": new.name}, "spec": {"podCIDR": cidrs[0], "podCIDRs": cidrs}}
     answer = cluster.plane.call("POST", "/api/v1/nodes", node)
@@ -146,7 +147,7 @@ def _complete(cluster: ClusterLab, new: Host, parts: dict[str, list[float]]) -> 
 
 
 def _leave(cluster: ClusterLab, new: Host) -> float:
-    """Until neither kernel nor switch of any other host has anything of it."""
+    """Remove the Node. Return the seconds until no other host has anything of it."""
     left = Peer(new.name, str(new.address), str(new.pod_cidrs[0]))
     wanted: list[Event] = [
         ("port-", left.port),
@@ -173,7 +174,7 @@ def _leave(cluster: ClusterLab, new: Host) -> float:
 
 
 def _moves(plan: Plan, cluster: ClusterLab, new: Host) -> tuple[list[float], list[float]]:
-    """The Node's address changes to and fro; nobody is restarted."""
+    """Change the Node's address to and fro, without a restart."""
     netns.wait_for("three agents that are converged", lambda: len(cluster.converged()) == 3, 30)
     pids = [cluster.pid(host.name) for host in cluster.lab.hosts]
     device = "br-phy" if cluster.lab.settings.datapath == "netdev" else "eth0"
@@ -195,12 +196,12 @@ def _moves(plan: Plan, cluster: ClusterLab, new: Host) -> tuple[list[float], lis
     if pids != [cluster.pid(host.name) for host in cluster.lab.hosts]:
         raise LabError("an agent was restarted when the address changed")
     plan.progress(
-        f"  address changed {tries} times: {statistics.median(took):.2f} s, dark {statistics.median(dark):.2f} s"
+        f"  address changed {tries} times: {statistics.median(took):.2f} s, outage {statistics.median(dark):.2f} s"
     )
     return took, dark
 
 
 def _all_to(cluster: ClusterLab, new: Host, address: str) -> bool:
-    """Whether every other host's port for it leads to this address."""
+    """Return whether every other host's port for it leads to this address."""
     look = ("--columns=options", "find", "interface", f"name=gre-{new.name}")
     return all(f'"{address}"' in host.ovs_vsctl(*look) for host in _others(cluster, new))

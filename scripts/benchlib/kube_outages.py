@@ -1,6 +1,7 @@
-"""What happens to a control plane, under a stream between the pods of three hosts: packets lost, slices, the way back.
+"""Faults of the control plane under a stream between the pods of three hosts.
 
-The ways are those of tests/kube (outagekit), for longer. Beside each the same stream with nothing done.
+Measures packets lost, slice members lost, and the time until a new Node is joined. The faults are those of the tests
+(outagekit), for longer. Each is compared with the same stream with nothing done.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from tests.support.fault_proxy import FAULTS, STALL
 from tests.support.outagekit import Storm, storm
 
 _HEALTHY = 6.0
-"""Seconds for which a watch must have lived to be followed by another at once."""
+"""Seconds that a watch must have lasted for the next one to start at once."""
 
 
 def bench(plan: Plan) -> list[Figure]:
+    """Measure each fault."""
     figures = []
     lost_beside: list[float] = []
     with cluster_lab(3, 1) as cluster, storm(cluster) as s:
@@ -32,7 +34,7 @@ def bench(plan: Plan) -> list[Figure]:
                 back.append(found.back)
                 sent += found.sent
                 plan.progress(
-                    f"  {name}: {found.lost} of {found.sent} lost, a Node made after it is in {found.back:.1f} s later"
+                    f"  {name}: {found.lost} of {found.sent} lost, a new Node is joined {found.back:.1f} s later"
                     f" {found.silent}"
                 )
             if not lost_beside:
@@ -51,7 +53,7 @@ def bench(plan: Plan) -> list[Figure]:
                     bound_on_max=True,
                     note=f"of {sent:,}",
                 ),
-                Figure("kube-outages", "  members that slices lacked", "", tuple(least), bound=0.0, bound_on_max=True),
+                Figure("kube-outages", "  members missing from slices", "", tuple(least), bound=0.0, bound_on_max=True),
                 Figure("kube-outages", "  then a Node made to the last route", "s", tuple(back)),
             ]
     return figures
@@ -69,13 +71,13 @@ def _ways(plan: Plan, s: Storm) -> list[tuple[str, int, Callable[[], None]]]:
         ("tokens rotate", plan.tries(3, 1), s.tokens_rotate),
     ]
 
-    def put_in(fault: str) -> None:
-        # one after the other soon is a server that cuts all, for which agents wait longer and longer
+    def inject(fault: str) -> None:
+        # faults in quick succession look like a server that ends every watch, and agents back off
         time.sleep(_HEALTHY)
         s.watch_fault(fault)
 
     for fault in FAULTS:
-        ways.append((f"watches get {fault}", plan.tries(5, 1), lambda fault=fault: put_in(fault)))  # type: ignore[misc]
+        ways.append((f"watches get {fault}", plan.tries(5, 1), lambda fault=fault: inject(fault)))  # type: ignore[misc]
     if not plan.quick:
         ways.append((f"watches get {STALL}", 1, lambda: s.watch_fault(STALL)))
     return ways

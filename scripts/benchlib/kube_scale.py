@@ -1,7 +1,7 @@
-"""A thousand Nodes: what an agent and the controller cost, how soon a join is in an agent's kernel and switch.
+"""A thousand Nodes: memory of agent and controller, and the time until a join is in kernel and switch.
 
-The agent is real, on a real switch; its peers are Nodes without hosts. All times end where notifications of
-the kernel, nft, OVSDB and the flow table show the last part.
+The agent is real, on a real switch; its peers are Nodes without hosts. Times end when notifications of the kernel,
+nft, OVSDB and the flow table show the last part.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _REST = (0.3, 0.8)
 
 
 def bench(plan: Plan) -> list[Figure]:
+    """Measure memory, starts, joins and a burst of joins."""
     figures = []
     with kube_testbed([peer(n) for n in range(NODES)]) as s:
         controller = s.pid("controller1")
@@ -47,7 +48,7 @@ def bench(plan: Plan) -> list[Figure]:
 
 
 def _parts(peers: Sequence[Peer], sign: str) -> dict[str, list[Event]]:
-    """What is seen of them in the kernel and the switch, flows apart."""
+    """Return the events of these peers in kernel and switch, without flows."""
     return {
         "port": [(f"port{sign}", p.port) for p in peers],
         "neighbour": [(f"neigh{sign}", p.gateway) for p in peers],
@@ -58,7 +59,7 @@ def _parts(peers: Sequence[Peer], sign: str) -> dict[str, list[Event]]:
 
 
 def _until(probe: EventProbe, peers: Sequence[Peer], sign: str, timeout: float) -> dict[str, float]:
-    """When the last of each kind was seen."""
+    """Return when the last event of each kind was seen."""
     parts = _parts(peers, sign)
     seen = probe.wait([event for events in parts.values() for event in events], timeout)
     last = {part: max(seen[event] for event in events) for part, events in parts.items()}
@@ -66,7 +67,7 @@ def _until(probe: EventProbe, peers: Sequence[Peer], sign: str, timeout: float) 
 
 
 def _start(s: KubeTestbed, start: Callable[[], object], pid: Callable[[], int]) -> tuple[float, float, float]:
-    """From this start of an agent to the last part: seconds, CPU of the agent, and CPU of it and the switch."""
+    """Start an agent. Return the seconds to the last part, the agent's CPU, and the CPU of agent and switch."""
     with EventProbe(s.host, flows=False, database=False) as probe:
         parts = _parts(s.peers, "+")
         switch = [p.pid for name in ("ovsdb-server", "ovs-vswitchd") if (p := s.host.daemon(name))]
@@ -83,7 +84,7 @@ def _start(s: KubeTestbed, start: Callable[[], object], pid: Callable[[], int]) 
 
 
 def _from_file(s: KubeTestbed) -> float:
-    """The same from a mesh file; removed again."""
+    """Return the seconds of a start from a mesh file. Remove everything again."""
 
     def pid() -> int:
         process = s.host.agent()
@@ -99,7 +100,7 @@ def _from_file(s: KubeTestbed) -> float:
 
 
 def _starts(plan: Plan, s: KubeTestbed) -> list[Figure]:
-    """From an agent's process start to the last part, on a host where nothing of it is left. Leaves one running."""
+    """Measure starts of an agent on a clean host. Leaves an agent running."""
     took: list[float] = []
     own: list[float] = []
     whole: list[float] = []
@@ -111,8 +112,8 @@ def _starts(plan: Plan, s: KubeTestbed) -> list[Figure]:
         found = _start(s, lambda: s.cluster.start_agent(s.host, config), s.pid)
         for value, samples in zip(found, (took, own, whole), strict=True):
             samples.append(value)
-        told = f"{took[-1]:.2f} s, from a file {beside[-1]:.2f} s, CPU of the agent {own[-1]:.2f} s"
-        plan.progress(f"  start {number + 1} of {tries}: {told}")
+        text = f"{took[-1]:.2f} s, from a file {beside[-1]:.2f} s, CPU of the agent {own[-1]:.2f} s"
+        plan.progress(f"  start {number + 1} of {tries}: {text}")
         if number + 1 < tries:
             s.forget()
     time.sleep(3)
@@ -128,10 +129,10 @@ def _starts(plan: Plan, s: KubeTestbed) -> list[Figure]:
 
 
 class _Joins:
-    """Nodes that come and go one by one, and what was seen of it."""
+    """Joins and leaves of single Nodes, and when their parts were seen."""
 
-    def __init__(self, s: KubeTestbed, probe: EventProbe, looks: SliceWatch) -> None:
-        self._s, self._probe, self._looks = s, probe, looks
+    def __init__(self, s: KubeTestbed, probe: EventProbe, slices: SliceWatch) -> None:
+        self._s, self._probe, self._slices = s, probe, slices
         self.more: list[float] = []
         self.less: list[float] = []
         self.sliced: list[float] = []
@@ -145,11 +146,11 @@ class _Joins:
         self.more.append((max(found.values()) - since) * 1000)
         for part, at in found.items():
             self.parts.setdefault(part, []).append((at - since) * 1000)
-        # the watch beside may hear of it later than the agent
+        # this watch may receive it later than the agent does
         until = time.monotonic() + 5
-        while extra.name not in self._looks.seen and time.monotonic() < until:
+        while extra.name not in self._slices.seen and time.monotonic() < until:
             self._probe.look(0.01)
-        self.sliced.append((self._looks.seen[extra.name] - since) * 1000)
+        self.sliced.append((self._slices.seen[extra.name] - since) * 1000)
         self._rest()
         since = self._s.admin.remove(extra)
         self.less.append((max(_until(self._probe, [extra], "-", 20).values()) - since) * 1000)
@@ -175,14 +176,14 @@ def _joins(plan: Plan, s: KubeTestbed) -> list[Figure]:
     tries = plan.tries(50, 10)
     with ExitStack() as stack:
         probe = stack.enter_context(EventProbe(s.host))
-        looks = stack.enter_context(slice_watch(s.plane))
+        slices = stack.enter_context(slice_watch(s.plane))
         probe.quiet(1.5)
-        calm, broken = _Joins(s, probe, looks), _Joins(s, probe, looks)
+        calm, broken = _Joins(s, probe, slices), _Joins(s, probe, slices)
         for number in range(tries):
             calm.one(number)
             if number % 10 == 9:
                 plan.progress(f"  {number + 1} of {tries}: in {statistics.median(calm.more):.0f} ms; {calm.note}")
-        with _InTheWay(s) as bad:
+        with _Conflict(s) as bad:
             for number in range(tries // 2):
                 broken.one(tries + number)
             plan.progress(f"  with {bad} refused: {statistics.median(broken.more):.0f} ms")
@@ -203,8 +204,8 @@ def _joins(plan: Plan, s: KubeTestbed) -> list[Figure]:
     ]
 
 
-class _InTheWay:
-    """A port of someone else's, to the address of a Node that joins: the switch makes no second one like it."""
+class _Conflict:
+    """An unmanaged port to the address of a Node that joins: the switch refuses a second port like it."""
 
     def __init__(self, s: KubeTestbed) -> None:
         self._s, self._peer = s, Peer("refused", "172.31.254.1", "10.201.0.0/24")
@@ -220,7 +221,7 @@ class _InTheWay:
         time.sleep(2)
         errors = host.ovs_vsctl("get", "interface", self._peer.port, "error")
         if "already" not in errors and "exists" not in errors:
-            raise LabError(f"the switch was to refuse {self._peer.port}: {errors}")
+            raise LabError(f"the switch did not refuse {self._peer.port}: {errors}")
         return self._peer.name
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
-"""A thousand watching agents and more: how soon the last of them has a join, and what it costs the API server.
+"""A thousand watches of the slices and more: when the last one receives a join, and what it costs the API server.
 
-One load process (watchload) holds the watches, all with one agent's token, on the same two cores as the API
-server, etcd and the controller.
+One process (watch_load) holds the watches, all with one agent's token, on the same cores as the API server, etcd and
+the controller.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from benchlib.testbed import Peer, Plan, cpu_seconds, peer
 from ovsmesh.lab.netns import LabError
 
 _NODES = 900
-"""So that the slice that a join changes is half full and more."""
+"""So that the slice that a join changes is more than half full."""
 _REST = (0.3, 0.7)
 
 
 class Watchers:
-    """The load process, by its commands."""
+    """The load process: sends its commands, reads its answers."""
 
     def __init__(self, s: KubeTestbed, config: Path) -> None:
         argv = ["ip", "netns", "exec", s.plane.ns, sys.executable, str(Path(__file__).with_name("watch_load.py"))]
@@ -42,12 +42,14 @@ class Watchers:
             env=os.environ | {"PYTHONPATH": root},
         )
 
-    def say(self, text: str) -> None:
+    def send(self, text: str) -> None:
+        """Send a command."""
         assert self.process.stdin is not None
         self.process.stdin.write(text + "\n")
         self.process.stdin.flush()
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
+        """Return an answer. Raises LabError for an error."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         found: dict[str, Any] = json.loads(line) if line else {"error": "the load process has ended"}
@@ -75,6 +77,7 @@ def _watchers(s: KubeTestbed) -> Iterator[Watchers]:
 
 
 def bench(plan: Plan) -> list[Figure]:
+    """Measure joins with many watches open."""
     figures = []
     with cluster_lab(1, 0, clusterCIDRs=[CLUSTER]) as cluster:
         s = KubeTestbed(cluster.lab, cluster)
@@ -91,8 +94,8 @@ def bench(plan: Plan) -> list[Figure]:
 def _at(plan: Plan, s: KubeTestbed, load: Watchers, count: int, first: int) -> list[Figure]:
     server = s.plane.pid("kube-apiserver")
     used = cpu_seconds(server)
-    load.say(f"more {count}")
-    opened = load.hear()
+    load.send(f"more {count}")
+    opened = load.receive()
     plan.progress("  {open} watches open after {seconds:.1f} s, {refused} refused at first".format(**opened))
     opening = cpu_seconds(server) - used
     time.sleep(3)
@@ -111,11 +114,11 @@ def _at(plan: Plan, s: KubeTestbed, load: Watchers, count: int, first: int) -> l
     joined: list[Peer] = []
     for number in range(first, first + tries):
         extra = Peer(f"w{number:04d}", f"172.30.{number // 250}.{number % 250 + 1}", f"10.201.{number}.0/24")
-        load.say(f"expect {extra.name}")
-        load.hear()
+        load.send(f"expect {extra.name}")
+        load.receive()
         since = s.admin.add(extra)
         joined.append(extra)
-        times = load.hear()["times"]
+        times = load.receive()["times"]
         if len(times) != count:
             raise LabError(f"{len(times)} watches of {count} are still open")
         soonest.append((times[0] - since) * 1000)

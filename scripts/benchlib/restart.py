@@ -1,6 +1,6 @@
-"""What dies and comes back: the agent under a stream of packets, ovsdb-server, ovs-vswitchd, both.
+"""Restarts under a stream of packets: of the agent, of ovsdb-server, of ovs-vswitchd, of both.
 
-Beside the agent's death stands the same stream with nothing done to it, in turns.
+The agent's restart is compared with the same stream with nothing done, alternating.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import LabError
 
 _PACE = 0.00095
-"""Seconds between two packets; with what each costs to send, about 1,000 a second."""
+"""Seconds between two packets; with the time of sending, about 1,000 packets a second."""
 _GOAL = 1000.0
-"""Milliseconds from the switch being back to packets passing."""
+"""Milliseconds: the goal, from the switch being up to packets passing."""
 
 
 def kill(plan: Plan) -> list[Figure]:
+    """Measure the packets lost while an agent is killed and started again."""
     lost: dict[bool, list[float]] = {True: [], False: []}
     twice: dict[bool, list[float]] = {True: [], False: []}
     rates = []
@@ -44,7 +45,7 @@ def kill(plan: Plan) -> list[Figure]:
                 lost[killed].append(track.lost)
                 twice[killed].append(track.duplicates)
                 rates.append(len(track.sent) / took)
-    rate = f"{sum(rates) / len(rates):.0f} packets/s, echo and answer; beside it the same stream with nothing done"
+    rate = f"{sum(rates) / len(rates):.0f} packets/s, echo and answer; compared with the same stream with nothing done"
     return [
         Figure(
             "kill", "packets lost", "", tuple(lost[True]), "nothing done", tuple(lost[False]), 0.0, None, True, rate
@@ -54,9 +55,9 @@ def kill(plan: Plan) -> list[Figure]:
 
 
 def _database(agents: bool) -> tuple[float, float]:
-    """ovsdb-server killed and started in a fresh lab: packets lost, and the longest silence in milliseconds.
+    """Restart ovsdb-server in a fresh lab. Return the packets lost, and the longest silence in milliseconds.
 
-    Fresh, because ovs-vswitchd waits longer before each reconnection to a server that keeps dying.
+    Fresh, because ovs-vswitchd waits longer each time before it connects again to a server that keeps dying.
     """
     with Lab(2, 1, ephemeral=True) as lab:
         host = lab.host(1)
@@ -83,7 +84,7 @@ def _database(agents: bool) -> tuple[float, float]:
 
 
 def database(plan: Plan) -> list[Figure]:
-    """With agents, and in turns without any: what Open vSwitch itself makes of it."""
+    """Measure restarts of ovsdb-server with agents and, alternating, without any."""
     found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for _ in range(plan.tries(5, 1)):
         for agents in (True, False):
@@ -91,7 +92,7 @@ def database(plan: Plan) -> list[Figure]:
         plan.progress(f"  ovsdb-server restarted: lost, silent ms: {found[True][-1]}; no agent: {found[False][-1]}")
     lost, silent = zip(*found[True], strict=True)
     lost_alone, silent_alone = zip(*found[False], strict=True)
-    note = "the userspace datapath stands still until ovs-vswitchd has its database again; the kernel's does not"
+    note = "the userspace datapath stops until ovs-vswitchd has its database again; the kernel's does not"
     return [
         Figure("restart", "ovsdb-server restarted: packets lost", "", lost, "no agent", lost_alone, note=note),
         Figure("restart", "  longest silence", "ms", silent, "no agent", silent_alone),
@@ -117,6 +118,7 @@ def _both(host: Host, seconds: float) -> tuple[float, float]:
 
 
 def switch(plan: Plan) -> list[Figure]:
+    """Measure restarts of the processes of Open vSwitch."""
     figures = database(plan)
     ended = 0
     seconds = plan.tries(10, 3)

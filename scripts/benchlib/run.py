@@ -1,7 +1,7 @@
-"""The command line of the benches: which to run, progress lines, the table, the JSON.
+"""The command line of the benches: which to run, progress, the table, the JSON.
 
-Knows how a run begins and ends: as root, in namespaces of labs of its own, which go when the run
-ends, is interrupted or has failed; those of a run that was killed go when the next one starts.
+A run makes labs of its own and ends them, also when it fails or is interrupted. The next run ends the labs of a run
+that was killed.
 """
 
 from __future__ import annotations
@@ -42,19 +42,25 @@ from tests.support.binaries import BinariesError
 
 Bench = Callable[[Plan], Iterable[Figure]]
 BENCHES: dict[str, tuple[Bench, str]] = {
-    "cold": (cold.bench, "process start to the last port, flow, route, neighbour and FDB entry"),
-    "change": (change.bench, "one peer more, one peer less, from the mesh file's rename"),
+    "cold": (cold.bench, "start of the process to the last port, flow, route, neighbour and FDB entry"),
+    "change": (change.bench, "one peer more and one peer less, from the rename of the mesh file"),
     "memory": (steady.memory, "resident memory and idle CPU, children included"),
-    "again": (steady.again, "a second run at the same state: what it writes, how long it and plan and status take"),
+    "again": (steady.again, "a second run with nothing to do: what it writes; how long it, plan and status take"),
     "kill": (restart.kill, "agent killed with SIGKILL and restarted under a stream of packets"),
     "drift": (drift.bench, "each drift: time to its repair, packets lost"),
-    "restart": (restart.switch, "ovsdb-server, ovs-vswitchd, both dead for ten seconds"),
+    "restart": (restart.switch, "ovsdb-server, ovs-vswitchd, or both dead for ten seconds"),
     "lab": (scale.bench, "n² pings of 10 hosts × 3 pods, a lab of 20 hosts"),
     "kube-joins": (kube_joins.bench, "three hosts: a Node joins, leaves, changes its address"),
     "kube-1000": (kube_scale.bench, "1,000 Nodes: agent's start, memory, joins, a burst of 500"),
-    "kube-heartbeats": (kube_heartbeats.bench, "1,000 Nodes' heartbeats, and what of them reaches an agent"),
-    "kube-watchers": (kube_watchers.bench, "1,000 and 3,000 watches of the slices: a join to the last one's event"),
-    "kube-outages": (kube_outages.bench, "the control plane dies, stalls, lies: packets lost, slices, the way back"),
+    "kube-heartbeats": (kube_heartbeats.bench, "heartbeats of 1,000 Nodes, and what an agent receives of them"),
+    "kube-watchers": (
+        kube_watchers.bench,
+        "1,000 and 3,000 watches of the slices: a join until the last one's event",
+    ),
+    "kube-outages": (
+        kube_outages.bench,
+        "faults of the control plane: packets and slice members lost, recovery",
+    ),
 }
 
 
@@ -83,13 +89,13 @@ def _arguments() -> argparse.Namespace:
     listed = "\n".join(f"  {name:15} {about}" for name, (_, about) in BENCHES.items())
     parser = argparse.ArgumentParser(
         prog="bench.py",
-        description=f"Measures ovsmesh in network namespaces of its own (root). Benches:\n{listed}\n"
-        "Those of Kubernetes start a real control plane, which is built with Go the first time (10 minutes).",
+        description=f"Measure ovsmesh in network namespaces (root). Benches:\n{listed}\n"
+        "Those of Kubernetes start a real control plane, which is built with Go before the first run (10 minutes).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", choices=list(BENCHES), metavar="NAME", help="only these benches")
-    parser.add_argument("--quick", action="store_true", help="fewer tries and shorter waits: 10 minutes in place of 40")
-    parser.add_argument("--big", action="store_true", help="5,000 peers too")
+    parser.add_argument("--quick", action="store_true", help="fewer tries and shorter waits: 10 minutes instead of 40")
+    parser.add_argument("--big", action="store_true", help="measure with 5,000 peers too")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="numbers of peers (default 100 300 1000)")
     parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="PATH", help="default: bench.json")
     return parser.parse_args()
@@ -100,13 +106,13 @@ def _stop(number: int, _frame: object) -> None:
 
 
 def main() -> None:
-    """Runs the chosen benches; exits 1 when one failed, 2 when a figure misses what is asked of it."""
+    """Run the chosen benches. Exits with 1 when one failed, with 2 when a figure misses its goal."""
     chosen = _arguments()
     if os.geteuid() != 0:
-        sys.exit("bench.py: makes network namespaces, which needs root; run it with sudo")
+        sys.exit("bench.py: it makes network namespaces, which needs root; run it with sudo")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    # rooms that a bench uses itself, to watch, have nothing to say here
+    # modules of ovsmesh that a bench uses are not to log
     logging.getLogger("ovsmesh").addHandler(logging.NullHandler())
     progress = _Progress(time.monotonic())
     sizes = tuple(chosen.sizes or (100, 300, 1000)) + ((5000,) if chosen.big else ())
@@ -121,7 +127,7 @@ def main() -> None:
             bench, about = BENCHES[name]
             progress(f"{name}: {about}")
             try:
-                # one by one: what a bench found before it failed is kept
+                # one by one: figures of a bench that fails later are kept
                 for figure in bench(plan):
                     figures.append(figure)
             except (OvsmeshError, BinariesError, AssertionError) as error:
@@ -135,7 +141,7 @@ def main() -> None:
             print(table(figures))
             facts = f"{machine['cpus']} CPUs, Linux {machine['kernel']}, Open vSwitch {machine['openVSwitch']}"
             if machine["load"][0] > (machine["cpus"] or 1) / 2:
-                print("\nThe machine was busy when this began: seconds and milliseconds are too high, ratios hold.")
+                print("\nThe machine was busy at the start: seconds and milliseconds are too high, ratios hold.")
             print(f"\n{facts}, Python {machine['python']}; load {machine['load'][0]:.1f} → {os.getloadavg()[0]:.1f}")
         print(f"written to {chosen.json}", file=sys.stderr)
     if failed:

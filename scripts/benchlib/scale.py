@@ -1,4 +1,4 @@
-"""A whole mesh at once: every pod to every other, what crosses the tunnels meanwhile, and how long a big lab takes."""
+"""A whole mesh: pings from every pod to every other, what crosses the tunnels meanwhile, the time of a big lab."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ovsmesh.lab.netns import LabError
 
 
 def bench(plan: Plan) -> list[Figure]:
+    """Measure pings of a whole mesh, and how long a lab of many hosts takes."""
     hosts, pods = (4, 2) if plan.quick else (10, 3)
     with Lab(hosts, pods, ephemeral=True) as lab, ExitStack() as stack:
         captures = [stack.enter_context(host.capture()) for host in lab.hosts]

@@ -1,7 +1,7 @@
-"""Runs `agent --once` in this process with a clock around each room, and prints seconds by part as JSON.
+"""Run `agent --once` in this process, time each part, and print the seconds by part as JSON.
 
-A program of its own: `split.py START MESH NODE OVSDB STATE_DIR`, where START is the CLOCK_MONOTONIC
-second at which it was started. A part's seconds leave out those of the parts inside it.
+A program of its own: `startup_profile.py START MESH NODE OVSDB STATE_DIR`, where START is the CLOCK_MONOTONIC second
+at which it was started. A part's seconds do not contain those of the parts inside it.
 """
 
 import functools
@@ -17,7 +17,7 @@ seconds: defaultdict[str, float] = defaultdict(float)
 _running: list[list[Any]] = []
 
 
-def _clocked(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+def _timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def timed(*args: Any, **options: Any) -> Any:
         begun = time.monotonic()
@@ -55,23 +55,27 @@ _PARTS = (
 )
 
 
-def main() -> None:
-    start, *options = sys.argv[1:]
-    began = time.monotonic()
-    seconds["python"] = began - float(start)
-    room = importlib.import_module("ovsmesh.agent.main")
-    importlib.import_module("ovsmesh.cli.main")
-    seconds["imports"] = time.monotonic() - began
+def instrument() -> None:
+    """Time the calls of each part from now on. Raises AttributeError where a part no longer exists."""
     for part, module, path in _PARTS:
         owner: Any = importlib.import_module(module)
         *classes, name = path.split(".")
         for step in classes:
             owner = getattr(owner, step)
-        if call := getattr(owner, name, None):
-            setattr(owner, name, _clocked(part, call))
-    turn = _clocked("the rest", room.once)(importlib.import_module("ovsmesh.agent.options").Options(*options))
-    if not turn.converged:
-        sys.exit(f"not converged: {'; '.join(map(str, turn.problems))}")
+        setattr(owner, name, _timed(part, getattr(owner, name)))
+
+
+def main() -> None:
+    start, *options = sys.argv[1:]
+    began = time.monotonic()
+    seconds["python"] = began - float(start)
+    agent = importlib.import_module("ovsmesh.agent.main")
+    importlib.import_module("ovsmesh.cli.main")
+    seconds["imports"] = time.monotonic() - began
+    instrument()
+    result = _timed("the rest", agent.once)(importlib.import_module("ovsmesh.agent.options").Options(*options))
+    if not result.converged:
+        sys.exit(f"not converged: {'; '.join(map(str, result.problems))}")
     print(json.dumps(dict(seconds) | {"the whole run": time.monotonic() - float(start)}))
 
 

@@ -1,7 +1,7 @@
-"""An agent with nothing to do: its memory, its CPU time, and what a second run at the same state writes.
+"""An agent with nothing to do: its memory, its CPU time, and what a second run writes.
 
-Knows /proc, and the counters by which a write would show: rtnetlink notifications, transactions in
-the OVS database's file, nft's generation, the age of each flow.
+A write shows in rtnetlink notifications, in transactions of the OVS database's file, in nft's generation or in the age
+of a flow.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _pid(s: Testbed) -> int:
 
 
 def memory(plan: Plan) -> list[Figure]:
-    """All sizes at once: idle agents do not disturb each other, and the minute is spent once."""
+    """Measure memory and idle CPU at all sizes at once: idle agents do not disturb each other."""
     figures = []
     seconds = plan.tries(60, 15)
     with ExitStack() as stack:
@@ -75,7 +75,7 @@ def memory(plan: Plan) -> list[Figure]:
 
 
 class _Counters:
-    """What has been written so far on a host; `seen` keeps the rtnetlink notifications of all counters."""
+    """Counts what is written on a host. `seen` keeps the rtnetlink notifications of all counters."""
 
     seen: ClassVar[Counter[Event]] = Counter()
 
@@ -91,9 +91,9 @@ class _Counters:
         return (self._s.host.state / "conf.db").read_bytes().count(b"\nOVSDB JSON ")
 
     def written(self) -> dict[str, int]:
-        """Since the counters were made, by kind."""
+        """Return what was written since this was made, by kind."""
         self._probe.look(0.2)
-        # the underlay's own neighbours come and go by themselves
+        # neighbours of the underlay come and go
         events = [event for _, event in self._probe.events if event[0] != "neigh~"]
         kinds = Counter(event[0] for event in events)
         kernel = [
@@ -117,6 +117,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 def again(plan: Plan) -> list[Figure]:
+    """Measure second runs: what they write, and how long they, plan and status take."""
     size = max(size for size in plan.sizes if size <= 1000) if min(plan.sizes) <= 1000 else min(plan.sizes)
     written: dict[str, Counter[str]] = {"once": Counter(), "restarted": Counter(), "killed": Counter()}
     once: list[float] = []

@@ -1,7 +1,7 @@
-"""One host with many peers that are not there: a lab of one, a mesh file of thousands.
+"""One host with many peers that do not exist: a lab of one host, a mesh file of thousands of nodes.
 
-Knows how such a host is made, driven, and read back with the system's own tools (ovs-vsctl,
-ovs-ofctl, ip, bridge, nft), so that no figure rests on what the agent says of itself.
+The host is read back with the system's own tools (ovs-vsctl, ovs-ofctl, ip, bridge, nft), so no figure rests on what
+the agent says of itself.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from ovsmesh.lab import netns
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import LabError
+from ovsmesh.names import API_VERSION
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run was asked for."""
+    """What a run is to measure: with fewer tries or not, at which numbers of peers."""
 
     quick: bool
     sizes: tuple[int, ...]
     progress: Callable[[str], None]
 
     def tries(self, full: int, quick: int) -> int:
+        """Return how many tries to make."""
         return quick if self.quick else full
 
 
@@ -61,7 +63,7 @@ class Peer(NamedTuple):
 
 
 def peer(number: int) -> Peer:
-    """Peer number 0 to 24,000; the host's own range is 10.97.1.0/24."""
+    """Return peer number 0 to 24,000. The host's own pod CIDR is 10.97.1.0/24."""
     return Peer(f"p{number}", f"172.16.{number // 250}.{number % 250 + 1}", f"10.{number // 250}.{number % 250}.0/24")
 
 
@@ -78,14 +80,15 @@ class Testbed:
         return self.host.mesh
 
     def mesh_text(self, peers: Sequence[Peer]) -> str:
-        head = "apiVersion: ovsmesh.io/v1alpha1\nkind: Mesh\nmetadata: {name: default}\nspec:\n"
+        """Return a mesh file of the host and these peers."""
+        head = f"apiVersion: {API_VERSION}\nkind: Mesh\nmetadata: {{name: default}}\nspec:\n"
         head += "  clusterCIDRs: [10.0.0.0/8]\n  nodes:\n"
         me = self.host.node
         own = f"  - name: {me['name']}\n    address: {me['address']}\n    podCIDRs: {json.dumps(me['podCIDRs'])}\n"
         return head + own + "".join(p.text for p in peers)
 
     def put(self, peers: Sequence[Peer]) -> float:
-        """Writes the mesh file and renames it into place; returns when (CLOCK_MONOTONIC, before the rename)."""
+        """Rename a new mesh file into place. Return the time just before the rename (CLOCK_MONOTONIC)."""
         temporary = self.mesh.with_name(".bench.tmp")
         temporary.write_text(self.mesh_text(peers))
         self.peers = list(peers)
@@ -94,19 +97,20 @@ class Testbed:
         return at
 
     def command(self, name: str, *options: str) -> list[str]:
-        """`ovsmesh NAME` as the host's own agent is started; to be run with the host's environment."""
+        """Return `ovsmesh NAME` with the host's options, to be run in its environment."""
         return [*self.host.command(name), *options]
 
     def ready(self, timeout: float = 60.0) -> None:
+        """Wait until the agent is ready."""
         netns.wait_for("the agent to be ready", self.host.ready, timeout, every=0.02, hint=str(self.host.agent_log))
 
     def readback(self) -> Readback:
-        """Everything read once with the system's own tools."""
+        """Read everything once with the system's own tools."""
         host = self.host
         flows = host.ovs_ofctl("--no-names", "dump-flows", "obr0").splitlines()[1:]
         seen = time.monotonic()
-        ours = [line for line in flows if "cookie=0x6f76736d" in line]
-        ages = [float(found[1]) for line in ours if (found := re.search(r"duration=([0-9.]+)s", line))]
+        own = [line for line in flows if "cookie=0x6f76736d" in line]
+        ages = [float(found[1]) for line in own if (found := re.search(r"duration=([0-9.]+)s", line))]
         lines = host.ovs_vsctl("--format=csv", "--no-heading", "--columns=name,ofport,type", "list", "Interface")
         interfaces = {row[0]: row[1] for row in csv.reader(lines.splitlines()) if row and row[2] == "gre"}
         lines = host.ovs_vsctl("--format=csv", "--no-heading", "--columns=name,protected", "list", "Port")
@@ -117,7 +121,7 @@ class Testbed:
         sets = host.run(["nft", "list", "set", "inet", "ovsmesh", "peers4"], check=False).stdout
         return Readback(
             ports={name for name, number in interfaces.items() if number.isdigit() and name in protected},
-            flows=len(ours),
+            flows=len(own),
             routes={r["dst"] for r in routes if r.get("type", "unicast") == "unicast"},
             neighbours={n["dst"] for n in neighbours},
             fdb={f["mac"] for f in fdb if f.get("state") == "static"},
@@ -130,7 +134,7 @@ class Testbed:
         return found
 
     def check(self) -> Readback:
-        """Reads all back and compares it with the mesh file's peers. Raises LabError where something is not there."""
+        """Read everything back and compare it with the mesh file's peers. Raises LabError when something is missing."""
         found = self.readback()
         wanted = {
             "ports": {p.port for p in self.peers},
@@ -142,12 +146,12 @@ class Testbed:
         for kind, want in wanted.items():
             have = getattr(found, kind)
             if have != want:
-                lacking, more = sorted(want - have)[:3], sorted(have - want)[:3]
+                missing, extra = sorted(want - have)[:3], sorted(have - want)[:3]
                 raise LabError(
-                    f"{len(want)} {kind} wanted, {len(have)} found; lacking {lacking}, too many {more}; "
+                    f"{len(want)} {kind} wanted, {len(have)} found; missing {missing}, extra {extra}; "
                     f"agent: {self.host.logs(5)}"
                 )
-        # to the peer, from its pods, from its tunnel address; and the default
+        # to the peer, from its pods, from its tunnel address; and the default flow
         if found.flows != 3 * len(self.peers) + 1:
             raise LabError(f"{3 * len(self.peers) + 1} flows wanted, {found.flows} found")
         return found
@@ -163,14 +167,14 @@ class Readback(NamedTuple):
     fdb: set[str]
     elements: set[str]
     last_flow: float
-    """When the youngest flow was put in (CLOCK_MONOTONIC, to the millisecond)."""
+    """When the youngest flow was added (CLOCK_MONOTONIC, to the millisecond)."""
 
 
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
 def children(pid: int) -> list[int]:
-    """The process's children and theirs."""
+    """Return the children of a process, and theirs."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in map(int, (task / "children").read_text().split()):
@@ -179,7 +183,7 @@ def children(pid: int) -> list[int]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Seconds of CPU that the process, its children that have ended, and those that run have used."""
+    """Return the seconds of CPU that a process and its children, ended or running, have used."""
     total = 0.0
     for one in (pid, *children(pid)):
         fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
@@ -189,7 +193,7 @@ def cpu_seconds(pid: int) -> float:
 
 @contextmanager
 def testbed(peers: int) -> Iterator[Testbed]:
-    """A host with Open vSwitch, a mesh file of `peers` peers, and no agent yet."""
+    """Make a host with Open vSwitch, a mesh file of `peers` peers, and no agent yet."""
     with Lab(1, 0, agents=False, ephemeral=True) as lab:
         made = Testbed(lab.host(1), lab)
         made.put([peer(n) for n in range(peers)])
