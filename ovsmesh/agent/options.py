@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from ovsmesh.agent.driver import Driver
 from ovsmesh.containers.docker import Docker
 from ovsmesh.containers.docker_migration import DockerOptions
-from ovsmesh.dataplane.types import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_STATE
+from ovsmesh.names import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_STATE
 from ovsmesh.state_dir import DOCKER_FILES, StateDir
 
 _FIRST_LOOK = 5.0

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ovsmesh import __version__
-from ovsmesh.dataplane.types import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_STATE
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.names import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_STATE
 
 if TYPE_CHECKING:
     from ovsmesh.agent.options import Options

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ovsmesh.containers import docker_rules
-from ovsmesh.containers.docker_api import Daemon, DaemonWatch
+from ovsmesh.containers.docker_api import DaemonWatch
 from ovsmesh.containers.docker_migration import DockerMigration, DockerOptions
 from ovsmesh.containers.docker_restart import command
 from ovsmesh.containers.docker_state import DaemonConfig, DockerFile, MigrationRecord, digest
 from ovsmesh.dataplane import docker_config as settings
 from ovsmesh.dataplane.docker_config import AWAY, DAEMON, DOCKER0, DOWN, daemon_text, some
 from ovsmesh.dataplane.plan import Step
-from ovsmesh.dataplane.types import KBR, Dataplane, Unmanaged
+from ovsmesh.dataplane.types import KBR, Daemon, Dataplane, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.file_watch import FileWatch
 from ovsmesh.reasons import Reason
@@ -179,7 +179,7 @@ class Docker:
         file: Mapping[str, object],
     ) -> DockerObserved:
         wanted = want.docker
-        have = settings.found(file, settings.flags(daemon.flags), wanted, list(want.addresses))
+        have = settings.observed(file, settings.flags(daemon.flags), wanted, list(want.addresses))
         problems = list(self._trouble())
         if DAEMON in wanted:
             if daemon.state == "starting":
@@ -247,7 +247,9 @@ class Docker:
     ) -> list[Problem]:
         """Adds docker0, the rules that dockerd made for it and the address it gave to kbr0, where they are to go."""
         if kernel.kbr:
-            have |= {f"{STRANGER}{text}": "Docker's own" for text in settings.strangers(daemon, own, kernel.addresses)}
+            have |= {
+                f"{STRANGER}{text}": "Docker's own" for text in settings.docker_addresses(daemon, own, kernel.addresses)
+            }
         if kernel.docker0 is not None and (restart or not kernel.docker0):
             have[DOCKER0] = "bridge"
         if restart:

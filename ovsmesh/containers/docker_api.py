@@ -17,10 +17,10 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ovsmesh.dataplane.types import Daemon
 from ovsmesh.file_watch import FileWatch
 
 _ANSWER = 20.0
@@ -39,31 +39,6 @@ _EVENTS = {"type": ["container", "daemon"], "event": ["start", "die", "reload"]}
 _INSPECTED = 50
 """Containers whose restart policy is asked for."""
 _NAME = re.compile(r"[^\w.-]")
-
-
-@dataclass(frozen=True, slots=True)
-class Daemon:
-    """What was seen at one moment. `state` is "up", "down" or "starting" (holds its socket, does not answer)."""
-
-    state: str
-    why: str = ""
-    version: str = ""
-    bridge: str = ""
-    """The default bridge; "" for none."""
-    mtu: int = 0
-    subnets: tuple[str, ...] = ()
-    ipv6: bool = False
-    live_restore: bool = False
-    running: tuple[str, ...] = ()
-    """Names of the containers that run."""
-    returning: tuple[str, ...] = ()
-    """Those of them that come back by themselves after a restart."""
-    instance: tuple[int, int] = (0, 0)
-    """Process id and start time; zeros where it can't be seen."""
-    flags: tuple[str, ...] = field(default=(), repr=False)
-    """Its command line."""
-    read_at: float = field(default=0.0, compare=False)
-    """When the reading began (monotonic)."""
 
 
 class _Connection(http.client.HTTPConnection):

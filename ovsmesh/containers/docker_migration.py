@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from ovsmesh.containers.docker_api import Daemon, DaemonWatch
+from ovsmesh.containers.docker_api import DaemonWatch
 from ovsmesh.containers.docker_restart import Restart, command, start_time
 from ovsmesh.containers.docker_state import DaemonConfig, DockerFile, MigrationRecord
 from ovsmesh.dataplane.docker_config import AWAY, reached
-from ovsmesh.dataplane.types import KBR
+from ovsmesh.dataplane.types import KBR, Daemon
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.reasons import Reason
 

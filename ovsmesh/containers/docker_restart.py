@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ovsmesh.containers.docker_api import Daemon, DaemonWatch
+from ovsmesh.containers.docker_api import DaemonWatch
+from ovsmesh.dataplane.docker_config import daemon_text
+from ovsmesh.dataplane.types import Daemon
 from ovsmesh.errors import OvsmeshError
 
 _TOLD = 400
@@ -139,8 +141,6 @@ class Restart:
                 return ""
             other = before is None or before.state != "up" or daemon.instance != before.instance
             if other and daemon.instance != (0, 0):
-                from ovsmesh.dataplane.docker_config import daemon_text
-
                 return f"dockerd came back {daemon_text(daemon)}"
         if time.monotonic() < self._deadline:
             return None

@@ -229,7 +229,7 @@ def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
 def _conflist(cidrs: list[IPNetwork], facts: Facts, mtu: int) -> dict[str, str]:
     """The conflist; with Docker on this node, of the range that is not Docker's."""
     assert facts.cni is not None
-    theirs = docker_config.share(cidrs, facts)
+    theirs = docker_config.docker_ranges(cidrs, facts)
     ends = {cidr: str(part.network_address - 1) for cidr, part in theirs.items()}
     return cni_config.wanted(facts.cni, cidrs, [str(gateway(c)) for c in cidrs], mtu, ends)
 

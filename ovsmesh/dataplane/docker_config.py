@@ -1,7 +1,7 @@
-"""What makes Docker plug its containers into kbr0: its settings as wanted, as found, and what stands in the way.
+"""Decide which settings make Docker plug its containers into kbr0, and what keeps Docker from taking them over.
 
-Pure: imports model and dockerapi's Daemon as a type only. Names of settings are daemon.json's own; "daemon" is what the
-running daemon uses, "docker0" the bridge it leaves behind.
+The settings are daemon.json's own, and two more: "daemon" is what the running daemon uses, "docker0" the bridge that
+it leaves behind.
 """
 
 from __future__ import annotations
@@ -9,33 +9,30 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ovsmesh.dataplane.types import KBR, Facts
+from ovsmesh.dataplane.types import KBR, Daemon, Facts
 from ovsmesh.mesh.types import IPNetwork, Node
-
-if TYPE_CHECKING:
-    from ovsmesh.containers.docker_api import Daemon
 
 DOCKER0 = "docker0"
 DAEMON = "daemon"
 DOWN = "not running"
 AWAY = f"anywhere but on {KBR}"
-"""Where dockerd is sent to forget what it remembers of kbr0."""
+"""Aim of a restart that makes dockerd forget what it remembers of kbr0."""
 _NUMBERS = frozenset({"mtu"})
 _SWITCHES = frozenset({"ipv6"})
 _RANGES = {"bip": 4, "fixed-cidr": 4, "default-gateway": 4, "bip6": 6, "fixed-cidr-v6": 6, "default-gateway-v6": 6}
 """Settings that tell where on its bridge Docker has its addresses → IP version."""
 _NEVER = ("bip", "bip6")
-"""Refused by dockerd beside `bridge`."""
+"""Settings that dockerd refuses together with `bridge`."""
 FILE_KEYS = frozenset({"bridge", "mtu", "ipv6", *_RANGES})
 _DEFAULTS = frozenset(f"172.{n}.0.1/16" for n in range(17, 32))
-"""What dockerd gives a bridge of its own (its default address pools)."""
+"""Addresses that dockerd gives to a bridge of its own (its default address pools)."""
 _FLAGS = {"-b": "bridge"}
 
 
-def share(cidrs: Iterable[IPNetwork], facts: Facts) -> dict[IPNetwork, IPNetwork]:
-    """Pod CIDR → the upper half of it, which is Docker's where CNI gives out addresses too: neither asks the other.
+def docker_ranges(cidrs: Iterable[IPNetwork], facts: Facts) -> dict[IPNetwork, IPNetwork]:
+    """Return pod CIDR → its upper half, which is Docker's where CNI gives out addresses too: neither asks the other.
 
     In IPv6 both have all: Docker's addresses hold its containers' MACs, CNI's are counted from the range's start.
     """
@@ -46,9 +43,9 @@ def share(cidrs: Iterable[IPNetwork], facts: Facts) -> dict[IPNetwork, IPNetwork
 
 
 def desired(me: Node, facts: Facts, mtu: int) -> dict[str, str]:
-    """The settings of this node's Docker; {} where it is to be left alone, or has no use for kbr0.
+    """Return the settings of this node's Docker; {} where it is left alone, or has no use for kbr0.
 
-    Masquerading, forwarding and iptables stay as their owner has them: Docker's rules for kbr0 match nothing that
+    Masquerading, forwarding and iptables stay as their owner set them: Docker's rules for kbr0 match nothing that
     goes to a peer. The default gateway is the bridge's own address.
     """
     own4 = [c for c in me.pod_cidrs if isinstance(c, IPv4Network)]
@@ -56,7 +53,7 @@ def desired(me: Node, facts: Facts, mtu: int) -> dict[str, str]:
     if not facts.docker or not own4:
         return {}
     want = {"bridge": KBR, "mtu": str(mtu)}
-    for part in share(own4, facts).values():
+    for part in docker_ranges(own4, facts).values():
         want["fixed-cidr"] = str(part)
     if facts.docker == "keep":
         return want
@@ -67,48 +64,36 @@ def desired(me: Node, facts: Facts, mtu: int) -> dict[str, str]:
     return want
 
 
-def _daemon_text(bridge: str, subnets: Iterable[str], ipv6: bool, mtu: int) -> str:
-    four = next((subnet for subnet in subnets if ":" not in subnet), "without an address")
-    return f"on {bridge} {four}{' and IPv6' if ipv6 else ''}, MTU {mtu}"
+def observed(
+    file: Mapping[str, Any], flags: Mapping[str, str], want: Mapping[str, str], own: Sequence[str]
+) -> dict[str, str]:
+    """Return the wanted settings as they are in force, and those that can't stand beside them.
 
-
-def daemon_text(daemon: Daemon) -> str:
-    """A running daemon in the words of "daemon"."""
-    if daemon.state != "up":
-        return DOWN
-    return _daemon_text(daemon.bridge, daemon.subnets, daemon.ipv6, daemon.mtu) if daemon.bridge else "on no bridge"
-
-
-def _text(key: str, value: Any) -> str:
-    """A value of the file as it is shown; one of the wrong type differs from any that is wanted."""
-    right = (
-        isinstance(value, bool)
-        if key in _SWITCHES
-        else isinstance(value, int) and not isinstance(value, bool)
-        if key in _NUMBERS
-        else isinstance(value, str)
-    )
-    return str(value).lower() if right and key in _SWITCHES else str(value) if right else json.dumps(value)[:80]
+    `own` are kbr0's ranges. A wanted value that the command line gives counts as set: dockerd refuses to have it in
+    both.
+    """
+    found = {key: _text(key, file[key]) for key in want if key in file}
+    found |= {key: flags[key] for key in want if flags.get(key) == want[key]}
+    if "bridge" not in want:
+        return found
+    others = {k: _text(k, file[k]) for k in _RANGES if k in file and k not in want}
+    return found | {k: text for k, text in others.items() if k in _NEVER or not _within(text, own)}
 
 
 def value(key: str, text: str) -> Any:
-    """A wanted setting as it stands in the file."""
+    """Return a wanted setting as it stands in the file."""
     return int(text) if key in _NUMBERS else text == "true" if key in _SWITCHES else text
 
 
-def found(
-    file: Mapping[str, Any], flags: Mapping[str, str], want: Mapping[str, str], own: Sequence[str]
-) -> dict[str, str]:
-    """The settings in force that are ours, or that can't be beside ours. `own`: kbr0's ranges.
-
-    A wanted value that the command line gives counts as set: dockerd refuses to have it in both.
-    """
-    seen = {key: _text(key, file[key]) for key in want if key in file}
-    seen |= {key: flags[key] for key in want if flags.get(key) == want[key]}
-    if "bridge" not in want:
-        return seen
-    strangers = {k: _text(k, file[k]) for k in _RANGES if k in file and k not in want}
-    return seen | {k: text for k, text in strangers.items() if k in _NEVER or not _within(text, own)}
+def _text(key: str, value: Any) -> str:
+    """Return a value of the file as it is shown; one of the wrong type differs from any that is wanted."""
+    if key in _SWITCHES and isinstance(value, bool):
+        return str(value).lower()
+    if key in _NUMBERS and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if key not in _SWITCHES | _NUMBERS and isinstance(value, str):
+        return value
+    return json.dumps(value)[:80]
 
 
 def _within(text: str, ranges: Iterable[str]) -> bool:
@@ -122,7 +107,7 @@ def _within(text: str, ranges: Iterable[str]) -> bool:
 
 
 def flags(argv: Sequence[str]) -> dict[str, str]:
-    """The options of a dockerd's command line that have to do with its bridge, and config-file."""
+    """Return the options of dockerd's command line that concern its bridge, and config-file."""
     wanted = {*FILE_KEYS, "config-file"}
     given: dict[str, str] = {}
     words = list(argv[1:])
@@ -143,54 +128,69 @@ def flags(argv: Sequence[str]) -> dict[str, str]:
     return given
 
 
+# The daemon
+
+
+def _daemon_text(bridge: str, subnets: Iterable[str], ipv6: bool, mtu: int) -> str:
+    four = next((subnet for subnet in subnets if ":" not in subnet), "without an address")
+    return f"on {bridge} {four}{' and IPv6' if ipv6 else ''}, MTU {mtu}"
+
+
+def daemon_text(daemon: Daemon) -> str:
+    """Return the observed value of "daemon"."""
+    if daemon.state != "up":
+        return DOWN
+    return _daemon_text(daemon.bridge, daemon.subnets, daemon.ipv6, daemon.mtu) if daemon.bridge else "on no bridge"
+
+
 def obstacles(daemon: Daemon, config: str, real: str, want: Mapping[str, str], restart: bool) -> Iterator[str]:
-    """Why the switch can't even begin: each a text that says what to do."""
+    """Yield why the move to kbr0 can't begin, each with what to do."""
     given = flags(daemon.flags)
     other = given.pop("config-file", "")
     if other and other not in (config, real):
-        yield f"dockerd reads {other}, and --docker-config says {config}: give --docker-config {other}"
+        yield f"dockerd reads {other}, and --docker-config is {config}: give --docker-config {other}"
     for key, text in given.items():
         if text != want.get(key) and (key in want or key in _NEVER):
             yield (
-                f"dockerd was started with --{key} {text}, and refuses to start with that beside {config}'s: "
-                f"take it out of its command line (`systemctl edit --full docker`), then restart Docker"
+                f"dockerd was started with --{key} {text}, and does not start when {config} has it too: remove it "
+                f"from its command line (`systemctl edit --full docker`), then restart Docker"
             )
     if restart and daemon.live_restore and daemon.running:
         yield (
-            f"dockerd has live-restore, and keeps to {daemon.bridge or 'no bridge'} while containers run: "
-            f"stop {some(daemon.running)}, then it goes on by itself"
+            f"dockerd has live-restore, and stays on {daemon.bridge or 'no bridge'} while containers run: "
+            f"stop {some(daemon.running)}, then the move goes on by itself"
         )
 
 
 def remembers(daemon: Daemon, wanted: str) -> bool:
-    """Whether dockerd is on kbr0 with a range that is not ours, which at its next start it would put there again.
+    """Return whether dockerd is on kbr0 with another range than wanted, which its next start would put there again.
 
-    It forgets the range of a bridge when it starts with another one. (With none it would forget it too, but also
+    It forgets the range of a bridge when it starts with another bridge. (With none it would forget it too, and also
     disable the network of each container that it starts, for good.)
     """
     return daemon.bridge == KBR and daemon_text(daemon).split()[:3] != wanted.split()[:3]
 
 
 def reached(daemon: Daemon, aim: str) -> bool:
-    """Whether a daemon is where a restart was to bring it."""
+    """Return whether a daemon is where a restart was to bring it."""
     if aim == AWAY:
         return daemon.state == "up" and daemon.bridge != KBR
     return daemon_text(daemon) == aim
 
 
-def strangers(daemon: Daemon, own: Iterable[str], there: Iterable[str]) -> list[str]:
-    """Of the addresses that are on kbr0, those that dockerd put there, as it had none of ours at the time.
+def docker_addresses(daemon: Daemon, own: Iterable[str], present: Iterable[str]) -> list[str]:
+    """Return those of the addresses on kbr0 that dockerd put there, as kbr0 had none of `own` at the time.
 
-    It puts the one that it remembers there once more when it has moved on to ours.
+    It puts the one that it remembers there once more after it has moved on to kbr0's own.
     """
-    ours = set(own)
-    others = [text for text in there if text not in ours and ":" not in text]
+    managed = set(own)
+    others = [text for text in present if text not in managed and ":" not in text]
     its = daemon.subnets if daemon.bridge == KBR else ()
     return [text for text in others if text in _DEFAULTS or _within(text, its)]
 
 
 def stops(daemon: Daemon) -> str:
-    """What a restart does to the containers that run now; "" for nothing."""
+    """Return what a restart does to the running containers; "" for nothing."""
     if daemon.live_restore or not daemon.running:
         return ""
     left = [name for name in daemon.running if name not in daemon.returning]
@@ -200,4 +200,5 @@ def stops(daemon: Daemon) -> str:
 
 
 def some(names: Sequence[str], most: int = 10) -> str:
+    """Return the first names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""The dataplane as types: what a node's system holds, desired and observed alike.
+"""The dataplane as types: what a node's system holds, desired and observed alike, and what a host tells of itself.
 
 Everything is frozen. Parts that exist once a peer are NamedTuples of strings: five thousand of them are
 compared in every reconcile, and tuples compare in C.
@@ -26,16 +26,9 @@ ROUTE_METRIC = 111
 FALLBACK_METRIC = 4278198272
 """Metric of the unreachable routes: behind everything that anyone adds on purpose."""
 
-CNI_BIN_DIR = "/opt/cni/bin:/usr/lib/cni:/usr/libexec/cni"
-"""Where container runtimes look for CNI plugins: upstream's, Debian's, Fedora's default."""
-
-DEFAULT_OVSDB = "unix:/var/run/openvswitch/db.sock"
-DEFAULT_STATE = "/var/lib/ovsmesh"
-DEFAULT_LISTEN = "127.0.0.1:9474"
-
 
 class CniPlugin(NamedTuple):
-    """A CNI plugin, as every copy of it that was found answers."""
+    """A CNI plugin, as all copies of it that were found answer."""
 
     name: str
     versions: tuple[str, ...] = ()
@@ -50,17 +43,17 @@ class CniFacts(NamedTuple):
     directory: str
     plugins: tuple[CniPlugin, ...]
     kept: str = ""
-    """Our conflist as it lies there, where a plugin that it needs is away."""
+    """The managed conflist as it is on disk, where a plugin that it needs is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the desired dataplane depends on and only this host can tell."""
+    """What the desired dataplane depends on besides the mesh, and only this host can tell."""
 
     underlay_mtu: int | None = None
     """MTU in bytes of the link that carries self's tunnel address; None when no link does."""
     datapath_type: str = "system"
-    """"system" (kernel) or "netdev" (userspace), see host.Host.facts."""
+    """"system" (kernel) or "netdev" (userspace)."""
     datapath_carried: bool = True
     """Whether a bridge of the userspace datapath holds the tunnel address; the kernel's needs none."""
     ipv6: bool = True
@@ -70,26 +63,52 @@ class Facts:
     forward_drop: tuple[str, ...] = ()
     """"iptables" and/or "ip6tables": whose FORWARD chain holds rules or a policy that may drop."""
     firewall_missing: tuple[str, ...] = ()
-    """What this kernel's packet filter or its tools are known not to have, in the words of firewall_rules.within."""
+    """What this host's packet filter is known not to support; see firewall_rules.supported."""
     cni: CniFacts | None = None
     """None: CNI is left alone."""
     docker: str = ""
-    """"replace": Docker is to be on kbr0; "keep": it is there, and its file is to say so; "": none of our business."""
+    """"replace": move Docker to kbr0; "keep": it is there, keep its file in step; "": leave Docker alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """A Docker daemon as it was seen at one moment."""
+
+    state: str
+    """"up", "down" or "starting" (it holds its socket and does not answer)."""
+    why: str = ""
+    version: str = ""
+    bridge: str = ""
+    """The default bridge; "" for none."""
+    mtu: int = 0
+    subnets: tuple[str, ...] = ()
+    ipv6: bool = False
+    live_restore: bool = False
+    running: tuple[str, ...] = ()
+    """Names of the running containers."""
+    returning: tuple[str, ...] = ()
+    """Those of them that Docker starts again after a restart."""
+    instance: tuple[int, int] = (0, 0)
+    """Process id and start time; zeros where it can't be seen."""
+    flags: tuple[str, ...] = field(default=(), repr=False)
+    """Its command line."""
+    read_at: float = field(default=0.0, compare=False)
+    """When the reading began, on the monotonic clock."""
 
 
 class Link(NamedTuple):
-    """A network device of ours. MTU in bytes. `master` "" means none."""
+    """A managed network device. MTU in bytes. `master` "" means none."""
 
     kind: str
     mtu: int
     up: bool = True
     master: str = ""
     mac: str = ""
-    """Lower case; "" where we do not mind."""
+    """Lower case; "" where any will do."""
     quiet: bool = False
     """Bridge port that neither learns nor is flooded to."""
     unmarked: bool = False
-    """It has no mark of ours as yet, but our own conflist had the CNI bridge plugin make it."""
+    """It has no ownership mark yet: the CNI bridge plugin made it, told by the managed conflist."""
 
 
 class Bridge(NamedTuple):
@@ -114,7 +133,7 @@ class Port(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Value of a route; its key is (destination, metric)."""
+    """A route; its key is (destination, metric)."""
 
     type: str
     """"unicast" or "unreachable"."""
@@ -124,7 +143,7 @@ class Route(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A filter rule: value under the key (tool and family, chain, name)."""
+    """A filter rule; its key is (iptables, ip6tables or nft family; chain; name)."""
 
     text: str
 
@@ -139,10 +158,10 @@ def _frozen() -> Mapping[Any, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Dataplane:
-    """Everything that the agent owns on a node. The same type for desired and observed.
+    """Everything that the agent manages on a node. The same type for desired and observed.
 
-    Each field maps what identifies a part to what it should be. The order of the fields is the
-    order in which parts are added; they are removed in reverse.
+    Each field maps what identifies a part to its value. Parts are added in the order of the fields, and removed
+    in reverse.
     """
 
     bridges: Mapping[str, Bridge] = field(default_factory=_frozen)
@@ -164,11 +183,11 @@ class Dataplane:
     """Peer MAC → port of kbr0 behind which it is."""
     routes: Mapping[RouteKey, Route] = field(default_factory=_frozen)
     restore_wait: Mapping[str, bool] = field(default_factory=_frozen)
-    """"flow-restore-wait" → True while ovs-vswitchd waits for its flows; we want it gone."""
+    """"flow-restore-wait" → True while ovs-vswitchd waits for its flows. Never desired."""
     docker: Mapping[str, str] = field(default_factory=_frozen)
-    """Setting of the Docker daemon → value: what makes it plug containers into kbr0."""
+    """Setting of Docker → value: what makes Docker plug containers into kbr0."""
     cni: Mapping[str, str] = field(default_factory=_frozen)
-    """File name in the CNI directory → its text. The last kind: written once all else is true, removed first."""
+    """File name in the CNI directory → its text. The last kind: written when all else is in place, removed first."""
 
 
 KINDS: tuple[str, ...] = tuple(f.name for f in fields(Dataplane))
@@ -177,26 +196,24 @@ PEER_KINDS = ("filter_peers", "ports", "flows", "neighbours", "fdb", "routes")
 
 
 class Unmanaged(NamedTuple):
-    """An unmanaged object that conflicts with a managed one, or stands inside it.
-
-    `kind` and `key` are those of the part of Dataplane that it stands in the way of;
-    `blocks` is False where it only stands beside managed parts (a port of another owner in obr0).
-    """
+    """An unmanaged object that conflicts with a managed one, or stands inside it."""
 
     kind: str
     key: object
+    """Kind and key of the part that it stands in the way of."""
     detail: str
     blocks: bool = True
+    """False where it stands beside managed parts only, as another's flow in obr0 does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What was read back from the system: ours, what is in the way, what could not be read."""
+    """What was read back from the system: what is managed, what is in its way, what could not be read."""
 
     dataplane: Dataplane
     unmanaged: tuple[Unmanaged, ...] = ()
     problems: tuple[Problem, ...] = ()
     unknown: frozenset[str] = frozenset()
-    """Kinds (fields of Dataplane) that can't be observed now, so nothing is planned for them."""
+    """Kinds that can't be observed now, so nothing is planned for them."""
     docker: str = ""
-    """Docker here in a few words, for the reader; "" for none."""
+    """Where Docker's containers are plugged in, for the reader; "" where there is no Docker."""

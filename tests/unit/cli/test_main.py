@@ -21,8 +21,9 @@ from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.cli import inspect
 from ovsmesh.cli import main as cli
 from ovsmesh.dataplane.plan import Plan, plan
-from ovsmesh.dataplane.types import DEFAULT_OVSDB, Dataplane, Unmanaged
+from ovsmesh.dataplane.types import Dataplane, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.names import DEFAULT_OVSDB
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 from tests.support.meshkit import FACTS, first, seen, want

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from ovsmesh.containers import docker_rules
-from ovsmesh.containers.docker_api import Daemon, DaemonWatch
+from ovsmesh.containers.docker_api import DaemonWatch
 from ovsmesh.dataplane import docker_config
 from ovsmesh.dataplane.desired import dataplane
 from ovsmesh.dataplane.plan import plan
-from ovsmesh.dataplane.types import CniFacts, CniPlugin, Dataplane, Unmanaged
+from ovsmesh.dataplane.types import CniFacts, CniPlugin, Daemon, Dataplane, Unmanaged
 from tests.support.meshkit import FACTS, first, mesh_of, node, seen, want
 
 REPLACE = dataclasses.replace(FACTS, docker="replace")
@@ -86,14 +86,14 @@ def test_docker_and_cni_share_the_range_and_no_address() -> None:
     ],
 )
 def test_what_belongs_to_another_bridge_goes(file: dict[str, Any], flags: dict[str, Any], misfits: set[str]) -> None:
-    found = docker_config.found(file, flags, WANTED, OWN)
+    found = docker_config.observed(file, flags, WANTED, OWN)
     assert {key for key in found if key not in WANTED} == set(misfits)
     assert all(found[key] == text for key, text in flags.items())
 
 
 def test_a_value_of_the_wrong_type_is_not_as_wanted() -> None:
     file = {"bridge": "kbr0", "mtu": "1462", "ipv6": "true", "fixed-cidr-v6": "fd00:97:1::/64"}
-    found = docker_config.found(file, {}, WANTED, OWN)
+    found = docker_config.observed(file, {}, WANTED, OWN)
     assert found["mtu"] != WANTED["mtu"] and found["ipv6"] != WANTED["ipv6"] and found["bridge"] == "kbr0"
 
 
