@@ -1,11 +1,10 @@
-"""`ovsmesh status --cluster`: one line a node, from the MeshNodes that agents write and the slices they read.
+"""`ovsmesh status --cluster`: a line for each node, from the MeshNodes that agents write and the slices they read.
 
-Reads the API as whoever asks; writes nothing. Imports kube, kubeconfig, reports, slices, statustext.
+Reads the API with the caller's permissions and writes nothing.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -13,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ovsmesh.cli.formats import serialize
 from ovsmesh.controller import node_conditions
 from ovsmesh.controller.node_conditions import AgentReport, silent_for
 from ovsmesh.dataplane.report import age
@@ -28,8 +26,8 @@ from ovsmesh.reasons import Reason
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
-    """What the API says of the mesh at one time (`now`, seconds since the epoch)."""
+class ClusterState:
+    """What the API says of the mesh at one time (`now`, in seconds since the epoch)."""
 
     mesh: Mapping[str, Any] | None
     entries: Mapping[str, Node]
@@ -51,8 +49,8 @@ def config(kubeconfig: str | None) -> Config:
     raise OvsmeshError(f"no API server known: give --kubeconfig FILE, or set KUBECONFIG ({home} is not there)")
 
 
-def read(api: Api) -> Cluster:
-    """Raises ApiError."""
+def read(api: Api) -> ClusterState:
+    """Read the Mesh, all MeshSlices and all MeshNodes. Raises ApiError."""
     try:
         mesh: Object | None = api.get(path_of(MESHES, DEFAULT_MESH))
     except NotFound:
@@ -60,16 +58,14 @@ def read(api: Api) -> Cluster:
     found = [parse_slice(item) for page in api.pages(MESH_SLICES) for item in page.items]
     nodes = [node for one in found if one.mesh == DEFAULT_MESH for node in one.nodes if isinstance(node, Node)]
     entries = {node.name: node for node in nodes}
-    told = [node_conditions.parse_meshnode(item) for page in api.pages(MESH_NODES) for item in page.items]
-    return Cluster(mesh, entries, {report.name: report for report in told}, time.time())
+    reports = [node_conditions.parse_meshnode(item) for page in api.pages(MESH_NODES) for item in page.items]
+    return ClusterState(mesh, entries, {report.name: report for report in reports}, time.time())
 
 
-def rows(cluster: Cluster) -> list[dict[str, Any]]:
-    """One for each node that is a member or has an agent that reports; what is worst first."""
-    made = []
-    for name in sorted(cluster.entries.keys() | cluster.reports.keys()):
-        entry, report = cluster.entries.get(name), cluster.reports.get(name)
-        made.append(_row(name, entry, report, cluster.now))
+def rows(cluster: ClusterState) -> list[dict[str, Any]]:
+    """Return a row for each node that is in the mesh or has an agent that reports, the troubled ones first."""
+    names = sorted(cluster.entries.keys() | cluster.reports.keys())
+    made = [_row(name, cluster.entries.get(name), cluster.reports.get(name), cluster.now) for name in names]
     return sorted(made, key=lambda row: row["state"] == "converged")
 
 
@@ -80,45 +76,40 @@ def _row(name: str, entry: Node | None, report: AgentReport | None, now: float) 
     elif report.owner and entry is not None and entry.uid and report.owner != entry.uid:
         state, message = "unknown", "the report is of an earlier node of this name"
     elif silent_for(report, now) > node_conditions.SILENT:
-        state, message = "silent", f"not heard for {age(silent_for(report, now))}"
+        state, message = "silent", f"no report for {age(silent_for(report, now))}"
     elif report.converged.status != "True":
         state, message = "not converged", f"{report.converged.reason}: {report.converged.message}"
     elif report.degraded is not None and report.degraded.status == "True":
         state, message = "degraded", f"{report.degraded.reason}: {report.degraded.message}"
     if entry is None:
-        state, message = (
-            "no member",
-            "in no MeshSlice: see the conditions of the Node" + (f"; {message}" * bool(message)),
-        )
-    told = report or AgentReport(name)
+        rest = f"; {message}" if message else ""
+        state, message = "no member", f"in no MeshSlice: see the conditions of the Node{rest}"
+    report = report or AgentReport(name)
     return {
         "name": name,
         "state": state,
         "address": str(entry.address) if entry else "",
         "podCIDRs": [str(cidr) for cidr in entry.pod_cidrs] if entry else [],
-        "peers": {"wanted": told.wanted, "installed": told.installed, "up": told.up},
-        "mtu": told.mtu,
-        "versions": {"agent": told.agent, "ovs": told.ovs, "kernel": told.kernel},
-        "observedAt": told.observed_at,
+        "peers": {"wanted": report.wanted, "installed": report.installed, "up": report.up},
+        "mtu": report.mtu,
+        "versions": {"agent": report.agent, "ovs": report.ovs, "kernel": report.kernel},
+        "observedAt": report.observed_at,
         "message": message,
     }
 
 
-def render(cluster: Cluster, output: str = "table") -> str:
-    """As a table, JSON or YAML; without a newline at its end."""
+def render(cluster: ClusterState, output: str = "table") -> str:
+    """Return the state as a table, JSON or YAML, without a newline at its end."""
     made = rows(cluster)
     status = (cluster.mesh or {}).get("status") or {}
     if output != "table":
-        tree = {"mesh": status, "nodes": made}
-        if output == "json":
-            return json.dumps(tree, indent=2, ensure_ascii=False)
-        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip()
+        return serialize({"mesh": status, "nodes": made}, output)
     good = sum(row["state"] == "converged" for row in made)
     lines = [f"{good} of {len(made)} nodes converged"]
     if cluster.mesh is None:
         lines = [
-            f"there is no Mesh {DEFAULT_MESH}: the controller makes one from the Nodes' podCIDRs; where it can't,"
-            " `kubectl get events` says why, and you apply one (see manifests/mesh.yaml)"
+            f"there is no Mesh {DEFAULT_MESH}: the controller makes one from the Nodes' podCIDRs. Where it cannot,"
+            " `kubectl get events` says why: apply one then (see manifests/mesh.yaml)"
         ]
     for condition in status.get("conditions") or ():
         if (condition["type"], condition["status"]) in (("Degraded", "True"), ("Ready", "False")):
@@ -133,14 +124,14 @@ def render(cluster: Cluster, output: str = "table") -> str:
 
 def _cells(row: Mapping[str, Any], now: float) -> list[str]:
     peers = row["peers"]
-    told = "-" if peers["wanted"] is None else f"{peers['up'] or 0}/{peers['installed'] or 0}/{peers['wanted']}"
+    counts = "-" if peers["wanted"] is None else f"{peers['up'] or 0}/{peers['installed'] or 0}/{peers['wanted']}"
     at = node_conditions.seconds(row["observedAt"])
     state = f"{row['state']}: {row['message']}" if row["message"] else row["state"]
     return [
         row["name"],
         row["address"] or "-",
         ",".join(row["podCIDRs"]) or "-",
-        told,
+        counts,
         str(row["mtu"] or "-"),
         row["versions"]["ovs"] or "-",
         age(now - at) if at is not None else "-",
@@ -149,7 +140,7 @@ def _cells(row: Mapping[str, Any], now: float) -> list[str]:
 
 
 def status(kubeconfig: str | None, output: str) -> str:
-    """Raises OvsmeshError."""
+    """Return the cluster's status as a table, JSON or YAML. Raises OvsmeshError."""
     api = Api(config(kubeconfig))
     try:
         return render(read(api), output)
