@@ -167,6 +167,6 @@ class HttpServer:
     def _healthz(self) -> Answer:
         silent = time.monotonic() - self._beat
         if silent > self._deadline:
-            text = f"the loop has not turned for {silent:.0f} s (deadline {self._deadline:.0f} s)\n"
+            text = f"the loop has not run for {silent:.0f} s (deadline {self._deadline:.0f} s)\n"
             return HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", text
         return HTTPStatus.OK, "text/plain", "ok\n"

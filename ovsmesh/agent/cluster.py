@@ -22,7 +22,7 @@ class KubernetesBackend:
         self._api = api
         self.source = SliceSource(api, state_dir, node)
         self.source.settled(patience)
-        self.writer = MeshNodeWriter(api, node, self.source.observed)
+        self.writer = MeshNodeWriter(api, node, self.source.observed).start()
         self.home = UninstallWatch(api, api.config.namespace) if pod else None
         """What is taken away with its Namespace; None outside of a pod, where it belongs to none."""
 

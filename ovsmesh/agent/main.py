@@ -19,7 +19,7 @@ from ovsmesh.agent import cleanup
 from ovsmesh.agent.options import Options
 from ovsmesh.agent.publisher import StatusPublisher
 from ovsmesh.agent.reconciler import Publisher, Reconciler, readable
-from ovsmesh.agent.result import AgentCounters, ReconcileResult
+from ovsmesh.agent.result import NodeStatus, ReconcileResult
 from ovsmesh.agent.systemd import SystemdNotifier
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.mesh.file_source import FileSource
@@ -43,10 +43,10 @@ _FOR_EVER = 3600.0
 class _Quiet:
     """Publishes nothing: `--once` tells its outcome itself."""
 
-    def publish(self, turn: ReconcileResult, runtime: AgentCounters) -> None:
+    def publish(self, status: NodeStatus) -> None:
         return
 
-    def flush(self) -> None:
+    def idle(self) -> None:
         return
 
 
@@ -56,13 +56,13 @@ class _All:
     def __init__(self, *publishers: Publisher) -> None:
         self._publishers = publishers
 
-    def publish(self, turn: ReconcileResult, runtime: AgentCounters) -> None:
+    def publish(self, status: NodeStatus) -> None:
         for publisher in self._publishers:
-            publisher.publish(turn, runtime)
+            publisher.publish(status)
 
-    def flush(self) -> None:
+    def idle(self) -> None:
         for publisher in self._publishers:
-            publisher.flush()
+            publisher.idle()
 
 
 @contextlib.contextmanager
@@ -88,7 +88,7 @@ def _agent(
             ending.callback(cluster.close)
             source, tells, home = cluster.source, _All(tells, cluster.writer), cluster.home
         host.ovs.connect()
-        yield Reconciler(options.node, source, host, state), tells, home
+        yield Reconciler(options.node, source, host, state, options.mesh or "MeshSlices"), tells, home
 
 
 @contextlib.contextmanager
@@ -113,7 +113,7 @@ def serve(options: Options, stop_fd: int) -> None:
     """
     with _locked(options) as state:
         with contextlib.ExitStack() as ending:
-            board = StatusPublisher(options.listen, options.node, options.mesh or "MeshSlices", state)
+            board = StatusPublisher(options.listen, state)
             ending.callback(board.close)
             notifier = SystemdNotifier()
             agent, tells, home = ending.enter_context(_agent(options, state, _All(board, notifier), 1.0))

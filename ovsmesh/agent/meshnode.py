@@ -1,7 +1,6 @@
-"""Knows what this node's MeshNode says and when it is worth a write: a thousand agents share one API server.
+"""Write this node's MeshNode, as seldom as is useful: a thousand agents share one API server.
 
-A Publisher of the agent's loop, which it never delays: a thread of its own writes. Imports kube, the pure rooms
-and turn; never ovs or pyroute2.
+A thread of its own writes, so the API server never delays the loop.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ovsmesh import __version__
-from ovsmesh.agent.result import AgentCounters, ReconcileResult, report
-from ovsmesh.dataplane import report as reports
+from ovsmesh.agent.result import NodeStatus, ReconcileResult
+from ovsmesh.dataplane.report import timestamp
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import AlreadyExists, Api, Conflict, NotFound, Object, path_of
 from ovsmesh.kube.http import ApiError
@@ -28,29 +27,34 @@ log = logging.getLogger("ovsmesh")
 EVERY = 300.0
 """Seconds between writes when nothing changes: how old a healthy node's MeshNode may be."""
 AT_LEAST = 30.0
-"""Seconds between writes unless a condition flips."""
+"""Seconds between writes of changes that flip no condition."""
 _FLIP = 1.0
-"""Seconds between writes even then: a node that flaps must not write whenever it does."""
+"""Seconds between writes of flipped conditions: a node that flaps must not write at each flap."""
 CHECK = 300.0
-"""Seconds after which it is read whether what was written still is there: it may be deleted or edited by hand.
-Read, not watched: an agent may read MeshNodes by name only. And seldom: at rest it hears nothing but bookmarks."""
+"""Seconds until what was written is read again, as it may be deleted or edited by hand.
+
+It is not watched: an agent may read MeshNodes by name only.
+"""
 _FIRST_CHECK = 10.0
-"""The same for one that was just made: where a Node comes back, those who clear up after the earlier one are busy."""
+"""The same for a MeshNode just made: Kubernetes may still be removing what belonged to an earlier Node."""
 _BACKOFF = (0.5, 60.0)
 _GONE = 4.0
-"""Seconds between two looks whether an earlier Node's MeshNode is gone, at most."""
+"""Most seconds between two looks whether an earlier Node's MeshNode is gone."""
 _CONDITIONS = ("Converged", "Degraded")
 
 
-_Told = tuple[ReconcileResult, str, dict[str, str]]
-"""A turn, the version of OVS, and the slices that the turn's mesh was made of."""
+class _Published:
+    """A status, and the slices that its mesh was made of."""
+
+    def __init__(self, status: NodeStatus, slices: Mapping[str, str]) -> None:
+        self.status, self.slices = status, dict(slices)
 
 
 class MeshNodeWriter:
-    """Writes the status of the MeshNode of `node`, and makes it where it is absent.
+    """Writes the status of the MeshNode of `node`, and makes the MeshNode where it is absent.
 
-    `observed` gives the resourceVersions of the slices that the turn just published was made of; it is called
-    in the loop's thread.
+    `observed` returns the resourceVersions of the slices that the status just published was made of. It is called
+    in the loop's thread. `clock` returns monotonic seconds.
     """
 
     def __init__(
@@ -63,190 +67,180 @@ class MeshNodeWriter:
         at_least: float = AT_LEAST,
         flip: float = _FLIP,
         check: float = CHECK,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._api, self._node, self._observed = api, node, observed
-        # a thousand agents that started together must not write together for ever
+        self._api, self._node, self._observed, self._clock = api, node, observed, clock
+        # a thousand agents that start together must not write together afterwards
         self._every, self._at_least, self._flip = every * random.uniform(0.8, 1.0), at_least, flip
-        self._new = False
         self._check_every, self._check_at = check * random.uniform(0.8, 1.0), float("inf")
         self._path = path_of(MESH_NODES, node)
         self._wake = threading.Condition()
-        self._turn: _Told | None = None
-        self._seen: _Told | None = None
-        self._made: Object = {}
-        self._made_of: _Told | None = None
         self._stopping = False
-        self._mood: object = None
+        self._published: _Published | None = None
+        self._seen: _Published | None = None
+        self._body: Object = {}
+        """The status as it is to be written."""
+        self._body_of: _Published | None = None
+        self._states: object = None
+        """What conditions depend on, of the body's result."""
         self._written: Object = {}
         self._written_at = float("-inf")
-        self._known = False
+        self._exists = False
+        """Whether the MeshNode is known to be there and to belong to the Node."""
+        self._new = False
         self._uid = ""
-        """Of our Node, as the mesh has it."""
-        self._told = ""
-        self._wait = 0.0
+        """Of this node's Node, as the mesh has it."""
+        self._error = ""
+        self._backoff = 0.0
         self.writes = 0
         """Writes that were accepted."""
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> MeshNodeWriter:
+        """Write from now on, in a thread of its own."""
         self._thread = threading.Thread(target=self._run, name="meshnode", daemon=True)
         self._thread.start()
+        return self
 
-    def publish(self, turn: ReconcileResult, runtime: AgentCounters) -> None:
-        # a wait for the first word of the API server says nothing of the node
-        if turn.mesh is None and any(p.reason == Reason.MeshWaiting for p in turn.problems):
+    def publish(self, status: NodeStatus) -> None:
+        """Have this status written when it is due."""
+        # an agent that still waits for the API server has nothing to say of its node
+        if status.result.mesh is None and any(p.reason == Reason.MeshWaiting for p in status.result.problems):
             return
         with self._wake:
-            self._turn = turn, runtime.ovs_version, dict(self._observed())
+            self._published = _Published(status, self._observed())
             self._wake.notify()
 
-    def flush(self) -> None:
+    def idle(self) -> None:
         return
 
     def close(self, timeout: float = 2.0) -> None:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join(timeout)
+        if self._thread is not None:
+            self._thread.join(timeout)
 
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
+        pause: float | None = None
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._stopping or self._turn is not self._seen, self._pause())
+                self._wake.wait_for(lambda: self._stopping or self._published is not self._seen, pause)
                 if self._stopping:
                     return
-                self._seen = self._turn
-            if self._seen is not None:
-                self._step(self._seen)
-            if time.monotonic() >= self._check_at:
-                self._check()
+            pause = self.step()
 
-    def _step(self, now: _Told) -> None:
-        me = now[0].mesh.node(self._node) if now[0].mesh else None
+    def step(self) -> float | None:
+        """Do what is due now. Return the seconds until something may be due without a new status, None for never."""
+        self._seen = self._published
+        if self._seen is not None:
+            self._write_if_due(self._seen)
+        if self._clock() >= self._check_at:
+            self._check()
+        times = [self._check_at] if self._check_at != float("inf") else []
+        times += [self._due()] if self._body else []
+        if self._seen is not self._body_of:
+            times.append(self._routine())
+        return max(0.0, min(times) - self._clock()) if times else None
+
+    def _write_if_due(self, now: _Published) -> None:
+        result = now.status.result
+        me = result.mesh.node(self._node) if result.mesh else None
         if me is not None and me.uid != self._uid:
-            # a Node made again with this name: the MeshNode of the one before goes with it
-            self._uid, self._known, self._written = me.uid, False, {}
-            self._mood = None
-        # the report of a thousand peers costs the loop's time too, so it is made only for a write that may be due
-        if now is not self._made_of and (_mood(now[0]) != self._mood or time.monotonic() >= self._routine()):
+            # a Node made again under this name: the MeshNode of the earlier one goes with it
+            self._uid, self._exists, self._written, self._states = me.uid, False, {}, None
+        # the report takes long, so it is asked for only where a write may be due
+        if now is not self._body_of and (_states_of(result) != self._states or self._clock() >= self._routine()):
             self._make(now)
-        if self._made and time.monotonic() >= self._due(self._made):
-            if now is not self._made_of:
+        if self._body and self._clock() >= self._due():
+            if now is not self._body_of:
                 self._make(now)
-            if time.monotonic() >= self._due(self._made):
-                self._write(self._made)
+            if self._clock() >= self._due():
+                self._write()
 
-    def _make(self, now: _Told) -> None:
-        self._made, self._made_of, self._mood = self._status(*now), now, _mood(now[0])
+    def _make(self, now: _Published) -> None:
+        self._body, self._body_of, self._states = _body(now), now, _states_of(now.status.result)
 
     def _routine(self) -> float:
-        """When a change that flips nothing may be written (monotonic seconds)."""
-        return self._written_at + max(self._at_least, self._wait)
+        """Return when a change that flips nothing may be written (monotonic seconds)."""
+        return self._written_at + max(self._at_least, self._backoff)
 
-    def _due(self, made: Object) -> float:
-        """When the status `made` may be written (monotonic seconds)."""
+    def _due(self) -> float:
+        """Return when the body is to be written (monotonic seconds)."""
         if not self._written:
             after = 0.0
-        elif _flipped(made, self._written):
+        elif _condition_states(self._body) != _condition_states(self._written):
             after = self._flip
         else:
-            after = self._every if _same(made, self._written) else self._at_least
-        return self._written_at + max(after, self._wait)
+            after = self._every if _same(self._body, self._written) else self._at_least
+        return self._written_at + max(after, self._backoff)
 
-    def _pause(self) -> float | None:
-        """Seconds until there may be something to do without a new turn; None: there is not."""
-        times = [self._check_at] if self._check_at != float("inf") else []
-        times += [self._due(self._made)] if self._made else []
-        if self._seen is not self._made_of:
-            times.append(self._routine())
-        return max(0.0, min(times) - time.monotonic()) if times else None
-
-    def _status(self, turn: ReconcileResult, ovs: str, slices: Mapping[str, str]) -> Object:
-        about = reports.Context(now=time.time(), agent_version=__version__, ovs_version=ovs, mesh_current=turn.whole)
-        made = report(turn, self._node, {}, about)
-        refused = made.count("refused")
-        wanted = made.count("wanted")
-        ports = turn.have.dataplane.ports if turn.have is not None else {}
-        have = {port.node for port in ports.values()}
-        installed = sum(peer.name in have for peer in made.peers if peer.state not in ("refused", "held"))
-        conditions = [
-            {"type": c.type, "status": c.status, "reason": c.reason, "message": c.message[:1000]}
-            for c in made.conditions
-            if c.type in _CONDITIONS
-        ]
-        if refused:
-            conditions[-1]["message"] = f"{conditions[-1]['message']}; {refused} peers refused"
-        return {
-            "observedSlices": dict(slices),
-            "peers": {"wanted": wanted, "installed": installed, "up": made.count("ok")},
-            "mtu": made.self.mtu,
-            "versions": {"agent": __version__, "ovs": ovs, "kernel": platform.release()[:128]},
-            "conditions": conditions,
-        }
-
-    def _write(self, made: Object) -> None:
+    def _write(self) -> None:
         try:
-            if not self._known:
-                self._look()
-            now = reports.timestamp(time.time())
-            body = {**made, "observedAt": now, "conditions": _dated(made, self._written, now)}
-            gone = dict.fromkeys((self._written.get("observedSlices") or {}).keys() - made["observedSlices"].keys())
-            sent = {**body, "observedSlices": {**made["observedSlices"], **gone}}
+            if not self._exists:
+                self._get_or_create()
+            now = timestamp(time.time())
+            body = {**self._body, "observedAt": now, "conditions": _dated(self._body, self._written, now)}
+            slices = body["observedSlices"]
+            gone = dict.fromkeys((self._written.get("observedSlices") or {}).keys() - slices.keys())
+            sent = {**body, "observedSlices": {**slices, **gone}}
             self._api.patch(path_of(self._path, "status"), {"status": sent})
         except NotFound as error:
-            # deleted by hand, or with the Node of an earlier uid: made again at once, later if that is no use
-            self._failed(error, 0.0 if self._known else _BACKOFF[0])
-            self._known, self._written = False, {}
+            # deleted by hand, or with an earlier Node: make it again at once, and later if that does not help
+            self._failed(error, 0.0 if self._exists else _BACKOFF[0])
+            self._exists, self._written = False, {}
         except Conflict as error:
-            # no trouble, but a wait for Kubernetes' garbage collector
+            # Kubernetes' garbage collector removes it soon
             self._failed(error, _BACKOFF[0], _GONE)
         except OvsmeshError as error:
             self._failed(error, _BACKOFF[0])
         else:
             self.writes += 1
-            self._written, self._written_at, self._wait = body, time.monotonic(), 0.0
-            self._check_at = self._written_at + (
-                min(_FIRST_CHECK, self._check_every) if self._new else self._check_every
-            )
-            self._new = False
-            if self._told:
-                log.info("no longer: %s", self._told)
-            self._told = ""
+            self._written, self._written_at, self._backoff = body, self._clock(), 0.0
+            check = min(_FIRST_CHECK, self._check_every) if self._new else self._check_every
+            self._check_at, self._new = self._written_at + check, False
+            if self._error:
+                log.info("MeshNode %s is written again", self._node)
+            self._error = ""
+
+    def _failed(self, error: OvsmeshError, least: float, most: float = _BACKOFF[1]) -> None:
+        asked = error.retry_after if isinstance(error, ApiError) else 0.0
+        self._backoff = max(asked, min(most, max(least, self._backoff * 2)) * random.uniform(0.5, 1.0))
+        self._written_at = self._clock()
+        if str(error) != self._error:
+            self._error = str(error)
+            log.warning("MeshNode %s could not be written: %s", self._node, error)
 
     def _check(self) -> None:
-        """Has it written again, at once, where it is gone or says something else than we wrote."""
-        self._check_at = time.monotonic() + self._check_every
+        """Write it again, at once, if it is gone or differs from what was written."""
+        self._check_at = self._clock() + self._check_every
         try:
             found = self._api.get(self._path).get("status")
         except NotFound:
-            log.warning("MeshNode: is gone, and is made again")
-            self._known, self._written = False, {}
+            log.warning("MeshNode %s was deleted by someone; making it again", self._node)
+            self._exists, self._written = False, {}
         except OvsmeshError:
-            return  # the next write tells of it, if it is still so
+            return  # if this lasts, the next write logs it
         else:
             there: Object = found if isinstance(found, dict) else {}
             if all(there.get(key) == value for key, value in self._written.items()):
                 return
-            log.warning("MeshNode: says something else than was written, and is written again")
+            log.warning("MeshNode %s was edited by someone; writing it again", self._node)
             self._written = there
         self._written_at = float("-inf")
 
-    def _failed(self, error: OvsmeshError, least: float, most: float = _BACKOFF[1]) -> None:
-        asked = error.retry_after if isinstance(error, ApiError) else 0.0
-        self._wait = max(asked, min(most, max(least, self._wait * 2)) * random.uniform(0.5, 1.0))
-        self._written_at = time.monotonic()
-        if str(error) != self._told:
-            self._told = str(error)
-            log.warning("MeshNode: %s", error)
-
-    def _look(self) -> None:
-        """Learns what an earlier run wrote, as the conditions' times go on from there; makes a MeshNode if need be."""
+    def _get_or_create(self) -> None:
+        """Read what an earlier run wrote, as the conditions' times go on from there, or create the MeshNode."""
         try:
             found = self._api.get(self._path)
         except NotFound:
             metadata: dict[str, Any] = {"name": self._node}
             if self._uid:
-                # the MeshNode goes with its Node
-                metadata["ownerReferences"] = [_owner(self._node, self._uid)]
+                # Kubernetes removes the MeshNode with its Node
+                owner = {"apiVersion": "v1", "kind": "Node", "name": self._node, "uid": self._uid}
+                metadata["ownerReferences"] = [owner]
             made = {"apiVersion": API_VERSION, "kind": MESH_NODE, "metadata": metadata, "spec": {}}
             try:
                 found = self._api.create(MESH_NODES, made)
@@ -254,49 +248,64 @@ class MeshNodeWriter:
             except AlreadyExists:
                 found = self._api.get(self._path)
         if _is_of_another(found, self._uid):
-            message = f"{self._path} belongs to an earlier Node of this name: to be made anew once it is gone"
-            raise Conflict(f"{message} (Kubernetes removes it; or `kubectl delete meshnode {self._node}`)")
+            message = f"{self._path} belongs to an earlier Node of this name; it is made again once it is gone"
+            raise Conflict(f"{message} (Kubernetes removes it; or run `kubectl delete meshnode {self._node}`)")
         before = found.get("status")
         self._written = before if isinstance(before, dict) else {}
-        self._known = True
+        self._exists = True
 
 
-def _owner(node: str, uid: str) -> dict[str, str]:
-    return {"apiVersion": "v1", "kind": "Node", "name": node, "uid": uid}
+def _body(published: _Published) -> Object:
+    """Return the status of the MeshNode, without times."""
+    result, report, ovs = published.status.result, published.status.report, published.status.counters.ovs_version
+    conditions = [
+        {"type": c.type, "status": c.status, "reason": c.reason, "message": c.message[:1000]}
+        for c in report.conditions
+        if c.type in _CONDITIONS
+    ]
+    refused = report.count("refused")
+    if refused:
+        conditions[-1]["message"] = f"{conditions[-1]['message']}; {refused} peers refused"
+    ports = result.have.dataplane.ports if result.have is not None else {}
+    have = {port.node for port in ports.values()}
+    installed = sum(peer.name in have for peer in report.peers if peer.state not in ("refused", "held"))
+    return {
+        "observedSlices": published.slices,
+        "peers": {"wanted": report.count("wanted"), "installed": installed, "up": report.count("ok")},
+        "mtu": report.self.mtu,
+        "versions": {"agent": __version__, "ovs": ovs, "kernel": platform.release()[:128]},
+        "conditions": conditions,
+    }
 
 
 def _is_of_another(found: Object, uid: str) -> bool:
-    """Whether all its owners are other objects than the Node with this uid: then it is about to be removed."""
+    """Return whether all owners are other objects than the Node with this uid: then it is about to be removed."""
     owners = found.get("metadata", {}).get("ownerReferences") or ()
     return bool(uid and owners) and all(owner.get("uid") != uid for owner in owners if isinstance(owner, dict))
 
 
-def _mood(turn: ReconcileResult) -> tuple[bool, ...]:
-    """What a condition may flip with."""
-    return turn.mesh is None, turn.converged, any(p.fatal for p in turn.problems)
+def _states_of(result: ReconcileResult) -> tuple[bool, ...]:
+    """Return what decides the conditions' states."""
+    return result.mesh is None, result.converged, any(p.fatal for p in result.problems)
 
 
-def _states(made: Mapping[str, Any]) -> dict[str, str]:
-    return {c.get("type", ""): c.get("status", "") for c in made.get("conditions") or () if isinstance(c, dict)}
+def _condition_states(body: Mapping[str, Any]) -> dict[str, str]:
+    return {c.get("type", ""): c.get("status", "") for c in body.get("conditions") or () if isinstance(c, dict)}
 
 
-def _flipped(made: Object, before: Object) -> bool:
-    return _states(made) != _states(before)
+def _same(body: Object, before: Object) -> bool:
+    """Return whether two statuses differ in nothing but times."""
+    told = ("type", "status", "reason", "message")
+    new = [tuple(c[key] for key in told) for c in body["conditions"]]
+    old = [tuple(c.get(key, "") for key in told) for c in before.get("conditions", ())]
+    return new == old and all(body[key] == before.get(key) for key in body if key != "conditions")
 
 
-def _same(made: Object, before: Object) -> bool:
-    mine = [(c["type"], c["status"], c["reason"], c["message"]) for c in made["conditions"]]
-    theirs = [
-        tuple(c.get(k, "") for k in ("type", "status", "reason", "message")) for c in before.get("conditions", ())
-    ]
-    return mine == theirs and all(made[key] == before.get(key) for key in made if key != "conditions")
-
-
-def _dated(made: Object, before: Object, now: str) -> list[dict[str, str]]:
-    """The conditions, each with the time since when it has its status."""
+def _dated(body: Object, before: Object, now: str) -> list[dict[str, str]]:
+    """Return the conditions, each with the time since when it has its status."""
     old = {c.get("type"): c for c in before.get("conditions") or () if isinstance(c, dict)}
     dated = []
-    for condition in made["conditions"]:
+    for condition in body["conditions"]:
         was = old.get(condition["type"], {})
         since = was.get("lastTransitionTime") if was.get("status") == condition["status"] else None
         dated.append({**condition, "lastTransitionTime": str(since or now)})

@@ -1,108 +1,138 @@
-"""Where a serving agent's turns are seen: over HTTP, and in the state directory for `ovsmesh status`.
+"""Publish the node's status over HTTP (/metrics, /healthz, /readyz, /status.json, a page) and in the state directory.
 
-Knows when a report is worth its making; the report itself is status's. Never imports ovs or pyroute2.
+HTTP threads read one immutable status, so none of them waits for the loop, nor the loop for them.
 """
 
 from __future__ import annotations
 
-import copy
+import json
 import logging
 import time
+from http import HTTPStatus
 from typing import Any
 
 from ovsmesh import __version__
-from ovsmesh.agent.http import AgentHttp, Counters
-from ovsmesh.agent.result import AgentCounters, ReconcileResult, report
-from ovsmesh.dataplane import report as reports
+from ovsmesh.agent.metrics import METRICS
+from ovsmesh.agent.result import AgentCounters, NodeStatus, ReconcileResult
+from ovsmesh.dataplane import report_html
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.http_server import LOOP_DEADLINE, Answer, HttpServer
+from ovsmesh.metrics import MetricsCollector
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 
 log = logging.getLogger("ovsmesh")
 
 RETRIED = (Reason.ApplyFailed, Reason.PortError, Reason.NotConverged, Reason.TurnFailed, Reason.FilterFailed)
-"""Problems that may go by themselves, and ring no bell when they do."""
-_LISTEN_AGAIN = 5.0
-"""Seconds between attempts to listen: another process may hold the port, or lo be down as yet."""
+"""Reasons of problems that may go by themselves without an event that says so."""
 _OWN_REASONS = (*RETRIED, Reason.MassRemovalHeld)
-"""Problems that only the agent can know; `status` finds the others itself."""
+"""Reasons of problems that only the agent can know; `status` finds the others itself."""
+_LISTEN_AGAIN = 5.0
+"""Seconds between attempts to listen: another process may hold the port, or lo may be down."""
+
+
+class AgentHttp(HttpServer):
+    """The agent's HTTP endpoints. `publish` and `beat` belong to the loop's thread."""
+
+    def __init__(self, listen: str, deadline: float = LOOP_DEADLINE) -> None:
+        """Listen at once. Raise OvsmeshError where that is not possible."""
+        self._status = NodeStatus(ReconcileResult(), AgentCounters())
+        super().__init__(listen, deadline)
+        self.registry.register(MetricsCollector(METRICS, lambda: self._status))
+
+    def publish(self, status: NodeStatus) -> None:
+        """Show this status from now on."""
+        self.beat()
+        self._status = status
+
+    def answer(self, path: str) -> Answer | None:
+        status = self._status
+        first = not status.counters.reconciles
+        if path == "/":
+            return HTTPStatus.OK, "text/html", report_html.page(None if first else status.report)
+        if path == "/readyz":
+            unready = "not reconciled yet" if first else _unready(status)
+            code = HTTPStatus.SERVICE_UNAVAILABLE if unready else HTTPStatus.OK
+            return code, "text/plain", f"{unready or 'ok'}\n"
+        if path == "/status.json":
+            if first:
+                return HTTPStatus.SERVICE_UNAVAILABLE, "application/json", "{}\n"
+            return HTTPStatus.OK, "application/json", json.dumps(status.report.to_dict()) + "\n"
+        return super().answer(path)
+
+
+def _unready(status: NodeStatus) -> str:
+    """Return why the node is not ready, "" if it is.
+
+    A mesh that is away or wrong does not make a node unready, as the node keeps what was good. Nor does a removal
+    that is held.
+    """
+    result = status.result
+    held = bool(result.plan.held) and not result.plan.steps and not result.plan.blocked
+    if result.converged or held:
+        return ""
+    fatal = [str(problem) for problem in result.problems if problem.fatal]
+    return "not converged: " + "; ".join(fatal or [status.report.headline])
 
 
 class StatusPublisher:
-    """The report of a thousand peers takes longer to make than a turn, so it is made when the loop has
-    nothing better to do, unless it changes whether all is well.
-    """
+    """Publishes each reconcile over HTTP at once, and in the state directory when the loop is idle."""
 
-    def __init__(self, listen: str, node: str, mesh_from: str, state: StateDir) -> None:
-        self._node = node
-        self._mesh_from = mesh_from
+    def __init__(self, listen: str, state: StateDir) -> None:
+        """Listen at `listen`; "" for nowhere. Where that is not possible, try again later: the mesh matters more."""
         self._state = state
         self._listen = listen
-        self._health: AgentHttp | None = None
-        self._listen_at = 0.0
-        self._turn: ReconcileResult | None = None
-        self._runtime = AgentCounters()
-        self._shown: ReconcileResult | None = None
-        self._kept: dict[str, Any] = {}
+        self._http: AgentHttp | None = None
+        self._listen_at = 0.0 if listen else float("inf")
+        self._status: NodeStatus | None = None
+        self._written: dict[str, Any] = {}
         self._open()
 
     def _open(self) -> None:
-        """Listens; where that can't be, says so and tries again later: the mesh matters more than its metrics."""
-        if self._health is None and time.monotonic() >= self._listen_at:
-            try:
-                self._health, self._shown = AgentHttp(self._listen), None
-            except OvsmeshError as error:
-                if not self._listen_at:
-                    log.warning("no metrics and no readiness: %s", error)
-                self._listen_at = time.monotonic() + _LISTEN_AGAIN
+        if self._http is not None or time.monotonic() < self._listen_at:
+            return
+        try:
+            self._http = AgentHttp(self._listen)
+        except OvsmeshError as error:
+            if not self._listen_at:
+                log.warning("no metrics and no readiness: %s", error)
+            self._listen_at = time.monotonic() + _LISTEN_AGAIN
+            return
+        if self._status is not None:
+            self._http.publish(self._status)
 
     def close(self) -> None:
-        if self._health is not None:
-            self._health.close()
+        if self._http is not None:
+            self._http.close()
 
-    def publish(self, turn: ReconcileResult, runtime: AgentCounters) -> None:
-        self._turn, self._runtime = turn, runtime
-        if self._shown is None or self._shown.converged != turn.converged:
-            self.flush()
+    def publish(self, status: NodeStatus) -> None:
+        before, self._status = self._status, status
+        if self._http is not None:
+            self._http.publish(status)
+        if before is None or before.result.converged != status.result.converged:
+            self.idle()
 
-    def flush(self) -> None:
+    def idle(self) -> None:
         self._open()
-        if self._health is not None:
-            self._health.beat()
-        turn, runtime = self._turn, self._runtime
-        if turn is None or turn is self._shown:
-            return
-        self._shown = turn
-        about = reports.Context(
-            now=time.time(),
-            agent_since=runtime.started,
-            agent_version=__version__,
-            ovs_version=runtime.ovs_version,
-            mesh_from=self._mesh_from,
-            mesh_since=turn.since or None,
-            mesh_current=turn.whole,
-            last_change=dict(runtime.last_change),
-        )
-        counters = Counters(
-            runtime.turns,
-            runtime.failures,
-            runtime.last_success,
-            turn.duration,
-            dict(runtime.drift),
-            dict(runtime.operations),
-        )
-        if self._health is not None:
-            self._health.publish(report(turn, self._node, {}, about), counters)
-        kept = {
-            "since": runtime.started,
+        if self._http is not None:
+            self._http.beat()
+        if self._status is not None:
+            self._write(self._status)
+
+    def _write(self, status: NodeStatus) -> None:
+        """Write what `ovsmesh status` can't see itself into the state directory, if it has changed."""
+        counters = status.counters
+        told = {
+            "since": counters.started,
             "version": __version__,
-            "lastChange": runtime.last_change,
-            "drift": runtime.drift,
-            "problems": [[p.reason, str(p)] for p in turn.problems if p.reason in _OWN_REASONS],
+            "lastChange": counters.last_change,
+            "drift": counters.drift,
+            "problems": [[p.reason, str(p)] for p in status.result.problems if p.reason in _OWN_REASONS],
         }
-        if kept != self._kept:
-            self._kept = copy.deepcopy(kept)
-            try:
-                self._state.write_status(kept)
-            except OSError as error:
-                log.warning("status file in %s: %s", self._state.path, error.strerror)
+        if told == self._written:
+            return
+        self._written = told
+        try:
+            self._state.write_status(told)
+        except OSError as error:
+            log.warning("status file in %s: %s", self._state.path, error.strerror)

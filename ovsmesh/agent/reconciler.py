@@ -16,7 +16,7 @@ from typing import Protocol
 
 from ovsmesh.agent.driver import Driver
 from ovsmesh.agent.publisher import RETRIED
-from ovsmesh.agent.result import AgentCounters, ReconcileResult
+from ovsmesh.agent.result import AgentCounters, NodeStatus, ReconcileResult
 from ovsmesh.dataplane import desired
 from ovsmesh.dataplane.plan import Plan, due, in_sync, plan
 from ovsmesh.dataplane.report import unmanaged_beside
@@ -45,20 +45,20 @@ _LOG_LINES = 20
 
 
 class Publisher(Protocol):
-    """Where a turn's outcome goes: metrics, status file."""
+    """Where the node's status goes after each reconcile. Both methods are called in the loop's thread."""
 
-    def publish(self, turn: ReconcileResult, runtime: AgentCounters) -> None:
-        """A turn has ended."""
+    def publish(self, status: NodeStatus) -> None:
+        """Take in the status after a reconcile."""
 
-    def flush(self) -> None:
-        """The loop has nothing else to do."""
+    def idle(self) -> None:
+        """Do what can wait until the loop has nothing else to do."""
 
 
 class Reconciler:
     """One node's agent. `run` returns when it is told to stop, `once` when there is nothing left to do."""
 
-    def __init__(self, node: str, source: Source, host: Driver, state: StateDir) -> None:
-        self._node = node
+    def __init__(self, node: str, source: Source, host: Driver, state: StateDir, mesh_from: str = "") -> None:
+        self._node, self._mesh_from = node, mesh_from
         self._source = source
         self._host = host
         self._state = state
@@ -74,7 +74,7 @@ class Reconciler:
         self._outdated = False
         """Whether the host became another one in the course of the last turn."""
         self._told: frozenset[str] = frozenset()
-        self.last = ReconcileResult(None, None, None, None, Plan(), (), False)
+        self.last = ReconcileResult()
 
     # one turn
 
@@ -99,7 +99,7 @@ class Reconciler:
         snapshot = self._source.snapshot()
         problems = snapshot.problems
         if snapshot.mesh is None:
-            return ReconcileResult(None, None, None, None, Plan(), problems, False, duration=time.monotonic() - started)
+            return ReconcileResult(problems=problems, duration=time.monotonic() - started)
         want, refused = self._desired(snapshot.mesh)
         have = self._host.observe(want)
         todo = self._plan(want, have)
@@ -193,7 +193,8 @@ class Reconciler:
 
     def _after(self, turn: ReconcileResult) -> None:
         runtime = self.counters
-        runtime.turns += 1
+        runtime.reconciles += 1
+        runtime.durations = runtime.durations.plus(turn.duration)
         runtime.ovs_version = self._host.ovs.version or runtime.ovs_version
         self._was_converged = turn.converged
         # a blocked or refused part waits for its bell, a failed one for its turn
@@ -238,7 +239,7 @@ class Reconciler:
                 rang |= self._sysctls_changed()
                 rang |= self._confirm_asked()
                 if not rang:
-                    publish.flush()
+                    publish.idle()
             if now >= resync:
                 resync = now + RESYNC * random.uniform(0.8, 1.0)
                 self._host.dirty()
@@ -253,7 +254,7 @@ class Reconciler:
 
     def _turn_and_publish(self, publish: Publisher) -> None:
         turn = self.reconcile()
-        publish.publish(turn, self.counters)
+        publish.publish(NodeStatus(turn, self.counters, self._node, self._mesh_from))
         if turn.converged:
             for problem in self._source.commit():
                 log.warning("%s", problem)

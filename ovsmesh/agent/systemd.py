@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import MutableMapping
 
-from ovsmesh.agent.result import AgentCounters, ReconcileResult
+from ovsmesh.agent.result import NodeStatus, ReconcileResult
 
 _TEXT = 200
 """Characters of a status line."""
@@ -35,19 +35,18 @@ class SystemdNotifier:
         """Seconds between signs of life; 0 for none."""
         self._beaten = float("-inf")
         self._ready = False
-        self._status = ""
+        self._line = ""
 
-    def publish(self, turn: ReconcileResult, runtime: AgentCounters) -> None:
+    def publish(self, status: NodeStatus) -> None:
         # ready is "the loop runs, and did what could be done": a host that waits for a peer's name or for its
         # own address must not keep from starting what is ordered after it
-        status = status_line(turn)
-        if not self._ready or status != self._status:
-            sent = self._send(f"READY=1\nSTATUS={status}" if not self._ready else f"STATUS={status}")
-            if sent:
-                self._ready, self._status = True, status
-        self.flush()
+        line = status_line(status.result)
+        text = f"STATUS={line}" if self._ready else f"READY=1\nSTATUS={line}"
+        if (not self._ready or line != self._line) and self._send(text):
+            self._ready, self._line = True, line
+        self.idle()
 
-    def flush(self) -> None:
+    def idle(self) -> None:
         if self._beat and time.monotonic() - self._beaten >= self._beat and self._send("WATCHDOG=1"):
             self._beaten = time.monotonic()
 

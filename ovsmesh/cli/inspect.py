@@ -14,7 +14,7 @@ from ovsmesh.agent.driver import Driver
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.agent.result import ReconcileResult, report
 from ovsmesh.dataplane import desired
-from ovsmesh.dataplane.plan import Plan, in_sync, plan
+from ovsmesh.dataplane.plan import in_sync, plan
 from ovsmesh.dataplane.report import Context, Traffic, unmanaged_beside
 from ovsmesh.dataplane.report_text import render_text
 from ovsmesh.errors import OvsmeshError, Problem
@@ -41,7 +41,7 @@ def _look(host: Driver, source: Snapshot, node: str) -> ReconcileResult:
     wanted, problems = source.mesh, source.problems
     me = wanted.node(node) if wanted else None
     if wanted is None or me is None:
-        return ReconcileResult(None, None, None, None, Plan(), problems, False)
+        return ReconcileResult(problems=problems)
     host.drain()
     facts = host.facts(wanted, me)
     want, refused = desired.dataplane(wanted, node, facts)
@@ -49,7 +49,9 @@ def _look(host: Driver, source: Snapshot, node: str) -> ReconcileResult:
     todo = plan(want, have)
     converged = in_sync(todo, have.problems)
     problems = (*problems, *refused, *have.problems, *unmanaged_beside(have, todo))
-    return ReconcileResult(wanted, facts, want, have, todo, problems, converged, source.confirmed, since=source.since)
+    return ReconcileResult(
+        wanted, facts, want, have, todo, problems, converged, source.confirmed, mesh_since=source.since
+    )
 
 
 def look(options: Options) -> tuple[ReconcileResult, bool]:

@@ -152,7 +152,7 @@ def agent(listen: str, once: bool, log_level: str, **options: Any) -> None:
         return
     turn = room.once(told)
     _tell(turn)
-    if not (turn.converged and turn.whole):
+    if not (turn.converged and turn.mesh_current):
         sys.exit(1)
 
 
@@ -180,7 +180,7 @@ def _tell(turn: ReconcileResult) -> None:
         click.echo(line, err=True)
     for problem in turn.problems:
         click.echo(str(problem), err=True)
-    click.echo("converged" if turn.converged and turn.whole else "not converged", err=True)
+    click.echo("converged" if turn.converged and turn.mesh_current else "not converged", err=True)
 
 
 @cli.command()

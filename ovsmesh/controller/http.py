@@ -1,15 +1,12 @@
-"""What the controller shows over HTTP: /metrics, /healthz, /readyz. Imports health and prometheus_client."""
+"""The controller's metrics and HTTP endpoints: /metrics, /healthz, /readyz."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
-
 from ovsmesh.http_server import Answer, HttpServer
+from ovsmesh.metrics import Metric, MetricsCollector
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,32 +29,21 @@ class Counts:
     """What it waits for before it can be ready."""
 
 
-_GAUGES = {
-    "leader": ("leads", "1 while this process holds the lease."),
-    "nodes": ("nodes", "Members of the mesh."),
-    "converged_nodes": ("converged", "Members whose own agent says Converged."),
-    "refused_nodes": ("refused", "Nodes that can't be joined."),
-    "slices": ("slices", "MeshSlices."),
-}
-_COUNTERS = {
-    "turns": ("turns", "Turns of the loop."),
-    "turn_seconds": ("seconds", "Seconds spent in turns."),
-    "slice_writes": ("slice_writes", "MeshSlices written."),
-    "node_writes": ("node_writes", "Writes to Nodes."),
-    "errors": ("errors", "Writes that failed and were tried again."),
-}
-
-
-class _Metrics(Collector):
-    def __init__(self) -> None:
-        self.counts = Counts()
-
-    def collect(self) -> Iterator[Metric]:
-        counts = self.counts
-        for name, (field, text) in _GAUGES.items():
-            yield GaugeMetricFamily(f"ovsmesh_controller_{name}", text, float(getattr(counts, field)))
-        for name, (field, text) in _COUNTERS.items():
-            yield CounterMetricFamily(f"ovsmesh_controller_{name}", text, float(getattr(counts, field)))
+METRICS: tuple[Metric[Counts], ...] = (
+    Metric("ovsmesh_controller_leader", "gauge", "1 while this process holds the lease.", lambda c: c.leads),
+    Metric("ovsmesh_controller_nodes", "gauge", "Members of the mesh.", lambda c: c.nodes),
+    Metric(
+        "ovsmesh_controller_converged_nodes", "gauge", "Members whose own agent says Converged.", lambda c: c.converged
+    ),
+    Metric("ovsmesh_controller_refused_nodes", "gauge", "Nodes that can't be joined.", lambda c: c.refused),
+    Metric("ovsmesh_controller_slices", "gauge", "MeshSlices.", lambda c: c.slices),
+    Metric("ovsmesh_controller_turns", "counter", "Reconciles.", lambda c: c.turns),
+    Metric("ovsmesh_controller_turn_seconds", "counter", "Seconds spent in reconciles.", lambda c: c.seconds),
+    Metric("ovsmesh_controller_slice_writes", "counter", "MeshSlices written.", lambda c: c.slice_writes),
+    Metric("ovsmesh_controller_node_writes", "counter", "Writes to Nodes.", lambda c: c.node_writes),
+    Metric("ovsmesh_controller_errors", "counter", "Writes that failed and were tried again.", lambda c: c.errors),
+)
+"""The controller's metrics; docs/metrics.md is made from this list."""
 
 
 class ControllerHttp(HttpServer):
@@ -65,17 +51,17 @@ class ControllerHttp(HttpServer):
 
     def __init__(self, listen: str) -> None:
         """Listens at once. Raises OvsmeshError where it can't."""
-        self._metrics_of = _Metrics()
+        self._counts = Counts()
         super().__init__(listen)
-        self.registry.register(self._metrics_of)
+        self.registry.register(MetricsCollector(METRICS, lambda: self._counts))
 
     def report(self, counts: Counts) -> None:
         self.beat()
-        self._metrics_of.counts = counts
+        self._counts = counts
 
     def answer(self, path: str) -> Answer | None:
         if path == "/readyz":
-            counts = self._metrics_of.counts
+            counts = self._counts
             if not counts.synced:
                 text = f"waiting for {counts.waiting or 'the first turn'}\n"
                 return HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", text

@@ -15,12 +15,11 @@ import pytest
 import yaml
 
 from ovsmesh.agent.meshnode import MeshNodeWriter
-from ovsmesh.agent.result import AgentCounters
 from ovsmesh.kube.client import JSON, MERGE, Api, load
 from tests.support import slicekit
 from tests.support.controllerkit import Cluster, Object, mesh, node
 from tests.support.kubekit import GROUP, MANIFESTS, NAMESPACE, eventually
-from tests.support.slicekit import turn
+from tests.support.slicekit import published
 
 state = pytest.fixture(slicekit.make_state)
 CRDS = {crd["spec"]["names"]["kind"]: crd for crd in yaml.safe_load_all((MANIFESTS / "crds.yaml").read_text())}
@@ -225,9 +224,9 @@ def test_a_meshnode_edited_or_deleted_by_hand(kube: Cluster, state: Path) -> Non
         return status | {"conditions": conditions, "observedAt": ""}
 
     with closing(Api(load(config))) as api:
-        writer = MeshNodeWriter(api, "n0", lambda: {"default-000": "7"}, check=0.2)
+        writer = MeshNodeWriter(api, "n0", lambda: {"default-000": "7"}, check=0.2).start()
         with closing(writer):
-            writer.publish(turn(uid=made["metadata"]["uid"]), AgentCounters(ovs_version="3.1.0"))
+            writer.publish(published(uid=made["metadata"]["uid"]))
             eventually(lambda: writer.writes == 1)
             wanted = now()
             for field, values in MESHNODE.items():
@@ -256,15 +255,15 @@ def test_a_node_made_again_gets_a_meshnode_of_its_own_soon(kube: Cluster, state:
 
     first = kube.add(node("n0", "192.0.2.1", "10.0.1.0/24"))["metadata"]["uid"]
     config = kube.plane.token_kubeconfig("again", kube.plane.agent_token("n0"))
-    with closing(Api(load(config))) as api, closing(MeshNodeWriter(api, "n0", dict)) as writer:
-        writer.publish(turn(uid=first), AgentCounters())
+    with closing(Api(load(config))) as api, closing(MeshNodeWriter(api, "n0", dict).start()) as writer:
+        writer.publish(published(uid=first))
         eventually(lambda: joined(first))
         kube.remove("n0")
         pod = f"/api/v1/namespaces/{NAMESPACE}/pods/ovsmesh-agent-n0?gracePeriodSeconds=0"
         assert kube.plane.call("DELETE", pod).status in (200, 404)
         second = kube.add(node("n0", "192.0.2.1", "10.0.2.0/24"))["metadata"]["uid"]
         kube.plane.token_file("again").write_text(kube.plane.agent_token("n0"))
-        writer.publish(turn(uid=second), AgentCounters())
+        writer.publish(published(uid=second))
         eventually(lambda: joined(second), 25)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from ovsmesh.agent.cluster import connect
-from ovsmesh.agent.result import AgentCounters
 from ovsmesh.kube import client
 from ovsmesh.kube.client import Api, Object
 from ovsmesh.kube.config import load
@@ -21,7 +20,7 @@ from ovsmesh.names import MESH_NODES, MESH_SLICES
 from tests.support import slicekit
 from tests.support.controlplane import APISERVER, ControlPlane
 from tests.support.kubekit import eventually
-from tests.support.slicekit import LABELS, becomes, members, node, reasons, spec, turn
+from tests.support.slicekit import LABELS, becomes, members, node, published, reasons, spec
 
 state = pytest.fixture(slicekit.make_state)
 
@@ -53,7 +52,7 @@ def test_an_agent_s_own_token_is_enough_and_no_more(cluster: ControlPlane, admin
     with closing(mine):
         assert members(source.snapshot()) == "n0 n1"
         print(f"connected and whole after {time.monotonic() - began:.3f} s")
-        writes.publish(turn(uid=uid), AgentCounters(ovs_version="3.1.0"))
+        writes.publish(published(uid=uid))
         eventually(lambda: writes.writes == 1)
         found = admin.get(f"{MESH_NODES}/n0")
         assert found["status"]["peers"]["wanted"] == 1

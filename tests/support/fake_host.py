@@ -127,13 +127,13 @@ class FakeSource:
 class Shown:
     def __init__(self) -> None:
         self.turns: list[Any] = []
-        self.flushed = 0
+        self.idled = 0
 
-    def publish(self, turn: Any, runtime: Any) -> None:
-        self.turns.append(turn)
+    def publish(self, status: Any) -> None:
+        self.turns.append(status.result)
 
-    def flush(self) -> None:
-        self.flushed += 1
+    def idle(self) -> None:
+        self.idled += 1
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""What tests of the mesh from MeshSlices share: slices on a stub, sources of them, a reconcile result."""
+"""What tests of the mesh from MeshSlices share: slices on a stub, sources of them, a status to publish."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
-from ovsmesh.agent.result import ReconcileResult
+from ovsmesh.agent.result import AgentCounters, NodeStatus, ReconcileResult
 from ovsmesh.dataplane.plan import Plan
 from ovsmesh.dataplane.types import Dataplane, Facts, Observed
-from ovsmesh.errors import Problem
 from ovsmesh.kube.client import Api, Object
 from ovsmesh.kube.config import load
 from ovsmesh.mesh.slice_source import SliceSource
@@ -81,7 +80,7 @@ def reasons(snapshot: Snapshot) -> list[str]:
 
 
 def becomes(source: SliceSource, names: str, confirmed: bool = True, within: float = 20.0) -> Snapshot:
-    """Wait for the source to wake, as the loop does, until the snapshot is this."""
+    """Waits at the bell, as the loop does, until the snapshot is this."""
     end = time.monotonic() + within
     while True:
         found = source.snapshot()
@@ -93,12 +92,12 @@ def becomes(source: SliceSource, names: str, confirmed: bool = True, within: flo
         source.drain()
 
 
-def turn(
-    converged: bool = True, *, me: str = "n0", problems: tuple[Problem, ...] = (), uid: str = "u0"
-) -> ReconcileResult:
+def published(converged: bool = True, *, uid: str = "u0", ovs: str = "3.1.0") -> NodeStatus:
+    """Return what the agent of n0 publishes, which has one peer."""
     nodes = (
-        Node(me, ip_address("192.0.2.1"), (ip_network("10.0.1.0/24"),), uid),
+        Node("n0", ip_address("192.0.2.1"), (ip_network("10.0.1.0/24"),), uid),
         Node("z", ip_address("192.0.2.2"), (ip_network("10.0.2.0/24"),), "uz"),
     )
     mesh = Mesh((ip_network(CLUSTER),), nodes)
-    return ReconcileResult(mesh, Facts(1500), None, Observed(Dataplane()), Plan(), problems, converged, True)
+    result = ReconcileResult(mesh, Facts(1500), None, Observed(Dataplane()), Plan(), (), converged, True)
+    return NodeStatus(result, AgentCounters(ovs_version=ovs), "n0")

@@ -74,7 +74,7 @@ def test_a_conflist_that_someone_removes_is_drift(agent: Any, host: Any) -> None
 def test_a_turn_brings_the_host_to_what_the_mesh_wants(agent: Any, host: Any) -> None:
     turn = agent.reconcile()
     assert host.dataplane == want(first(4))
-    assert turn.converged and turn.whole and not turn.plan and turn.problems == ()
+    assert turn.converged and turn.mesh_current and not turn.plan and turn.problems == ()
     assert len(host.plans) == 1
 
 
@@ -104,7 +104,7 @@ def test_the_last_good_mesh_is_followed_and_said_not_to_be_current(agent: Any, h
     source.confirmed, source.problems = False, (Problem(Reason.MeshFileUnreadable, "can't be read"),)
     turn = agent.reconcile()
     assert host.dataplane == want(first(4))
-    assert turn.converged and not turn.whole and turn.problems == source.problems
+    assert turn.converged and not turn.mesh_current and turn.problems == source.problems
 
 
 def test_old_sysctls_are_remembered_before_they_are_changed(agent: Any, host: Any, state: Any) -> None:

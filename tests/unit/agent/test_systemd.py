@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from ovsmesh.agent.result import AgentCounters, ReconcileResult
+from ovsmesh.agent.result import AgentCounters, NodeStatus, ReconcileResult
 from ovsmesh.agent.systemd import SystemdNotifier, status_line
-from ovsmesh.dataplane.plan import Plan, plan
+from ovsmesh.dataplane.plan import plan
 from ovsmesh.dataplane.types import Dataplane
 from ovsmesh.errors import Problem
 from ovsmesh.reasons import Reason
@@ -68,12 +68,12 @@ def test_ready_with_the_first_turn_however_it_ended_and_stopping_at_the_end(syst
     environ = {"NOTIFY_SOCKET": systemd.name, "PATH": "/bin"}
     notifier = notifier_of(environ)
     assert environ == {"PATH": "/bin"}
-    notifier.flush()
+    notifier.idle()
     assert heard(systemd) == []
-    notifier.publish(turn(Problem(Reason.TunnelAddressMissing, "is on no link")), AgentCounters())
+    notifier.publish(NodeStatus(turn(Problem(Reason.TunnelAddressMissing, "is on no link")), AgentCounters()))
     assert heard(systemd) == ["READY=1", "STATUS=2 peers, not converged; is on no link"]
-    notifier.publish(turn(), AgentCounters())
-    notifier.publish(turn(), AgentCounters())
+    notifier.publish(NodeStatus(turn(), AgentCounters()))
+    notifier.publish(NodeStatus(turn(), AgentCounters()))
     assert heard(systemd) == ["STATUS=2 peers, converged"]
     notifier.close()
     notifier.close()
@@ -90,7 +90,7 @@ def test_the_watchdog_is_fed_at_half_its_time_by_whoever_turns(
     )
     beats = []
     for _ in range(10):
-        notifier.flush()
+        notifier.idle()
         beats.append(len(heard(systemd)))
         now[0] += 0.5
     assert beats == [1, 0, 0, 0, 1, 0, 0, 0, 1, 0]
@@ -99,7 +99,7 @@ def test_the_watchdog_is_fed_at_half_its_time_by_whoever_turns(
 @pytest.mark.parametrize("more", [{"WATCHDOG_PID": "1", "WATCHDOG_USEC": "4000000"}, {"WATCHDOG_USEC": "soon"}, {}])
 def test_a_watchdog_of_another_process_or_none_is_not_fed(systemd: Any, more: Any, notifier_of: Any) -> None:
     notifier = notifier_of({"NOTIFY_SOCKET": systemd.name, **more})
-    notifier.flush()
+    notifier.idle()
     assert heard(systemd) == []
 
 
@@ -108,8 +108,8 @@ def test_a_watchdog_of_another_process_or_none_is_not_fed(systemd: Any, more: An
 )
 def test_a_socket_that_is_nobodys_is_ignored(address: Any, notifier_of: Any) -> None:
     notifier = notifier_of({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "1"})
-    notifier.publish(turn(), AgentCounters())
-    notifier.flush()
+    notifier.publish(NodeStatus(turn(), AgentCounters()))
+    notifier.idle()
     notifier.close()
 
 
@@ -120,9 +120,9 @@ def test_what_did_not_fit_is_said_again(systemd: Any, notifier_of: Any) -> None:
         with pytest.raises(BlockingIOError):
             while True:
                 flood.sendto(b"X=1", systemd.name.replace("@", "\0"))
-    notifier.publish(turn(), AgentCounters())
+    notifier.publish(NodeStatus(turn(), AgentCounters()))
     assert "READY=1" not in heard(systemd)
-    notifier.publish(turn(), AgentCounters())
+    notifier.publish(NodeStatus(turn(), AgentCounters()))
     assert heard(systemd) == ["READY=1", "STATUS=2 peers, converged"]
 
 
@@ -135,12 +135,9 @@ def test_what_did_not_fit_is_said_again(systemd: Any, notifier_of: Any) -> None:
             turn(Problem(Reason.TurnFailed, "bad\nREADY=1\x00 name", fatal=True)),
             "2 peers, not converged; bad READY=1  name",
         ),
+        (ReconcileResult(problems=(Problem(Reason.TurnFailed, "no file"),)), "no mesh yet; no file"),
         (
-            ReconcileResult(None, None, None, None, Plan(), (Problem(Reason.TurnFailed, "no file"),), False),
-            "no mesh yet; no file",
-        ),
-        (
-            ReconcileResult(first(2), None, None, None, Plan(), (Problem(Reason.TurnFailed, 999 * "y"),), False),
+            ReconcileResult(first(2), problems=(Problem(Reason.TurnFailed, 999 * "y"),)),
             "the last turn failed; yyy",
         ),
     ],

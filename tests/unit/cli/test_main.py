@@ -43,11 +43,11 @@ def invoke(*argv: Any, **env: Any) -> Any:
     return CliRunner().invoke(cli.cli, argv, env=env)
 
 
-def turn(have: Any, mesh: Any = None, problems: Any = (), whole: Any = True) -> Any:
+def turn(have: Any, mesh: Any = None, problems: Any = (), mesh_current: Any = True) -> Any:
     mesh = mesh or first(3)
     wanted = want(mesh)
     todo = plan(wanted, have)
-    return ReconcileResult(mesh, FACTS, wanted, have, todo, problems, not todo.steps and not todo.blocked, whole)
+    return ReconcileResult(mesh, FACTS, wanted, have, todo, problems, not todo.steps and not todo.blocked, mesh_current)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_once_by_environment(monkeypatch: pytest.MonkeyPatch, agents: Any) -> No
     ("ended", "last"),
     [
         (turn(seen(Dataplane())), "not converged"),
-        (dataclasses.replace(turn(seen(want(first(3)))), whole=False), "not converged"),
+        (dataclasses.replace(turn(seen(want(first(3)))), mesh_current=False), "not converged"),
         (turn(seen(Dataplane(), Unmanaged("links", "kbr0", "bridge kbr0 is not ours"))), "not converged"),
     ],
 )

@@ -1,0 +1,293 @@
+"""What the agent publishes over HTTP, over real sockets."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from ovsmesh.agent import result as module
+from ovsmesh.agent.publisher import AgentHttp, StatusPublisher
+from ovsmesh.agent.result import AgentCounters, NodeStatus, ReconcileResult
+from ovsmesh.dataplane.plan import Plan, Step
+from ovsmesh.dataplane.report import Condition, Peer, Report, Self, Traffic
+from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.reasons import Reason
+from ovsmesh.state_dir import StateDir
+
+COUNTERS = AgentCounters(
+    drift=Counter(routes=2),
+    operations=Counter({("ports", "+"): 5}),
+    reconciles=7,
+    failures=1,
+    last_success=1.8e9,
+    ovs_version="3.1.0",
+)
+
+
+def made(peers: Any = 2, **changes: Any) -> Any:
+    every = tuple(Peer(f"web{n}", "ok", f"192.0.2.{n}", traffic=Traffic(1, 2)) for n in range(peers))
+    conditions = (Condition("Converged", "True", Reason.AsWanted),)
+    report = Report(1.8e9, "web9 is converged", True, Self("web9", ovs_version="3.1.0"), conditions, every, (), (), ())
+    return replace(report, **changes)
+
+
+class Made(NodeStatus):
+    """A status with a report of the test's own."""
+
+    def __init__(self, report: Report, counters: AgentCounters = COUNTERS, **changes: Any) -> None:
+        result = ReconcileResult(converged=report.converged, problems=report.problems, **changes)
+        super().__init__(result, counters)
+        self._report = report
+
+
+@pytest.fixture
+def served() -> Iterator[Any]:
+    served = AgentHttp("127.0.0.1:0")
+    yield served
+    served.close()
+
+
+def get(served: Any, path: Any = "/", method: Any = "GET", headers: Any = None) -> Any:
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=5)
+    try:
+        connection.request(method, path, headers=headers or {})
+        response = connection.getresponse()
+        return response.status, response.read().decode(), response.headers
+    finally:
+        connection.close()
+
+
+def series(text: Any) -> Any:
+    return {
+        (s.name, *sorted(s.labels.items())): s.value for f in text_string_to_metric_families(text) for s in f.samples
+    }
+
+
+def test_metrics(served: Any) -> None:
+    durations = COUNTERS.durations.plus(0.03).plus(20.0)
+    served.publish(Made(made(), replace(COUNTERS, durations=durations)))
+    status, text, _ = get(served, "/metrics")
+    found = series(text)
+    assert status == 200
+    assert found["ovsmesh_peers", ("state", "wanted")] == 2 and found["ovsmesh_peers", ("state", "held")] == 0
+    assert found["ovsmesh_converged",] == 1
+    assert found["ovsmesh_drift_total", ("kind", "routes")] == 2 and found["ovsmesh_drift_total", ("kind", "fdb")] == 0
+    assert found["ovsmesh_apply_operations_total", ("kind", "ports"), ("op", "add")] == 5
+    assert found["ovsmesh_reconcile_total",] == 7 and found["ovsmesh_reconcile_errors_total",] == 1
+    assert found["ovsmesh_reconcile_duration_seconds_count",] == 2
+    assert found["ovsmesh_reconcile_duration_seconds_bucket", ("le", "0.05")] == 1
+    assert found["ovsmesh_reconcile_duration_seconds_bucket", ("le", "10.0")] == 1
+    assert found["ovsmesh_reconcile_duration_seconds_sum",] == pytest.approx(20.03)
+    assert found["ovsmesh_last_success_timestamp_seconds",] == 1.8e9
+    assert found["ovsmesh_mesh_refused_nodes",] == 0
+    assert next(key for key in found if key[0] == "ovsmesh_build_info")[1] == ("ovs_version", "3.1.0")
+    assert "process_resident_memory_bytes" in text and "python_gc" not in text
+
+
+def test_series_do_not_grow_with_peers(served: Any) -> None:
+    served.publish(Made(made(2)))
+    few = get(served, "/metrics")[1].count("\n")
+    served.publish(Made(made(2000)))
+    assert get(served, "/metrics")[1].count("\n") == few
+
+
+def test_before_the_first_reconcile(served: Any) -> None:
+    assert get(served, "/healthz")[0] == 200
+    assert get(served, "/readyz")[0] == 503
+    assert get(served, "/status.json")[0] == 503
+    assert get(served)[0] == 200
+    assert "ovsmesh_build_info" in get(served, "/metrics")[1]
+
+
+def test_healthz_needs_a_loop_that_runs() -> None:
+    served = AgentHttp("127.0.0.1:0", deadline=0.05)
+    try:
+        time.sleep(0.1)
+        status, text, _ = get(served, "/healthz")
+        assert status == 503 and "has not run" in text
+        served.beat()
+        assert get(served, "/healthz")[0] == 200
+    finally:
+        served.close()
+
+
+def test_readyz(served: Any) -> None:
+    served.publish(Made(made(converged=False)))
+    assert get(served, "/readyz")[:2] == (503, "not converged: web9 is converged\n")
+    served.publish(Made(made()))
+    assert get(served, "/readyz")[0] == 200
+    # the mesh's faults are its writer's: the node keeps what was good
+    for node in ("", "web1", "web9"):
+        served.publish(Made(made(problems=(Problem(Reason.TurnFailed, "of the mesh", node=node),))))
+        assert get(served, "/readyz")[0] == 200
+    served.publish(Made(made(converged=False), plan=Plan(held=(Step("-", "fdb", "x", None, "y"),))))
+    assert get(served, "/readyz")[0] == 200
+    down = made(converged=False, problems=(Problem(Reason.SwitchDown, "ovs-vswitchd does not answer"),))
+    served.publish(Made(down))
+    assert get(served, "/readyz")[:2] == (503, "not converged: ovs-vswitchd does not answer\n")
+
+
+def test_page_is_escaped_and_bounded(served: Any) -> None:
+    peer = Peer("<script>alert(1)</script>", "missing", missing=("port <b>",))
+    report = made(1000, headline="<i>")
+    served.publish(Made(replace(report, peers=(*report.peers, peer))))
+    status, text, headers = get(served)
+    assert status == 200 and "<script" not in text and "<i>" not in text and "<b>" not in text
+    assert text.index("&lt;script") < text.index("web1<"), "the worst stands first"
+    assert "and 701 more" in text and len(text) < 100_000
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+
+
+def test_status_json(served: Any) -> None:
+    served.publish(Made(made()))
+    assert json.loads(get(served, "/status.json?x=1")[1])["self"]["name"] == "web9"
+
+
+@pytest.mark.parametrize("path", ["/nope", "/../etc/passwd", "/metrics/", "/%2e%2e", "/" + "a" * 5000])
+def test_strange_paths(served: Any, path: Any) -> None:
+    status, text, _ = get(served, path)
+    assert status == 404 and "passwd" not in text
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE"])
+def test_get_only(served: Any, method: Any) -> None:
+    status, _, headers = get(served, "/metrics", method)
+    assert status == 405 and headers["Allow"] == "GET"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\0\1\2\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET " + b"a" * 70000 + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+        b"GET /\xc3\xa9\xff HTTP/1.1\r\n\r\n",
+        b"BREW / HTTP/1.1\r\n\r\n",
+        b"\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: -5\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+)
+def test_strange_requests(served: Any, data: Any) -> None:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as client:
+        client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+        client.recv(65536)
+    assert get(served, "/healthz")[0] == 200
+
+
+def test_slow_and_many_clients_do_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ovsmesh.http_server._REQUEST_TIME", 0.5)
+    served = AgentHttp("127.0.0.1:0")
+    clients = [socket.create_connection(("127.0.0.1", served.port), timeout=10) for _ in range(40)]
+    try:
+        for client in clients:
+            try:
+                client.sendall(b"GET /")
+            except OSError:
+                continue
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            try:
+                if get(served, "/healthz")[0] == 200:
+                    break
+            except (OSError, http.client.HTTPException):
+                time.sleep(0.05)
+        else:
+            pytest.fail("not answered")
+        assert sum("process_request" in thread.name for thread in threading.enumerate()) <= 16
+    finally:
+        for client in clients:
+            client.close()
+        served.close()
+
+
+def test_port_in_use_says_what_to_do(served: Any) -> None:
+    with pytest.raises(OvsmeshError, match=rf"127.0.0.1:{served.port}: .*another ADDRESS:PORT"):
+        AgentHttp(f"127.0.0.1:{served.port}")
+
+
+@pytest.mark.parametrize("listen", ["", "9474", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:99999", "192.0.2.1:1", "..:1"])
+def test_bad_addresses(listen: Any) -> None:
+    with pytest.raises(OvsmeshError):
+        AgentHttp(listen)
+
+
+def test_ipv6() -> None:
+    try:
+        served = AgentHttp("[::1]:0")
+    except OvsmeshError as e:
+        pytest.skip(f"no IPv6 here: {e}")
+    connection = http.client.HTTPConnection("::1", served.port, timeout=5)
+    connection.request("GET", "/healthz")
+    assert connection.getresponse().status == 200
+    connection.close()
+    served.close()
+
+
+def test_the_report_is_made_once_and_only_when_somebody_asks(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def report(result: ReconcileResult, node: str, *_: Any) -> Report:
+        asked.append(node)
+        found: Report = made()
+        return found
+
+    monkeypatch.setattr(module, "report", report)
+    status = NodeStatus(ReconcileResult(converged=True), COUNTERS, "web9")
+    served.publish(status)
+    assert get(served, "/readyz")[0] == 200 and not asked
+    assert get(served, "/metrics")[0] == get(served, "/status.json")[0] == 200
+    assert status.report.headline == "web9 is converged" and asked == ["web9"]
+
+
+def test_a_status_does_not_change_with_what_is_counted_later() -> None:
+    counters = AgentCounters(last_change={"web1": (1.0, "+ port")})
+    status = NodeStatus(ReconcileResult(), counters)
+    counters.drift["routes"] += 1
+    counters.last_change["web2"] = (2.0, "+ port")
+    assert not status.counters.drift and list(status.counters.last_change) == ["web1"]
+
+
+def test_the_status_file_says_what_only_the_agent_knows_and_is_written_when_that_changes(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    publisher = StatusPublisher("", state)
+    problems = (Problem(Reason.ApplyFailed, "flows: no"), Problem(Reason.SwitchDown, "does not answer"))
+    publisher.publish(NodeStatus(ReconcileResult(problems=problems), COUNTERS))
+    told = state.status()
+    assert told and told["problems"] == [["ApplyFailed", "flows: no"]] and told["drift"] == {"routes": 2}
+    (tmp_path / "status.json").unlink()
+    publisher.publish(NodeStatus(ReconcileResult(problems=problems), COUNTERS))
+    publisher.idle()
+    assert state.status() is None
+    publisher.publish(NodeStatus(ReconcileResult(problems=problems), replace(COUNTERS, started=2.0)))
+    assert state.status() is None, "the loop comes first"
+    publisher.idle()
+    told = state.status()
+    assert told and told["since"] == 2.0
+
+
+def test_a_port_that_becomes_free_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ovsmesh.agent.publisher._LISTEN_AGAIN", 0.0)
+    with closing(socket.create_server(("127.0.0.1", 0))) as holder:
+        port = holder.getsockname()[1]
+        publisher = StatusPublisher(f"127.0.0.1:{port}", StateDir(tmp_path))
+        publisher.publish(NodeStatus(ReconcileResult(converged=True), COUNTERS))
+    publisher.idle()
+    try:
+        assert get(SimpleNamespace(port=port), "/readyz")[:2] == (200, "ok\n")
+    finally:
+        publisher.close()
