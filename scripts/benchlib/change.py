@@ -13,17 +13,15 @@ import statistics
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from ipaddress import IPv4Address
 
 from benchlib.cold import add_port
-from benchlib.event_probe import Event, EventProbe
+from benchlib.event_probe import EventProbe
 from benchlib.figures import Figure
-from benchlib.testbed import Peer, Plan, Testbed, peer, testbed
+from benchlib.peers import Peer, last_seen, peer
+from benchlib.testbed import Plan, Testbed, testbed
 from ovsmesh.lab.netns import LabError
 
-_FLOWS = 3
-"""Flows that one IPv4 peer needs: to it, from its pods, from its tunnel address."""
 _REST = (0.5, 1.2)
 """Seconds between two changes, at random, so that they meet the agent's timers in every phase."""
 
@@ -68,14 +66,14 @@ def _at(plan: Plan, size: int) -> list[Figure]:
                 extra = Peer(f"x{number}", str(IPv4Address("172.31.0.1") + number), f"10.200.{number}.0/24")
                 probe.addresses = {extra.address}
                 more.take(*_more(s, probe, base, extra))
-                _rest(probe)
+                probe.rest(random.uniform(*_REST))
                 if number in (0, tries - 1):
                     s.check()
                 more.by_hand.append(_by_hand(s, add_port(_HAND, str(s.host.address))))
                 less.by_hand.append(_by_hand(s, ["del-port", "obr0", _HAND.port]))
-                _rest(probe)
+                probe.rest(random.uniform(*_REST))
                 less.take(*_less(s, probe, base, extra))
-                _rest(probe)
+                probe.rest(random.uniform(*_REST))
                 if number in (0, tries - 1):
                     s.check()
                 if number % 10 == 9 or number == tries - 1:
@@ -92,35 +90,13 @@ def _at(plan: Plan, size: int) -> list[Figure]:
 _HAND = Peer("hand", "172.31.255.1", "10.255.255.0/24")
 
 
-def _rest(probe: EventProbe) -> None:
-    until = time.monotonic() + random.uniform(*_REST)
-    while (left := until - time.monotonic()) > 0:
-        probe.look(left)
-    probe.clear()
-
-
 def _more(s: Testbed, probe: EventProbe, base: list[Peer], extra: Peer) -> tuple[float, dict[str, float]]:
-    since = s.put([*base, extra])
-    parts = {
-        "port": ("port+", extra.port),
-        "neighbour": ("neigh+", extra.gateway),
-        "FDB": ("fdb+", extra.mac),
-        "route": ("route+", extra.cidr),
-        "filter": ("nft+", extra.address),
-    }
-    return since, _seen(probe, parts) | {"flows": probe.wait_count("flow+", _FLOWS, 10)}
+    return s.put([*base, extra]), last_seen(probe, [extra], "+", 10)
 
 
 def _less(s: Testbed, probe: EventProbe, base: list[Peer], extra: Peer) -> tuple[float, dict[str, float]]:
     since = s.put(base)
-    parts = {
-        "port": ("port-", extra.port),
-        "neighbour": ("neigh-", extra.gateway),
-        "FDB": ("fdb-", extra.mac),
-        "route": ("route-", extra.cidr),
-        "filter": ("nft-", extra.address),
-    }
-    found = _seen(probe, parts) | {"flows": probe.wait_count("flow-", _FLOWS, 10)}
+    found = last_seen(probe, [extra], "-", 10)
     # removed from the database, then from the switch
     until = time.monotonic() + 10
     while not (settled := [t for t, event in probe.events if event == ("settled",) and t >= found["port"]]):
@@ -130,16 +106,8 @@ def _less(s: Testbed, probe: EventProbe, base: list[Peer], extra: Peer) -> tuple
     return since, found | {"ovs-vswitchd": settled[0]}
 
 
-def _seen(probe: EventProbe, parts: Mapping[str, Event]) -> dict[str, float]:
-    found = probe.wait(list(parts.values()), 10)
-    return {part: found[event] for part, event in parts.items()}
-
-
 def _by_hand(s: Testbed, words: list[str]) -> float:
-    process = s.host.agent()
-    if process is None:
-        raise LabError(f"the agent has ended: {s.host.logs(10)}")
-    fd = os.pidfd_open(process.pid)
+    fd = os.pidfd_open(s.pid())
     signal.pidfd_send_signal(fd, signal.SIGSTOP)
     try:
         start = time.monotonic()

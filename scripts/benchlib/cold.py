@@ -12,12 +12,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from benchlib.event_probe import Event, EventProbe
+from benchlib.event_probe import EventProbe
 from benchlib.figures import Figure
-from benchlib.testbed import Peer, Plan, Testbed, cpu_seconds, peer, testbed
+from benchlib.peers import Peer, events, peer
+from benchlib.testbed import Plan, Testbed, cpu_seconds, testbed
 from ovsmesh.lab import netns
 from ovsmesh.lab.netns import LabError
 
@@ -73,11 +74,6 @@ def _split_figures(size: int, splits: list[dict[str, float]]) -> list[Figure]:
     ]
 
 
-def _expected(peers: Iterable[Peer]) -> set[Event]:
-    kinds = (("route+", "cidr"), ("neigh+", "gateway"), ("fdb+", "mac"))
-    return {(kind, getattr(p, name)) for p in peers for kind, name in kinds}
-
-
 def _agent(size: int) -> tuple[float, float]:
     """Return the seconds from the start of the process to the last part, and the CPU seconds used by then.
 
@@ -87,7 +83,8 @@ def _agent(size: int) -> tuple[float, float]:
     with testbed(size) as s, EventProbe(s.host, flows=False, database=False) as probe:
         start = time.monotonic()
         s.host.start_agent()
-        seen = probe.wait(_expected(s.peers), 60)
+        parts = events(s.peers, "+")
+        seen = probe.wait([event for part in ("neighbour", "FDB", "route") for event in parts[part]], 60)
         agent = s.host.agent()
         processes = (agent, s.host.daemon("ovsdb-server"), s.host.daemon("ovs-vswitchd"))
         used = sum(cpu_seconds(process.pid) for process in processes if process)

@@ -153,8 +153,16 @@ class EventProbe:
                 return
 
     def clear(self) -> None:
+        """Take in what is there, and forget all events."""
         self.look(0)
         self.events.clear()
+
+    def rest(self, seconds: float) -> None:
+        """Take in events for so long, then forget all."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.look(left)
+        self.clear()
 
     def wait(self, wanted: Collection[Event], timeout: float) -> dict[Event, float]:
         """When each of these events was seen first. Raises LabError when one was not within `timeout` seconds."""

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from benchlib.figures import Figure
-from benchlib.kube_testbed import NODES, SLICES, STRATEGIC, KubeTestbed, kube_testbed, mib
-from benchlib.testbed import Plan, cpu_seconds, peer
+from benchlib.kube_testbed import NODES, SLICES, STRATEGIC, KubeTestbed, kube_testbed
+from benchlib.peers import peer
+from benchlib.testbed import Plan, cpu_seconds, mib
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import Api, load
 from ovsmesh.kube.http import Stream

@@ -15,10 +15,11 @@ import time
 from collections import defaultdict
 from contextlib import ExitStack
 
-from benchlib.event_probe import Event, EventProbe
+from benchlib.event_probe import EventProbe
 from benchlib.figures import Figure, percentile
 from benchlib.kube_testbed import cluster_lab
-from benchlib.testbed import Peer, Plan
+from benchlib.peers import Peer, last_seen
+from benchlib.testbed import Plan
 from ovsmesh.lab import netns
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.netns import LabError
@@ -149,13 +150,6 @@ def _complete(cluster: ClusterLab, new: Host, parts: dict[str, list[float]]) -> 
 def _leave(cluster: ClusterLab, new: Host) -> float:
     """Remove the Node. Return the seconds until no other host has anything of it."""
     left = Peer(new.name, str(new.address), str(new.pod_cidrs[0]))
-    wanted: list[Event] = [
-        ("port-", left.port),
-        ("neigh-", left.gateway),
-        ("fdb-", left.mac),
-        ("route-", left.cidr),
-        ("nft-", left.address),
-    ]
     with ExitStack() as stack:
         probes = [stack.enter_context(EventProbe(host)) for host in _others(cluster, new)]
         for probe in probes:
@@ -163,10 +157,7 @@ def _leave(cluster: ClusterLab, new: Host) -> float:
             probe.addresses = {left.address}
         since = time.monotonic()
         cluster.remove_node(new)
-        last: list[float] = []
-        for probe in probes:
-            last += probe.wait(wanted, _TIMEOUT).values()
-            last.append(probe.wait_count("flow-", 3, _TIMEOUT))
+        last = [max(last_seen(probe, [left], "-", _TIMEOUT).values()) for probe in probes]
     cluster.end(new.name)
     cluster.clean(new)
     netns.ip_batch(["link del vp1"], new.ns)

@@ -10,21 +10,21 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from ipaddress import IPv4Address
 
-from benchlib.event_probe import Event, EventProbe
+from benchlib.event_probe import EventProbe
 from benchlib.figures import Figure, percentile
-from benchlib.kube_testbed import KubeTestbed, SliceWatch, kube_testbed, mib, slice_watch
-from benchlib.testbed import Peer, Plan, cpu_seconds, peer
+from benchlib.kube_testbed import KubeTestbed, SliceWatch, kube_testbed, slice_watch
+from benchlib.peers import Peer, events, last_seen, peer
+from benchlib.testbed import Plan, cpu_seconds, mib
 from ovsmesh.lab.netns import LabError
 
 NODES = 1000
 _START, _AGENT_MIB, _CONTROLLER_MIB = 1.8, 66.0, 120.0
 _JOIN, _JOIN_WORST = 100.0, 400.0
 _BURST, _BURST_SECONDS, _BURST_WRITES = 500, 5.0, 60.0
-_FLOWS = 3
 _REST = (0.3, 0.8)
 
 
@@ -47,29 +47,10 @@ def bench(plan: Plan) -> list[Figure]:
     return figures
 
 
-def _parts(peers: Sequence[Peer], sign: str) -> dict[str, list[Event]]:
-    """Return the events of these peers in kernel and switch, without flows."""
-    return {
-        "port": [(f"port{sign}", p.port) for p in peers],
-        "neighbour": [(f"neigh{sign}", p.gateway) for p in peers],
-        "FDB": [(f"fdb{sign}", p.mac) for p in peers],
-        "route": [(f"route{sign}", p.cidr) for p in peers],
-        "filter": [(f"nft{sign}", p.address) for p in peers],
-    }
-
-
-def _until(probe: EventProbe, peers: Sequence[Peer], sign: str, timeout: float) -> dict[str, float]:
-    """Return when the last event of each kind was seen."""
-    parts = _parts(peers, sign)
-    seen = probe.wait([event for events in parts.values() for event in events], timeout)
-    last = {part: max(seen[event] for event in events) for part, events in parts.items()}
-    return last | {"flows": probe.wait_count(f"flow{sign}", _FLOWS * len(peers), timeout)}
-
-
 def _start(s: KubeTestbed, start: Callable[[], object], pid: Callable[[], int]) -> tuple[float, float, float]:
     """Start an agent. Return the seconds to the last part, the agent's CPU, and the CPU of agent and switch."""
     with EventProbe(s.host, flows=False, database=False) as probe:
-        parts = _parts(s.peers, "+")
+        parts = events(s.peers, "+")
         switch = [p.pid for name in ("ovsdb-server", "ovs-vswitchd") if (p := s.host.daemon(name))]
         before = sum(map(cpu_seconds, switch))
         began = time.monotonic()
@@ -85,15 +66,8 @@ def _start(s: KubeTestbed, start: Callable[[], object], pid: Callable[[], int]) 
 
 def _from_file(s: KubeTestbed) -> float:
     """Return the seconds of a start from a mesh file. Remove everything again."""
-
-    def pid() -> int:
-        process = s.host.agent()
-        if process is None:
-            raise LabError(f"the agent has ended: {s.host.logs(10)}")
-        return process.pid
-
     s.put(s.peers)
-    took, _, _ = _start(s, s.host.start_agent, pid)
+    took, _, _ = _start(s, s.host.start_agent, super(KubeTestbed, s).pid)
     s.host.stop_agent()
     s.cluster.clean(s.host)
     return took
@@ -142,7 +116,7 @@ class _Joins:
         extra = Peer(f"x{number}", str(IPv4Address("172.31.0.1") + number), f"10.200.{number}.0/24")
         self._probe.addresses = {extra.address}
         since = self._s.admin.add(extra)
-        found = _until(self._probe, [extra], "+", 20)
+        found = last_seen(self._probe, [extra], "+", 20)
         self.more.append((max(found.values()) - since) * 1000)
         for part, at in found.items():
             self.parts.setdefault(part, []).append((at - since) * 1000)
@@ -151,16 +125,10 @@ class _Joins:
         while extra.name not in self._slices.seen and time.monotonic() < until:
             self._probe.look(0.01)
         self.sliced.append((self._slices.seen[extra.name] - since) * 1000)
-        self._rest()
+        self._probe.rest(random.uniform(*_REST))
         since = self._s.admin.remove(extra)
-        self.less.append((max(_until(self._probe, [extra], "-", 20).values()) - since) * 1000)
-        self._rest()
-
-    def _rest(self) -> None:
-        until = time.monotonic() + random.uniform(*_REST)
-        while (left := until - time.monotonic()) > 0:
-            self._probe.look(left)
-        self._probe.clear()
+        self.less.append((max(last_seen(self._probe, [extra], "-", 20).values()) - since) * 1000)
+        self._probe.rest(random.uniform(*_REST))
 
     @property
     def note(self) -> str:
@@ -239,7 +207,7 @@ def _burst(plan: Plan, s: KubeTestbed) -> list[Figure]:
         started = time.monotonic()
         coming = threading.Thread(target=s.admin.fill, args=(more,))
         coming.start()
-        found = _until(probe, more, "+", 60)
+        found = last_seen(probe, more, "+", 60)
         coming.join()
     took = max(found.values()) - started
     s.peers += more

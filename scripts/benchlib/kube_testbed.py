@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import re
 import tempfile
 import threading
 import time
@@ -18,7 +17,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchlib.testbed import Peer, Testbed
+from benchlib.peers import Peer
+from benchlib.testbed import Testbed
 from ovsmesh.kube.client import Api, load
 from ovsmesh.kube.reflector import Reflector, Wakeup
 from ovsmesh.lab import netns
@@ -184,14 +184,6 @@ class KubeTestbed(Testbed):
 
     def pid(self, name: str = "") -> int:
         return self.cluster.pid(name or self.host.name)
-
-
-def mib(pid: int, field: str = "VmRSS") -> float:
-    """Resident memory of a process ("VmHWM": the highest it was) in MiB."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    if not found:
-        raise LabError(f"/proc/{pid}/status has no {field}")
-    return int(found[1]) / 1024
 
 
 @contextmanager

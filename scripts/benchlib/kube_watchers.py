@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchlib.figures import Figure
-from benchlib.kube_testbed import CLUSTER, KubeTestbed, cluster_lab, mib
-from benchlib.testbed import Peer, Plan, cpu_seconds, peer
+from benchlib.kube_testbed import CLUSTER, KubeTestbed, cluster_lab
+from benchlib.peers import Peer, peer
+from benchlib.testbed import Plan, cpu_seconds, mib
 from ovsmesh.lab.netns import LabError
 
 _NODES = 900

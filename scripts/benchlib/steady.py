@@ -6,36 +6,20 @@ of a flow.
 
 from __future__ import annotations
 
-import re
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import ClassVar
 
 from benchlib.event_probe import Event, EventProbe, generation
 from benchlib.figures import Figure
-from benchlib.testbed import Plan, Testbed, children, cpu_seconds, testbed
+from benchlib.testbed import Plan, Testbed, children, cpu_seconds, mib, testbed
 from ovsmesh.lab.netns import LabError
 
 _MIB_GOAL = 60.0
 _CPU_GOAL = 0.5
-
-
-def _kib(pid: int, file: str, field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/{file}").read_text(), re.MULTILINE)
-    if not found:
-        raise LabError(f"/proc/{pid}/{file} has no {field}")
-    return int(found[1])
-
-
-def _pid(s: Testbed) -> int:
-    process = s.host.agent()
-    if process is None:
-        raise LabError(f"the agent has ended: {s.host.logs(10)}")
-    return process.pid
 
 
 def memory(plan: Plan) -> list[Figure]:
@@ -48,7 +32,7 @@ def memory(plan: Plan) -> list[Figure]:
             s.host.start_agent()
             s.ready()
         time.sleep(3)
-        pids = {size: _pid(s) for size, s in beds.items()}
+        pids = {size: s.pid() for size, s in beds.items()}
         plan.progress(f"  idle for {seconds} s")
         before = {size: cpu_seconds(pid) for size, pid in pids.items()}
         began = time.monotonic()
@@ -56,11 +40,11 @@ def memory(plan: Plan) -> list[Figure]:
         took = time.monotonic() - began
         for size, pid in pids.items():
             share = (cpu_seconds(pid) - before[size]) / took * 100
-            own = _kib(pid, "status", "VmRSS") / 1024
-            peak = _kib(pid, "status", "VmHWM") / 1024
+            own = mib(pid)
+            peak = mib(pid, "VmHWM")
             others = children(pid)
-            pss = sum(_kib(one, "smaps_rollup", "Pss") for one in (pid, *others)) / 1024
-            rss = sum(_kib(one, "status", "VmRSS") for one in (pid, *others)) / 1024
+            pss = sum(mib(one, "Pss", "smaps_rollup") for one in (pid, *others))
+            rss = sum(map(mib, (pid, *others)))
             goal, goal_cpu = (_MIB_GOAL, _CPU_GOAL) if size == 1000 else (None, None)
             at = f"at {size:,}"
             figures += [

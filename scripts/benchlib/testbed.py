@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchlib.peers import Peer, peer
 from ovsmesh.lab import netns
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.lab import Lab
@@ -36,35 +36,6 @@ class Plan:
     def tries(self, full: int, quick: int) -> int:
         """Return how many tries to make."""
         return quick if self.quick else full
-
-
-class Peer(NamedTuple):
-    """A node that is only in the mesh file."""
-
-    name: str
-    address: str
-    cidr: str
-
-    @property
-    def gateway(self) -> str:
-        return str(IPv4Network(self.cidr).network_address + 1)
-
-    @property
-    def mac(self) -> str:
-        return "0a:58:" + IPv4Address(self.gateway).packed.hex(":")
-
-    @property
-    def port(self) -> str:
-        return f"gre-{self.name}"
-
-    @property
-    def text(self) -> str:
-        return f"  - name: {self.name}\n    address: {self.address}\n    podCIDRs: [{self.cidr}]\n"
-
-
-def peer(number: int) -> Peer:
-    """Return peer number 0 to 24,000. The host's own pod CIDR is 10.97.1.0/24."""
-    return Peer(f"p{number}", f"172.16.{number // 250}.{number % 250 + 1}", f"10.{number // 250}.{number % 250}.0/24")
 
 
 @dataclass
@@ -103,6 +74,13 @@ class Testbed:
     def ready(self, timeout: float = 60.0) -> None:
         """Wait until the agent is ready."""
         netns.wait_for("the agent to be ready", self.host.ready, timeout, every=0.02, hint=str(self.host.agent_log))
+
+    def pid(self) -> int:
+        """Return the agent's pid. Raises LabError when the agent has ended."""
+        process = self.host.agent()
+        if process is None:
+            raise LabError(f"the agent has ended: {self.host.logs(10)}")
+        return process.pid
 
     def readback(self) -> Readback:
         """Read everything once with the system's own tools."""
@@ -189,6 +167,14 @@ def cpu_seconds(pid: int) -> float:
         fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
         total += sum(map(int, fields[11:15])) / _TICK
     return total
+
+
+def mib(pid: int, field: str = "VmRSS", file: str = "status") -> float:
+    """Return a field of a file below /proc/PID in MiB: "VmRSS" is the resident memory, "VmHWM" its highest value."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/{file}").read_text(), re.MULTILINE)
+    if not found:
+        raise LabError(f"/proc/{pid}/{file} has no {field}")
+    return int(found[1]) / 1024
 
 
 @contextmanager
