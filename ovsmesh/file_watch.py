@@ -1,7 +1,7 @@
-"""Knows inotify: a bell that rings when what a path leads to may have changed.
+"""Watch what a path leads to, through inotify.
 
-Own calls into libc, forty lines of them: inotify_simple forks ldconfig at start and carries no types, and the
-one in pyroute2 needs an event loop. Imports nothing of ours.
+Calls libc itself: inotify_simple starts ldconfig when it is imported and has no types, and pyroute2's inotify needs
+an event loop.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ _MAX_LINKS = 40
 
 
 class FileWatch:
-    """Rings when the file that `path` leads to is written, replaced, removed, made, or a link to it is changed.
+    """An event source: the file that a path leads to was written, replaced, removed or made, or a link on the way.
 
-    There may be more paths than one. With `entries` they lead to directories, and a change to anything in them
-    rings too. Where inotify can't be had (no instances left), it never rings: `why_silent` says so, and reading
-    again now and then has to do.
+    With `entries` the paths lead to directories, and a change to anything in them counts too. Without inotify (no
+    instances left) there is never an event: `why_silent` says so, and the user has to read again from time to time.
     """
 
     def __init__(self, *paths: str | os.PathLike[str], entries: bool = False) -> None:
@@ -40,7 +39,7 @@ class FileWatch:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._handle = -1
         self._names: dict[int, set[bytes]] = {}
-        """Watch of a directory → the entries in it that matter."""
+        """Watch descriptor of a directory → the entries in it that matter."""
         self._files: set[int] = set()
         self._writing = 0.0
         self._handle = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -49,7 +48,7 @@ class FileWatch:
         self._aim()
 
     def fds(self) -> list[int]:
-        """What to wait on for reading; the same for as long as the bell lives."""
+        """Return what to wait on for reading. It stays the same until close()."""
         return [] if self._handle < 0 else [self._handle]
 
     def close(self) -> None:
@@ -58,21 +57,21 @@ class FileWatch:
             self._handle = -1
 
     def writing(self) -> float:
-        """Seconds since a writer began who has not closed the file yet; 0 when there is none."""
+        """Return the seconds since a writer began who has not closed the file yet; 0 if there is none."""
         return time.monotonic() - self._writing if self._writing else 0.0
 
     def drain(self) -> bool:
-        """Takes in what happened; True when the content may be another. Never blocks."""
-        rang, moved = self._take()
+        """Read all events. Return whether the content may have changed. Never block."""
+        changed, moved = self._take()
         if moved:
             self._aim()
-            # What the aiming itself caused, so that it doesn't wake the caller again.
-            rang = self._take()[0] or rang
-        return rang
+            # events that the new watches caused must not wake the caller again
+            changed = self._take()[0] or changed
+        return changed
 
     def _take(self) -> tuple[bool, bool]:
-        """Reads all events: has it rung, and must the watches be set anew?"""
-        rang = moved = False
+        """Read all events. Return whether the content may have changed, and whether the watches must be set again."""
+        changed = moved = False
         while self._handle >= 0:
             try:
                 data = os.read(self._handle, 65536)
@@ -89,14 +88,14 @@ class FileWatch:
                         self._writing = self._writing or time.monotonic()
                     if mask & _CLOSE_WRITE:
                         self._writing = 0.0
-                    rang = rang or bool(mask & ~_MODIFY)
+                    changed = changed or bool(mask & ~_MODIFY)
                     moved = moved or gone
                 elif mask & _OVERFLOW or (watch in self._names and (gone or name in self._names[watch])):
-                    rang = moved = True
-        return rang, moved
+                    changed = moved = True
+        return changed, moved
 
     def _aim(self) -> None:
-        """Starts afresh on what the path leads to now: simpler to get right than moving single watches."""
+        """Set all watches again, on what the paths lead to now."""
         if self._handle < 0:
             return
         for watch in [*self._names, *self._files]:
@@ -104,7 +103,7 @@ class FileWatch:
         self._names.clear()
         self._files.clear()
         self._writing = 0.0
-        # Twice, as the path may change between looking at it and watching it; what comes later rings.
+        # twice: a path may change between the look at it and its watch
         for path in self.paths * 2:
             links, last = _trail(path)
             for directory, name in links:
@@ -124,10 +123,10 @@ class FileWatch:
 
 
 def _trail(path: str) -> tuple[list[tuple[str, str]], str]:
-    """The directory entries that decide what `path` leads to, and the file it leads to ("" when none).
+    """Return the directory entries that decide what `path` leads to, and the file it leads to ("" for none).
 
-    Of the plain directories on the way only the last counts, as well as the first that is missing: watching
-    each one above would wake the reader for every file in /tmp.
+    Of the plain directories on the way, only the last and the first that is missing count: a watch on each of them
+    would wake the reader for every file in /tmp.
     """
     todo = [part for part in path.split("/") if part]
     here, links = "/", 0
@@ -143,7 +142,6 @@ def _trail(path: str) -> tuple[list[tuple[str, str]], str]:
         try:
             target = os.readlink(full)
         except OSError:
-            # Not a link, or not there: either it is the last, or the rest hangs on it.
             if not os.path.lexists(full):
                 return [*entries, (here, name)], ""
             if not todo:

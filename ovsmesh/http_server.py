@@ -1,6 +1,6 @@
-"""A small HTTP server for one process's health and metrics: /metrics, /healthz, and what a subclass adds.
+"""A small HTTP server for the health and metrics of a process: /metrics, /healthz, and what a subclass adds.
 
-No client can keep another from being answered: connections are few, short-lived and read-only.
+It reads only. The number of connections and the life of each are limited, so no client keeps others from an answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REQUEST_TIME = 10.0
 """Seconds that a connection may last, however slowly its bytes come."""
 _CONNECTIONS = 16
 LOOP_DEADLINE = 180.0
-"""Seconds without a turn after which the loop counts as stuck: three times its longest pause."""
+"""Seconds after which a loop that gives no sign of life counts as stuck: three times its longest pause."""
 
 Answer = tuple[HTTPStatus, str, str | bytes]
 
@@ -43,7 +43,7 @@ class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        # HTTPServer's own asks DNS for the host's name, which may take a minute
+        # HTTPServer.server_bind asks DNS for the host's name, which may take a minute
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "ovsmesh", self.server_address[1]
 
@@ -59,14 +59,14 @@ class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        # a client that sends a byte now and then renews each timeout, but not this one
+        # a client that sends a byte from time to time renews every other timeout
         late = time.monotonic() - _REQUEST_TIME
         for request, since in list(self._open.items()):
             if since < late:
                 try:
                     request.shutdown(socket.SHUT_RDWR)
                 except OSError:
-                    continue  # its thread has just closed it
+                    continue  # closed by its thread
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("HTTP request from %s failed", client_address, exc_info=True)
@@ -118,7 +118,7 @@ def _address(listen: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
 
 
 class HttpServer:
-    """Answers GET requests in threads of its own; `beat` is for the loop whose life /healthz tells of."""
+    """Answers GET requests in threads of its own. /healthz says whether the process's loop calls `beat`."""
 
     def __init__(self, listen: str, deadline: float = LOOP_DEADLINE) -> None:
         """Listen at once. Raise OvsmeshError where that is not possible."""
@@ -143,19 +143,19 @@ class HttpServer:
         return self._server.server_port
 
     def close(self) -> None:
-        """Stops listening; takes two seconds at most."""
+        """Stop listening, within two seconds."""
         stop = threading.Thread(target=self._server.shutdown, daemon=True)
         stop.start()
         end = time.monotonic() + 2.0
         while stop.is_alive() and time.monotonic() < end:
-            # it looks whether to stop when something connects, and once a second
+            # serve_forever looks whether to stop at each connection, and once a second
             with contextlib.suppress(OSError):
                 socket.create_connection(self._server.server_address[:2], timeout=0.1).close()  # type: ignore[arg-type]
             stop.join(0.02)
         self._server.server_close()
 
     def beat(self) -> None:
-        """The loop is alive."""
+        """Say that the loop is alive."""
         self._beat = time.monotonic()
 
     def answer(self, path: str) -> Answer | None:

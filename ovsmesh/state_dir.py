@@ -1,7 +1,6 @@
-"""Knows the state directory: what an agent leaves on disk for its next start and for the other commands.
+"""Read and write the state directory: what an agent leaves for its next start and for the other commands.
 
-Whatever is found there may be cut off or hostile: each reader says below what it makes of that.
-Imports model only.
+Files found there may be cut off or hostile. Each reader says what it does then.
 """
 
 from __future__ import annotations
@@ -22,11 +21,13 @@ from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.reasons import Reason
 
 DOCKER_FILES = ("docker.json", "daemon.json.old", "daemon.json.last")
-"""What dockerfile keeps here: its mark, and daemon.json as it was before ovsmesh, and before the last change."""
+"""The migration record of containers.docker_state, and daemon.json before ovsmesh and before the last change."""
+_FILES = ("mesh.json", "before.json", "before.json.bad", "agent.json", "status.json", "confirm")
 MAX_BYTES = 16 << 20
-"""Bytes that any file read here may have."""
+"""Bytes that a file read here may have."""
 
-_SYSCTL = re.compile(r"[a-z0-9_]{1,64}(/[A-Za-z0-9_.:@+-]{1,64}){1,8}")
+_SYSCTL = re.compile(r"[a-z0-9_]{1,64}(/(?!\.{1,2}(?:/|$))[A-Za-z0-9_.:@+-]{1,64}){1,8}")
+"""Below /proc/sys; no part is "." or ".."."""
 _VALUE = re.compile(r"[ -~\t]{0,256}")
 _DIGEST = re.compile(r"[0-9A-Za-z_.:-]{1,128}")
 _PID = re.compile(r"[1-9][0-9]{0,9}")
@@ -46,9 +47,9 @@ def write_atomic(
     sync: bool = True,
     owner: tuple[int, int] | None = None,
 ) -> None:
-    """Puts `data` at `path` so that a reader sees the old content or the new, never a part. Raises OSError.
+    """Write `data` to `path` so that a reader sees the old content or the new, never a part. Raise OSError.
 
-    `sync` also makes it survive a power cut; leave it out for what is worth nothing after one. `owner`: uid, gid.
+    With `sync` the content survives a power cut. `owner`: uid, gid.
     """
     target = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -75,13 +76,13 @@ def write_atomic(
 
 
 def read_regular(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> tuple[bytes, os.stat_result]:
-    """The bytes of a regular file and its stat from before they were read; never waits for a writer.
+    """Return the bytes of a regular file, and its stat from before the read. Never wait for a writer.
 
-    Raises OSError: EISDIR, EINVAL (a FIFO, socket or device) and EFBIG (more than `limit` bytes) with a text
-    that says so.
+    Raise OSError, also for a directory (EISDIR), a FIFO, socket or device (EINVAL) and a file of more than `limit`
+    bytes (EFBIG).
     """
     name = os.fspath(path)
-    # Looked at first, as opening a device may already do something.
+    # before it is opened, as opening a device may have an effect
     _regular(os.stat(name), name, limit)
     handle = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     with open(handle, "rb") as file:
@@ -103,7 +104,7 @@ def _regular(found: os.stat_result, name: str, limit: int) -> None:
 
 
 class StateDir:
-    """The state directory of one agent. Only the holder of lock() writes, except for request_confirm()."""
+    """The state directory of one agent. Only the holder of the lock writes, except for request_confirm()."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -113,7 +114,7 @@ class StateDir:
         self._lock: int | None = None
 
     def ensure(self) -> None:
-        """Makes the directory, for its owner only. Raises OvsmeshError."""
+        """Make the directory, with mode 0700. Raise OvsmeshError."""
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if stat.S_IMODE(self.path.stat().st_mode) != 0o700:
@@ -123,7 +124,7 @@ class StateDir:
             raise OvsmeshError(f"state directory {self.path}: can't be made or set to mode 0700: {why}") from error
 
     def lock(self) -> None:
-        """Makes this process the agent of this directory until it ends. Raises OvsmeshError when another is."""
+        """Lock the directory for this process until it ends. Raise OvsmeshError if another holds the lock."""
         self.ensure()
         path = self.path / "agent.lock"
         try:
@@ -145,11 +146,11 @@ class StateDir:
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         except OSError:
-            pass  # The lock holds all the same; only the next agent's message will lack the pid.
+            pass  # the lock holds all the same; the next agent's message does not name the pid
         self._lock = handle
 
     def held(self) -> bool:
-        """Whether an agent runs with this state directory."""
+        """Return whether an agent runs with this state directory."""
         try:
             handle = os.open(self.path / "agent.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
@@ -163,7 +164,7 @@ class StateDir:
         return False
 
     def unlock(self) -> None:
-        """Lets another agent have the directory. The file stays: removing it would let two agents hold "the" lock."""
+        """Release the lock. The file stays: if it were removed, two agents could hold locks on two files."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -171,7 +172,7 @@ class StateDir:
     # ------------------------------------------------------------ old sysctl values
 
     def before(self) -> tuple[dict[str, str], tuple[Problem, ...]]:
-        """Sysctl path below /proc/sys → the value before ovsmesh; entries that can't be such are left out and named."""
+        """Return the sysctls before ovsmesh (path below /proc/sys → value), and problems that name unusable entries."""
         path = self.path / "before.json"
         try:
             found = _load(path)
@@ -181,7 +182,7 @@ class StateDir:
         good: dict[str, str] = {}
         bad = 0
         for key, value in (found or {}).items():
-            if isinstance(value, str) and _SYSCTL.fullmatch(key) and _VALUE.fullmatch(value) and not _dots(key):
+            if isinstance(value, str) and _SYSCTL.fullmatch(key) and _VALUE.fullmatch(value):
                 good[key] = value
             else:
                 bad += 1
@@ -189,9 +190,9 @@ class StateDir:
         return good, (Problem(Reason.StateUnreadable, message),) if bad else ()
 
     def remember(self, values: Mapping[str, str]) -> tuple[Problem, ...]:
-        """Records old sysctl values; the first recorded of each path stays. Returns why it could not.
+        """Record old sysctl values before the sysctls are written; what is recorded already stays. Return problems.
 
-        Must come before the sysctl is written. A file that can't be read is set aside as before.json.bad.
+        A file that can't be read is renamed to before.json.bad.
         """
         known, problems = self.before()
         new = {key: value for key, value in values.items() if key not in known}
@@ -209,31 +210,31 @@ class StateDir:
             return (*problems, Problem(Reason.StateUnwritable, message))
         return problems
 
-    # ------------------------------------------------------------ what the agent tells the other commands
+    # ------------------------------------------------------------ for the other commands
 
     def write_agent(self, options: Mapping[str, Any]) -> None:
-        """The running agent's options and pid. Raises OSError."""
+        """Write the running agent's options and pid. Raise OSError."""
         write_atomic(self.path / "agent.json", json.dumps(dict(options), indent=1, sort_keys=True) + "\n", sync=False)
 
     def agent(self) -> dict[str, Any]:
-        """What write_agent() left; {} when it is absent or garbage, as it is only a hint."""
+        """Return what write_agent() wrote; {} if it is absent or garbage, as it is a hint only."""
         try:
             return _load(self.path / "agent.json") or {}
         except OvsmeshError:
             return {}
 
-    def write_status(self, report: Mapping[str, Any]) -> None:
-        """The agent's last report. Raises OSError."""
-        write_atomic(self.path / "status.json", json.dumps(dict(report)) + "\n", sync=False)
+    def write_status(self, status: Mapping[str, Any]) -> None:
+        """Write the agent's status. Raise OSError."""
+        write_atomic(self.path / "status.json", json.dumps(dict(status)) + "\n", sync=False)
 
     def status(self) -> dict[str, Any] | None:
-        """The agent's last report; None when there is none yet. Raises OvsmeshError when it is garbage."""
+        """Return the agent's status, None if there is none yet. Raise OvsmeshError if it is garbage."""
         return _load(self.path / "status.json")
 
     # ------------------------------------------------------------ confirming held removals
 
     def request_confirm(self, digest: str) -> None:
-        """Asks the agent to carry out the removals with this digest. Raises OvsmeshError."""
+        """Ask the agent to carry out the held removals with this digest. Raise OvsmeshError."""
         if not _DIGEST.fullmatch(digest):
             raise OvsmeshError(f"{digest[:80]!a} is no digest of held removals: `ovsmesh status` shows the right one")
         try:
@@ -245,7 +246,7 @@ class StateDir:
             raise OvsmeshError(message) from error
 
     def confirmation(self) -> str | None:
-        """The digest that was confirmed; None when there is none, or the file holds no digest."""
+        """Return the digest that was confirmed; None if there is none, or the file holds no digest."""
         try:
             data, _ = read_regular(self.confirm_file, limit=1024)
         except OSError:
@@ -257,23 +258,14 @@ class StateDir:
         with contextlib.suppress(OSError):
             self.confirm_file.unlink()
 
-    # ------------------------------------------------------------ the end
+    # ------------------------------------------------------------ removal
 
     def remove(self) -> list[str]:
-        """Removes what ovsmesh left here, and the directory when nothing else is in it; names what stays.
+        """Remove the files of ovsmesh, and the directory if nothing else is in it. Return the paths of what stays.
 
-        Nothing that is not ours is removed. Call it as the holder of the lock, last of all.
+        Call it last, as the holder of the lock.
         """
-        for name in (
-            "mesh.json",
-            "before.json",
-            "before.json.bad",
-            "agent.json",
-            "status.json",
-            "confirm",
-            *DOCKER_FILES,
-            "agent.lock",
-        ):
+        for name in (*_FILES, *DOCKER_FILES, "agent.lock"):
             with contextlib.suppress(OSError):
                 (self.path / name).unlink()
         self.unlock()
@@ -282,20 +274,15 @@ class StateDir:
         except FileNotFoundError:
             return []
         except OSError as error:
+            left: list[str] = []
             with contextlib.suppress(OSError):
-                return sorted(str(self.path / entry) for entry in os.listdir(self.path)) or [
-                    f"{self.path}: {error.strerror}"
-                ]
-            return [str(self.path)]
+                left = sorted(str(self.path / entry) for entry in os.listdir(self.path))
+            return left or [f"{self.path}: {error.strerror}"]
         return []
 
 
-def _dots(key: str) -> bool:
-    return any(part in (".", "..") for part in key.split("/"))
-
-
 def _load(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`; None when there is no file. Raises OvsmeshError."""
+    """Return the JSON object in `path`, None if there is no file. Raise OvsmeshError."""
     try:
         data, _ = read_regular(path)
     except FileNotFoundError:
