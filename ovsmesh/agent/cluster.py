@@ -8,7 +8,8 @@ from __future__ import annotations
 from ovsmesh.agent.meshnode import MeshNodeWriter
 from ovsmesh.agent.uninstall import UninstallWatch
 from ovsmesh.errors import OvsmeshError
-from ovsmesh.kube.client import Api, in_cluster, load
+from ovsmesh.kube.client import Api
+from ovsmesh.kube.service_account import ServiceAccount
 from ovsmesh.mesh.slice_source import SliceSource
 
 START = 1.0
@@ -23,7 +24,7 @@ class KubernetesBackend:
         self.source = SliceSource(api, state_dir, node)
         self.source.settled(patience)
         self.writer = MeshNodeWriter(api, node, self.source.observed).start()
-        self.home = UninstallWatch(api, api.config.namespace) if pod else None
+        self.home = UninstallWatch(api, api.namespace) if pod else None
         """What is taken away with its Namespace; None outside of a pod, where it belongs to none."""
 
     def close(self) -> None:
@@ -40,7 +41,12 @@ def connect(kubeconfig: str, state_dir: str, node: str, patience: float = START)
     Waits `patience` seconds for a mesh at most, so that a first turn has something to do. Raises OvsmeshError
     where the configuration can't be used; an API server that is away is no error.
     """
-    config = load(kubeconfig) if kubeconfig else in_cluster()
-    if config is None:
+    if kubeconfig:
+        from ovsmesh.kube.config import load  # an agent in a pod needs none of it
+
+        transport = load(kubeconfig)
+    elif account := ServiceAccount.find():
+        transport = account.transport()
+    else:
         raise OvsmeshError("no cluster: there is no service account here; give --kubeconfig FILE")
-    return KubernetesBackend(Api(config, "ovsmesh-agent"), state_dir, node, patience, pod=not kubeconfig)
+    return KubernetesBackend(Api(transport, "ovsmesh-agent"), state_dir, node, patience, pod=not kubeconfig)

@@ -5,11 +5,9 @@ Reads the API with the caller's permissions and writes nothing.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ovsmesh.cli.formats import serialize
@@ -17,8 +15,8 @@ from ovsmesh.controller import node_conditions
 from ovsmesh.controller.node_conditions import AgentReport, silent_for
 from ovsmesh.dataplane.report import age
 from ovsmesh.dataplane.report_text import clean, table
-from ovsmesh.errors import OvsmeshError
-from ovsmesh.kube.client import Api, Config, NotFound, Object, in_cluster, load, path_of
+from ovsmesh.kube.client import Api, NotFound, Object, path_of
+from ovsmesh.kube.config import find
 from ovsmesh.mesh.meshslice import parse_slice
 from ovsmesh.mesh.types import Node
 from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
@@ -33,20 +31,6 @@ class ClusterState:
     entries: Mapping[str, Node]
     reports: Mapping[str, AgentReport]
     now: float
-
-
-def config(kubeconfig: str | None) -> Config:
-    """--kubeconfig, else $KUBECONFIG, else the service account's, else ~/.kube/config. Raises OvsmeshError."""
-    told = kubeconfig or next(filter(None, os.environ.get("KUBECONFIG", "").split(os.pathsep)), "")
-    if told:
-        return load(told)
-    inside = in_cluster()
-    if inside is not None:
-        return inside
-    home = Path.home() / ".kube" / "config"
-    if home.exists():
-        return load(home)
-    raise OvsmeshError(f"no API server known: give --kubeconfig FILE, or set KUBECONFIG ({home} is not there)")
 
 
 def read(api: Api) -> ClusterState:
@@ -141,7 +125,7 @@ def _cells(row: Mapping[str, Any], now: float) -> list[str]:
 
 def status(kubeconfig: str | None, output: str) -> str:
     """Return the cluster's status as a table, JSON or YAML. Raises OvsmeshError."""
-    api = Api(config(kubeconfig))
+    api = Api(find(kubeconfig))
     try:
         return render(read(api), output)
     finally:

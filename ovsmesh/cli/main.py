@@ -157,9 +157,9 @@ def agent(listen: str, once: bool, log_level: str, **options: Any) -> None:
 
 
 def _in_pod() -> None:
-    from ovsmesh.kube.config import in_cluster
+    from ovsmesh.kube.service_account import ServiceAccount
 
-    if in_cluster() is None:
+    if ServiceAccount.find() is None:
         raise OvsmeshError("no mesh: give --mesh FILE, or --kubeconfig FILE (in a pod with a service account: neither)")
 
 
@@ -279,12 +279,12 @@ def controller(kubeconfig: str | None, listen: str, log_level: str) -> None:
 
     Reads Nodes; writes MeshSlices and the Nodes' conditions.
     """
-    from ovsmesh.cli import cluster_status
     from ovsmesh.controller import controller as room
     from ovsmesh.kube.client import Api
+    from ovsmesh.kube.config import find
 
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    room.serve(Api(cluster_status.config(kubeconfig), "ovsmesh-controller"), listen, _stop_fd())
+    room.serve(Api(find(kubeconfig), "ovsmesh-controller"), listen, _stop_fd())
 
 
 @cli.command()

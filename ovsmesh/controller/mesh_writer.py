@@ -98,7 +98,7 @@ class MeshWriter:
         try:
             if used:
                 raise MeshError("MeshSlices of one that is gone are in use and stay as they are")
-            cidrs = derive(nodes, (), (self._api.config.host,))
+            cidrs = derive(nodes, (), (self._api.host,))
         except MeshError as error:
             self._missing_since = self._missing_since or now
             if now - self._missing_since < _PATIENCE:
@@ -130,7 +130,7 @@ class MeshWriter:
             return now < self._widened[1]
         have = view.spec["clusterCIDRs"]
         try:
-            cidrs = list(derive(nodes, have, (self._api.config.host,)))
+            cidrs = list(derive(nodes, have, (self._api.host,)))
         except MeshError as error:
             # The Node that does not fit is refused, with a condition; here is why nothing is done about it.
             log.debug("Mesh %s: clusterCIDRs stay as they are: %s", DEFAULT_MESH, error)

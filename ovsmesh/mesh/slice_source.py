@@ -99,7 +99,7 @@ class SliceSource:
     ) -> None:
         self.node = node
         self._mesh = mesh
-        self._server = api.config.server
+        self._server = api.server
         self._last = LastGood(state_dir, node, "the API server")
         self._wakeup = Wakeup()
         self._reflector: Reflector[MeshSlice] = Reflector(

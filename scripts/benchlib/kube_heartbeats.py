@@ -19,7 +19,8 @@ from benchlib.kube_testbed import NODES, SLICES, STRATEGIC, KubeTestbed, kube_te
 from benchlib.peers import peer
 from benchlib.testbed import Plan, cpu_seconds, mib
 from ovsmesh.errors import OvsmeshError
-from ovsmesh.kube.client import Api, load
+from ovsmesh.kube.client import Api
+from ovsmesh.kube.config import load
 from ovsmesh.kube.http import Stream
 from ovsmesh.lab import netns
 from ovsmesh.lab.netns import LabError

@@ -19,7 +19,8 @@ from typing import Any
 
 from benchlib.peers import Peer
 from benchlib.testbed import Testbed
-from ovsmesh.kube.client import Api, load
+from ovsmesh.kube.client import Api
+from ovsmesh.kube.config import load
 from ovsmesh.kube.reflector import Reflector, Wakeup
 from ovsmesh.lab import netns
 from ovsmesh.lab.lab import Lab

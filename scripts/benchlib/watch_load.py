@@ -11,6 +11,7 @@ Times are CLOCK_MONOTONIC at which this process read the bytes, so its own queue
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import resource
@@ -19,9 +20,12 @@ import socket
 import ssl
 import sys
 import time
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from ovsmesh.kube.client import Api, load
+from ovsmesh.kube.client import Api
+from ovsmesh.kube.config import load, read_context
 
 _PATH = "/apis/ovsmesh.io/v1alpha1/meshslices"
 _QUERY = "labelSelector=ovsmesh.io%2Fmesh%3Ddefault&allowWatchBookmarks=true&timeoutSeconds=3600&watch=1"
@@ -31,8 +35,13 @@ _TAIL = 300
 
 class Load:
     def __init__(self, config: str) -> None:
-        self.config = load(config)
-        self.context = self.config.tls()
+        self.config = config
+        context = read_context([config])
+        server = urlsplit(context.cluster["server"])
+        self.address = server.hostname, server.port
+        authority = base64.b64decode(context.cluster["certificate-authority-data"]).decode()
+        self.context = ssl.create_default_context(cadata=authority)
+        self.token = Path(context.user["tokenFile"]).read_text().strip()
         self.epoll = select.epoll()
         self.open: dict[int, tuple[ssl.SSLSocket, bytearray]] = {}
         self.marker = b""
@@ -41,13 +50,13 @@ class Load:
         self.ended = 0
 
     def _connect(self) -> ssl.SSLSocket:
-        plain = socket.create_connection((self.config.host, self.config.port), 60)
+        plain = socket.create_connection(self.address, 60)
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self.context.wrap_socket(plain, server_hostname=self.config.server_name or self.config.host)
+        return self.context.wrap_socket(plain, server_hostname=self.address[0])
 
     def _request(self, sock: ssl.SSLSocket, target: str) -> bytes:
-        head = f"GET {target} HTTP/1.1\r\nHost: {self.config.host}\r\nAccept: application/json\r\n"
-        sock.sendall(f"{head}Authorization: Bearer {self.config.bearer()}\r\n\r\n".encode())
+        head = f"GET {target} HTTP/1.1\r\nHost: {self.address[0]}\r\nAccept: application/json\r\n"
+        sock.sendall(f"{head}Authorization: Bearer {self.token}\r\n\r\n".encode())
         found = b""
         while b"\r\n\r\n" not in found:
             data = sock.recv(65536)
@@ -58,7 +67,7 @@ class Load:
 
     def version(self) -> str:
         """Of the whole list, so that a watch from there begins with nothing."""
-        with contextlib.closing(Api(self.config)) as api:
+        with contextlib.closing(Api(load(self.config))) as api:
             return list(api.pages(_PATH))[-1].version
 
     def more(self, count: int) -> None:

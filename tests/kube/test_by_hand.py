@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from ovsmesh.agent.meshnode import MeshNodeWriter
-from ovsmesh.kube.client import JSON, MERGE, Api, load
+from ovsmesh.kube.client import JSON, MERGE, Api
+from ovsmesh.kube.config import load
 from tests.support import slicekit
 from tests.support.controllerkit import Cluster, Object, mesh, node
 from tests.support.kubekit import GROUP, MANIFESTS, NAMESPACE, eventually

@@ -218,7 +218,7 @@ def test_status_of_the_cluster(kube: Cluster, controller: Process) -> None:
     assert "not converged: RouteMissing" in lines["web2"] and "not reported" in lines["web3"]
     found = json.loads(subprocess.run([*argv, "-o", "json"], capture_output=True, timeout=20, check=True).stdout)
     assert [row["state"] for row in found["nodes"]] == ["not converged", "unknown", "converged"]
-    plugin = "from ovsmesh.cli import kubectl; kubectl()"
+    plugin = "from ovsmesh.cli.main import kubectl; kubectl()"
     argv = [sys.executable, "-c", plugin, "status", config]
     assert "3 nodes" in subprocess.run(argv, capture_output=True, text=True, timeout=20, check=True).stdout
 

@@ -20,7 +20,7 @@ from tests.support.kubekit import eventually
 from tests.support.kubestub import Stub
 
 stub = pytest.fixture(apikit.make_stub)
-api = pytest.fixture(apikit.make_api)
+api = pytest.fixture(params=apikit.TRANSPORTS)(apikit.make_api)
 watch = pytest.fixture(apikit.make_watch)
 real = pytest.fixture(apikit.make_real)
 

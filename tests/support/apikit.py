@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ovsmesh.kube.client import Api, Object
 from ovsmesh.kube.config import load
+from ovsmesh.kube.http import Transport
 from ovsmesh.kube.leader_election import LeaderElector, Timing
 from ovsmesh.kube.reflector import Reflector, Wakeup
+from ovsmesh.kube.service_account import ServiceAccount
 from tests.support.controlplane import ControlPlane
 from tests.support.kubestub import Stub
 
@@ -23,8 +28,32 @@ def make_stub(tmp_path: Path) -> Iterator[Stub]:
     made.close()
 
 
-def make_api(stub: Stub) -> Iterator[Api]:
-    made = Api(load(stub.kubeconfig()), timeout=3.0)
+KUBECONFIG, SERVICE_ACCOUNT = "kubeconfig", "service account"
+TRANSPORTS = (KUBECONFIG, SERVICE_ACCOUNT)
+
+
+def transport_to(stub: Stub, kind: str, token: str = "t") -> Transport:
+    """The way to the stub through the library or as an agent in a pod goes; its token stands in `folder`/token."""
+    if kind == KUBECONFIG:
+        file = stub.folder / "token"
+        file.write_text(token)
+        return load(stub.kubeconfig({"tokenFile": str(file)}))
+    account = ServiceAccount.find(*pod(stub, token))
+    assert account is not None
+    return account.transport()
+
+
+def pod(stub: Stub, token: str = "t") -> tuple[dict[str, str], Path]:
+    """Environment and service account folder of a pod whose API server is the stub."""
+    (stub.folder / "token").write_text(token)
+    (stub.folder / "namespace").write_text("ovsmesh")
+    shutil.copy(stub.authority.certificate, stub.folder / "ca.crt")
+    return {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(stub.port)}, stub.folder
+
+
+def make_api(stub: Stub, request: pytest.FixtureRequest) -> Iterator[Api]:
+    """A fixture with params=TRANSPORTS, or without: then as an agent in a pod."""
+    made = Api(transport_to(stub, getattr(request, "param", SERVICE_ACCOUNT)), timeout=3.0)
     yield made
     made.close()
 

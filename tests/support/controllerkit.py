@@ -16,7 +16,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ovsmesh.kube.client import MERGE, Api, load
+from ovsmesh.kube.client import MERGE, Api
+from ovsmesh.kube.config import load
 from tests.support.controlplane import ControlPlane, free_ports
 from tests.support.kubekit import GROUP, eventually
 

@@ -11,9 +11,11 @@ import errno
 import json
 import random
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,16 @@ _PORTS = range(10000, 20000)
 
 
 class Stub:
-    """Serves until close(). `token` is the only one that is let in; None lets everyone in."""
+    """Serves until close(). `authorization` is the only such header that is let in; None lets everyone in."""
 
-    def __init__(self, folder: Path, token: str | None = None) -> None:
+    def __init__(self, folder: Path, authorization: str | None = None) -> None:
         self.authority = Authority(folder / "pki")
-        self.folder, self.token = folder, token
+        self.folder, self.authorization = folder, authorization
         self.objects: dict[str, Object] = {}
         self.version = 100
         self.log: list[tuple[float, str, str]] = []
+        self.headers: list[Message] = []
+        self.peers: list[str] = []
         self.faults: list[str] = []
         self.answers: list[tuple[int, bytes, dict[str, str]]] = []
         self.history: list[tuple[int, str, str, Object]] = []
@@ -70,6 +74,8 @@ class Stub:
                         stub._open.discard(secure)
 
         context = self.authority.server("stub", "127.0.0.1")
+        context.load_verify_locations(self.authority.certificate)
+        context.verify_mode = ssl.CERT_OPTIONAL
         self._server = self._listen(lambda port: Server(("127.0.0.1", port), Handler))
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -102,7 +108,7 @@ class Stub:
 
     close = down
 
-    def kubeconfig(self, user: dict[str, str] | None = None) -> Path:
+    def kubeconfig(self, user: dict[str, Any] | None = None) -> Path:
         path = self.folder / "stub.kubeconfig"
         config = kubeconfig(f"https://127.0.0.1:{self.port}", self.authority.certificate, user or {"token": "t"})
         path.write_text(json.dumps(config))
@@ -150,10 +156,12 @@ class _Handler(BaseHTTPRequestHandler):
         api, target = self.api, urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(target.query).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        api.headers.append(self.headers)
+        api.peers.append(_common_name(self.connection))
         api.log.append((time.monotonic(), "WATCH" if "watch" in query else self.command, self.path))
         if api.delay:
             time.sleep(api.delay)
-        if api.token is not None and self.headers.get("Authorization") != f"Bearer {api.token}":
+        if api.authorization is not None and self.headers.get("Authorization") != api.authorization:
             self.fail(401, "Unauthorized")
         elif api.answers and "watch" not in query:
             code, data, headers = api.answers.pop(0)
@@ -209,6 +217,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self.fail(410, "Expired")
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
+        if fault == "close":
+            self.send_header("Connection", "close")
+            self.end_headers()
+            return
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         send: dict[str, Callable[[], None]] = {
@@ -259,12 +271,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(code, json.dumps(body).encode())
 
     def answer(self, code: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        drip = (headers or {}).get("Drip")
         self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
-        for key, value in (headers or {}).items():
+        for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(data)
+        self.close_connection = "Content-Length" in (headers or {})  # a wrong one
+        for part in (data[n : n + 1] for n in range(len(data))) if drip else (data,):
+            self.wfile.write(part)
+            time.sleep(float(drip or 0))
+
+
+def _common_name(connection: Any) -> str:
+    """The name in the client's certificate, "" where it shows none."""
+    certificate = connection.getpeercert() or {}
+    return next((value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"), "")
 
 
 def _merge(old: Any, new: Any) -> Any:

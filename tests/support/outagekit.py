@@ -16,7 +16,8 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovsmesh.kube.client import Api, load
+from ovsmesh.kube.client import Api
+from ovsmesh.kube.config import load
 from ovsmesh.kube.reflector import Reflector, Wakeup
 from ovsmesh.lab import netns
 from ovsmesh.lab.host import Host

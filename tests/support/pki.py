@@ -85,7 +85,7 @@ def _openssl(*arguments: str) -> None:
         raise AssertionError(f"openssl {' '.join(arguments)}: {done.stderr}")
 
 
-def kubeconfig(server: str, authority: Path, user: dict[str, str], inline: bool = False) -> dict[str, object]:
+def kubeconfig(server: str, authority: Path, user: dict[str, Any], inline: bool = False) -> dict[str, object]:
     """A kubeconfig for one user. With `inline` the authority's certificate is in it, not its path."""
     cluster = {"server": server, "certificate-authority": str(authority)}
     if inline:
