@@ -1,8 +1,7 @@
-"""The CNI conflist that plugs a node's pods into kbr0, and what the other networks' files beside it mean.
+"""Write the CNI conflist that plugs a node's pods into kbr0, and judge the files of other networks beside it.
 
-Pure: text and what plugins answer in, text and problems out. Imports model only. The runtime reads the
-directory's *.conf, *.conflist and *.json in the order of their names, uses the first, and stops at it when
-it is malformed (containerd; CRI-O goes on to the next).
+A runtime reads the directory's *.conf, *.conflist and *.json in the order of their names and uses the first. Where
+that is malformed, containerd stops at it; CRI-O goes on to the next.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ PORTMAP = "portmap"
 LOOPBACK = "loopback"
 PLUGINS = (*REQUIRED, PORTMAP, LOOPBACK)
 _VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
-"""Versions of which the file is right; earlier ones give a pod one address."""
+"""Versions that the file is valid for; earlier ones give a pod one address."""
 _PLAIN = "1.0.0"
-"""Above it a runtime has to be asked: it reads `cniVersions`, which an older one does not know."""
+"""The newest version that every runtime knows. A later one is offered in `cniVersions`, which old runtimes ignore."""
 _SHOWN = 3
 
 
@@ -41,23 +40,23 @@ class File(NamedTuple):
 
 
 def plain(text: object, most: int = 80) -> str:
-    """Someone else's text, fit for a log and a terminal: printable, and not too long."""
+    """Return someone else's text fit for a log and a terminal: printable, and not too long."""
     return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
 
 
 def missing(plugins: Iterable[CniPlugin]) -> list[CniPlugin]:
-    """The plugins that a conflist can't do without, and that are not usable."""
+    """Return the required plugins that are not usable."""
     return [plugin for plugin in plugins if plugin.name in REQUIRED and plugin.why]
 
 
 def versions(plugins: Iterable[CniPlugin]) -> tuple[str, ...]:
-    """The CNI versions that all of them support and in which the file can be written, ascending."""
+    """Return the CNI versions that all plugins support and the file can be written in, ascending."""
     every = [set(plugin.versions) for plugin in plugins]
     return tuple(v for v in _VERSIONS if all(v in one for one in every))
 
 
 def _used(plugins: Iterable[CniPlugin]) -> list[CniPlugin]:
-    """Those that the file names: portmap where it is, and where it does not forbid every version."""
+    """Return the plugins that the file names: portmap only where a version in common is left with it."""
     able = {plugin.name: plugin for plugin in plugins if not plugin.why}
     used = [able[name] for name in REQUIRED]
     more = [*used, able[PORTMAP]] if PORTMAP in able else used
@@ -65,7 +64,7 @@ def _used(plugins: Iterable[CniPlugin]) -> list[CniPlugin]:
 
 
 def writable(plugins: Sequence[CniPlugin]) -> bool:
-    """Whether a conflist can be written for these plugins."""
+    """Return whether a conflist can be written for these plugins."""
     return not missing(plugins) and bool(versions(_used(plugins)))
 
 
@@ -76,9 +75,9 @@ def wanted(
     mtu: int,
     ends: Mapping[IPNetwork, str] = MappingProxyType({}),
 ) -> dict[str, str]:
-    """The conflist by its file name; none where plugins lack. `ends`: see render().
+    """Return the conflist by its file name; none where required plugins are missing. `ends`: see render().
 
-    One that is there stays while they do: without a conflist no pod could even be deleted.
+    Where they are missing, a file that exists stays: without a conflist no pod could even be deleted.
     """
     if not writable(cni.plugins):
         return {FILE: cni.kept} if cni.kept else {}
@@ -92,16 +91,16 @@ def render(
     mtu: int,
     ends: Mapping[IPNetwork, str] = MappingProxyType({}),
 ) -> str:
-    """The conflist's text. `ends`: the last address that may be given out of a range whose rest is Docker's.
+    """Return the conflist's text. `ends`: the last address that CNI may give out of a range whose rest is Docker's.
 
-    kbr0's address, MAC and masquerade are the agent's: the plugin only plugs. A pod's default route goes to the
-    gateway that host-local tells with each address, and host-local never hands that one out.
+    The agent manages kbr0's address, its MAC and the masquerade: the plugin only plugs. A pod's default route goes to
+    the gateway that host-local returns with each address, and host-local never gives that one out.
     """
     common = versions(plugins)
     plain = [v for v in common if v <= _PLAIN]
     ranges: dict[int, list[dict[str, str]]] = {}
     for cidr, gateway in zip(pod_cidrs, gateways, strict=True):
-        # one address out of each set: one of each family
+        # a pod gets one address out of each set: one of each family
         end = {"rangeEnd": ends[cidr]} if cidr in ends else {}
         ranges.setdefault(cidr.version, []).append({"subnet": str(cidr), "gateway": gateway, **end})
     routes = [{"dst": "0.0.0.0/0" if family == 4 else "::/0"} for family in ranges]
@@ -110,7 +109,7 @@ def render(
         "bridge": KBR,
         "isGateway": False,
         "ipMasq": False,
-        # a pod reaches itself through a Service
+        # a pod can reach itself through a Service
         "hairpinMode": True,
         "mtu": mtu,
         "ipam": {"type": "host-local", "ranges": list(ranges.values()), "routes": routes},
@@ -125,61 +124,60 @@ def render(
 
 
 def problems(cni: CniFacts) -> Iterator[Problem]:
-    """What lacks for a conflist, or for all that a runtime wants."""
-    lacks = missing(cni.plugins)
+    """Yield what is missing for a conflist, or for all that a runtime needs."""
     stays = f"; {FILE} stays as it is" if cni.kept else ""
-    if lacks:
-        names = ", ".join(f"{plugin.name} ({plugin.why})" for plugin in lacks)
-        what = f"no CNI conflist can be written, as plugins lack: {names}{stays}"
-        yield Problem(Reason.CNIPluginsMissing, f"{what}; install containernetworking-plugins, or give --cni-bin-dir")
+    if gone := missing(cni.plugins):
+        names = ", ".join(f"{plugin.name} ({plugin.why})" for plugin in gone)
+        text = f"no CNI conflist can be written: plugins are missing: {names}{stays}"
+        yield Problem(Reason.CNIPluginsMissing, f"{text}; install containernetworking-plugins, or give --cni-bin-dir")
     elif not versions(_used(cni.plugins)):
-        told = "; ".join(f"{plugin.name}: {', '.join(plugin.versions) or 'none'}" for plugin in _used(cni.plugins))
-        want = f"one of {', '.join(_VERSIONS)} is wanted of all"
-        yield Problem(
-            Reason.CNIVersionMissing, f"the CNI plugins have no common version ({told}); {want}{stays}: upgrade them"
-        )
+        found = "; ".join(f"{plugin.name}: {', '.join(plugin.versions) or 'none'}" for plugin in _used(cni.plugins))
+        text = f"the CNI plugins have no version in common ({found}); all need one of {', '.join(_VERSIONS)}"
+        yield Problem(Reason.CNIVersionMissing, f"{text}{stays}: upgrade them")
     else:
         used = {plugin.name for plugin in _used(cni.plugins)}
         for plugin in cni.plugins:
             if plugin.name == PORTMAP and PORTMAP not in used:
                 why = plugin.why or f"supports none of the others' versions, only {', '.join(plugin.versions)}"
-                yield Problem(Reason.CNIPluginMissing, f"plugin {PORTMAP}: {why}; pods' hostPort does nothing")
+                yield Problem(Reason.CNIPluginMissing, f"plugin {PORTMAP}: {why}; hostPort of pods does not work")
             elif plugin.name == LOOPBACK and plugin.why:
                 why = f"{plugin.why}; containerd before 2.0 starts no pod without it"
                 yield Problem(Reason.CNIPluginMissing, f"plugin {LOOPBACK}: {why}")
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """How it stands with the conflist, for a reader of the status."""
+class ConflistStatus:
+    """The state of the conflist, for a reader of the status."""
 
     path: str
     state: str
-    """"written", "waits" (until all else is in place), "differs", "kept" (though plugins lack) or "none" (they do)."""
+    """"written", "waits" (until all else is in place), "differs", or, where plugins are missing, "kept" or "none"."""
     version: str = ""
     plugins: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        """Return path, state and contents in one line."""
         about = [self.state, self.version and f"version {self.version}", ", ".join(self.plugins)]
         return f"{self.path} ({'; '.join(filter(None, about))})"
 
 
-def standing(cni: CniFacts, want: Mapping[str, str], have: Mapping[str, str]) -> Standing:
-    wanted_text, there = want.get(FILE, ""), have.get(FILE, "")
+def conflist_status(cni: CniFacts, want: Mapping[str, str], have: Mapping[str, str]) -> ConflistStatus:
+    """Compare the wanted conflist with the one on disk."""
+    wanted_text, found = want.get(FILE, ""), have.get(FILE, "")
     if not wanted_text or cni.kept:
-        state = "kept" if there else "none"
+        state = "kept" if found else "none"
     else:
-        state = "written" if wanted_text == there else "differs" if there else "waits"
-    told = dict(summary(there or wanted_text)) if there or wanted_text else {}
-    plugins = tuple(filter(None, told.get("plugins", "").split(",")))
-    return Standing(f"{cni.directory}/{FILE}", state, told.get("version", ""), plugins)
+        state = "written" if wanted_text == found else "differs" if found else "waits"
+    fields = dict(summary(found or wanted_text)) if found or wanted_text else {}
+    plugins = tuple(filter(None, fields.get("plugins", "").split(",")))
+    return ConflistStatus(f"{cni.directory}/{FILE}", state, fields.get("version", ""), plugins)
 
 
-# What is there
+# What the directory holds
 
 
 def _network(name: str, file: File) -> tuple[str, str, dict[str, Any] | None]:
-    """A file's network, and what the runtime would find wrong with it; the object where it is one."""
+    """Return a file's network, what the runtime would find wrong with it, and the JSON object where it is one."""
     if file.why:
         return "", f"can't be read: {file.why}", None
     try:
@@ -200,12 +198,12 @@ def _network(name: str, file: File) -> tuple[str, str, dict[str, Any] | None]:
 
 
 def judge(directory: str, files: Mapping[str, File]) -> tuple[dict[str, str], list[Unmanaged], list[Problem]]:
-    """Of the directory's files: ours, what holds its place, and what the others do to it.
+    """Return the managed file, an unmanaged one in its place, and what the other files do to it.
 
-    Ours is what has its name and our network's, and also what has its name and is no network at all: that is of
-    use to nobody, and the runtime would stop at it.
+    Managed is the file with the managed name and network, and also one with that name and no network at all: nobody
+    can use that one, and the runtime would stop at it.
     """
-    ours: dict[str, str] = {}
+    managed: dict[str, str] = {}
     unmanaged: list[Unmanaged] = []
     said: list[Problem] = []
     after: list[str] = []
@@ -216,22 +214,22 @@ def judge(directory: str, files: Mapping[str, File]) -> tuple[dict[str, str], li
             if files[name].why:
                 unmanaged.append(Unmanaged("cni", FILE, f"{where} {bad}; remove it, and ovsmesh writes its own"))
             elif found is None or found.get("name") == NETWORK:
-                ours[FILE] = files[name].data.decode(errors="replace")
+                managed[FILE] = files[name].data.decode(errors="replace")
             else:
-                whose = f"is of network {network or '?'}, not ours ({NETWORK})"
-                unmanaged.append(Unmanaged("cni", FILE, f"{where} {whose}; rename or remove it"))
+                text = f"{where} is of network {network or '?'}, not of {NETWORK}; rename or remove it"
+                unmanaged.append(Unmanaged("cni", FILE, text))
         elif name < FILE:
             does = f"it {bad}, and containerd stops at it" if bad else f"its network {network or '?'} wins"
-            why = f"{where} comes before {FILE}, so pods do not come to {KBR}: {does}"
-            said.append(Problem(Reason.CNIOverruled, f"{why}; remove it when that network is gone, or rename it"))
+            text = f"{where} comes before {FILE}, so pods are not plugged into {KBR}: {does}"
+            said.append(Problem(Reason.CNIOverruled, f"{text}; remove it when that network is gone, or rename it"))
         else:
             after.append(name)
     if after:
         more = f" and {len(after) - _SHOWN} more" if len(after) > _SHOWN else ""
         which = f"{', '.join(after[:_SHOWN])}{more} in {directory}"
-        does = f"not used, as {FILE} comes first" if FILE in ours else f"used until {FILE} is there"
+        does = f"not used, as {FILE} comes first" if FILE in managed else f"used until {FILE} is written"
         said.append(Problem(Reason.CNILeftover, f"{which}: {does}"))
-    return ours, unmanaged, said
+    return managed, unmanaged, said
 
 
 def summary(conf: str) -> list[tuple[str, str]]:

@@ -1,8 +1,6 @@
-"""From a Mesh, a node's name and its host's facts to the Dataplane that the node should have.
+"""Compute the dataplane that a node should have from the mesh, the node's name and its host's facts.
 
-Pure: the same input gives the same output on every node, so two nodes agree on both ends of a
-tunnel without talking. Imports model, filters, conflist and dockersettings; never ovs, pyroute2, kubernetes, time,
-socket.
+The same input gives the same output on every node, so two nodes agree on both ends of a tunnel without talking.
 """
 
 from __future__ import annotations
@@ -16,7 +14,19 @@ from typing import Any
 
 from ovsmesh.dataplane import cni_config, docker_config, firewall_rules
 from ovsmesh.dataplane.nft_syntax import sets_used
-from ovsmesh.dataplane.types import FALLBACK_METRIC, KBR, OBR, ROUTE_METRIC, Bridge, Dataplane, Facts, Link, Port, Route
+from ovsmesh.dataplane.types import (
+    FALLBACK_METRIC,
+    KBR,
+    OBR,
+    PEER_KINDS,
+    ROUTE_METRIC,
+    Bridge,
+    Dataplane,
+    Facts,
+    Link,
+    Port,
+    Route,
+)
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.types import IPAddress, IPNetwork, Mesh, Node
 from ovsmesh.reasons import Reason
@@ -34,15 +44,15 @@ _NAME_MAX = 15
 
 
 def gateway(cidr: IPNetwork) -> IPAddress:
-    """The first usable address of a pod CIDR: the node's own address on kbr0."""
+    """Return the first usable address of a pod CIDR: the node's own address on kbr0."""
     return cidr.network_address + 1
 
 
 def mac(node: Node) -> str:
-    """The MAC of a node's kbr0, which every other node computes alone, so no ARP crosses a tunnel.
+    """Return the MAC of a node's kbr0. Every other node computes it alone, so no ARP crosses a tunnel.
 
-    0a:58 and the bytes of the first IPv4 gateway, the CNI bridge plugin's habit; for a node
-    without IPv4, 0e:58 and four bytes of a hash of its first gateway.
+    It is 0a:58 and the bytes of the first IPv4 gateway, as the CNI bridge plugin does it; for a node without IPv4,
+    0e:58 and four bytes of a hash of its first gateway.
     """
     for cidr in node.pod_cidrs:
         if isinstance(cidr, IPv4Network):
@@ -51,33 +61,35 @@ def mac(node: Node) -> str:
 
 
 def port_name(node_name: str, encapsulation: str) -> str:
-    """The tunnel port's name: the node's own where it fits an interface name, else a hash of it.
+    """Return the tunnel port's name: the node's own where it fits an interface name, else a hash of it.
 
-    The two forms can't meet: the second has an underscore, the first never.
+    The two forms can't be equal: the second has an underscore, the first never.
     """
     prefix = _PREFIX[encapsulation]
-    room = _NAME_MAX - len(prefix)
-    if len(node_name) <= room and re.fullmatch(r"[a-z0-9.-]+", node_name):
+    if len(prefix + node_name) <= _NAME_MAX and re.fullmatch(r"[a-z0-9.-]+", node_name):
         return prefix + node_name
     digest = base64.b32encode(hashlib.sha256(node_name.encode()).digest()).decode().lower()
     return f"{prefix}{re.sub('[^a-z0-9]', '', node_name.lower())[:2]}_{digest}"[:_NAME_MAX]
 
 
 def overhead(mesh: Mesh, address: IPAddress) -> int:
-    """Bytes that encapsulation takes from the underlay's MTU, for a tunnel address of this family."""
+    """Return the bytes that encapsulation takes from the underlay's MTU, for a tunnel address of this family."""
     keyed = _GRE_KEY if mesh.key is not None and mesh.encapsulation == "gre" else 0
     return _OVERHEAD[mesh.encapsulation] + keyed + (_IPV6_MORE if address.version == 6 else 0)
 
 
 def pod_mtu(mesh: Mesh, self_node: Node, facts: Facts) -> int:
-    """MTU in bytes of pods, kbr0, obr0 and routes: what fits the underlay, or less where the mesh says so."""
+    """Return the MTU of pods, kbr0, obr0 and routes in bytes: what fits the underlay, or less where the mesh says so.
+
+    While the underlay is unknown, 1500 is assumed.
+    """
     fits = (facts.underlay_mtu or _DEFAULT_UNDERLAY_MTU) - overhead(mesh, self_node.address)
     return fits if mesh.mtu is None else min(mesh.mtu, fits)
 
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """What one peer's parts depend on besides the peer: equal wiring and peer, equal parts."""
+    """What the parts of every peer depend on besides the peer: equal wiring and peer, equal parts."""
 
     encapsulation: str
     key: str
@@ -85,25 +97,26 @@ class Wiring:
     mac: str
     mtu: int
     families: tuple[int, ...]
-    """IP versions that self's own pods have: a peer's other ranges are of no use here."""
+    """IP versions of this node's own pods: it has no use for a peer's ranges of the other version."""
 
 
 def wiring(mesh: Mesh, self_node: Node, facts: Facts) -> Wiring:
+    """Return what the parts of every peer depend on."""
     key = "" if mesh.key is None else str(mesh.key)
     families = sorted({c.version for c in self_node.pod_cidrs if facts.ipv6 or c.version == 4})
     mtu = pod_mtu(mesh, self_node, facts)
     return Wiring(mesh.encapsulation, key, str(self_node.address), mac(self_node), mtu, tuple(families))
 
 
-_known: dict[str, tuple[Node, Wiring, Dataplane]] = {}
-"""Node name → its parts as computed last: with a thousand peers, one is new and 999 are looked up."""
-_KNOWN_MOST = 20000
+_cache: dict[str, tuple[Node, Wiring, Dataplane]] = {}
+"""Node name → its parts as computed last: of a thousand peers, most often one is new and 999 are looked up."""
+_CACHE_MAX = 20000
 
 
 def peer_parts(w: Wiring, peer: Node) -> Dataplane:
-    """The parts of the dataplane that are there because of one peer, and nothing else grows with the mesh."""
-    known = _known.get(peer.name)
-    if known is not None and (known[0] is peer or known[0] == peer) and known[1] == w:
+    """Return the parts of the dataplane that exist because of one peer. Nothing else grows with the mesh."""
+    known = _cache.get(peer.name)
+    if known is not None and known[:2] == (peer, w):
         return known[2]
     port, peer_mac = port_name(peer.name, w.encapsulation), mac(peer)
     cidrs = [c for c in peer.pod_cidrs if c.version in w.families]
@@ -120,16 +133,16 @@ def peer_parts(w: Wiring, peer: Node) -> Dataplane:
         fdb={peer_mac: OBR},
         routes={(str(c), ROUTE_METRIC): Route("unicast", str(gateway(c)), KBR, w.mtu) for c in cidrs},
     )
-    if len(_known) > _KNOWN_MOST:
-        _known.clear()
-    _known[peer.name] = (peer, w, parts)
+    if len(_cache) > _CACHE_MAX:
+        _cache.clear()
+    _cache[peer.name] = (peer, w, parts)
     return parts
 
 
 def peers(mesh: Mesh, me: Node, w: Wiring) -> tuple[dict[str, Dataplane], tuple[Problem, ...]]:
-    """The parts of each node that self joins with, by name, and why others can't be joined with.
+    """Return the parts of each peer that self joins, by name, and why the others can't be joined.
 
-    That is: another address family, or a derived MAC or port name that is taken.
+    A peer can't be joined where its address family is another one, or its derived MAC or port name is taken.
     """
     taken: dict[str, str] = {w.mac: me.name}
     joined: dict[str, Dataplane] = {}
@@ -142,14 +155,13 @@ def peers(mesh: Mesh, me: Node, w: Wiring) -> tuple[dict[str, Dataplane], tuple[
             problems.append(Problem(Reason.AddressFamilyMismatch, text, node.name, "address", str(node.address)))
             continue
         parts = peer_parts(w, node)
-        claims = (*parts.fdb, *parts.ports)
-        holder = next((taken[c] for c in claims if c in taken), None)
+        names = (*parts.fdb, *parts.ports)
+        holder = next((taken[name] for name in names if name in taken), None)
         if holder is not None:
-            text = f"its derived MAC or port name ({' or '.join(claims)}) is {holder}'s too; rename or renumber one"
+            text = f"its derived MAC or port name ({' or '.join(names)}) is {holder}'s too; rename or renumber one"
             problems.append(Problem(Reason.DerivedNameConflict, text, node.name))
             continue
-        for claim in claims:
-            taken[claim] = node.name
+        taken |= dict.fromkeys(names, node.name)
         joined[node.name] = parts
     return joined, tuple(problems)
 
@@ -171,7 +183,7 @@ def _sysctls(me: Node, facts: Facts) -> dict[str, str]:
         values |= {f"net/ipv6/conf/{link}/accept_ra": "2" for link in facts.ra_links}
         values["net/ipv6/conf/all/forwarding"] = "1"
     values |= {
-        # a redirected pod talks L2 straight through OVS, where nothing can send it "fragmentation needed"
+        # a redirected pod would send through OVS directly, where nothing can answer "fragmentation needed"
         "net/ipv4/conf/all/send_redirects": "0",
         f"net/ipv4/conf/{KBR}/send_redirects": "0",
         # loose: a peer's host process may bind its tunnel address, whose route is not through kbr0
@@ -181,20 +193,17 @@ def _sysctls(me: Node, facts: Facts) -> dict[str, str]:
     if facts.ipv6:
         if v6:
             values[f"net/ipv6/conf/{KBR}/disable_ipv6"] = "0"
-            # no pod is looked for until the link-local address has been through duplicate detection
+            # the kernel asks for no pod's MAC before duplicate address detection has ended
             values[f"net/ipv6/conf/{KBR}/accept_dad"] = "0"
-        # else a pod could send the host a router
-        values |= {
-            f"net/ipv6/conf/{KBR}/accept_ra": "0",
-            f"net/ipv6/conf/{KBR}/accept_redirects": "0",
-        }
+        # a pod could make itself the host's router
+        values |= {f"net/ipv6/conf/{KBR}/accept_ra": "0", f"net/ipv6/conf/{KBR}/accept_redirects": "0"}
     return values
 
 
 def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
     found = []
     if facts.underlay_mtu is None:
-        text = "is on no link of this host, so no tunnel can start here; assign it or correct the mesh"
+        text = "is on no link of this host, so no tunnel can work; assign it to a link or correct the mesh"
         found.append(Problem(Reason.TunnelAddressMissing, text, me.name, "address", str(me.address)))
     elif facts.datapath_type == "netdev" and not facts.datapath_carried:
         text = (
@@ -211,15 +220,7 @@ def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
         text = "hold no IPv4 range, without which Docker can't be on kbr0; it stays where it is"
         found.append(Problem(Reason.DockerNeedsIPv4, text, me.name, "podCIDRs", str(v6[0])))
     if v6 and not facts.ipv6:
-        found.append(
-            Problem(
-                Reason.IPv6Missing,
-                "this kernel has no IPv6",
-                me.name,
-                "podCIDRs",
-                str(v6[0]),
-            )
-        )
+        found.append(Problem(Reason.IPv6Missing, "this kernel has no IPv6", me.name, "podCIDRs", str(v6[0])))
     elif v6 and mtu < _MIN_IPV6_MTU:
         text = f"is below the {_MIN_IPV6_MTU} bytes that IPv6 needs; raise the underlay's MTU by {_MIN_IPV6_MTU - mtu}"
         found.append(Problem(Reason.MTUTooLow, text, me.name, "mtu", str(mtu)))
@@ -227,32 +228,26 @@ def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
 
 
 def _conflist(cidrs: list[IPNetwork], facts: Facts, mtu: int) -> dict[str, str]:
-    """The conflist; with Docker on this node, of the range that is not Docker's."""
+    """Return the conflist; where Docker is on this node too, for the range that is not Docker's."""
     assert facts.cni is not None
-    theirs = docker_config.docker_ranges(cidrs, facts)
-    ends = {cidr: str(part.network_address - 1) for cidr, part in theirs.items()}
+    docker = docker_config.docker_ranges(cidrs, facts)
+    ends = {cidr: str(part.network_address - 1) for cidr, part in docker.items()}
     return cni_config.wanted(facts.cni, cidrs, [str(gateway(c)) for c in cidrs], mtu, ends)
 
 
 def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tuple[Problem, ...]]:
-    """The desired dataplane of `self_name`, and what in the mesh or on the host is not as it should be.
+    """Return the desired dataplane of `self_name`, and what in the mesh or on the host is not as it should be.
 
-    Raises OvsmeshError when self is not in the mesh.
+    Raises OvsmeshError where the node is not in the mesh.
     """
     me = _self(mesh, self_name)
     w = wiring(mesh, me, facts)
     joined, refused = peers(mesh, me, w)
-    grows: dict[str, dict[Any, Any]] = {
-        "filter_peers": {},
-        "ports": {},
-        "flows": {"0 ": "drop"},
-        "neighbours": {},
-        "fdb": {},
-        # a missing peer must not leak to the default gateway
-        "routes": {
-            (str(c), FALLBACK_METRIC): Route("unreachable") for c in mesh.cluster_cidrs if facts.ipv6 or c.version == 4
-        },
-    }
+    clusters = [c for c in mesh.cluster_cidrs if facts.ipv6 or c.version == 4]
+    grows: dict[str, dict[Any, Any]] = {kind: {} for kind in PEER_KINDS}
+    grows["flows"] = {"0 ": "drop"}
+    # packets to a missing peer must not leak to the default gateway
+    grows["routes"] = {(str(c), FALLBACK_METRIC): Route("unreachable") for c in clusters}
     for kind, into in grows.items():
         for parts in joined.values():
             into.update(getattr(parts, kind))
@@ -262,10 +257,7 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
     cidrs = [c for c in me.pod_cidrs if facts.ipv6 or c.version == 4]
     want = Dataplane(
         bridges={OBR: Bridge(facts.datapath_type, mtu_request=w.mtu)},
-        links={
-            KBR: Link("bridge", w.mtu, mac=w.mac),
-            OBR: Link("", w.mtu, master=KBR, quiet=True),
-        },
+        links={KBR: Link("bridge", w.mtu, mac=w.mac), OBR: Link("", w.mtu, master=KBR, quiet=True)},
         sysctls=_sysctls(me, facts),
         addresses={f"{gateway(c)}/{c.prefixlen}": KBR for c in cidrs},
         rules=rules,

@@ -1,13 +1,9 @@
-"""Which packets a node refuses, accepts and masquerades, as the texts of its filter rules.
-
-Knows: what the rules say and in which table and chain they stand. Pure; imports model only.
-Whether a kernel can do them, and writing them, is firewall's business.
-"""
+"""Decide which packets a node refuses, accepts and masquerades, as the texts of its filter rules."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 from typing import NamedTuple
 
@@ -17,10 +13,11 @@ from ovsmesh.mesh.types import IPNetwork, Mesh, Node
 IPTABLES = ("iptables", "ip6tables")
 NFT = ("inet", "bridge")
 SETS = {"peers4": "ipv4_addr", "peers6": "ipv6_addr"}
-"""Sets of our nft tables → type of their elements."""
+"""Sets of the managed nft tables → type of their elements."""
 IN_KBR = f'meta ibrname "{KBR}"'
-"""Needs nft_meta_bridge in the kernel; `within` knows what stands in where that lacks."""
+"""Match on kbr0's ports. Needs nft_meta_bridge in the kernel."""
 IN_ANY = 'meta iifkind "veth"'
+"""Its substitute in a kernel without nft_meta_bridge."""
 
 _MULTICAST = {4: ("224.0.0.0/4", "255.255.255.255/32"), 6: ("ff00::/8",)}
 _GRE_TRANSPARENT_ETHERNET = "0x6558"
@@ -30,7 +27,7 @@ _UDP_PORTS = {"vxlan": 4789, "geneve": 6081}
 
 
 class Chain(NamedTuple):
-    """An nft base chain, in the words of `nft -j`; the policy is always accept."""
+    """An nft base chain, as `nft -j` names its fields; the policy is always accept."""
 
     type: str
     hook: str
@@ -39,7 +36,7 @@ class Chain(NamedTuple):
 
 CHAINS = {
     ("inet", "postrouting"): Chain("nat", "postrouting", 100),
-    # five before the usual filters, so that an accept in another table of the host comes too late to matter
+    # five before the usual filters, so that no accept in another table of the host comes first
     ("inet", "input"): Chain("filter", "input", -5),
     ("inet", "forward"): Chain("filter", "forward", -5),
     ("bridge", "prerouting"): Chain("filter", "prerouting", -300),
@@ -47,12 +44,12 @@ CHAINS = {
 
 
 def digest(key: RuleKey, rule: Rule) -> str:
-    """Eight hex digits that tell whether the rule under `key` still is the one that we wrote."""
+    """Return eight hex digits that tell whether the rule under `key` is still as it was written."""
     return hashlib.sha256(f"{CHAINS.get(key[:2])} {key[1]} {rule.text}".encode()).hexdigest()[:8]
 
 
 def peer_set(node: Node) -> tuple[str, str]:
-    """A peer's tunnel address, and the nft set that names it as a sender of encapsulated packets."""
+    """Return a node's tunnel address, and the nft set of senders of encapsulated packets that holds it."""
     return str(node.address), f"peers{node.address.version}"
 
 
@@ -71,7 +68,7 @@ def _ip(version: int) -> str:
 
 
 def _encapsulated(mesh: Mesh) -> str:
-    """Matches the mesh's tunnel packets as narrowly as nft can, so that no other tunnel of the host is hit."""
+    """Return what matches the mesh's tunnel packets as narrowly as nft can, so that no other tunnel is hit."""
     if mesh.encapsulation == "gre":
         return f"meta l4proto gre @th,16,16 {_GRE_TRANSPARENT_ETHERNET}"
     # the network identifier stands at byte 4 of either header, behind 8 bytes of UDP
@@ -98,10 +95,10 @@ def _masquerade(version: int, own: list[IPNetwork], cluster: list[IPNetwork]) ->
 
 
 def _spoof(version: int, own: list[IPNetwork], cluster: list[IPNetwork], me: Node) -> dict[RuleKey, Rule]:
-    """Refuse what enters kbr0 from a pod under an address that can't be a pod's of this node.
+    """Return the rules that refuse what enters kbr0 from a pod with a source that no pod of this node can have.
 
-    Only cluster ranges and tunnel addresses are matched, so DHCP, ::, link-local addresses and
-    whatever else a container uses inside pass.
+    Only cluster ranges and tunnel addresses are matched: DHCP, ::, link-local addresses and whatever else a
+    container uses inside pass.
     """
     enters = f'{IN_KBR} iifname != "{OBR}"'
     gateways = [ip_network(c.network_address + 1) for c in own]
@@ -124,10 +121,10 @@ def _spoof(version: int, own: list[IPNetwork], cluster: list[IPNetwork], me: Nod
 
 
 def _accept(tool: str, own: list[IPNetwork], cluster: list[IPNetwork]) -> dict[RuleKey, Rule]:
-    """What Docker's FORWARD DROP must let through for the mesh to work.
+    """Return the rules that let the mesh through Docker's FORWARD DROP.
 
-    `mesh-in` names no source: a peer's host process may use its tunnel address, and what a peer
-    or a pod may claim as its source is checked before (flows on obr0, the bridge table).
+    `mesh-in` names no source: a peer's host process may use its tunnel address, and what a peer or a pod uses as
+    its source is checked before (flows on obr0, the bridge table).
     """
     found = {}
     for n, mine in enumerate(own):
@@ -142,7 +139,7 @@ def _accept(tool: str, own: list[IPNetwork], cluster: list[IPNetwork]) -> dict[R
 
 
 def rules(mesh: Mesh, self_node: Node, facts: Facts) -> dict[RuleKey, Rule]:
-    """Every filter rule that this node should have and can have, in the order in which they stand in their chain."""
+    """Return every filter rule that this node should have and can have, in the order in which they stand in a chain."""
     found: dict[RuleKey, Rule] = {}
     spoof: dict[RuleKey, Rule] = {}
     accept: dict[RuleKey, Rule] = {}
@@ -156,17 +153,16 @@ def rules(mesh: Mesh, self_node: Node, facts: Facts) -> dict[RuleKey, Rule]:
         if tool in facts.forward_drop:
             accept |= _accept(tool, own, cluster)
         spoof |= _spoof(version, own, cluster, self_node)
-    return within(found | _tunnel(mesh, self_node) | spoof | accept, facts.firewall_missing)
+    return supported(found | _tunnel(mesh, self_node) | spoof | accept, facts.firewall_missing)
 
 
-def within(wanted: Mapping[RuleKey, Rule], lacking: Iterable[str]) -> dict[RuleKey, Rule]:
-    """What is left of the wanted rules on a system that lacks something.
+def supported(wanted: Mapping[RuleKey, Rule], missing: Collection[str]) -> dict[RuleKey, Rule]:
+    """Return what is left of the wanted rules on a system without what is `missing`.
 
-    `lacking` holds tools ("iptables", "nft", "bridge"), chains ("inet postrouting") or "ibrname".
-    Without that match the bridge rules hold for veth ports of any bridge; then those about tunnel
-    addresses are left out, since such packets are rightful on a bridge that carries the underlay.
+    `missing` holds tools ("iptables", "nft", "bridge"), chains ("inet postrouting") or "ibrname". Without that
+    match the bridge rules apply to veth ports of any bridge. Those about tunnel addresses are then left out, since
+    such packets are legitimate on a bridge that carries the underlay.
     """
-    missing = frozenset(lacking)
     left = {}
     for (tool, chain, name), rule in wanted.items():
         if tool in missing or f"{tool} {chain}" in missing or ("nft" in missing and tool in NFT):

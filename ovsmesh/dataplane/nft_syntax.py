@@ -1,7 +1,4 @@
-"""What nft and iptables print and read: their texts turned into tables, and rules into their scripts.
-
-Knows: nft's scripts and JSON, and iptables-save's lines. Pure: runs nothing; imports filters and model.
-"""
+"""Parse what nft and iptables print, and write the scripts that they read."""
 
 from __future__ import annotations
 
@@ -21,28 +18,30 @@ _IPT_COMMENT = re.compile(rf"{MARK}:([a-z0-9-]+):([0-9a-f]{{8}})")
 
 
 class Unreadable(Exception):
-    """Not what the tool is known to print."""
+    """The text is not what the tool is known to print."""
 
 
 class Row(NamedTuple):
+    """A rule as it was read back."""
+
     chain: str
     name: str
     digest: str
-    """"" for a rule that is not ours."""
+    """"" for an unmanaged rule."""
     spec: str = ""
-    """iptables: the rule as a line of iptables-save, without -A."""
+    """iptables only: the rule as a line of iptables-save, without -A."""
 
 
 @dataclass(slots=True)
 class Table:
-    """What one tool holds: an nft table of ours, or iptables' FORWARD chain."""
+    """What one tool holds: a managed nft table, or iptables' FORWARD chain."""
 
     rows: tuple[Row, ...] = ()
     present: bool = False
     chains: dict[str, Chain] = field(default_factory=dict)
     sets: dict[str, set[str]] = field(default_factory=dict)
     drops: bool = False
-    """iptables: FORWARD has a policy other than ACCEPT, or rules of others."""
+    """iptables only: FORWARD has a policy other than ACCEPT, or unmanaged rules."""
 
 
 def _element(item: Any) -> str:
@@ -54,14 +53,14 @@ def _element(item: Any) -> str:
 
 
 def parse_nft(text: str) -> Table:
-    """An nft table from `nft -j list table`. Raises Unreadable for what is not that."""
+    """Parse the output of `nft -j list table`. Raises Unreadable."""
     table = Table(present=True)
     rows = []
     flagged = False
     try:
         for item in json.loads(text)["nftables"]:
             if "flags" in item.get("table", {}):
-                # dormant or the like; nft 1.0.6 prints it as random memory, so which one can't be told
+                # dormant or the like; nft 1.0.6 prints flags as random memory, so they can't be told apart
                 flagged = True
             elif chain := item.get("chain"):
                 good = chain.get("policy") == "accept"
@@ -72,8 +71,8 @@ def parse_nft(text: str) -> Table:
                 if shape:
                     table.sets[wanted["name"]] = set(map(_element, wanted.get("elem", ())))
             elif rule := item.get("rule"):
-                ours = _COMMENT.fullmatch(rule.get("comment", ""))
-                name, code = ours.groups() if ours else (f"handle-{rule['handle']}", "")
+                managed = _COMMENT.fullmatch(rule.get("comment", ""))
+                name, code = managed.groups() if managed else (f"handle-{rule['handle']}", "")
                 rows.append(Row(rule["chain"], name, code))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise Unreadable(f"nft: its JSON is not as expected ({e!r})") from None
@@ -84,7 +83,7 @@ def parse_nft(text: str) -> Table:
 
 
 def parse_iptables(text: str) -> Table:
-    """FORWARD's rules of ours, and whether anything else in it may drop, from `iptables -S FORWARD`."""
+    """Parse the output of `iptables -S FORWARD`: its managed rules, and whether anything else in it may drop."""
     table = Table(present=True)
     rows = []
     for line in text.splitlines():
@@ -95,9 +94,9 @@ def parse_iptables(text: str) -> Table:
                 words = shlex.split(line)
             except ValueError:
                 words = []
-            ours = next((m for w in words if (m := _IPT_COMMENT.fullmatch(w))), None)
-            if ours:
-                rows.append(Row("FORWARD", ours[1], ours[2], line[3:]))
+            managed = next((m for w in words if (m := _IPT_COMMENT.fullmatch(w))), None)
+            if managed:
+                rows.append(Row("FORWARD", managed[1], managed[2], line[3:]))
             else:
                 table.drops = True
     table.rows = tuple(rows)
@@ -105,20 +104,23 @@ def parse_iptables(text: str) -> Table:
 
 
 def sets_used(texts: Iterable[str]) -> list[str]:
+    """Return the names of the sets that these rules refer to."""
     joined = " ".join(texts)
     return [name for name in SETS if f"@{name}" in joined]
 
 
 def rules_of(tool: str, rules: Mapping[RuleKey, Rule]) -> dict[RuleKey, Rule]:
+    """Return the rules of one nft family, or of one of iptables and ip6tables."""
     return {key: rule for key, rule in rules.items() if key[0] == tool}
 
 
 def wanted_order(wanted: Mapping[RuleKey, Rule]) -> set[tuple[tuple[str, ...], ...]]:
-    """Chain by chain, the names and digests in order: what two equal tables have in common."""
+    """Return chain by chain the names and digests in order: what two equal tables have in common."""
     return by_chain((key[1], key[2], digest(key, rule)) for key, rule in wanted.items())
 
 
 def by_chain(rows: Iterable[tuple[str, str, str]]) -> set[tuple[tuple[str, ...], ...]]:
+    """Return rows (chain, name, digest) chain by chain, in order within each."""
     chains: dict[str, list[tuple[str, ...]]] = {}
     for row in rows:
         chains.setdefault(row[0], []).append(row)
@@ -126,7 +128,7 @@ def by_chain(rows: Iterable[tuple[str, str, str]]) -> set[tuple[tuple[str, ...],
 
 
 def table_script(family: str, wanted: Mapping[RuleKey, Rule], peers: Mapping[str, str]) -> str:
-    """An nft script that replaces our table of a family as a whole, in one transaction."""
+    """Return an nft script that replaces the managed table of a family as a whole, in one transaction."""
     lines = [f"add table {family} {MARK}", f"delete table {family} {MARK}"]
     if not wanted:
         return "\n".join(lines) + "\n"
@@ -147,7 +149,7 @@ def table_script(family: str, wanted: Mapping[RuleKey, Rule], peers: Mapping[str
 
 
 def element_changes(family: str, held: Mapping[str, set[str]], wanted: Mapping[str, set[str]]) -> str:
-    """An nft script that makes the sets of our table of a family hold the wanted elements; "" when they do."""
+    """Return an nft script that makes the sets of the managed table hold the wanted elements; "" when they do."""
     lines = []
     for name, after in wanted.items():
         for verb, changed in (("add", after - held[name]), ("delete", held[name] - after)):
@@ -156,11 +158,14 @@ def element_changes(family: str, held: Mapping[str, set[str]], wanted: Mapping[s
     return "".join(lines)
 
 
+def iptables_rule(key: RuleKey, rule: Rule) -> str:
+    """Return a rule of FORWARD as arguments of iptables, with its ownership mark."""
+    match, _, target = rule.text.rpartition(" -j ")
+    return f"{match} -m comment --comment {MARK}:{key[2]}:{digest(key, rule)} -j {target}"
+
+
 def iptables_script(table: Table, wanted: Mapping[RuleKey, Rule]) -> str:
-    """Input of iptables-restore that replaces our rules in FORWARD by the wanted ones, at its top."""
+    """Return input for iptables-restore that replaces the managed rules in FORWARD by the wanted ones, at its top."""
     lines = ["*filter", *(f"-D {row.spec}" for row in table.rows)]
-    for n, (key, rule) in enumerate(wanted.items(), 1):
-        match, _, target = rule.text.rpartition(" -j ")
-        comment = f"-m comment --comment {MARK}:{key[2]}:{digest(key, rule)}"
-        lines.append(f"-I FORWARD {n} {match} {comment} -j {target}")
+    lines += [f"-I FORWARD {n} {iptables_rule(key, rule)}" for n, (key, rule) in enumerate(wanted.items(), 1)]
     return "\n".join([*lines, "COMMIT", ""])

@@ -73,7 +73,7 @@ class Self:
     mtu: int = 0
     mtu_from: str = ""
     datapath_type: str = ""
-    cni: cni_config.Standing | None = None
+    cni: cni_config.ConflistStatus | None = None
     ovs_version: str = ""
     agent_running: bool = False
     agent_since: float | None = None
@@ -281,7 +281,7 @@ def _self(
         mtu,
         _mtu_from(mesh, me, facts, mtu),
         facts.datapath_type,
-        cni_config.standing(facts.cni, want.cni, have.dataplane.cni) if facts.cni and want else None,
+        cni_config.conflist_status(facts.cni, want.cni, have.dataplane.cni) if facts.cni and want else None,
         **about,  # type: ignore[arg-type]
     )
 

@@ -1,8 +1,8 @@
-"""A desired Dataplane as a plain shell script: the classic recipe, for one host, with no ovsmesh in it.
+"""Write a desired dataplane as a plain shell script for one host, with no ovsmesh in it.
 
-Pure: imports model and the texts of the filter rules. What the script makes carries the agent's own
-marks, so `ovsmesh plan` finds nothing to change after it, and an agent started later takes it over.
-Everything from outside is quoted for the shell and, where ovs-vsctl reads it, for that as well.
+What the script makes carries the agent's ownership marks, so `ovsmesh plan` finds nothing to change after it, and an
+agent started later takes it over. Everything from outside is quoted for the shell and, where ovs-vsctl reads it, for
+that as well.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import json
 import shlex
 from collections.abc import Iterable, Iterator
 
-from ovsmesh.dataplane.firewall_rules import IPTABLES, NFT, digest
-from ovsmesh.dataplane.nft_syntax import rules_of, table_script
+from ovsmesh.dataplane.firewall_rules import IPTABLES, NFT
+from ovsmesh.dataplane.nft_syntax import iptables_rule, rules_of, table_script
 from ovsmesh.dataplane.types import COOKIE, KBR, MARK, OBR, PROTOCOL, Dataplane, Port
 
 _NEW = f"{MARK}-new"
-_TOGETHER = 50
-"""Ports in one ovs-vsctl: each call waits for ovs-vswitchd once."""
+_BATCH = 50
+"""Ports in one ovs-vsctl call: each call waits for ovs-vswitchd once."""
 
 _HEAD = """\
 #!/bin/sh
 # {title}
-# The dataplane of one host as plain commands: no ovsmesh in it, none needed to run it.
-# It may be run again: it adds and corrects, and removes nothing. Links, routes and filter rules do not
-# outlive a reboot: run it at each boot, once Open vSwitch runs. `ovsmesh agent` takes over what it made,
-# and `ovsmesh cleanup` removes it.
+# The dataplane of one host as plain commands. It does not need ovsmesh.
+# You may run it again: it adds and corrects, and removes nothing. Links, routes and filter rules are lost at
+# a reboot: run it at each boot, after Open vSwitch has started. `ovsmesh agent` takes over what it made, and
+# `ovsmesh cleanup` removes it.
 {notes}set -eu
 export LC_ALL=C PATH="${{PATH:-/usr/bin:/bin}}:/usr/sbin:/sbin"
 {rundir}
@@ -35,20 +35,20 @@ _GUARD = f"""\
 die() {{ echo "$0: $*" >&2; exit 1; }}
 [ "$(id -u)" = 0 ] || die 'run it as root'
 for tool in ip bridge sysctl ovs-vsctl ovs-ofctl{{tools}}; do
-  command -v "$tool" >/dev/null || die "$tool is not there: install iproute2, procps, nftables, openvswitch-switch"
+  command -v "$tool" >/dev/null || die "$tool is missing: install iproute2, procps, nftables, openvswitch-switch"
 done
-there() {{ ip link show dev "$1" >/dev/null 2>&1; }}
+exists() {{ ip link show dev "$1" >/dev/null 2>&1; }}
 marked() {{ ip link show dev "$1" | grep -qx ' *alias {MARK}'; }}
-if there {KBR} && ! marked {KBR}; then die '{KBR} is there and not ours (no alias {MARK}): rename or delete it'; fi
+if exists {KBR} && ! marked {KBR}; then die '{KBR} exists and is unmanaged (no alias {MARK}): rename or delete it'; fi
 if ovs-vsctl --timeout=30 br-exists {OBR} && [ -z "$(ovs-vsctl --timeout=30 br-get-external-id {OBR} {MARK})" ]; then
-  die '{OBR} is there and not ours (no external_ids:{MARK}): rename or delete it'
+  die '{OBR} exists and is unmanaged (no external_ids:{MARK}): rename or delete it'
 fi
 """
 
 _BRIDGE = """\
-if ! there {kbr}; then
-  # Marked before it has its name, so that a half-made one is not taken for someone else's.
-  if there {new}; then ip link del dev {new}; fi
+if ! exists {kbr}; then
+  # Marked before it has its name, so that one left by an interrupted run counts as managed.
+  if exists {new}; then ip link del dev {new}; fi
   ip link add name {new} address {mac} mtu {mtu} type bridge
   ip link set dev {new} alias {mark}
   ip link set dev {new} name {kbr}
@@ -59,7 +59,7 @@ ip link set dev {kbr} mtu {mtu} up
 
 
 def render(want: Dataplane, title: str, notes: Iterable[str] = (), run_dir: str = "") -> str:
-    """The script. `notes` are shown in its head; `run_dir` is Open vSwitch's, where that is not the usual one."""
+    """Return the script. `notes` stand in its head; `run_dir` is Open vSwitch's where it is not the default one."""
     used = {"nft" if key[0] in NFT else key[0] for key in want.rules}
     tools = [tool for tool in ("nft", *IPTABLES) if tool in used]
     head = _HEAD.format(
@@ -70,24 +70,22 @@ def render(want: Dataplane, title: str, notes: Iterable[str] = (), run_dir: str 
     parts = [
         head,
         _section(
-            "what it needs, and what must not stand in its way",
+            "requirements, and what must not be in the way",
             [_GUARD.replace("{tools}", "".join(f" {t}" for t in tools))],
         ),
-        _section(f"{KBR}: the bridge that containers plug into", _kbr(want)),
-        _section("a router for them, that sends no redirects and believes none", _sysctls(want)),
-        _section("what may come in, and what is masqueraded", _rules(want)),
-        _section(
-            f"{OBR}: the switch, and one tunnel port for each peer, protected: never from peer to peer", _ovs(want)
-        ),
-        _section("to each peer by its MAC; from each peer only what it owns; nothing else", _flows(want)),
-        _section(f"{OBR} into {KBR}, where nothing is flooded to it", _obr(want)),
-        _section("addresses, and the way to each peer: no ARP crosses a tunnel", _kernel(want)),
+        _section(f"{KBR}: the Linux bridge that containers plug into", _kbr(want)),
+        _section("forward packets; send and accept no redirects", _sysctls(want)),
+        _section("filter rules: tunnel packets from peers only, no spoofed sources, masquerade", _rules(want)),
+        _section(f"{OBR}: the OVS bridge, with one protected tunnel port for each peer", _ovs(want)),
+        _section("flows: to each peer by its MAC; from each peer only its own sources; nothing else", _flows(want)),
+        _section(f"plug {OBR} into {KBR}, with no flooding to it", _obr(want)),
+        _section("addresses; neighbour, FDB entry and route for each peer: no ARP crosses a tunnel", _kernel(want)),
     ]
     return "\n".join(part for part in parts if part)
 
 
 def _comment(text: str) -> str:
-    """One line, whatever is in it."""
+    """Return the text as one line."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
@@ -97,7 +95,7 @@ def _section(title: str, lines: Iterable[str]) -> str:
 
 
 def _input(command: str, lines: Iterable[str]) -> list[str]:
-    """A command that reads these lines; nothing in them is the shell's."""
+    """Return a command that reads these lines; the shell expands nothing in them."""
     body = [line for line in lines if line]
     return [f"{command} <<'END'", *body, "END"] if body else []
 
@@ -119,9 +117,8 @@ def _rules(want: Dataplane) -> list[str]:
             lines += _input("nft -f -", _indented(table_script(family, rules, want.filter_peers)))
     for tool in IPTABLES:
         for n, (key, rule) in enumerate(rules_of(tool, want.rules).items(), 1):
-            match, _, target = rule.text.rpartition(" -j ")
-            said = f"{match} -m comment --comment {MARK}:{key[2]}:{digest(key, rule)} -j {target}"
-            lines.append(f"{tool} -w 5 -C FORWARD {said} 2>/dev/null || {tool} -w 5 -I FORWARD {n} {said}")
+            spec = iptables_rule(key, rule)
+            lines.append(f"{tool} -w 5 -C FORWARD {spec} 2>/dev/null || {tool} -w 5 -I FORWARD {n} {spec}")
     return lines
 
 
@@ -134,7 +131,7 @@ def _indented(script: str) -> Iterator[str]:
 
 
 def _string(text: str) -> str:
-    """A value as ovs-vsctl reads it: quoted, or a name like `true` or 2001:db8::1 would be something else."""
+    """Return a value quoted for ovs-vsctl, which would read a name like `true` or 2001:db8::1 as something else."""
     return json.dumps(text)
 
 
@@ -147,9 +144,8 @@ def _ovs(want: Dataplane) -> list[str]:
         f"  -- set Interface {OBR} mtu_request={bridge.mtu_request}",
     ]
     ports = [_port(name, port) for name, port in want.ports.items()]
-    for start in range(0, len(ports), _TOGETHER):
-        some = ports[start : start + _TOGETHER]
-        lines += ["ovs-vsctl --timeout=60 \\", " \\\n".join(some)]
+    for start in range(0, len(ports), _BATCH):
+        lines += ["ovs-vsctl --timeout=60 \\", " \\\n".join(ports[start : start + _BATCH])]
     return lines
 
 
@@ -200,10 +196,7 @@ def _kernel(want: Dataplane) -> list[str]:
         f"neighbour replace {gateway} lladdr {mac} dev {KBR} nud permanent protocol {PROTOCOL}"
         for gateway, mac in want.neighbours.items()
     ]
-    found = _input("ip -batch -", lines)
-    found += _input(
-        "bridge -batch -", (f"fdb replace {mac} dev {port} master static" for mac, port in want.fdb.items())
-    )
+    fdb = [f"fdb replace {mac} dev {port} master static" for mac, port in want.fdb.items()]
     routes = []
     for (destination, metric), route in want.routes.items():
         how = f"via {route.via} dev {route.dev} onlink" if route.via else ""
@@ -212,4 +205,4 @@ def _kernel(want: Dataplane) -> list[str]:
         routes.append(
             f"route replace {kind}{destination} {how} proto {PROTOCOL} metric {metric}{more}".replace("  ", " ")
         )
-    return found + _input("ip -batch -", routes)
+    return [*_input("ip -batch -", lines), *_input("bridge -batch -", fdb), *_input("ip -batch -", routes)]

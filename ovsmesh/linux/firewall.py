@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ovsmesh.dataplane.firewall_rules import CHAINS, IPTABLES, NFT, SETS, digest, within
+from ovsmesh.dataplane.firewall_rules import CHAINS, IPTABLES, NFT, SETS, digest, supported
 from ovsmesh.dataplane.nft_syntax import (
     Table,
     Unreadable,
@@ -261,7 +261,7 @@ class Firewall:
     # What this system can do
 
     def missing(self, wanted: Mapping[RuleKey, Rule], probe: bool = True) -> tuple[str, ...]:
-        """Return what this system is known not to have, in the words of firewall_rules.within.
+        """Return what this system is known not to have, in the words of firewall_rules.supported.
 
         `wanted`: all rules that the node should have. With `probe`, those that are neither in the kernel
         nor known are tried out (`nft -c`, 0.02 s a table); without, a refused apply() finds out.
@@ -283,7 +283,7 @@ class Firewall:
         found = by_chain(row[:3] for row in self._tables[family].rows)
         if found == wanted_order(wanted):
             return True
-        if family == "bridge" and found == wanted_order(within(wanted, ["ibrname"])):
+        if family == "bridge" and found == wanted_order(supported(wanted, ["ibrname"])):
             self._missing["ibrname"] = "the kernel has no nft_meta_bridge"
             return True
         return False
@@ -303,7 +303,7 @@ class Firewall:
         if not self._check(family, wanted):
             return
         if family == "bridge":
-            reduced = within(wanted, ["ibrname"])
+            reduced = supported(wanted, ["ibrname"])
             why = self._check(family, reduced)
             what = "bridge" if why else "ibrname"
             self._missing[what] = why or "the kernel has no nft_meta_bridge"
@@ -360,7 +360,7 @@ class Firewall:
             return
         self._try_out(family, wanted)
         self._supported.add(family)
-        left = within(wanted, self._missing)
+        left = supported(wanted, self._missing)
         if left != wanted:
             del self._refused[family]
         if left and left != wanted:

@@ -339,7 +339,7 @@ def test_another_network_under_our_name_is_named_and_left(lab: Lab, first: Runti
     try:
         wait_for("it to be named", lambda: any(FILE in line for line in live(host).get("foreign", ())), SOON)
         assert path.read_text() == LEFTOVER and not host.ready()
-        assert f"! cni {FILE} blocked: {path} is of network cbr0, not ours" in host.ovsmesh("plan").stdout
+        assert f"! cni {FILE} blocked: {path} is of network cbr0, not of ovsmesh" in host.ovsmesh("plan").stdout
     finally:
         path.unlink()
     wait_for("ours to be there", lambda: path.exists() and host.ready(), SOON)
@@ -380,7 +380,7 @@ def test_old_plugins_get_an_old_version_and_missing_ones_none(lab: Lab, tmp_path
         return done.returncode, done.stderr
 
     code, said = once(away)
-    assert code == 1 and "plugins lack: bridge (not in" in said and not net.exists()
+    assert code == 1 and "plugins are missing: bridge (not in" in said and not net.exists()
     code, _ = once(old)
     assert code == 0 and json.loads((net / FILE).read_text())["cniVersion"] == "0.4.0"
     code, said = once(away)

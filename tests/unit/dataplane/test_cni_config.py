@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovsmesh.dataplane.cni_config import FILE, File, judge, problems, standing, summary, wanted
+from ovsmesh.dataplane.cni_config import FILE, File, conflist_status, judge, problems, summary, wanted
 from ovsmesh.dataplane.desired import dataplane
 from ovsmesh.dataplane.plan import plan
 from ovsmesh.dataplane.types import CniFacts, CniPlugin, Dataplane, Observed
@@ -225,7 +225,7 @@ def test_others_words_steer_no_terminal_and_break_no_log(evil: Any) -> None:
     lines = [*map(str, judged({"00-x.conflist": LIST.replace("cbr0", evil)})[2])]
     lines += [*map(str, judged({FILE: LIST.replace("cbr0", evil)})[1])]
     lines.append(str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: odd})))))
-    lines.append(str(standing(cni(), {FILE: OURS}, {FILE: odd})))
+    lines.append(str(conflist_status(cni(), {FILE: OURS}, {FILE: odd})))
     for line in lines:
         assert line.isprintable() and len(line.encode()) < 1000, line
 
@@ -254,13 +254,15 @@ def test_a_plan_tells_what_is_written_and_what_differs() -> None:
     assert str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: odd})))) == f"~ cni {FILE} text differs"
 
 
-def test_the_standing() -> None:
+def test_the_conflist_status() -> None:
     full = {FILE: OURS}
-    assert str(standing(cni(), full, full)) == (f"{DIR}/{FILE} (written; version 1.0.0; bridge, host-local, portmap)")
-    assert standing(cni(), full, {}).state == "waits"
-    assert standing(cni(), full, {FILE: "{}"}).state == "differs"
-    assert str(standing(cni(bridge="away"), {}, {})) == f"{DIR}/{FILE} (none)"
-    assert standing(cni(kept=OURS, bridge="away"), full, full).state == "kept"
+    assert str(conflist_status(cni(), full, full)) == (
+        f"{DIR}/{FILE} (written; version 1.0.0; bridge, host-local, portmap)"
+    )
+    assert conflist_status(cni(), full, {}).state == "waits"
+    assert conflist_status(cni(), full, {FILE: "{}"}).state == "differs"
+    assert str(conflist_status(cni(bridge="away"), {}, {})) == f"{DIR}/{FILE} (none)"
+    assert conflist_status(cni(kept=OURS, bridge="away"), full, full).state == "kept"
     assert wanted(cni(kept=OURS, bridge="away"), [], [], 1) == full
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ovsmesh.dataplane.firewall_rules import CHAINS, digest, peer_set, rules, within
+from ovsmesh.dataplane.firewall_rules import CHAINS, digest, peer_set, rules, supported
 from ovsmesh.dataplane.types import Facts
 from ovsmesh.mesh.types import Mesh, Node
 
@@ -118,13 +118,13 @@ def test_digest_covers_chain_and_text() -> None:
 
 def test_within_leaves_out_what_is_lacking() -> None:
     found = rules(MESH, ME, Facts(forward_drop=("iptables",)))
-    assert within(found, ()) == found
-    assert {key[0] for key in within(found, ["nft"])} == {"iptables"}
-    assert {key[0] for key in within(found, ["bridge", "iptables"])} == {"inet"}
-    assert {key[1] for key in within(found, ["inet postrouting", "bridge", "iptables"])} == {"input", "forward"}
+    assert supported(found, ()) == found
+    assert {key[0] for key in supported(found, ["nft"])} == {"iptables"}
+    assert {key[0] for key in supported(found, ["bridge", "iptables"])} == {"inet"}
+    assert {key[1] for key in supported(found, ["inet postrouting", "bridge", "iptables"])} == {"input", "forward"}
 
 
 def test_within_without_the_bridge_name() -> None:
-    found = [line for line in shown(within(rules(MESH, ME, Facts()), ["ibrname"])) if line.startswith("bridge")]
+    found = [line for line in shown(supported(rules(MESH, ME, Facts()), ["ibrname"])) if line.startswith("bridge")]
     assert len(found) == 7 and all('meta iifkind "veth" iifname != "obr0"' in line for line in found)
     assert not any("peers" in line or "192.0.2" in line for line in found)

@@ -1,4 +1,4 @@
-"""The recipe's text: read as a shell script, and hostile names stay data."""
+"""The script's text: read as a shell script, and hostile names stay data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOSTILE = [
 
 def test_golden() -> None:
     golden(
-        "recipe-web1.sh", render(want(first(2, key=7)), "node web1 of the mesh in /etc/ovsmesh/mesh.yaml", ["a note"])
+        "script-web1.sh", render(want(first(2, key=7)), "node web1 of the mesh in /etc/ovsmesh/mesh.yaml", ["a note"])
     )
 
 

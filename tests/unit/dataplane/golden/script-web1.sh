@@ -1,31 +1,31 @@
 #!/bin/sh
 # node web1 of the mesh in /etc/ovsmesh/mesh.yaml
-# The dataplane of one host as plain commands: no ovsmesh in it, none needed to run it.
-# It may be run again: it adds and corrects, and removes nothing. Links, routes and filter rules do not
-# outlive a reboot: run it at each boot, once Open vSwitch runs. `ovsmesh agent` takes over what it made,
-# and `ovsmesh cleanup` removes it.
+# The dataplane of one host as plain commands. It does not need ovsmesh.
+# You may run it again: it adds and corrects, and removes nothing. Links, routes and filter rules are lost at
+# a reboot: run it at each boot, after Open vSwitch has started. `ovsmesh agent` takes over what it made, and
+# `ovsmesh cleanup` removes it.
 # Note: a note
 set -eu
 export LC_ALL=C PATH="${PATH:-/usr/bin:/bin}:/usr/sbin:/sbin"
 
 
-# --- what it needs, and what must not stand in its way
+# --- requirements, and what must not be in the way
 die() { echo "$0: $*" >&2; exit 1; }
 [ "$(id -u)" = 0 ] || die 'run it as root'
 for tool in ip bridge sysctl ovs-vsctl ovs-ofctl nft; do
-  command -v "$tool" >/dev/null || die "$tool is not there: install iproute2, procps, nftables, openvswitch-switch"
+  command -v "$tool" >/dev/null || die "$tool is missing: install iproute2, procps, nftables, openvswitch-switch"
 done
-there() { ip link show dev "$1" >/dev/null 2>&1; }
+exists() { ip link show dev "$1" >/dev/null 2>&1; }
 marked() { ip link show dev "$1" | grep -qx ' *alias ovsmesh'; }
-if there kbr0 && ! marked kbr0; then die 'kbr0 is there and not ours (no alias ovsmesh): rename or delete it'; fi
+if exists kbr0 && ! marked kbr0; then die 'kbr0 exists and is unmanaged (no alias ovsmesh): rename or delete it'; fi
 if ovs-vsctl --timeout=30 br-exists obr0 && [ -z "$(ovs-vsctl --timeout=30 br-get-external-id obr0 ovsmesh)" ]; then
-  die 'obr0 is there and not ours (no external_ids:ovsmesh): rename or delete it'
+  die 'obr0 exists and is unmanaged (no external_ids:ovsmesh): rename or delete it'
 fi
 
-# --- kbr0: the bridge that containers plug into
-if ! there kbr0; then
-  # Marked before it has its name, so that a half-made one is not taken for someone else's.
-  if there ovsmesh-new; then ip link del dev ovsmesh-new; fi
+# --- kbr0: the Linux bridge that containers plug into
+if ! exists kbr0; then
+  # Marked before it has its name, so that one left by an interrupted run counts as managed.
+  if exists ovsmesh-new; then ip link del dev ovsmesh-new; fi
   ip link add name ovsmesh-new address 0a:58:0a:61:01:01 mtu 1458 type bridge
   ip link set dev ovsmesh-new alias ovsmesh
   ip link set dev ovsmesh-new name kbr0
@@ -33,7 +33,7 @@ fi
 ip link show dev kbr0 | grep -q 'link/ether 0a:58:0a:61:01:01 ' || ip link set dev kbr0 address 0a:58:0a:61:01:01
 ip link set dev kbr0 mtu 1458 up
 
-# --- a router for them, that sends no redirects and believes none
+# --- forward packets; send and accept no redirects
 sysctl -q -w net/ipv4/ip_forward=1
 sysctl -q -w net/ipv6/conf/all/forwarding=1
 sysctl -q -w net/ipv4/conf/all/send_redirects=0
@@ -45,7 +45,7 @@ sysctl -q -w net/ipv6/conf/kbr0/accept_dad=0
 sysctl -q -w net/ipv6/conf/kbr0/accept_ra=0
 sysctl -q -w net/ipv6/conf/kbr0/accept_redirects=0
 
-# --- what may come in, and what is masqueraded
+# --- filter rules: tunnel packets from peers only, no spoofed sources, masquerade
 nft -f - <<'END'
 add table inet ovsmesh
 delete table inet ovsmesh
@@ -89,14 +89,14 @@ table bridge ovsmesh {
 }
 END
 
-# --- obr0: the switch, and one tunnel port for each peer, protected: never from peer to peer
+# --- obr0: the OVS bridge, with one protected tunnel port for each peer
 ovs-vsctl --timeout=30 --may-exist add-br obr0 \
   -- set Bridge obr0 datapath_type=system fail_mode=standalone external_ids:ovsmesh=1 \
   -- set Interface obr0 mtu_request=1458
 ovs-vsctl --timeout=60 \
   -- --may-exist add-port obr0 gre-web2 -- set Port gre-web2 protected=true 'external_ids={ovsmesh="web2"}' -- set Interface gre-web2 type=gre 'options={remote_ip="192.0.2.12", local_ip="192.0.2.11", key="7"}'
 
-# --- to each peer by its MAC; from each peer only what it owns; nothing else
+# --- flows: to each peer by its MAC; from each peer only its own sources; nothing else
 ovs-ofctl --bundle add-flows obr0 - <<'END'
 cookie=0x6f76736d,priority=0,actions=drop
 cookie=0x6f76736d,priority=100,dl_dst=0a:58:0a:61:02:01,in_port=LOCAL,actions=output:"gre-web2"
@@ -105,11 +105,11 @@ cookie=0x6f76736d,priority=100,dl_dst=0a:58:0a:61:01:01,in_port="gre-web2",ipv6,
 cookie=0x6f76736d,priority=100,dl_dst=0a:58:0a:61:01:01,in_port="gre-web2",ip,nw_src=192.0.2.12,actions=LOCAL
 END
 
-# --- obr0 into kbr0, where nothing is flooded to it
+# --- plug obr0 into kbr0, with no flooding to it
 ip link set dev obr0 master kbr0 up
 bridge link set dev obr0 learning off flood off mcast_flood off bcast_flood off
 
-# --- addresses, and the way to each peer: no ARP crosses a tunnel
+# --- addresses; neighbour, FDB entry and route for each peer: no ARP crosses a tunnel
 ip -batch - <<'END'
 address replace 10.97.1.1/24 dev kbr0
 address replace fd00:97:1::1/64 dev kbr0 nodad
