@@ -22,7 +22,6 @@ from ovsmesh.names import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_ST
 
 if TYPE_CHECKING:
     from ovsmesh.agent.options import Options
-    from ovsmesh.agent.result import ReconcileResult
 
 CONTROLLER_LISTEN = "127.0.0.1:9475"
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
@@ -136,24 +135,26 @@ def _root() -> None:
 @_log_level
 def agent(listen: str, once: bool, log_level: str, **options: Any) -> None:
     """Keep this node's part of the mesh in sync until SIGTERM. What is in place then stays."""
-    from ovsmesh.agent import main as room
+    from ovsmesh.agent.main import once as reconcile_once
+    from ovsmesh.agent.main import serve
     from ovsmesh.agent.options import Options
 
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    _log_to_stderr(log_level)
     chosen = _chosen(options)
     if "mesh" in chosen and "kubeconfig" in chosen:
         raise OvsmeshError("--mesh and --kubeconfig: give one of them, the mesh comes from a file or from a cluster")
     if "mesh" not in chosen and "kubeconfig" not in chosen:
         _in_pod()
     _root()
-    told = Options(listen="" if once else listen, **chosen)
     if not once:
-        room.serve(told, _stop_fd())
+        serve(Options(listen=listen, **chosen), _stop_fd())
         return
-    turn = room.once(told)
-    _tell(turn)
-    if not (turn.converged and turn.mesh_current):
-        sys.exit(1)
+    result = reconcile_once(Options(listen="", **chosen))
+    for line in (*result.plan.lines(), *result.problems):
+        click.echo(str(line), err=True)
+    converged = result.converged and result.mesh_current
+    click.echo("converged" if converged else "not converged", err=True)
+    sys.exit(0 if converged else 1)
 
 
 def _in_pod() -> None:
@@ -174,13 +175,8 @@ def _stop_fd() -> int:
     return read
 
 
-def _tell(turn: ReconcileResult) -> None:
-    """Print how `agent --once` ended: what is left to do, and why."""
-    for line in turn.plan.lines():
-        click.echo(line, err=True)
-    for problem in turn.problems:
-        click.echo(str(problem), err=True)
-    click.echo("converged" if turn.converged and turn.mesh_current else "not converged", err=True)
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
 
 @cli.command()
@@ -193,16 +189,17 @@ def plan(state_dir: str, **options: Any) -> None:
     from ovsmesh.cli import inspect
 
     _root()
-    look, failed = inspect.look(_options(state_dir, options))
-    for line in look.plan.lines():
+    result, failed = inspect.look(_options(state_dir, options))
+    for line in result.plan.lines():
         click.echo(line)
-    for problem in look.problems:
+    for problem in result.problems:
         click.echo(f"! {problem}", err=True)
     if failed:
         sys.exit(1)
-    if not look.plan.steps and not look.plan.held:
+    changes = bool(result.plan.steps or result.plan.held)
+    if not changes:
         click.echo("nothing to change")
-    sys.exit(2 if look.plan.steps or look.plan.held else 0)
+    sys.exit(2 if changes else 0)
 
 
 @cli.command()
@@ -279,12 +276,12 @@ def controller(kubeconfig: str | None, listen: str, log_level: str) -> None:
 
     Reads Nodes; writes MeshSlices and the Nodes' conditions.
     """
-    from ovsmesh.controller import controller as room
+    from ovsmesh.controller.controller import serve
     from ovsmesh.kube.client import Api
     from ovsmesh.kube.config import find
 
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    room.serve(Api(find(kubeconfig), "ovsmesh-controller"), listen, _stop_fd())
+    _log_to_stderr(log_level)
+    serve(Api(find(kubeconfig), "ovsmesh-controller"), listen, _stop_fd())
 
 
 @cli.command()

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from ovsmesh import __version__
 from ovsmesh.agent import cleanup
-from ovsmesh.agent import main as room
+from ovsmesh.agent import main as agent_main
 from ovsmesh.agent.options import Options
 from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.cli import inspect
@@ -43,7 +43,7 @@ def invoke(*argv: Any, **env: Any) -> Any:
     return CliRunner().invoke(cli.cli, argv, env=env)
 
 
-def turn(have: Any, mesh: Any = None, problems: Any = (), mesh_current: Any = True) -> Any:
+def result(have: Any, mesh: Any = None, problems: Any = (), mesh_current: Any = True) -> Any:
     mesh = mesh or first(3)
     wanted = want(mesh)
     todo = plan(wanted, have)
@@ -51,8 +51,8 @@ def turn(have: Any, mesh: Any = None, problems: Any = (), mesh_current: Any = Tr
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What inspect.look finds, and what it was asked."""
+def look_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what inspect.look finds ("finds"), and the options it was given."""
     asked = {}
 
     def look(options: Any) -> Any:
@@ -67,9 +67,9 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def agents(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The options with which an agent is started."""
+    """Return the options with which agents are started."""
     started = []
-    monkeypatch.setattr(room, "serve", lambda options, fd: started.append(options))
+    monkeypatch.setattr(agent_main, "serve", lambda options, fd: started.append(options))
     monkeypatch.setattr(cli, "_stop_fd", lambda: -1)
     return started
 
@@ -132,21 +132,21 @@ def test_defaults_of_agent(agents: Any, monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
-def test_once_listens_nowhere_and_tells_how_it_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_once_listens_nowhere_and_prints_how_it_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
     def once(options: Options) -> Any:
         asked.append(options)
-        return turn(seen(want(first(3))))
+        return result(seen(want(first(3))))
 
-    monkeypatch.setattr(room, "once", once)
+    monkeypatch.setattr(agent_main, "once", once)
     found = invoke("agent", "--once", "--mesh", "/m.yaml", "--node", "web1", "--listen", "127.0.0.1:9")
     assert (found.exit_code, found.stderr) == (0, "converged\n")
     assert asked[0].listen == ""
 
 
 def test_once_by_environment(monkeypatch: pytest.MonkeyPatch, agents: Any) -> None:
-    monkeypatch.setattr(room, "once", lambda options: turn(seen(want(first(3)))))
+    monkeypatch.setattr(agent_main, "once", lambda options: result(seen(want(first(3)))))
     assert invoke("agent", OVSMESH_AGENT_MESH="/m.yaml", OVSMESH_AGENT_ONCE="1").exit_code == 0
     assert agents == []
 
@@ -154,41 +154,43 @@ def test_once_by_environment(monkeypatch: pytest.MonkeyPatch, agents: Any) -> No
 @pytest.mark.parametrize(
     ("ended", "last"),
     [
-        (turn(seen(Dataplane())), "not converged"),
-        (dataclasses.replace(turn(seen(want(first(3)))), mesh_current=False), "not converged"),
-        (turn(seen(Dataplane(), Unmanaged("links", "kbr0", "bridge kbr0 is not ours"))), "not converged"),
+        (result(seen(Dataplane())), "not converged"),
+        (dataclasses.replace(result(seen(want(first(3)))), mesh_current=False), "not converged"),
+        (result(seen(Dataplane(), Unmanaged("links", "kbr0", "bridge kbr0 is unmanaged"))), "not converged"),
     ],
 )
 def test_once_that_is_not_converged_is_exit_1_with_what_is_left(
     monkeypatch: pytest.MonkeyPatch, ended: Any, last: Any
 ) -> None:
     monkeypatch.setattr(
-        room, "once", lambda options: dataclasses.replace(ended, problems=(Problem(Reason.NodeInvalid, "said so"),))
+        agent_main,
+        "once",
+        lambda options: dataclasses.replace(ended, problems=(Problem(Reason.NodeInvalid, "the problem"),)),
     )
     found = invoke("agent", "--once", "--mesh", "/m.yaml")
     assert found.exit_code == 1
     lines = found.stderr.splitlines()
-    assert lines == [*ended.plan.lines(), "said so", last]
+    assert lines == [*ended.plan.lines(), "the problem", last]
 
 
-def test_what_the_agent_left_fills_in_for_options(looks: Any, tmp_path: Path) -> None:
+def test_options_default_to_those_of_the_last_agent(look_of: Any, tmp_path: Path) -> None:
     state = StateDir(tmp_path)
-    told = {"mesh": "/m.yaml", "node": "web1", "ovsdb": "unix:/x.sock", "listen": "127.0.0.1:1", "pid": 1}
-    state.write_agent(told | {"cni_dir": "/etc/cni/net.d", "docker": "replace", "docker_timeout": "soon"})
-    looks["finds"] = turn(seen(want(first(3)))), False
+    known = {"mesh": "/m.yaml", "node": "web1", "ovsdb": "unix:/x.sock", "listen": "127.0.0.1:1", "pid": 1}
+    state.write_agent(known | {"cni_dir": "/etc/cni/net.d", "docker": "replace", "docker_timeout": "soon"})
+    look_of["finds"] = result(seen(want(first(3)))), False
     assert invoke("plan", "--state-dir", str(tmp_path), "--node", "web2").exit_code == 0
-    del looks["finds"]
-    known = Options(
+    del look_of["finds"]
+    expected = Options(
         "/m.yaml", "web2", "unix:/x.sock", str(tmp_path), "127.0.0.1:1", cni_dir="/etc/cni/net.d", docker="replace"
     )
-    assert looks == dataclasses.asdict(known)
+    assert look_of == dataclasses.asdict(expected)
 
 
-def test_garbage_in_the_state_directory_is_only_a_hint_lost(looks: Any, tmp_path: Path) -> None:
+def test_garbage_in_the_state_directory_is_ignored(look_of: Any, tmp_path: Path) -> None:
     (tmp_path / "agent.json").write_text('{"node": ')
-    looks["finds"] = turn(seen(want(first(3)))), False
+    look_of["finds"] = result(seen(want(first(3)))), False
     assert invoke("plan", "--state-dir", str(tmp_path), "--mesh", "/m.yaml").exit_code == 0
-    assert looks["ovsdb"] == DEFAULT_OVSDB
+    assert look_of["ovsdb"] == DEFAULT_OVSDB
 
 
 # plan
@@ -197,15 +199,15 @@ def test_garbage_in_the_state_directory_is_only_a_hint_lost(looks: Any, tmp_path
 @pytest.mark.parametrize(
     ("found", "in_the_way", "code"),
     [
-        (turn(seen(want(first(3)))), False, 0),
-        (turn(seen(Dataplane())), False, 2),
-        (turn(seen(want(first(12)))), False, 2),
-        (turn(seen(want(first(3))), problems=(Problem(Reason.DatabaseDown, "does not answer"),)), True, 1),
-        (turn(seen(Dataplane(), Unmanaged("links", "kbr0", "bridge kbr0 is not ours"))), True, 1),
+        (result(seen(want(first(3)))), False, 0),
+        (result(seen(Dataplane())), False, 2),
+        (result(seen(want(first(12)))), False, 2),
+        (result(seen(want(first(3))), problems=(Problem(Reason.DatabaseDown, "does not answer"),)), True, 1),
+        (result(seen(Dataplane(), Unmanaged("links", "kbr0", "bridge kbr0 is unmanaged"))), True, 1),
     ],
 )
-def test_exit_codes_of_plan(looks: Any, found: Any, in_the_way: Any, code: Any) -> None:
-    looks["finds"] = found, in_the_way
+def test_exit_codes_of_plan(look_of: Any, found: Any, in_the_way: Any, code: Any) -> None:
+    look_of["finds"] = found, in_the_way
     result = invoke("plan", "--mesh", "/m.yaml", "--node", "web1")
     assert result.exit_code == code
     expected = "nothing to change\n" if code == 0 else f"{found.plan}\n" if str(found.plan) else ""
@@ -226,7 +228,7 @@ def test_status_is_printed_as_asked(monkeypatch: pytest.MonkeyPatch, argv: Any, 
     assert invoke("status", *argv).stdout == f"as {output}\n"
 
 
-def test_confirm_leaves_its_word_for_the_agent(tmp_path: Path) -> None:
+def test_confirm_leaves_the_digest_for_the_agent(tmp_path: Path) -> None:
     assert invoke("confirm", "0123456789ab", "--state-dir", str(tmp_path)).exit_code == 0
     assert StateDir(tmp_path).confirmation() == "0123456789ab"
     assert invoke("confirm").exit_code == 2
@@ -236,13 +238,13 @@ def test_confirm_leaves_its_word_for_the_agent(tmp_path: Path) -> None:
 
 
 def main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *argv: Any) -> Any:
-    """The console script: its exit code and what it said."""
+    """Run the console script; return its exit code and what it printed."""
     monkeypatch.setattr(sys, "argv", ["ovsmesh", *argv])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    said = capsys.readouterr()
-    assert "Traceback" not in said.out + said.err
-    return ended.value.code, said.out, said.err
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    return ended.value.code, printed.out, printed.err
 
 
 def good(tmp_path: Path) -> Any:
@@ -297,7 +299,7 @@ def test_an_error_is_one_line_and_exit_1(
 
 
 @pytest.mark.parametrize("command", ["agent", "plan", "status", "cleanup"])
-def test_who_is_not_root_is_told_so(
+def test_a_user_who_is_not_root_gets_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: Any
 ) -> None:
     monkeypatch.setattr("ovsmesh.cli.main.os.geteuid", lambda: 1000)
@@ -306,7 +308,7 @@ def test_who_is_not_root_is_told_so(
     assert "run it as root" in err
 
 
-def test_an_agent_of_the_same_state_directory_is_named(
+def test_an_agent_with_the_same_state_directory_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     state = StateDir(tmp_path / "state")
