@@ -1,7 +1,4 @@
-"""What `bootstrap` does: a host's recipe as a script, its preflight, and the wait for its agent's first success.
-
-Joins the same rooms as commands, and changes nothing.
-"""
+"""`ovsmesh bootstrap`: check a host, print its part of the mesh as a shell script, wait for its agent."""
 
 from __future__ import annotations
 
@@ -23,14 +20,14 @@ from ovsmesh.probe import icmp
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 
-_USUAL = ("/var/run/openvswitch", "/run/openvswitch")
-_LOOK = 0.5
-_TOLD = (Reason.TunnelAddressMissing, Reason.DatapathMissing)
-"""Problems of the mesh that preflight has told in its own words."""
+_DEFAULT_RUN_DIRS = ("/var/run/openvswitch", "/run/openvswitch")
+_POLL = 0.5
+_COVERED = (Reason.TunnelAddressMissing, Reason.DatapathMissing)
+"""Problems that other checks report."""
 
 
 def _mesh(options: Options) -> tuple[Mesh, Node, tuple[Problem, ...]]:
-    """The mesh that the file holds now, and self in it. Raises OvsmeshError."""
+    """Return the mesh of the file, this node in it, and the problems. Raises OvsmeshError when it has no such node."""
     found = inspect.snapshot(options)
     me = found.mesh.node(options.node) if found.mesh else None
     if found.mesh is None or me is None or not found.confirmed:
@@ -39,13 +36,13 @@ def _mesh(options: Options) -> tuple[Mesh, Node, tuple[Problem, ...]]:
 
 
 def _open(options: Options) -> AbstractContextManager[Driver]:
-    # what plugs containers in is none of the recipe's business
+    # the script does not plug containers in
     bare = dataclasses.replace(options, cni_dir="", docker="off")
     return opened(bare, StateDir(options.state_dir))
 
 
 def script(options: Options) -> tuple[str, tuple[Problem, ...]]:
-    """This host's part of the mesh as a shell script, and what is wrong with it. Raises OvsmeshError."""
+    """Return this host's part of the mesh as a shell script, and its problems. Raises OvsmeshError."""
     wanted, me, problems = _mesh(options)
     with _open(options) as host:
         host.drain()
@@ -59,11 +56,11 @@ def script(options: Options) -> tuple[str, tuple[Problem, ...]]:
     ]
     where = str(run_dir(options.ovsdb))
     title = f"node {me.name}, tunnel address {me.address}, of the mesh in {options.mesh}"
-    return shell_script.render(want, title, notes, "" if where in _USUAL else where), (*problems, *refused)
+    return shell_script.render(want, title, notes, "" if where in _DEFAULT_RUN_DIRS else where), (*problems, *refused)
 
 
 def check(options: Options) -> list[Check]:
-    """Everything that a node needs, and whether this host has it."""
+    """Check everything that a node needs."""
     found = [*preflight.kernel(), *preflight.tools()]
     wanted: Mesh | None = None
     try:
@@ -99,17 +96,17 @@ def _underlay(mesh: Mesh, me: Node, facts: Facts) -> Iterator[Check]:
         yield Check(FAIL, "address", f"{me.address} is on no link of this host; assign it, or correct the mesh")
         return
     mtu = desired.pod_mtu(mesh, me, facts)
-    yield Check(OK, "address", f"{me.address} is here")
-    told = [p for p in desired.dataplane(mesh, me.name, facts)[1] if p.reason not in _TOLD]
-    yield from (Check(FAIL if p.fatal else WARN, "mtu" if "MTU" in p.reason else "mesh", str(p)) for p in told)
-    if not any("MTU" in p.reason for p in told):
-        yield Check(OK, "mtu", f"{facts.underlay_mtu} below, {mtu} for containers")
+    yield Check(OK, "address", f"{me.address} is on this host")
+    problems = [p for p in desired.dataplane(mesh, me.name, facts)[1] if p.reason not in _COVERED]
+    yield from (Check(FAIL if p.fatal else WARN, "mtu" if "MTU" in p.reason else "mesh", str(p)) for p in problems)
+    if not any("MTU" in p.reason for p in problems):
+        yield Check(OK, "mtu", f"{facts.underlay_mtu} on the underlay, {mtu} for containers")
 
 
 def await_converged(options: Options, deadline: float) -> tuple[list[str], bool]:
-    """Waits until an agent runs and has nothing left to do; then each peer and whether it answers, as lines.
+    """Wait until an agent runs and has nothing left to do. Return lines that say how each peer answers, and True.
 
-    When that takes longer than `deadline` seconds: what is left, and why.
+    After `deadline` seconds return what is left to do, and False.
     """
     end = time.monotonic() + deadline
     while True:
@@ -118,8 +115,8 @@ def await_converged(options: Options, deadline: float) -> tuple[list[str], bool]
             break
         if time.monotonic() > end:
             return [f"not converged after {deadline:g} s:", *(f"  {line}" for line in left)], False
-        # an agent that comes and a plan that empties ring no bell outside of it
-        time.sleep(_LOOK)
+        # neither the start of an agent nor an empty plan sends an event to other processes
+        time.sleep(_POLL)
     wanted, me, _ = _mesh(options)
     peers = [n for n in wanted.nodes if n.name != me.name]
     versions = {c.version for c in me.pod_cidrs}
@@ -129,9 +126,9 @@ def await_converged(options: Options, deadline: float) -> tuple[list[str], bool]
     for peer in peers:
         for address in gateways[peer.name]:
             ms = answered[address]
-            said = "no answer as yet (its agent is not up, or IP protocol 47 is blocked)"
-            said = said if ms is None else f"answers in {ms:.1f} ms"
-            lines.append(f"  {peer.name} {peer.address} gateway {address}: {said}")
+            answer = "no answer yet (its agent does not run, or IP protocol 47 is blocked)"
+            answer = answer if ms is None else f"answers in {ms:.1f} ms"
+            lines.append(f"  {peer.name} {peer.address} gateway {address}: {answer}")
     return lines, True
 
 
@@ -141,4 +138,4 @@ def _left(options: Options) -> list[str]:
     found, unclear = inspect.look(options)
     if found.converged and not unclear:
         return []
-    return [*found.plan.lines(), *(str(p) for p in found.problems if p.fatal)] or ["something can't be seen as yet"]
+    return [*found.plan.lines(), *(str(p) for p in found.problems if p.fatal)] or ["something cannot be observed yet"]

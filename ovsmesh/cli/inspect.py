@@ -1,18 +1,16 @@
-"""What `plan` and `status` do: they look at the system themselves, whether an agent runs or not."""
+"""`ovsmesh plan` and `ovsmesh status` of a node. They read the system themselves, whether an agent runs or not."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from typing import Any
-
-import yaml
 
 from ovsmesh.agent.driver import Driver
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.agent.result import ReconcileResult, report
+from ovsmesh.cli.formats import serialize
 from ovsmesh.dataplane import desired
 from ovsmesh.dataplane.plan import in_sync, plan
 from ovsmesh.dataplane.report import Context, Traffic, unmanaged_beside
@@ -26,7 +24,7 @@ from ovsmesh.state_dir import StateDir
 
 
 def snapshot(options: Options) -> Snapshot:
-    """The mesh that the file holds now, or the last good one. Raises OvsmeshError where no file is known."""
+    """Return the mesh of the file, or the last good one. Raises OvsmeshError where no file is known."""
     if not options.mesh:
         raise OvsmeshError(f"no mesh: no agent has left its options in {options.state_dir}; give --mesh FILE")
     source = FileSource(options.mesh, options.state_dir, options.node)
@@ -69,54 +67,59 @@ def look(options: Options) -> tuple[ReconcileResult, bool]:
 
 
 def status(options: Options, output: str) -> str:
-    """The report of this node as text, JSON or YAML."""
+    """Return the report of this node as a table, JSON or YAML. Raises OvsmeshError where no file is known."""
     state = StateDir(options.state_dir)
-    wanted = snapshot(options)
+    source = snapshot(options)
     with opened(options, state) as host:
-        found = _look(host, wanted, options.node)
+        found = _look(host, source, options.node)
         counted = statistics(options.ovsdb) if host.ovs.synced else {}
         version = host.ovs.version
-    told: dict[str, Any] = {}
+    stored: dict[str, Any] = {}
     with contextlib.suppress(OvsmeshError):
-        told = state.status() or {}
+        stored = state.status() or {}
     running = state.held()
-    changes = told.get("lastChange")
-    known = {str(p) for p in found.problems}
-    own = told.get("problems") if running else None
-    pairs = [(str(pair[0]), str(pair[1])) for pair in own or () if isinstance(pair, list) and len(pair) == 2]
-    more = [Problem(Reason[r], text) for r, text in pairs if r in Reason.__members__ and text not in known]
-    found = dataclasses.replace(found, problems=(*found.problems, *more))
-    about = Context(
+    if running:
+        known = {str(p) for p in found.problems}
+        more = (problem for problem in _problems(stored.get("problems")) if problem.message not in known)
+        found = dataclasses.replace(found, problems=(*found.problems, *more))
+    context = Context(
         now=time.time(),
-        agent_since=_number(told.get("since")) if running else None,
-        agent_version=str(told.get("version") or "") if running else "",
+        agent_since=_number(stored.get("since")) if running else None,
+        agent_version=str(stored.get("version") or "") if running else "",
         ovs_version=version,
         mesh_from=options.mesh,
-        mesh_since=wanted.since or None,
-        mesh_current=wanted.confirmed,
-        last_change=_changes(changes) if isinstance(changes, dict) else {},
+        mesh_since=source.since or None,
+        mesh_current=source.confirmed,
+        last_change=_changes(stored.get("lastChange")),
     )
-    made = report(found, options.node, {name: _traffic(numbers) for name, numbers in counted.items()}, about)
-    if output == "json":
-        return json.dumps(made.to_dict(), indent=2, ensure_ascii=False)
-    if output == "yaml":
-        return yaml.safe_dump(made.to_dict(), sort_keys=False, allow_unicode=True).rstrip()
-    return render_text(made).rstrip()
+    made = report(found, options.node, {port: _traffic(counters) for port, counters in counted.items()}, context)
+    return render_text(made).rstrip() if output == "table" else serialize(made.to_dict(), output)
+
+
+# The status file is a hint: what is not of the expected shape is left out.
 
 
 def _number(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) else 0.0
 
 
-def _changes(found: dict[str, Any]) -> dict[str, tuple[float, str]]:
-    """What a status file says of last changes; what is not of that shape is left out."""
-    pairs = {name: pair for name, pair in found.items() if isinstance(pair, list) and len(pair) == 2}
-    return {name: (_number(pair[0]), str(pair[1])) for name, pair in pairs.items()}
+def _problems(value: object) -> list[Problem]:
+    pairs = [(str(pair[0]), str(pair[1])) for pair in (value if isinstance(value, list) else ()) if _is_pair(pair)]
+    return [Problem(Reason[reason], text) for reason, text in pairs if reason in Reason.__members__]
 
 
-def _traffic(numbers: dict[str, int]) -> Traffic:
-    errors = sum(numbers.get(name, 0) for name in ("rx_errors", "tx_errors", "rx_dropped", "tx_dropped"))
+def _changes(value: object) -> dict[str, tuple[float, str]]:
+    items = value.items() if isinstance(value, dict) else ()
+    return {name: (_number(pair[0]), str(pair[1])) for name, pair in items if _is_pair(pair)}
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2
+
+
+def _traffic(counters: dict[str, int]) -> Traffic:
+    errors = sum(counters.get(name, 0) for name in ("rx_errors", "tx_errors", "rx_dropped", "tx_dropped"))
     rx_packets, tx_packets, rx_bytes, tx_bytes = (
-        numbers.get(f"{way}_{what}", 0) for what in ("packets", "bytes") for way in ("rx", "tx")
+        counters.get(f"{way}_{what}", 0) for what in ("packets", "bytes") for way in ("rx", "tx")
     )
     return Traffic(rx_packets, tx_packets, rx_bytes, tx_bytes, errors)

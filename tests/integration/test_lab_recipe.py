@@ -163,7 +163,7 @@ def test_the_wait_tells_who_answers_and_what_is_left(lab: Make) -> None:
     made.converged(30)
     done = first.ovsmesh("bootstrap", "--wait", "30")
     assert "h2 192.0.2.12 gateway 10.97.2.1: answers in" in done.stdout, done.stdout
-    assert "away 192.0.2.99 gateway 10.97.99.1: no answer as yet" in done.stdout
+    assert "away 192.0.2.99 gateway 10.97.99.1: no answer yet" in done.stdout
     first.run(["ip", "route", "add", "10.97.2.0/24", "via", "192.0.2.1"])
     stuck = first.ovsmesh("bootstrap", "--wait", "1")
     assert stuck.returncode == 1 and "not converged after 1 s" in stuck.stdout and "10.97.2.0/24" in stuck.stdout
