@@ -1,8 +1,7 @@
-"""Heartbeats: a thousand Nodes whose status is patched every ten seconds, and what of it reaches an agent.
+"""Heartbeats: a thousand Nodes whose status is patched every ten seconds, and what an agent receives of them.
 
-Bytes are the kernel's count for the agent's own TCP connections (ss), so TLS and HTTP are in them. A second
-watch of the slices shows what one bookmark takes on the wire, a watch of the Nodes what an agent without slices
-would have received.
+Bytes are the kernel's count for the agent's own TCP connections (ss), with TLS and HTTP. A second watch of the slices
+shows the size of one bookmark, a watch of the Nodes what an agent without slices would receive.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _RECEIVED = re.compile(r"bytes_received:(\d+)")
 
 
 class _Watch:
-    """A raw watch in a thread: how many bytes and events came, bookmarks apart."""
+    """A watch in a thread. Counts bytes and events, and bookmarks apart from them."""
 
     def __init__(self, s: KubeTestbed, path: str, config: str) -> None:
         self._api = Api(load(config))
@@ -77,7 +76,7 @@ def _watch(s: KubeTestbed, path: str, config: str) -> Iterator[_Watch]:
 
 
 def _received(s: KubeTestbed) -> int:
-    """Bytes on all connections of the agent to the API server since they were opened."""
+    """Return the bytes that the agent received on its connections to the API server since they were opened."""
     text = s.host.run(["ss", "-tinpH", "dst", f"{s.plane.address}:{s.plane.port}"]).stdout
     mine = [block for block in re.split(r"\n(?=\S)", text) if f"pid={s.pid()}," in block]
     total = sum(int(found) for block in mine for found in _RECEIVED.findall(block))
@@ -93,7 +92,7 @@ def _beat(s: KubeTestbed, number: int) -> None:
 
 
 def _beats(s: KubeTestbed, seconds: float) -> tuple[int, float]:
-    """Every Node's heartbeat each ten seconds: how many there were, and seconds that they took."""
+    """Send every Node's heartbeat each ten seconds. Return how many there were, and their seconds."""
     started = time.monotonic()
     count = int(seconds / _EVERY * _NODES)
 
@@ -107,47 +106,48 @@ def _beats(s: KubeTestbed, seconds: float) -> tuple[int, float]:
 
 
 def bench(plan: Plan) -> list[Figure]:
+    """Measure what heartbeats cost."""
     seconds = plan.tries(60, 20)
     with kube_testbed([peer(n) for n in range(_NODES)]) as s:
         config = s.cluster.agent_config(s.host)
         s.cluster.start_agent(s.host, config)
         s.ready()
-        # conditions of all Nodes are written once, and the agent tells of itself
+        # the conditions of all Nodes are written once, and the agent writes its MeshNode
         time.sleep(plan.tries(20, 10))
         with _watch(s, SLICES, str(config)) as slices, _watch(s, NODES, str(s.plane.kubeconfig())) as nodes:
             time.sleep(1)
             writes, before = s.admin.slice_writes(), _received(s)
-            told, seen, turns = nodes.bytes, nodes.events, _turns(s)
+            sent, seen, reconciles = nodes.bytes, nodes.events, _reconciles(s)
             agent, server, controller = s.pid(), s.plane.pid("kube-apiserver"), s.pid("controller1")
             used = {pid: cpu_seconds(pid) for pid in (agent, server, controller)}
             count, took = _beats(s, seconds)
             spent = {pid: (cpu_seconds(pid) - before_) / took * 100 for pid, before_ in used.items()}
             time.sleep(0.5)
             got = _received(s) - before
-            told, seen, turns = nodes.bytes - told, nodes.events - seen, _turns(s) - turns
+            sent, seen, reconciles = nodes.bytes - sent, nodes.events - seen, _reconciles(s) - reconciles
             written = s.admin.slice_writes() - writes
             if not slices.bookmarks:
-                # they come once a minute: the next one tells their size
+                # bookmarks come once a minute: the next one shows their size
                 netns.wait_for("a bookmark", lambda: slices.bookmarks, 90)
             frame = slices.bookmark_bytes + _framing(slices.bookmark_bytes)
-        plan.progress(f"  {count} heartbeats in {took:.0f} s: agent received {got} bytes; a watch of Nodes {told}")
+        plan.progress(f"  {count} heartbeats in {took:.0f} s: agent received {got} bytes; a watch of Nodes {sent}")
         rate = f"{count} heartbeats in {took:.1f} s; one bookmark takes {frame} bytes: these are {got / frame:.2f}"
         memory = f"controller {mib(controller):.0f} MiB"
         least = max(got, frame)
         return [
             Figure("kube-heartbeats", "bytes that the agent received", "", (float(got),), note=rate),
-            Figure("kube-heartbeats", "  of them no bookmarks", "", (float(got % frame),), bound=0.0),
+            Figure("kube-heartbeats", "  of them other than bookmarks", "", (float(got % frame),), bound=0.0),
             Figure("kube-heartbeats", "  events that a watch of slices had", "", (float(slices.events),), bound=0.0),
             Figure("kube-heartbeats", "slice writes", "", (float(written),), bound=0.0),
-            Figure("kube-heartbeats", "turns of the agent", "", (float(turns),)),
+            Figure("kube-heartbeats", "reconciles of the agent", "", (float(reconciles),)),
             Figure(
                 "kube-heartbeats",
                 "bytes by slices (at least one bookmark)",
                 "",
                 (float(least),),
                 "by Nodes",
-                (float(told),),
-                note=f"{seen} events of {told / max(1, seen):,.0f} bytes each: {told / least:,.0f} times as much",
+                (float(sent),),
+                note=f"{seen} events of {sent / max(1, seen):,.0f} bytes each: {sent / least:,.0f} times as much",
             ),
             Figure("kube-heartbeats", "CPU of the agent", "%", (spent[agent],)),
             Figure("kube-heartbeats", "CPU of the controller", "%", (spent[controller],), note=memory),
@@ -156,11 +156,11 @@ def bench(plan: Plan) -> list[Figure]:
 
 
 def _framing(size: int) -> int:
-    """What HTTP's chunk and TLS 1.3's record put around `size` bytes."""
+    """Return the bytes that an HTTP chunk and a TLS 1.3 record add to `size` bytes."""
     return len(f"{size:x}") + 4 + 22
 
 
-def _turns(s: KubeTestbed) -> int:
+def _reconciles(s: KubeTestbed) -> int:
     _, text = s.host.http("/metrics")
     found = re.search(r"^ovsmesh_reconcile_total (\S+)", text, re.MULTILINE)
     return int(float(found[1])) if found else -1

@@ -89,7 +89,7 @@ def _starts(plan: Plan, s: KubeTestbed) -> list[Figure]:
         text = f"{took[-1]:.2f} s, from a file {beside[-1]:.2f} s, CPU of the agent {own[-1]:.2f} s"
         plan.progress(f"  start {number + 1} of {tries}: {text}")
         if number + 1 < tries:
-            s.forget()
+            s.reset()
     time.sleep(3)
     name = f"agent's start to the last part, {NODES:,}"
     return [

@@ -1,7 +1,7 @@
-"""A lab host, or a few, beside a real control plane with as many Nodes as asked for; the administrator's hand on it.
+"""Lab hosts with a real control plane and any number of Nodes, and an administrator's access to it.
 
-Builds on the tests' own harness (tests/kube: clusterlab, controlplane), so that what is measured is what is
-tested: real TLS, the manifests' RBAC, tokens bound to a pod on the node. Knows nothing of what is measured.
+Built on the harness of the tests (tests.support: clusterlab, controlplane), so what is measured is what is tested: real
+TLS, the manifests' RBAC, tokens bound to a pod on the node.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Object = dict[str, Any]
 
 
 def node(name: str, address: str, cidr: str) -> Object:
-    """A Node of about 9 KB, as kubelets make them: most of it is the list of images."""
+    """Return a Node of about 9 KB, as kubelets make them. Most of it is the list of images."""
     images = [{"names": [f"registry.example/{n:02d}/{'x' * 70}@sha256:{n:064d}"], "sizeBytes": n} for n in range(42)]
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "kubelet is posting ready status"}
@@ -61,21 +61,21 @@ def node(name: str, address: str, cidr: str) -> Object:
 
 
 class Admin:
-    """The API as its administrator, over a connection that each thread keeps."""
+    """The API as its administrator uses it, over one connection for each thread."""
 
     def __init__(self, plane: ControlPlane) -> None:
         self._plane, self._kept = plane, threading.local()
         plane.connection("admin", 30).close()  # one thread makes the certificate
 
     def ask(self, method: str, path: str, body: object = None, kind: str = "application/json") -> Object:
-        """Raises LabError where the API server refuses, OSError where there is no answer."""
+        """Send a request and return the answer. Raises LabError when it is refused, OSError when there is no answer."""
         data = None if body is None else json.dumps(body).encode()
         until = time.monotonic() + _PATIENCE
         while True:
             status, answer = self._once(method, path, data, kind)
             if status != 429 or time.monotonic() > until:
                 break
-            # its storage of a new kind is being made ready, or it has too much to do
+            # its storage of a new kind is not ready yet, or it is overloaded
             time.sleep(1)
         if status >= 300:
             raise LabError(f"{method} {path}: {status} {answer[:300].decode(errors='replace')}")
@@ -100,36 +100,39 @@ class Admin:
         raise AssertionError("not reached")
 
     def add(self, peer: Peer) -> float:
-        """Makes its Node, complete; returns when the request was sent (CLOCK_MONOTONIC)."""
+        """Make the Node of a peer. Return when the request was sent (CLOCK_MONOTONIC)."""
         body = node(*peer)
         at = time.monotonic()
         self.ask("POST", NODES, body)
         return at
 
     def remove(self, peer: Peer) -> float:
+        """Delete the Node of a peer. Return when the request was sent (CLOCK_MONOTONIC)."""
         at = time.monotonic()
         self.ask("DELETE", f"{NODES}/{peer.name}")
         return at
 
     def fill(self, peers: Sequence[Peer]) -> None:
-        """Makes the Nodes of all of them, a few at a time."""
+        """Make the Nodes of all peers, a few at a time."""
         with ThreadPoolExecutor(_FILLERS) as pool:
             list(pool.map(self.add, peers))
 
     def slices(self) -> list[Object]:
+        """Return all MeshSlices."""
         found: list[Object] = self.ask("GET", SLICES)["items"]
         return found
 
     def members(self) -> int:
+        """Return how many nodes are in slices."""
         return sum(len(one["spec"].get("nodes", ())) for one in self.slices())
 
     def slice_writes(self) -> int:
-        """How many times slices were written since each was made."""
+        """Return how many times slices were written since each was made."""
         return sum(one["metadata"]["generation"] for one in self.slices())
 
 
 class SliceWatch:
-    """A watch of the slices beside the agents': when each member was first in a slice that the API server sent."""
+    """A watch of the slices. `seen` says when each member was first in a slice that the API server sent."""
 
     def __init__(self, plane: ControlPlane) -> None:
         self.seen: dict[str, float] = {}
@@ -153,7 +156,7 @@ class SliceWatch:
 
 
 class KubeTestbed(Testbed):
-    """A Testbed whose mesh comes from Nodes. `peers` are those that the host is to have."""
+    """A Testbed whose mesh comes from Nodes. `peers` are those that the host should have."""
 
     def __init__(self, lab: Lab, cluster: ClusterLab) -> None:
         super().__init__(lab.hosts[0], lab)
@@ -161,7 +164,7 @@ class KubeTestbed(Testbed):
         self.admin = Admin(cluster.plane)
 
     def fill(self, peers: Sequence[Peer]) -> None:
-        """Nodes of the host and of these peers; returns when the controller has them all in slices."""
+        """Make Nodes of the host and of these peers. Return when the controller has them all in slices."""
         own = self.host.node
         self.admin.add(Peer(own["name"], own["address"], own["podCIDRs"][0]))
         self.admin.fill(peers)
@@ -178,8 +181,8 @@ class KubeTestbed(Testbed):
         except LabError as error:
             raise LabError(f"{error}\n{self.cluster.logs(10)}") from error
 
-    def forget(self) -> None:
-        """Ends the agent and removes all that it made and knew."""
+    def reset(self) -> None:
+        """End the agent and remove everything that it made and stored."""
         self.cluster.end(self.host.name)
         self.cluster.clean(self.host)
 
@@ -191,7 +194,7 @@ class KubeTestbed(Testbed):
 def cluster_lab(
     hosts: int, pods: int, make: Callable[..., ControlPlane] = ControlPlane, **mesh: Any
 ) -> Iterator[ClusterLab]:
-    """A lab with a control plane on its underlay and the manifests applied; no Node, agent or controller yet."""
+    """Make a lab with a control plane on its underlay and the manifests applied; no Node, agent or controller yet."""
     with (
         tempfile.TemporaryDirectory(prefix="ovsmesh-bench-") as folder,
         Lab(hosts, pods, agents=False, ephemeral=True) as lab,
@@ -204,7 +207,7 @@ def cluster_lab(
 
 @contextmanager
 def kube_testbed(peers: Sequence[Peer]) -> Iterator[KubeTestbed]:
-    """One host, the Nodes of so many peers, a controller; no agent yet."""
+    """Make one host, the Nodes of these peers and a controller; no agent yet."""
     with cluster_lab(1, 0, clusterCIDRs=[CLUSTER]) as cluster:
         made = KubeTestbed(cluster.lab, cluster)
         made.fill(peers)

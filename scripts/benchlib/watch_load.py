@@ -1,12 +1,12 @@
-"""One process that holds as many watches of the slices as it is told to, each over TLS of its own, as agents do.
+"""One process that holds any number of watches of the slices, each on a TLS connection of its own, as agents do.
 
-    watchload.py KUBECONFIG      commands on stdin, one answer a line on stdout, JSON
+    watch_load.py KUBECONFIG    reads commands on stdin, prints an answer a line on stdout, as JSON
 
-    more N      opens watches until there are N       → {"open": N, "seconds": …, "refused": …}
-    expect NAME the next member                       → {"ready": NAME}, then, when every watch has had an event
-                                                        with it, {"name": NAME, "times": [seconds, …]} (sorted)
+    more N         open watches until there are N    → {"open": N, "seconds": …, "refused": …}
+    expect NAME    NAME joins next                   → {"ready": NAME}, then, when every watch had an event with it,
+                                                       {"name": NAME, "times": [seconds, …]} (sorted)
 
-Times are CLOCK_MONOTONIC at which this process read the bytes, so its own queue is in them. Imports kube only.
+Times are CLOCK_MONOTONIC at which this process read the bytes, so they contain the time in its own queue.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from urllib.parse import urlsplit
 
 from ovsmesh.kube.client import Api
 from ovsmesh.kube.config import load, read_context
+from ovsmesh.names import MESH_SLICES
 
-_PATH = "/apis/ovsmesh.io/v1alpha1/meshslices"
 _QUERY = "labelSelector=ovsmesh.io%2Fmesh%3Ddefault&allowWatchBookmarks=true&timeoutSeconds=3600&watch=1"
 _TAIL = 300
 """Bytes kept between two reads: a name may be cut in two."""
 
 
-class Load:
+class WatchLoad:
+    """The watches, and the commands that come on standard input."""
+
     def __init__(self, config: str) -> None:
         self.config = config
         context = read_context([config])
@@ -66,19 +68,20 @@ class Load:
         return found
 
     def version(self) -> str:
-        """Of the whole list, so that a watch from there begins with nothing."""
+        """Return the version of the whole list, so that a watch from there begins with nothing."""
         with contextlib.closing(Api(load(self.config))) as api:
-            return list(api.pages(_PATH))[-1].version
+            return list(api.pages(MESH_SLICES))[-1].version
 
     def more(self, count: int) -> None:
+        """Open watches until there are `count`, and answer."""
         began, version, refused = time.monotonic(), self.version(), 0
         while len(self.open) < count:
             sock = self._connect()
-            found = self._request(sock, f"{_PATH}?{_QUERY}&resourceVersion={version}")
+            found = self._request(sock, f"{MESH_SLICES}?{_QUERY}&resourceVersion={version}")
             if b" 200 " not in found.split(b"\r\n", 1)[0]:
                 sock.close()
                 if time.monotonic() - began > 120:
-                    self.tell({"error": found[:300].decode(errors="replace")})
+                    self.answer({"error": found[:300].decode(errors="replace")})
                     return
                 refused += 1
                 time.sleep(0.2)
@@ -88,13 +91,14 @@ class Load:
             self.epoll.register(sock.fileno(), select.EPOLLIN)
             if len(self.open) % 100 == 0:
                 self.look(0)
-        self.tell({"open": len(self.open), "seconds": time.monotonic() - began, "refused": refused})
+        self.answer({"open": len(self.open), "seconds": time.monotonic() - began, "refused": refused})
 
-    def tell(self, found: dict[str, Any]) -> None:
+    def answer(self, found: dict[str, Any]) -> None:
+        """Print an answer."""
         print(json.dumps(found), flush=True)
 
     def look(self, timeout: float) -> bool:
-        """Reads what is there; whether a command is."""
+        """Read what has come. Return whether a command has."""
         command = False
         for fd, _ in self.epoll.poll(timeout):
             if fd == 0:
@@ -102,7 +106,7 @@ class Load:
             else:
                 self._read(fd)
         if self.name and len(self.times) == len(self.open):
-            self.tell({"name": self.name, "times": sorted(self.times.values()), "ended": self.ended})
+            self.answer({"name": self.name, "times": sorted(self.times.values()), "ended": self.ended})
             self.name, self.marker, self.times = "", b"", {}
         return command
 
@@ -127,6 +131,7 @@ class Load:
             del tail[:-_TAIL]
 
     def run(self) -> None:
+        """Obey commands until standard input ends."""
         self.epoll.register(0, select.EPOLLIN)
         while True:
             if not self.look(1.0):
@@ -139,10 +144,10 @@ class Load:
                 self.more(int(word))
             else:
                 self.name, self.marker, self.times = word, f'"name":"{word}"'.encode(), {}
-                self.tell({"ready": word})
+                self.answer({"ready": word})
 
 
 if __name__ == "__main__":
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    Load(sys.argv[1]).run()
+    WatchLoad(sys.argv[1]).run()
