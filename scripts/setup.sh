@@ -23,8 +23,7 @@ needs='ovs-vswitchd|openvswitch-switch|plain|the switch that holds the tunnels
 ip|iproute2|plain|network namespaces for the hosts of the lab
 nft|nftables|plain|filter and masquerade rules
 iptables|iptables|plain|accept rules where a host filters with iptables
-ethtool|ethtool|plain|turns off checksum offload where the userspace switch needs it
-ping|iputils-ping|plain|the ping matrix
+ping|iputils-ping|plain|pings from a pod of the lab by hand
 tcpdump|tcpdump|plain|shows what crosses a tunnel
 modprobe|kmod|dev|loads kernel modules in the kernel tests
 openssl|openssl|dev|certificates of the control plane in the Kubernetes tests
