@@ -39,9 +39,9 @@ for tool in ip bridge sysctl ovs-vsctl ovs-ofctl{{tools}}; do
 done
 exists() {{ ip link show dev "$1" >/dev/null 2>&1; }}
 marked() {{ ip link show dev "$1" | grep -qx ' *alias {MARK}'; }}
-if exists {KBR} && ! marked {KBR}; then die '{KBR} exists and is unmanaged (no alias {MARK}): rename or delete it'; fi
+if exists {KBR} && ! marked {KBR}; then die '{KBR} is not managed by ovsmesh (no alias {MARK}): rename or delete it'; fi
 if ovs-vsctl --timeout=30 br-exists {OBR} && [ -z "$(ovs-vsctl --timeout=30 br-get-external-id {OBR} {MARK})" ]; then
-  die '{OBR} exists and is unmanaged (no external_ids:{MARK}): rename or delete it'
+  die '{OBR} is not managed by ovsmesh (no external_ids:{MARK}): rename or delete it'
 fi
 """
 

@@ -1,7 +1,4 @@
-"""The part of the Open_vSwitch database that we read, as python-ovs's replica of it.
-
-Knows columns and their types; what they mean is ovsdb's business. Never imports pyroute2 or kubernetes.
-"""
+"""Keep a replica of the needed part of the Open_vSwitch database, through python-ovs."""
 
 from __future__ import annotations
 
@@ -19,12 +16,14 @@ from ovsmesh.ovs import json_parser
 
 _PROBE_MS = 5000
 _BACKOFF_MS = (100, 500)
-"""Between attempts to reach the server again: it is on this host, and the switch waits for us."""
+"""Between attempts to reach the server again: it is on this host, and ovs-vswitchd waits for its flows."""
 STATISTICS_DEADLINE = 5.0
+"""Seconds."""
 
 _STRINGS = {"key": "string", "value": "string", "min": 0, "max": "unlimited"}
 _OPTIONAL = {"key": "string", "min": 0, "max": 1}
 _OPTIONAL_INT = {"key": "integer", "min": 0, "max": 1}
+_INTEGERS = {"key": "string", "value": "integer", "min": 0, "max": "unlimited"}
 
 
 def _refs(table: str) -> dict[str, Any]:
@@ -61,14 +60,11 @@ SCHEMA: dict[str, dict[str, Any]] = {
         "mtu_request": _OPTIONAL_INT,
     },
 }
-"""The columns that we read, typed as vswitch.ovsschema has them since OVS 2.6, so that no schema file is needed."""
-
-
-_INTEGERS = {"key": "string", "value": "integer", "min": 0, "max": "unlimited"}
+"""The replica's columns, typed as in vswitch.ovsschema since OVS 2.6, so that no schema file is needed."""
 
 
 def run_dir(remote: str) -> Path:
-    """Where ovs-vswitchd keeps its management sockets: beside the database's.
+    """Return where ovs-vswitchd keeps its management sockets: beside the database's.
 
     Raises OvsmeshError for a remote that is not a UNIX socket: the agent works on its own host only.
     """
@@ -79,27 +75,28 @@ def run_dir(remote: str) -> Path:
 
 
 class Replica(ovs.db.idl.Idl):  # type: ignore[misc]
-    """python-ovs's replica, telling which rows changed."""
+    """python-ovs's replica, which also keeps the UUIDs of the rows that were touched, by table."""
 
     def __init__(self, remote: str) -> None:
         _prepare()
         self.touched: dict[str, set[Any]] = {table: set() for table in SCHEMA}
         super().__init__(remote, _helper(SCHEMA), probe_interval=_PROBE_MS)
-        # its own setter allows no less than a second
+        # the setter allows no less than a second
         machine = self._session.reconnect
         machine.min_backoff, machine.max_backoff = _BACKOFF_MS
 
     def notify(self, event: str, row: Any, updates: Any = None) -> None:
+        """Remember that a row was touched."""
         self.touched[row._table.name].add(row.uuid)
 
     @property
     def answers(self) -> bool:
-        """Whether the replica is whole and its server there."""
+        """Return whether the replica is complete and its server is connected."""
         return bool(self.has_ever_connected() and self._session.is_connected())
 
 
 def references(row: Any, column: str) -> list[Any]:
-    """The UUIDs in a column; python-ovs's own access would build and sort a thousand rows for it."""
+    """Return the UUIDs in a column. Access through python-ovs would build and sort a thousand rows for it."""
     return [atom.value for atom in row._data[column].values]
 
 
@@ -114,16 +111,16 @@ def _helper(tables: dict[str, dict[str, Any]]) -> Any:
 def _prepare() -> None:
     json_parser.install()
     ovs.vlog.Vlog.init()
-    # its loggers are the standard library's, by these names: what it says of reconnecting, we say as a problem
+    # python-ovs logs through these loggers of the standard library; a lost connection is reported as a problem instead
     for facility in ("console", "syslog", "file"):
         logging.getLogger(facility).propagate = False
         ovs.vlog.Vlog.set_level("any", facility, "off")
 
 
 def statistics(remote: str) -> dict[str, dict[str, int]]:
-    """Counters of all interfaces (rx_packets, tx_packets, rx_errors, …), read once.
+    """Read the counters of all interfaces once: interface → counter (rx_packets, tx_errors, …) → value.
 
-    The replica leaves them out: ovs-vswitchd writes all of them every five seconds.
+    The replica leaves them out, as ovs-vswitchd writes all of them every five seconds.
     """
     _prepare()
     idl = ovs.db.idl.Idl(remote, _helper({"Interface": {"name": "string", "statistics": _INTEGERS}}))

@@ -1,8 +1,7 @@
-"""A JSON parser for python-ovs that decodes with the standard library's C code.
+"""Parse JSON for python-ovs with the standard library's C code.
 
-python-ovs ships a C parser, but its source distribution builds it only where Open vSwitch's
-headers are installed, and falls back silently to a parser that walks each character in Python:
-a thousand ports cost it over a second. Imports ovs and json only.
+python-ovs has a C parser, but its source distribution builds it only where Open vSwitch's headers are installed. It
+falls back silently to a parser in Python that takes over a second for a thousand ports.
 """
 
 from __future__ import annotations
@@ -17,10 +16,7 @@ _MARKS = re.compile(r'[{}\[\]"]|\\.?', re.DOTALL)
 
 
 class Parser:
-    """What ovs.jsonrpc wants of ovs.json.Parser: feed(), is_done(), finish().
-
-    `feed` only looks for the end of the outermost object or array; json decodes it whole.
-    """
+    """A replacement of ovs.json.Parser. It finds the end of the outermost object or array; json decodes that whole."""
 
     def __init__(self, check_trailer: bool = False) -> None:
         self._chunks: list[str] = []
@@ -30,7 +26,7 @@ class Parser:
         self._done = False
 
     def feed(self, text: str) -> int:
-        """Takes characters up to the end of the message and returns how many it took."""
+        """Take characters up to the end of the message, and return how many."""
         at, self._skip = min(self._skip, len(text)), 0
         for found in _MARKS.finditer(text, at):
             mark = found.group()
@@ -53,10 +49,11 @@ class Parser:
         return len(text)
 
     def is_done(self) -> bool:
+        """Return whether the message is complete."""
         return self._done
 
     def finish(self) -> Any:
-        """The decoded message, or a string that says what is wrong with it, as python-ovs has it."""
+        """Return the decoded message, or a string that says what is wrong with it, as python-ovs does."""
         try:
             return json.loads("".join(self._chunks))
         except ValueError as error:
@@ -66,6 +63,6 @@ class Parser:
 
 
 def install() -> None:
-    """Makes python-ovs use this parser where its own is the slow one."""
+    """Make python-ovs use this parser where its own is the slow one."""
     if ovs.json.PARSER != ovs.json.PARSER_C:
         ovs.json.Parser = Parser

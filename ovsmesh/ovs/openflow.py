@@ -1,10 +1,9 @@
-"""The flow table of obr0: observed through `ovs-ofctl dump-flows`, changed by one `ovs-ofctl --bundle` call.
+"""Observe the flow table of obr0 through `ovs-ofctl dump-flows`, and change it by one `ovs-ofctl --bundle` call.
 
-`ovs-ofctl monitor` is the bell. Its lines lack the priority, so they are never the source of a
-flow: a line that says what we hold already is passed over, any other makes the next observation
-read the table whole. The table is kept with port numbers, as the switch does; names are put in
-when it is observed, so a port made again under another number shows as drift.
-Never imports pyroute2 or kubernetes.
+`ovs-ofctl monitor` is the event source. Its lines have no priority, so no flow is taken from them: a line that says
+what is known already is skipped, any other makes the next observation read the whole table. The table is kept with
+port numbers, as the switch has them. Names are filled in when it is observed, so that a port that comes back under
+another number shows as drift.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def _sorted(match: str) -> str:
 
 
 def _parse(line: str) -> tuple[int, bool, str, str] | None:
-    """A line of dump-flows: cookie, whether it is a plain flow of table 0, key and actions; None for others."""
+    """Parse a line of dump-flows: cookie, whether it is a plain flow of table 0, key and actions; None for others."""
     head, found, actions = line.strip().partition("actions=")
     if not found or not line.startswith(" "):
         return None
@@ -61,7 +60,7 @@ def _parse(line: str) -> tuple[int, bool, str, str] | None:
 
 
 def port_of(key: str, actions: str) -> str:
-    """The port that a flow of ours names besides LOCAL; obr0 itself for the default flow, which names none."""
+    """Return the port that a managed flow names besides LOCAL; obr0 for the default flow, which names none."""
     if actions.startswith("output:"):
         return actions[7:]
     found = _IN_PORT.search(key)
@@ -69,7 +68,7 @@ def port_of(key: str, actions: str) -> str:
 
 
 class _Named(NamedTuple):
-    """A flow with its port's name, and what that was made from. A flow of ours names one port."""
+    """A managed flow with its port's name, and what that was made from. It names at most one port."""
 
     raw_actions: str
     port: int
@@ -79,13 +78,13 @@ class _Named(NamedTuple):
 
 
 class FlowTable:
-    """obr0's OpenFlow table through its management socket in `run_dir`; not thread-safe."""
+    """obr0's flow table, through its management socket in `run_dir`. Not thread-safe."""
 
     def __init__(self, run_dir: Path) -> None:
         self._socket = run_dir / f"{OBR}.mgmt"
         self._bridge = f"unix:{self._socket}"
         self._raw: dict[str, str] | None = None
-        """"PRIORITY MATCH" with numbers, our cookie only → actions with numbers; None: read it again."""
+        """Managed flows, "PRIORITY MATCH" → actions, with port numbers; None: read the table again."""
         self._unmanaged: tuple[Unmanaged, ...] = ()
         self._named: dict[str, _Named] = {}
         self._result: tuple[dict[str, str] | None, dict[int, str], dict[str, str]] = (None, {}, {})
@@ -94,11 +93,12 @@ class FlowTable:
         self._line = b""
 
     def close(self) -> None:
+        """Stop the monitor."""
         self._raw = None
         if self._monitor is not None:
-            # the terminal first: a monitor that waits for us to read hears no signal
+            # the terminal first: a monitor that is blocked in a write handles no signal
             os.close(self._tty)
-            # not SIGKILL, after which it leaves its control socket in the run directory
+            # SIGKILL would leave its control socket in the run directory
             self._monitor.terminate()
             try:
                 self._monitor.wait(TIMEOUT)
@@ -108,7 +108,7 @@ class FlowTable:
             self._monitor, self._tty, self._line = None, -1, b""
 
     def watch(self) -> bool:
-        """Starts the monitor where it is not running; whether the switch answers on obr0."""
+        """Start the monitor where it is not running, and return whether the switch answers on obr0."""
         if self._monitor is not None and self._monitor.poll() is None:
             return True
         self.close()
@@ -121,10 +121,10 @@ class FlowTable:
         attributes[1] &= ~termios.OPOST
         attributes[3] &= ~termios.ECHO
         termios.tcsetattr(slave, termios.TCSANOW, attributes)
-        # an agent that is killed must not leave it behind
+        # the monitor must not outlive an agent that is killed
         keeper = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
         argv = [*keeper, *_argv("monitor", self._bridge, "watch:!initial")]
-        # it puts a control socket there, and the default directory need not exist
+        # the monitor makes a control socket there, and the default directory need not exist
         env = os.environ | {"OVS_RUNDIR": str(self._socket.parent)}
         try:
             self._monitor = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, env=env)
@@ -139,7 +139,7 @@ class FlowTable:
         return True
 
     def answers(self) -> bool:
-        """Whether the switch listens for OpenFlow on obr0; cheap enough to be asked ten times a second."""
+        """Return whether the switch listens for OpenFlow on obr0; cheap enough for ten calls a second."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(0.5)
             try:
@@ -149,19 +149,20 @@ class FlowTable:
         return True
 
     def fds(self) -> list[int]:
+        """Return the file descriptors that become readable when the table changes; then call drain()."""
         return [self._tty] if self._monitor is not None else []
 
     @property
     def known(self) -> bool:
-        """Whether the table was read and nothing has happened to it since."""
+        """Return whether the table was read and has not changed since."""
         return self._raw is not None and self._monitor is not None
 
     def dirty(self) -> None:
-        """Makes the next observation read the table whole."""
+        """Make the next observation read the whole table."""
         self._raw = None
 
     def drain(self) -> bool:
-        """Takes in what the monitor printed; True if the table may differ from what was observed last."""
+        """Read the monitor's lines, and return whether the table may differ from what was observed last."""
         if self._monitor is None:
             return False
         known = self._raw is not None
@@ -172,7 +173,7 @@ class FlowTable:
         return known and self._raw is None
 
     def _read(self) -> bool:
-        """False when the monitor ended, and with it the switch or the bridge."""
+        """Read the monitor's lines, and return False when it ended, as it does with the switch or the bridge."""
         assert self._monitor is not None
         while True:
             try:
@@ -198,13 +199,13 @@ class FlowTable:
         key = _sorted(match)
         held = self._raw.get(f"100 {key}")
         # without a match the missing priority could be any
-        ours = table == "0" and int(cookie, 16) == COOKIE and key != ""
-        echo = ours and held is None if event == "DELETED" else ours and held == (actions or "drop")
-        if not echo:
+        managed = table == "0" and int(cookie, 16) == COOKIE and key != ""
+        expected = held is None if event == "DELETED" else held == (actions or "drop")
+        if not (managed and expected):
             self._raw = None
 
     def observe(self, ofports: Mapping[str, int]) -> tuple[dict[str, str], tuple[Unmanaged, ...]] | None:
-        """Our flows with port names in place of the numbers in `ofports`, and unmanaged ones.
+        """Return the managed flows, with port names for the numbers in `ofports`, and the unmanaged ones.
 
         None when the switch does not answer. Raises OvsmeshError without ovs-ofctl.
         """
@@ -219,7 +220,7 @@ class FlowTable:
         return self._result[2], self._unmanaged
 
     def _with_names(self, raw: Mapping[str, str], names: Mapping[int, str]) -> dict[str, str]:
-        """The flows with names for numbers; a flow whose port has the same name as before is not looked at again."""
+        """Return the flows with names for numbers. A flow whose port has the same name as before is taken over."""
         known, self._named = self._named, {}
         for key, actions in raw.items():
             old = known.get(key)
@@ -233,12 +234,8 @@ class FlowTable:
 
     def _dump(self) -> bool:
         try:
-            done = subprocess.run(
-                _argv("--no-stats", "dump-flows", self._bridge),
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT,
-            )
+            argv = _argv("--no-stats", "dump-flows", self._bridge)
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT)
         except (OSError, subprocess.TimeoutExpired):
             return False
         if done.returncode:
@@ -253,31 +250,25 @@ class FlowTable:
             if cookie == COOKIE and plain:
                 raw[key] = actions
             elif not (cookie == 0 and key == "0 " and actions == "NORMAL"):
-                # the NORMAL flow is what standalone mode puts in by itself; ours replaces it
-                text = f"flow {line.strip()} in {OBR} is not ours (cookie {COOKIE:#x}); left as it is"
+                # standalone mode adds the NORMAL flow by itself, and the managed default flow replaces it
+                text = f"flow {line.strip()} in {OBR} is not managed by ovsmesh (cookie {COOKIE:#x}); it stays"
                 unmanaged.append(Unmanaged("flows", key, text, blocks=False))
         self._raw, self._unmanaged = raw, tuple(unmanaged)
         return True
 
     def apply(self, add: Mapping[str, str], delete: list[str], ofports: Mapping[str, int]) -> None:
-        """Adds (or replaces) and deletes flows in one bundle: all of it or nothing.
+        """Add (or replace) and delete flows in one bundle: all of them or none.
 
-        Keys and actions are as in Dataplane.flows, with port names that `ofports` knows; a flow to
-        delete may have bare numbers. Raises OvsmeshError where the switch refuses or is silent.
+        Keys and actions are as in Dataplane.flows, with port names out of `ofports`; a flow to delete may have
+        numbers. Raises OvsmeshError where the switch refuses or does not answer.
         """
         adds = {_numbers(k, ofports): _numbers(v, ofports) for k, v in add.items()}
         deletes = [_numbers(k, ofports) for k in delete]
         lines = [f"add cookie={COOKIE:#x},{_spec(k)},actions={v}" for k, v in adds.items()]
         lines += [f"delete_strict {_spec(k)}" for k in deletes if k not in adds]
-        text = "\n".join(lines) + "\n"
+        argv = _argv("--bundle", "add-flows", self._bridge, "-")
         try:
-            done = subprocess.run(
-                _argv("--bundle", "add-flows", self._bridge, "-"),
-                input=text,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT,
-            )
+            done = subprocess.run(argv, input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=TIMEOUT)
         except OSError as error:
             raise OvsmeshError(f"can't run ovs-ofctl: {error.strerror}; install Open vSwitch's tools") from error
         except subprocess.TimeoutExpired as error:
@@ -288,7 +279,7 @@ class FlowTable:
             raise OvsmeshError(f"the switch refused {len(lines)} flow changes on {OBR}: {detail}")
         if self._raw is not None:
             self._raw = {k: v for k, v in self._raw.items() if k not in set(deletes)} | adds
-            # one in the place of ours is ours now
+            # an unmanaged flow of the same key was replaced
             self._unmanaged = tuple(f for f in self._unmanaged if f.key not in adds)
 
 
@@ -302,7 +293,7 @@ _IN_PORT = re.compile(r"\bin_port=([^,]+)")
 
 
 def _numbers(text: str, ofports: Mapping[str, int]) -> str:
-    """Port names → numbers in a key or in actions. Raises OvsmeshError for a port without a number."""
+    """Return a key or actions with numbers for port names. Raises OvsmeshError for a port without a number."""
 
     def number(name: str) -> str:
         if name == "LOCAL" or name.isdigit():
@@ -317,5 +308,5 @@ def _numbers(text: str, ofports: Mapping[str, int]) -> str:
 
 
 def _put(name: str, text: str) -> str:
-    """`text` with its port number replaced by `name`, if there is one."""
+    """Return `text` with its port number, if it has one, replaced by `name`."""
     return _PORT.sub(lambda found: found[0][: found.start(1) - found.start()] + name, text) if name else text

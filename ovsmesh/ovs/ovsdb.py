@@ -1,8 +1,7 @@
-"""The OVS side of the dataplane: bridge, tunnel ports and their ownership, through python-ovs.
+"""Observe and change the OVS bridge and its tunnel ports in the Open_vSwitch database.
 
-Knows the Open_vSwitch schema as far as we use it. Keeps a replica that notifications keep
-current, and a mirror of our ports as model.Port, refreshed row by row: a change costs what
-changed. Never imports pyroute2 or kubernetes.
+The managed ports are kept as types.Port and refreshed row by row from the replica, so that a change costs only what
+changed.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ovs.db.idl
 import ovs.poller
@@ -23,16 +22,26 @@ from ovsmesh.reasons import Reason
 COMMIT_DEADLINE = 5.0
 """Seconds for ovsdb-server to answer a transaction: 0.4 s is usual for a thousand ports."""
 SWITCH_DEADLINE, SWITCH_DEADLINE_PORT = 1.5, 0.003
-"""Seconds for ovs-vswitchd to take a transaction over, and for each port in it: it needs 0.4 s for a thousand."""
+"""Seconds for ovs-vswitchd to apply a transaction, and more for each port in it: it needs 0.4 s for a thousand."""
 _NUDGES = 3
 _BATCH = 1000
 """Ports in one transaction; 5,000 at once were no faster (docs/design.md)."""
-
 _NODE, _UID = MARK, f"{MARK}-uid"
+"""Keys of a port's external_ids."""
+
+
+class OvsObserved(NamedTuple):
+    """What the database holds, as fields of Dataplane; unmanaged objects; ports that ovs-vswitchd could not make."""
+
+    bridges: dict[str, Bridge]
+    ports: dict[str, Port]
+    restore_wait: dict[str, bool]
+    unmanaged: list[Unmanaged]
+    problems: list[Problem]
 
 
 class Ovs:
-    """One connection to this host's OVS database; not thread-safe."""
+    """One connection to this host's OVS database. Not thread-safe."""
 
     def __init__(self, remote: str) -> None:
         run_dir(remote)
@@ -44,27 +53,29 @@ class Ovs:
         self._uuids: dict[str, Any] = {}
         self._port_names: dict[Any, str] = {}
         self._holders: dict[Any, Any] = {}
-        """Interface → the port that it is in."""
+        """UUID of an interface → UUID of its port."""
         self._members: frozenset[Any] = frozenset()
+        """UUIDs of obr0's ports."""
         self.ofports: dict[str, int] = {}
-        """Our ports and obr0's OpenFlow numbers, as far as ovs-vswitchd has given them."""
+        """Port of obr0 → its OpenFlow number, once ovs-vswitchd has assigned it."""
         self._errors: dict[str, str] = {}
         self._silent_since: int | None = None
-        """The configuration at which ovs-vswitchd was when it last did not answer in time."""
+        """The configuration (cur_cfg) at which ovs-vswitchd last did not answer in time."""
 
     def close(self) -> None:
+        """Close the connection."""
         self._idl.close()
 
     def run(self) -> bool:
-        """Takes in what the server sent; True if something that we read may have changed."""
+        """Process what the server sent, and return whether the replica may have changed."""
         self._idl.run()
-        # while the server is away, each attempt to reach it counts as a change
+        # while the server is away, python-ovs counts each attempt to reach it as a change
         changed = self._was_synced != self.synced or (self.synced and self._seqno != self._idl.change_seqno)
         self._seqno, self._was_synced = self._idl.change_seqno, self.synced
         return changed
 
     def wait(self, fds: Sequence[int], timeout: float) -> None:
-        """Sleeps until the database, one of `fds` or the timeout (seconds) wants attention."""
+        """Sleep until the database sends something, one of `fds` is readable, or `timeout` seconds are over."""
         poller = ovs.poller.Poller()
         self._idl.wait(poller)
         for fd in fds:
@@ -73,7 +84,7 @@ class Ovs:
         poller.block()
 
     def connect(self, deadline: float = 3.0) -> bool:
-        """Waits up to `deadline` seconds for a whole replica; whether there is one."""
+        """Wait up to `deadline` seconds for a complete replica, and return whether there is one."""
         end = time.monotonic() + deadline
         while not self.synced and time.monotonic() < end:
             self.run()
@@ -83,7 +94,7 @@ class Ovs:
 
     @property
     def synced(self) -> bool:
-        """Whether the replica is whole and its server answers."""
+        """Return whether the replica is complete and its server is connected."""
         return self._idl.answers and self._root is not None
 
     @property
@@ -92,49 +103,34 @@ class Ovs:
 
     @property
     def version(self) -> str:
+        """Return the version of ovs-vswitchd; "" where it is not known."""
         root = self._root
         return root.ovs_version[0] if root and root.ovs_version else ""
 
     def bridge_of(self, link: str) -> str | None:
-        """The datapath_type of the OVS bridge called `link`, or None if there is no such bridge."""
+        """Return the datapath_type of the OVS bridge `link`; None where there is no such bridge."""
         row = self._bridge(link)
         return None if row is None else str(row.datapath_type or "system")
 
     def _bridge(self, name: str) -> Any:
-        return next(
-            (row for row in self._idl.tables["Bridge"].rows.values() if row.name == name),
-            None,
-        )
+        return next((row for row in self._idl.tables["Bridge"].rows.values() if row.name == name), None)
 
     def others_restore(self) -> bool:
-        """Whether someone else's bridge forwards nothing without flows that whoever restarted the switch restores."""
+        """Return whether an unmanaged bridge forwards nothing until its owner has restored its flows."""
         rows = self._idl.tables["Bridge"].rows.values()
         return any(row.name != OBR and row.fail_mode == ["secure"] for row in rows)
 
-    def observe(
-        self,
-    ) -> tuple[
-        dict[str, Bridge],
-        dict[str, Port],
-        dict[str, bool],
-        list[Unmanaged],
-        list[Problem],
-    ]:
-        """What the replica holds of ours; only when `synced`.
-
-        Returns bridges, ports, restore_wait (as in Dataplane), unmanaged things and problems.
-        """
+    def observe(self) -> OvsObserved:
+        """Return what the replica holds. Call it only while `synced`."""
         self._refresh()
-        root = self._root
-        waiting = root.other_config.get("flow-restore-wait") == "true"
+        waiting = self._root.other_config.get("flow-restore-wait") == "true"
         restore = {"flow-restore-wait": True} if waiting else {}
         row = self._bridge(OBR)
         if row is None:
-            found = self._stray(OBR)
-            return {}, {}, restore, found, []
+            return OvsObserved({}, {}, restore, self._in_the_way(OBR), [])
         if row.external_ids.get(MARK) is None:
-            text = f"OVS bridge {OBR} is there and not ours (no external_ids:{MARK}); rename or delete it"
-            return {}, {}, restore, [Unmanaged("bridges", OBR, text)], []
+            text = f"OVS bridge {OBR} is not managed by ovsmesh (no external_ids:{MARK}); rename or delete it"
+            return OvsObserved({}, {}, restore, [Unmanaged("bridges", OBR, text)], [])
         local = self._interface(OBR)
         mtu = local.mtu_request[0] if local is not None and local.mtu_request else 0
         fail_mode = row.fail_mode[0] if row.fail_mode else "standalone"
@@ -143,25 +139,17 @@ class Ovs:
         for uuid in self._members:
             name = self._port_names.get(uuid)
             if name is not None and name not in self._ports and name != OBR:
-                text = (
-                    f"port {name} in {OBR} is not ours (no external_ids:{MARK}); left as it is, its frames are dropped"
-                )
-                unmanaged.append(Unmanaged("ports", name, text, blocks=True))
+                text = f"port {name} in {OBR} is not managed by ovsmesh (no external_ids:{MARK}); it stays"
+                unmanaged.append(Unmanaged("ports", name, f"{text}, and its frames are dropped"))
         problems = [
-            Problem(
-                Reason.PortError,
-                f"ovs-vswitchd says: {text}",
-                self._ports[name].node,
-                "port",
-                name,
-            )
+            Problem(Reason.PortError, f"ovs-vswitchd says: {text}", self._ports[name].node, "port", name)
             for name, text in self._errors.items()
             if name in self._ports
         ]
-        return {OBR: bridge}, dict(self._ports), restore, unmanaged, problems
+        return OvsObserved({OBR: bridge}, dict(self._ports), restore, unmanaged, problems)
 
-    def _stray(self, name: str) -> list[Unmanaged]:
-        """A port of that name in another bridge stands in the way of making ours."""
+    def _in_the_way(self, name: str) -> list[Unmanaged]:
+        """Return a port of that name in another bridge, which prevents a bridge of that name."""
         if all(row.name != name for row in self._idl.tables["Port"].rows.values()):
             return []
         return [Unmanaged("bridges", name, f"an OVS port called {name} is in another bridge; rename or delete it")]
@@ -172,7 +160,7 @@ class Ovs:
         return row.interfaces[0] if row is not None and row.interfaces else None
 
     def _refresh(self) -> None:
-        """Brings the mirror up to date with the rows that were touched since the last time."""
+        """Update the ports from the rows that were touched since the last time."""
         touched = self._idl.touched
         if not any(touched.values()):
             return
@@ -180,7 +168,7 @@ class Ovs:
         if touched["Bridge"]:
             bridge = self._bridge(OBR)
             members = frozenset() if bridge is None else frozenset(references(bridge, "ports"))
-            # a port's row can come before or after its membership
+            # python-ovs reports a port's row before or after its membership
             stale = touched["Port"] | (members ^ self._members)
             self._members = members
         else:
@@ -194,8 +182,8 @@ class Ovs:
     def _refresh_port(self, uuid: Any, row: Any) -> None:
         old = self._port_names.get(uuid)
         if old is not None and self._uuids.get(old) == uuid:
-            for mirror in (self._ports, self._uuids, self.ofports, self._errors):
-                mirror.pop(old, None)
+            for known in (self._ports, self._uuids, self.ofports, self._errors):
+                known.pop(old, None)
         self._port_names.pop(uuid, None)
         held = [] if row is None else references(row, "interfaces")
         interface = self._idl.tables["Interface"].rows.get(held[0]) if held else None
@@ -206,7 +194,7 @@ class Ovs:
         self._port_names[uuid] = name
         self._uuids[name] = uuid
         if uuid not in self._members:
-            # numbers are a bridge's own: another's would pass for ours
+            # OpenFlow numbers are valid within one bridge only
             return
         if interface.ofport and interface.ofport[0] > 0:
             self.ofports[name] = interface.ofport[0]
@@ -216,14 +204,10 @@ class Ovs:
         if ids.get(_NODE) is None or name == OBR:
             return
         options = dict(interface.options)
-        remote, local, key = (
-            options.pop("remote_ip", ""),
-            options.pop("local_ip", ""),
-            options.pop("key", ""),
-        )
+        remote, local, key = (options.pop(name, "") for name in ("remote_ip", "local_ip", "key"))
         kind = interface.type
         if options or len(held) != 1:
-            # an option that we never set is drift: one csum=true loses every packet
+            # any other option is drift: csum=true loses every packet
             kind += f" with {sorted(options.items())}"
         self._ports[name] = Port(kind, remote, local, key, ids[_NODE], ids.get(_UID, ""), bool(row.protected))
 
@@ -236,10 +220,10 @@ class Ovs:
         clear_restore_wait: bool = False,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
-        """Makes the bridge (None: leaves it), sets and deletes ports, and waits until ovs-vswitchd has them.
+        """Set the bridge (None: leave it), set and delete ports, and wait until ovs-vswitchd has applied it.
 
-        One transaction for each thousand ports; `meanwhile` is called once, when the first is on its
-        way. Raises OvsmeshError when the server or the switch does not take it in time, or refuses.
+        Needs one transaction for each thousand ports. Calls `meanwhile` once, after the first is sent. Raises
+        OvsmeshError when the server or the switch refuses it, or does not apply it in time.
         """
         names = list(set_ports)
         batches = [names[start : start + _BATCH] for start in range(0, len(names), _BATCH)] or [[]]
@@ -253,26 +237,26 @@ class Ovs:
         for _ in range(_NUDGES):
             if not del_ports or not any(name in self._errors for name in names):
                 break
-            # a port in the place of one that is only just gone is refused; any change makes the switch try again
+            # the switch refuses a port whose remote a just deleted one had; any change makes it try again
             self.nudge(names)
 
     def nudge(self, names: Iterable[str] = ()) -> None:
-        """Makes ovs-vswitchd go through its configuration again, which is when it tries again what failed.
+        """Make ovs-vswitchd apply its configuration again, and with it what failed before.
 
-        Waits until it has, for the ports `names`. Raises OvsmeshError as `apply` does.
+        Waits until it has made the ports `names`. Raises OvsmeshError as `apply` does.
         """
         row = self._bridge(OBR)
         if row is None:
             return
         txn = self._transaction(None, {}, (), False, False)
-        # a transaction without a change is none, and does not even count
+        # a transaction without a change would not count up next_cfg
         mark = row.external_ids.get(MARK, "")
         row.setkey("external_ids", MARK, str(int(mark) + 1) if mark.isdigit() else "1")
         self._commit(txn, dict.fromkeys(names), 0, lambda: None)
 
     @property
     def errors(self) -> Mapping[str, str]:
-        """Our ports that ovs-vswitchd could not make → what it says."""
+        """Return the ports that ovs-vswitchd could not make, with what it says."""
         return self._errors
 
     def _transaction(
@@ -309,13 +293,8 @@ class Ovs:
             row = txn.insert(self._idl.tables["Bridge"])
             row.name = OBR
             row.external_ids = {MARK: "1"}
-            port, interface = (
-                txn.insert(self._idl.tables["Port"]),
-                txn.insert(self._idl.tables["Interface"]),
-            )
-            port.name = interface.name = OBR
+            port, interface = self._insert_port(txn, OBR)
             interface.type = "internal"
-            port.interfaces = [interface]
             row.ports = [port]
             root.addvalue("bridges", row)
         else:
@@ -326,19 +305,21 @@ class Ovs:
             interface.mtu_request = [want.mtu_request]
         return row
 
+    def _insert_port(self, txn: Any, name: str) -> tuple[Any, Any]:
+        """Insert a port with its interface; both have the one name."""
+        port, interface = txn.insert(self._idl.tables["Port"]), txn.insert(self._idl.tables["Interface"])
+        port.name = interface.name = name
+        port.interfaces = [interface]
+        return port, interface
+
     def _set_port(self, txn: Any, bridge: Any, name: str, want: Port) -> None:
         row = self._idl.tables["Port"].rows.get(self._uuids.get(name))
         if row is None:
-            row, interface = (
-                txn.insert(self._idl.tables["Port"]),
-                txn.insert(self._idl.tables["Interface"]),
-            )
-            row.name = interface.name = name
-            row.interfaces = [interface]
+            row, interface = self._insert_port(txn, name)
             bridge.addvalue("ports", row)
         else:
             interface = row.interfaces[0]
-        # split horizon, set with the port itself: between two transactions a broadcast would loop
+        # split horizon, in the same transaction as the port: a broadcast would loop between two
         row.protected = want.protected
         row.external_ids = {_NODE: want.node, _UID: want.uid} if want.uid else {_NODE: want.node}
         interface.type = want.type
@@ -352,9 +333,7 @@ class Ovs:
             end = time.monotonic() + COMMIT_DEADLINE
             while status == txn.INCOMPLETE:
                 if time.monotonic() > end:
-                    raise OvsmeshError(
-                        f"ovsdb-server at {self.remote} did not answer a transaction in {COMMIT_DEADLINE} s"
-                    )
+                    raise OvsmeshError(f"ovsdb-server at {self.remote} did not commit in {COMMIT_DEADLINE} s")
                 poller = ovs.poller.Poller()
                 self._idl.wait(poller)
                 txn.wait(poller)
@@ -372,28 +351,28 @@ class Ovs:
             self._await_switch(target, set_ports, gone)
 
     def _await_switch(self, target: int, ports: Mapping[str, Any], gone: int) -> None:
-        """Until ovs-vswitchd has taken over configuration `target`, numbered `ports` and closed `gone` others.
+        """Wait until ovs-vswitchd has applied configuration `target`, numbered `ports` and closed `gone` others.
 
-        When it did not answer the last time and has not been heard of since, it is asked once and
-        not waited for: a dead switch must not stall the kernel side.
+        Waits only shortly where it did not answer the last time and has not since: a dead switch must not delay the
+        kernel's part.
         """
         root = self._root
         silent = self._silent_since is not None and root is not None and root.cur_cfg == self._silent_since
         end = time.monotonic() + (0.2 if silent else SWITCH_DEADLINE + SWITCH_DEADLINE_PORT * (len(ports) + gone))
-        taken = False
+        applied = False
         while time.monotonic() < end:
             self._idl.run()
             root = self._root
-            taken = root is not None and root.cur_cfg >= target
-            if taken:
+            applied = root is not None and root.cur_cfg >= target
+            if applied:
                 self._silent_since = None
                 self._refresh()
                 if all(name in self.ofports or name in self._errors for name in ports):
                     return
             self.wait((), min(1.0, end - time.monotonic()))
-        if taken:
+        if applied:
             some = next(name for name in ports if name not in self.ofports and name not in self._errors)
             kind = self.bridge_of(OBR)
             raise OvsmeshError(f"ovs-vswitchd could not make port {some} in {OBR} (datapath {kind}); its log says why")
         self._silent_since = root.cur_cfg if root is not None else -1
-        raise OvsmeshError("ovs-vswitchd does not take its configuration over; is it running? Its log says more")
+        raise OvsmeshError("ovs-vswitchd does not apply its configuration; is it running? Its log says more")

@@ -244,7 +244,7 @@ def test_an_unmanaged_flow_is_named_and_left(mesh: Lab) -> None:
     try:
         said = wait_for(
             "status to name the flow",
-            lambda: [p for p in host.ovsmesh("status").stdout.splitlines() if "is not ours" in p],
+            lambda: [p for p in host.ovsmesh("status").stdout.splitlines() if "is not managed by ovsmesh" in p],
             SOON,
         )
         assert "priority=5,udp,tp_dst=9" in said[0]

@@ -93,7 +93,7 @@ def test_what_is_not_ours_is_refused_and_left_alone(lab: Make) -> None:
     for host, name in ((first, "kbr0"), (second, "obr0")):
         before = wiring(host)
         said = by_hand(host, scripts[host.name], check=False)
-        assert f"{name} exists and is unmanaged" in said
+        assert f"{name} is not managed by ovsmesh" in said
         assert difference(before, wiring(host)) == []
 
 

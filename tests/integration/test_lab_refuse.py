@@ -251,7 +251,7 @@ def test_an_unmanaged_port_in_obr0_is_named_and_left(mesh: Lab) -> None:
         once = host.ovsmesh("agent", "--once")
         # it is in nobody's way
         assert once.returncode == 0, once.stderr
-        assert "port alien" in once.stderr and "not ours" in once.stderr, once.stderr
+        assert "port alien" in once.stderr and "not managed by ovsmesh" in once.stderr, once.stderr
         plan = host.ovsmesh("plan")
         assert plan.returncode == 0 and "alien" in plan.stdout + plan.stderr
         host.start_agent()
@@ -280,7 +280,7 @@ def test_an_unmanaged_bridge_under_our_name_is_named_and_left(lab: Make, make: A
     make(host)
     before = links(host)[word], ovsdb(host)["Bridge"], [a for a in wiring(host)["addresses"] if word in a]
     host.start_agent()
-    told(host, word, "not ours")
+    told(host, word, "delete it")
     after = links(host)[word], ovsdb(host)["Bridge"], [a for a in wiring(host)["addresses"] if word in a]
     assert after[0] == before[0] and after[2] == before[2]
     assert [b for b in after[1] if b["name"] == word] == [b for b in before[1] if b["name"] == word]

@@ -138,7 +138,7 @@ def test_unmanaged_flows_are_named_and_not_taken_for_ours(switch: Any, table: An
     flows, unmanaged = table.observe(OFPORTS)
     assert flows == {"0 ": "drop"}
     assert [(f.kind, f.blocks) for f in unmanaged] == [("flows", False)]
-    assert f"flow {line.strip()} in obr0 is not ours" in unmanaged[0].detail
+    assert f"flow {line.strip()} in obr0 is not managed by ovsmesh" in unmanaged[0].detail
 
 
 @pytest.mark.parametrize("line", [" priority=0 actions=NORMAL", " cookie=0x0, priority=0 actions=NORMAL"])
