@@ -199,6 +199,7 @@ apt() {
   quietly env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l apt-get -qq -y -o DPkg::Lock::Timeout=300 \
     -o Dpkg::Options::=--force-confold -o Acquire::Retries=3 -o Acquire::http::Timeout=30 "$@"
 }
+reinstall() { apt --no-install-recommends --fix-broken --reinstall install "$@"; }
 sources_hash() { # the version: a hash of the wheel or of the sources
   if [ -n "$from" ]; then
     sha256sum <"$wheel"
@@ -214,8 +215,13 @@ fi
 
 if [ -n "$(dpkg --audit 2>/dev/null)" ] || [ -n "$(find /var/lib/dpkg/updates -type f 2>/dev/null)" ]; then
   say 'completing packages that an interrupted run has left half installed'
+  # First, as apt-get refuses to work before dpkg has read its notes.
   quietly env DEBIAN_FRONTEND=noninteractive dpkg --force-confold --configure -a || true
-  apt --fix-broken install || die 'apt-get could not complete them (see above)'
+  # Cut off between a package's files and the note that they are whole: only a new installation completes it.
+  mapfile -t torn < <(dpkg-query -W -f='${db:Status-Eflag} ${binary:Package}\n' | sed -n 's/^reinstreq //p')
+  [ ${#torn[@]} = 0 ] || reinstall "${torn[@]}" || { apt update && reinstall "${torn[@]}"; } ||
+    die "apt-get could not reinstall ${torn[*]} (see above)"
+  apt --no-install-recommends --fix-broken install || die 'apt-get could not complete them (see above)'
 fi
 if [ ${#want[@]} -gt 0 ]; then
   say "installing ${want[*]}"
