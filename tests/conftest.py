@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-pytest_plugins = ("tests.support.firewallkit",)
+pytest_plugins = ("tests.support.needs", "tests.support.firewallkit")
 
 if TYPE_CHECKING:
     from ovsmesh.lab.lab import Lab

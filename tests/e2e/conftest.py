@@ -1,25 +1,21 @@
 """Fixtures of the end to end tests: the images, built once, and one cluster that all steps of the story share.
 
-They carry the marker `e2e` by themselves. Figures that a test measures are printed when all is over.
+Figures that a test measures are printed when all is over.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.support import imagekit
-from tests.support.binaries import NODE_PROGRAMS, PROGRAMS, BinariesError, binaries, ready
+from tests.support import built, imagekit
+from tests.support.binaries import BinariesError
 from tests.support.kubecluster import Cluster, cluster
 
-TAG = "docker.io/library/ovsmesh:0.1.0"
-"""What manifests/kustomization.yaml names, as a runtime spells it."""
 _TOOLS = {
     "containerd": "containerd",
     "runc": "runc",
@@ -33,27 +29,6 @@ _broken: list[str] = []
 _live: list[Cluster] = []
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "story" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.e2e)
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Builds the programs before any test runs against its time limit."""
-    names = PROGRAMS + NODE_PROGRAMS
-    wanted = any(item.get_closest_marker("e2e") for item in session.items)
-    if session.config.option.collectonly or not wanted or ready(names):
-        return
-    capture = session.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled() if capture else ExitStack():
-        try:
-            binaries(names)
-        except BinariesError as error:
-            if os.environ.get("CI"):
-                pytest.exit(str(error), returncode=1)
-
-
 def _lacking() -> str:
     """Why this machine can't run these tests; "" when it can."""
     if os.geteuid() != 0:
@@ -62,7 +37,7 @@ def _lacking() -> str:
     if packages:
         return f"missing: {' '.join(packages)} (scripts/setup.sh --dev installs them)"
     try:
-        binaries(PROGRAMS + NODE_PROGRAMS)
+        built.kubernetes()
     except BinariesError as error:
         return str(error)
     return ""
@@ -80,11 +55,9 @@ def machine() -> None:
 def images(machine: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The pod image and ours, as files to load."""
     folder = tmp_path_factory.mktemp("images")
-    pod, ours = folder / "pod.tar", folder / "ovsmesh.tar"
+    pod, ours = folder / "pod.tar", built.image()
     imagekit.pod(pod)
-    began = time.monotonic()
-    imagekit.ours(TAG, ours)
-    _figures.append(f"image built in {time.monotonic() - began:.1f} s, {ours.stat().st_size / 2**20:.0f} MiB")
+    _figures.append(f"image of {ours.stat().st_size / 2**20:.0f} MiB")
     return [pod, ours]
 
 

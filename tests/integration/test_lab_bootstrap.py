@@ -22,8 +22,10 @@ from ovsmesh.lab import netns, underlay
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import LabError, wait_for
+from tests.support import built
+from tests.support.debian import DebianError
 from tests.support.labtools import Make, difference
-from tests.support.systemd_container import ROOT, Machine, dist, image
+from tests.support.systemd_container import ROOT, Machine
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(400)]
 
@@ -70,8 +72,8 @@ class Stage(NamedTuple):
 @pytest.fixture(scope="module")
 def stage(module_lab: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     try:
-        image()
-    except LabError as error:
+        archive, dist = built.machine()
+    except (LabError, DebianError) as error:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"no image of a fresh Debian: {error}")
@@ -82,9 +84,9 @@ def stage(module_lab: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     me = lab.host(2)
     underlay.join(lab.settings, [me])
     lab.write_mesh()
-    machine = Machine(tmp / "root", me.ns, "192.0.2.12/24")
+    machine = Machine(archive, tmp / "root", me.ns, "192.0.2.12/24")
     try:
-        shutil.copytree(dist(tmp), machine.root / "root/dist")
+        shutil.copytree(dist, machine.root / "root/dist")
         shutil.copy(lab.mesh_file, machine.root / "root/mesh.yaml")
         machine.start()
         yield Stage(lab, lab.host(1), me, machine)
@@ -198,6 +200,20 @@ def test_killed_at_ten_random_moments_and_run_again(stage: Stage) -> None:
     assert list(machine.root.glob("etc/**/*.ovsmesh-new")) == []
     assert len(list(machine.root.glob("opt/ovsmesh/*"))) == 1
     stage.all_answer()
+
+
+def test_a_package_torn_by_a_power_cut_is_installed_again(stage: Stage) -> None:
+    status = stage.machine.root / "var/lib/dpkg/status"
+    # what dpkg notes between the files of a package and that they are whole
+    torn = status.read_text().replace("Package: kmod\nStatus: install ok installed", _TORN)
+    assert _TORN in torn
+    status.write_text(torn)
+    done = stage.bootstrap()
+    assert done.returncode == 0 and "half installed" in done.stderr, done.stderr
+    assert stage.machine.run("dpkg", "--audit").stdout == ""
+
+
+_TORN = "Package: kmod\nStatus: install reinstreq unpacked"
 
 
 @pytest.mark.usefixtures("unchanged")
@@ -319,24 +335,29 @@ def container(stage: Stage) -> str:
     return said if said.startswith("10.97.2.") else ""
 
 
+def back(stage: Stage) -> None:
+    """Waits until Docker has started the container again and it is reached."""
+    try:
+        wait_for("the container to be reached", lambda: reach(stage, container(stage)), 60)
+    except LabError:
+        for command in ("docker ps -a", "ip addr", "ip neigh", "journalctl -n 60 --no-pager -u docker -u containerd"):
+            print(f"--- {command}", stage.machine.run(*command.split(), check=False).stdout, sep="\n")
+        raise
+
+
 def test_docker_moves_and_after_a_reboot_all_is_back(stage: Stage) -> None:
     machine, ns = stage.machine, stage.me.ns
-    # Docker knows nothing of the pod that was plugged in beside it, under the same address
+    # Docker knows nothing of the pod that was plugged in beside it, and gives out its address first, under another MAC.
+    # The kernel believes its entry of a pod that has just answered for up to 45 s: who unplugs one by hand removes it.
+    stage.all_answer()
     netns.run(["ip", "link", "del", "vp1"], ns)
+    netns.run(["ip", "neigh", "flush", "dev", "kbr0"], ns)
     machine.run("sh", "-c", "tar -C /bin -c busybox | docker import - box")
     kept = ["--name", "c1", "--restart", "always", "--stop-signal", "KILL"]
     machine.run("docker", "run", "-d", *kept, "box", "/busybox", "sleep", "100000")
     done = stage.bootstrap(*ARGS, "--docker", "replace")
     assert done.returncode == 0, done.stdout + done.stderr
-    try:
-        wait_for("the container to be reached", lambda: reach(stage, container(stage)), 15)
-    except netns.LabError:
-        # In 2 of 12 runs it was not back, all of them after the kills above; why is not known. What Docker does with
-        # restart policies is not under test here (tests/docker looks at that), but what it says is wanted next time.
-        for argv in (["docker", "ps", "-a"], ["ip", "addr"], ["journalctl", "-n", "60", "--no-pager", "-u", "docker"]):
-            print(machine.run(*argv, check=False).stdout)
-        machine.run("docker", "start", "c1", check=False)
-        wait_for("the container to be reached, started by hand", lambda: reach(stage, container(stage)), 15)
+    back(stage)
 
     machine.power_cut()
     netns.run(["sh", "-c", "iptables -F; iptables -t nat -F; ip route flush proto 111; ip link del kbr0"], ns)
@@ -344,8 +365,8 @@ def test_docker_moves_and_after_a_reboot_all_is_back(stage: Stage) -> None:
         netns.run(["nft", "delete", "table", family, "ovsmesh"], ns)
     netns.sysctl(ns, {"net/ipv4/ip_forward": "0"})
     machine.start()
-    wait_for("the agent to be ready", lambda: machine.show("ovsmesh-agent", "StatusText") == "1 peer, converged", 30)
-    wait_for("the container to be reached", lambda: reach(stage, container(stage)), 30)
+    wait_for("the agent to be ready", lambda: machine.show("ovsmesh-agent", "StatusText") == "1 peer, converged", 60)
+    back(stage)
     agent, docker = (int(machine.show(unit, "ActiveEnterTimestampMonotonic")) for unit in ("ovsmesh-agent", "docker"))
     assert 0 < agent < docker
     machine.run("docker", "rm", "-f", "c1")

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need a real API server. They carry the marker `kube` by themselves.
+"""Fixtures of the tests that need a real API server.
 
 `plane` is a control plane for the whole run; `cluster` the same, wiped, with the manifests of the repository
 applied, for one test; `own_plane` makes others, for tests that stop them or want other options.
@@ -13,56 +13,24 @@ from typing import Any
 
 import pytest
 
-from tests.support.binaries import BinariesError, binaries, ready
+from tests.support import built
+from tests.support.binaries import BinariesError
 from tests.support.controllerkit import Cluster, Process, cluster_of
 from tests.support.controlplane import APISERVER, ETCD, NAMES, ControlPlane
 from tests.support.kubekit import eventually, install, wipe
 
-_FIXTURES = {"plane", "cluster", "own_plane"}
-_TROUBLE = pytest.StashKey[BinariesError]()
 _live: list[ControlPlane] = []
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "kube: needs a real control plane, built once with Go; run one at a time")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if _FIXTURES & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.kube)
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Builds what the chosen tests need before any of them runs against its time limit."""
-    if (
-        session.config.option.collectonly
-        or ready()
-        or not any(item.get_closest_marker("kube") for item in session.items)
-    ):
-        return
-    capture = session.config.pluginmanager.getplugin("capturemanager")
-    # What can't be built is for the fixture to say: a failure in CI, else a skip.
-    with capture.global_and_fixture_disabled() if capture else ExitStack():
-        try:
-            binaries()
-        except BinariesError as error:
-            session.config.stash[_TROUBLE] = error
-
-
 @pytest.fixture(scope="session")
-def programs(pytestconfig: pytest.Config) -> None:
+def programs() -> None:
     """Skips, outside CI, where there is no control plane to be had."""
-    trouble = pytestconfig.stash.get(_TROUBLE, None)
-    if trouble is None:
-        try:
-            binaries()
-        except BinariesError as error:
-            trouble = error
-    if trouble is not None and os.environ.get("CI"):
-        pytest.fail(str(trouble), pytrace=False)
-    if trouble is not None:
-        pytest.skip(str(trouble))
+    try:
+        built.control_plane()
+    except BinariesError as error:
+        if os.environ.get("CI"):
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(str(error))
 
 
 Make = Callable[..., ControlPlane]

@@ -22,6 +22,8 @@ from tests.support.controllerkit import Cluster, Object, mesh, node
 from tests.support.kubekit import GROUP, MANIFESTS, NAMESPACE, eventually
 from tests.support.slicekit import published
 
+pytestmark = pytest.mark.kube
+
 state = pytest.fixture(slicekit.make_state)
 CRDS = {crd["spec"]["names"]["kind"]: crd for crd in yaml.safe_load_all((MANIFESTS / "crds.yaml").read_text())}
 GONE = object()

@@ -7,8 +7,12 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from tests.support.controllerkit import NODES, STRATEGIC, TAINT, Cluster, Process, mesh, node, numbered
 from tests.support.kubekit import GROUP, eventually
+
+pytestmark = pytest.mark.kube
 
 
 def three(kube: Cluster) -> None:

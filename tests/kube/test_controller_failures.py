@@ -15,6 +15,8 @@ from tests.support.controllerkit import NODES, Cluster, mesh, node, numbered
 from tests.support.controlplane import APISERVER, ETCD, ControlPlane
 from tests.support.kubekit import GROUP, eventually
 
+pytestmark = pytest.mark.kube
+
 
 class Watcher:
     """Looks at the slices all the time, as agents do; `least` is how few members it has ever seen."""

@@ -13,6 +13,8 @@ from ovsmesh.kube.reflector import Reflector, Wakeup
 from tests.support.controllerkit import NODES, STRATEGIC, Cluster, Object, mesh, numbered
 from tests.support.kubekit import GROUP, eventually
 
+pytestmark = pytest.mark.kube
+
 NUMBER = 1000
 
 

@@ -19,6 +19,7 @@ from tests.support.reach import ControlPlaneError
 CONFIG_MAPS = "/api/v1/namespaces/default/configmaps"
 
 
+@pytest.mark.kube
 def test_what_was_written_survives_both_restarts(own_plane: Callable[..., ControlPlane]) -> None:
     plane = own_plane()
     made = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kept"}}
@@ -31,6 +32,7 @@ def test_what_was_written_survives_both_restarts(own_plane: Callable[..., Contro
     assert "kept" in plane.kubectl("get", "configmaps", "-o", "name")
 
 
+@pytest.mark.kube
 def test_a_paused_api_server_answers_nobody(plane: ControlPlane) -> None:
     plane.pause(APISERVER)
     try:
@@ -41,6 +43,7 @@ def test_a_paused_api_server_answers_nobody(plane: ControlPlane) -> None:
     eventually(lambda: plane.call("GET", "/readyz").status == 200)
 
 
+@pytest.mark.kube
 def test_a_program_that_ends_says_why(tmp_path: Path, programs: None) -> None:
     plane = ControlPlane(tmp_path, apiserver_options=["--no-such-option"])
     plane.start(ETCD)
@@ -51,6 +54,7 @@ def test_a_program_that_ends_says_why(tmp_path: Path, programs: None) -> None:
         plane.stop()
 
 
+@pytest.mark.kube
 def test_tokens_carry_the_node(cluster: ControlPlane) -> None:
     assert cluster.call("POST", "/api/v1/nodes", {"kind": "Node", "metadata": {"name": "node1"}}).status == 201
     review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
@@ -63,12 +67,14 @@ def test_tokens_carry_the_node(cluster: ControlPlane) -> None:
         cluster.token("ovsmesh-agent", node="node9")
 
 
+@pytest.mark.kube
 def test_node_ranges_from_the_controller_manager(own_plane: Callable[..., ControlPlane]) -> None:
     plane = own_plane(pod_cidrs="10.97.0.0/16")
     assert plane.call("POST", "/api/v1/nodes", {"kind": "Node", "metadata": {"name": "node1"}}).status == 201
     eventually(lambda: plane.call("GET", "/api/v1/nodes/node1").body["spec"].get("podCIDRs") == ["10.97.0.0/24"])
 
 
+@pytest.mark.kube
 @pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root: run `sudo make test`")
 def test_in_a_network_namespace(own_plane: Callable[..., ControlPlane]) -> None:
     ns = f"ovsmesh-kube-{os.getpid()}"
@@ -158,6 +164,7 @@ def test_what_is_built_from_is_what_kubernetes_itself_names() -> None:
     assert binaries._STAGING.split() == wanted
 
 
+@pytest.mark.kube
 def test_ready_programs_cost_nothing(programs: None) -> None:
     start = time.monotonic()
     assert binaries.ready()

@@ -181,6 +181,7 @@ def parser_takes(found: dict[str, Any]) -> bool:
     return not problems
 
 
+@pytest.mark.kube
 @pytest.mark.parametrize("name", [*GOOD, *BAD])
 def test_api_and_file_agree(cluster: ControlPlane, name: str) -> None:
     found = (GOOD | BAD)[name]
@@ -189,11 +190,13 @@ def test_api_and_file_agree(cluster: ControlPlane, name: str) -> None:
     assert parser_takes(found) == (name in GOOD)
 
 
+@pytest.mark.kube
 def test_there_is_one_mesh(cluster: ControlPlane) -> None:
     answer = cluster.call("POST", f"{GROUP}/meshes", mesh() | {"metadata": {"name": "second"}})
     assert answer.status == 422 and "its name is default" in answer.message
 
 
+@pytest.mark.kube
 def test_a_mesh_edited_by_hand_says_what_is_wrong(cluster: ControlPlane, tmp_path: Path) -> None:
     cluster.kubectl("apply", "-f", str(MANIFESTS / "mesh.yaml"))
     stored = cluster.call("GET", f"{GROUP}/meshes/default").body["spec"]
@@ -220,12 +223,14 @@ def slice_of(size: int, **spec: Any) -> dict[str, Any]:
     return {"apiVersion": API_VERSION, "kind": "MeshSlice", "metadata": meta, "spec": base | spec}
 
 
+@pytest.mark.kube
 def test_a_slice_holds_a_hundred_nodes(cluster: ControlPlane) -> None:
     path = f"{GROUP}/meshslices?dryRun=All&fieldValidation=Strict"
     assert cluster.call("POST", path, slice_of(100)).status == 201
     assert cluster.call("POST", path, slice_of(101)).status == 422
 
 
+@pytest.mark.kube
 @pytest.mark.parametrize(
     "spec",
     [
@@ -249,6 +254,7 @@ def test_a_slice_with_bad_values_is_refused(cluster: ControlPlane, spec: dict[st
     assert answer.status in (400, 422), answer
 
 
+@pytest.mark.kube
 def test_a_meshnodes_status_and_how_it_reads(cluster: ControlPlane) -> None:
     path = f"{GROUP}/meshnodes"
     made = {"apiVersion": API_VERSION, "kind": "MeshNode", "metadata": {"name": "node1"}, "spec": {}}

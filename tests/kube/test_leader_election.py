@@ -113,6 +113,7 @@ def test_events_never_hold_anyone_up(stub: Stub, api: Api) -> None:
 # ---------------------------------------------------------------- a real API server
 
 
+@pytest.mark.kube
 @pytest.mark.timeout(120)
 def test_a_real_lease_changes_hands(real: Api) -> None:
     told: list[str] = []
@@ -128,6 +129,7 @@ def test_a_real_lease_changes_hands(real: Api) -> None:
     assert spec["leaseTransitions"] == 1
 
 
+@pytest.mark.kube
 def test_a_real_event_is_shown_on_its_node(cluster: ControlPlane, real: Api) -> None:
     node = real.create("/api/v1/nodes", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}})
     events = EventRecorder(real, "ovsmesh-controller", "c-1", repeat=0.5)

@@ -20,6 +20,7 @@ from ovsmesh import __version__
 from ovsmesh.cli.main import cli
 from tests.support.controlplane import ControlPlane
 from tests.support.kubekit import GROUP, MANIFESTS, eventually
+from tests.support.needs import needs
 from tests.support.render import HEAD, RENDERED, render
 
 Object = dict[str, Any]
@@ -156,6 +157,7 @@ def test_plugins_that_the_node_lacks_are_put_there_whole_and_none_is_replaced(tm
 # ---------------------------------------------------------------- on a real API server
 
 
+@pytest.mark.kube
 def test_apply_k_works_on_an_empty_cluster(own_plane: Callable[..., ControlPlane]) -> None:
     plane = own_plane()
     first = plane.kubectl("apply", "-k", str(MANIFESTS))
@@ -165,10 +167,11 @@ def test_apply_k_works_on_an_empty_cluster(own_plane: Callable[..., ControlPlane
     assert " created" not in again, again
     assert sum(line.endswith(" unchanged") for line in again.splitlines() if ".apps/" in line) == len(WORKLOADS), again
     assert "10.244.0.0/16" in plane.kubectl("get", "mesh", "default")
-    plane.kubectl("delete", "-k", str(MANIFESTS), "--timeout=30s")
+    plane.kubectl("delete", "-k", str(MANIFESTS), "--timeout=120s")
     assert plane.call("GET", f"{GROUP}/meshes").status == 404
 
 
+@pytest.mark.kube
 def test_policies_are_typed_right(cluster: ControlPlane) -> None:
     path = "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies"
     for policy in of_kind("ValidatingAdmissionPolicy"):
@@ -187,6 +190,7 @@ NS = f"ovsmesh-ovs-{os.getpid()}"
 
 
 @pytest.fixture
+@needs("lab")
 def run_switch(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     """Runs the script of ovsmesh-ovs as a pod would, with directories of its own, in a network namespace."""
     if os.geteuid() != 0:
@@ -223,7 +227,7 @@ def _pid(tmp_path: Path) -> int:
         return 0
 
 
-@pytest.mark.kube
+@pytest.mark.lab
 def test_switch_starts_and_a_second_one_leaves_it_alone(
     tmp_path: Path, run_switch: Callable[[], subprocess.Popen[str]]
 ) -> None:

@@ -10,6 +10,8 @@ from tests.support.controllerkit import Cluster, Process, cluster_of, mesh, node
 from tests.support.controlplane import ControlPlane
 from tests.support.kubekit import GROUP, MANIFESTS, eventually
 
+pytestmark = pytest.mark.kube
+
 MESH = f"{GROUP}/meshes/default"
 NOTE = "ovsmesh.io/derived-cluster-cidrs"
 
@@ -44,7 +46,7 @@ def test_apply_k_alone_makes_a_mesh_and_delete_k_ends_it(own_plane: Callable[...
         refused = {f"web{number}": kube.events(f"web{number}") & {"PodCIDROutside"} for number in range(1, 6)}
         assert not any(refused.values()), refused
         assert "MeshDerived" in kube.events("default")
-        plane.kubectl("delete", "-k", str(MANIFESTS), "--timeout=30s")
+        plane.kubectl("delete", "-k", str(MANIFESTS), "--timeout=120s")
         assert plane.call("GET", f"{GROUP}/meshes").status == 404
         assert controller.process.poll() is None
         controller.end()

@@ -17,6 +17,8 @@ from tests.support.controlplane import ControlPlane
 from tests.support.kubekit import GROUP, eventually
 from tests.support.reach import Answer
 
+pytestmark = pytest.mark.kube
+
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
 JSON = "application/json-patch+json"

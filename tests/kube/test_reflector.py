@@ -155,6 +155,7 @@ def test_a_watch_that_the_server_ends_in_time_is_no_trouble(stub: Stub, watch: W
 # ---------------------------------------------------------------- a real API server
 
 
+@pytest.mark.kube
 def test_a_real_server_is_listed_and_watched(real: Api) -> None:
     api, bell = real, Wakeup()
     path = "/api/v1/nodes"
@@ -190,6 +191,7 @@ def test_a_real_server_is_listed_and_watched(real: Api) -> None:
     assert sorted(times)[10] < 2.0
 
 
+@pytest.mark.kube
 @pytest.mark.timeout(180)
 def test_a_real_server_that_goes_comes_back_or_stalls(cluster: ControlPlane, real: Api) -> None:
     api, bell = real, Wakeup()

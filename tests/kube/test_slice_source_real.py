@@ -22,6 +22,8 @@ from tests.support.controlplane import APISERVER, ControlPlane
 from tests.support.kubekit import eventually
 from tests.support.slicekit import LABELS, becomes, members, node, published, reasons, spec
 
+pytestmark = pytest.mark.kube
+
 state = pytest.fixture(slicekit.make_state)
 
 

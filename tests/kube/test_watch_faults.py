@@ -26,6 +26,8 @@ from tests.support.controllerkit import Cluster, mesh, node
 from tests.support.fault_proxy import FAULTS, STALL, Meddler
 from tests.support.kubekit import GROUP, NAMESPACE, eventually
 
+pytestmark = pytest.mark.kube
+
 state = pytest.fixture(slicekit.make_state)
 SILENCE = 3.0
 """Instead of 90 s: what a stalled watch is found out by."""

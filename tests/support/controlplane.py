@@ -21,7 +21,8 @@ from pathlib import Path
 from types import TracebackType
 
 from ovsmesh.lab import netns
-from tests.support.binaries import binaries
+from tests.support import built
+from tests.support.needs import needs
 from tests.support.reach import ADMIN, ControlPlaneError, Reach
 
 ETCD, APISERVER, MANAGER = "etcd", "kube-apiserver", "kube-controller-manager"
@@ -44,6 +45,7 @@ _PORTS = range(20000, 30000)
 """Below what Linux gives to connections, so that nobody takes a port while its owner is stopped."""
 
 
+@needs("kube")
 class ControlPlane(Reach):
     """`address` is where the API server listens, inside the network namespace `ns` ("" is this process's own).
 
@@ -137,7 +139,7 @@ class ControlPlane(Reach):
     def _spawn(self, name: str) -> None:
         options = {ETCD: self._etcd, APISERVER: self._apiserver, MANAGER: self._manager}[name]()
         # The kernel ends it should this process die without a word; -- the pid stays the same through both.
-        argv = ["setpriv", "--pdeathsig", "KILL", *self.inside(), str(binaries()[name]), *options]
+        argv = ["setpriv", "--pdeathsig", "KILL", *self.inside(), str(built.control_plane()[name]), *options]
         with (self.folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder

@@ -25,6 +25,7 @@ from ovsmesh.lab import netns
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.netns import wait_for
 from tests.support import docker_restart as script
+from tests.support.needs import needs
 
 SOON = 45.0
 PLAIN = "{}\n"
@@ -46,6 +47,7 @@ class _Api(http.client.HTTPConnection):
 
 
 @dataclass(frozen=True)
+@needs("docker")
 class Docker:
     """The Docker of one lab host."""
 

@@ -19,6 +19,7 @@ from ovsmesh.dataplane.nft_syntax import sets_used
 from ovsmesh.dataplane.types import Dataplane, Facts
 from ovsmesh.linux.firewall import Firewall
 from ovsmesh.mesh.types import Mesh, Node
+from tests.support.needs import needs
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces: needs root")
 needs_nft = pytest.mark.skipif(not shutil.which("nft"), reason="nft is not installed")
@@ -30,6 +31,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @contextlib.contextmanager
+@needs("root")
 def inside(name: Any) -> Iterator[Any]:
     """The calling thread, and what it starts, in a network namespace."""
     with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{name}") as there:
@@ -76,6 +78,7 @@ def converge(firewall: Any, want: Any) -> Any:
 
 
 @pytest.fixture
+@needs("root")
 def namespaces() -> Iterator[Any]:
     made = []
 

@@ -6,6 +6,7 @@ build, are kept in the folder where setup.sh keeps the virtual environments. Imp
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import hashlib
 import io
@@ -18,12 +19,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support import binaries
+from tests.support import binaries, debian
 
 ROOT = Path(__file__).parents[2]
 POD_IMAGE = "ovsmesh.test/pod:1"
 _BASE = "localhost/ovsmesh-base:12"
-_SUITE, _MIRROR = "bookworm", "http://deb.debian.org/debian"
+TAG = "docker.io/library/ovsmesh:0.1.0"
+"""What manifests/kustomization.yaml names, as a runtime spells it."""
 _AUTHORITIES = Path("/usr/local/share/ca-certificates")
 _LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 """What the slim image of Debian leaves out too."""
@@ -40,22 +42,18 @@ def cache() -> Path:
     return binaries.cache().parent / "image"
 
 
-def ours(tag: str, archive: Path) -> None:
-    """Builds the image from this checkout by `make image` and writes it to `archive`, for `ctr images import`."""
+def ours() -> Path:
+    """Return the archive of the image of this checkout, built by `make image`, for `ctr images import`."""
     cache().mkdir(parents=True, exist_ok=True)
+    archive = cache() / f"ovsmesh-{os.getpid()}.tar"
     with _alone():
         environment = _storage()
         if not _has(_BASE, environment):
             _make_base(environment)
-        _run(["make", "-C", str(ROOT), "image", f"BASE={_BASE}", f"TAG={tag}", "TOOL=buildah"], environment)
-        archive.unlink(missing_ok=True)
-        _run(["buildah", "push", "--quiet", tag, f"docker-archive:{archive}:{tag}"], environment)
-
-
-def size(tag: str) -> int:
-    """Bytes of the image, unpacked."""
-    said = _run(["buildah", "inspect", "--type=image", "--format={{.Docker.Size}}", tag], _storage())
-    return int(said) if said.strip().isdigit() else 0
+        _run(["make", "-C", str(ROOT), "image", f"BASE={_BASE}", f"TAG={TAG}", "TOOL=buildah"], environment)
+        atexit.register(archive.unlink, missing_ok=True)
+        _run(["buildah", "push", "--quiet", TAG, f"docker-archive:{archive}:{TAG}"], environment)
+    return archive
 
 
 @contextmanager
@@ -97,7 +95,7 @@ def _make_base(environment: dict[str, str]) -> None:
     if _AUTHORITIES.is_dir():
         hooks.append(f'--customize-hook=mkdir -p "$1{_AUTHORITIES}"')
         hooks.append(f"--customize-hook=sync-in {_AUTHORITIES} {_AUTHORITIES}")
-    _run(["mmdebstrap", "--variant=minbase", *options, *hooks, _SUITE, str(archive), _MIRROR], environment)
+    debian.bootstrap(debian.OLDEST, archive, variant="minbase", options=[*options, *hooks])
     container = _run(["buildah", "from", "scratch"], environment).strip()
     try:
         _run(["buildah", "add", "--quiet", container, str(archive), "/"], environment)

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ovsmesh.lab import netns
-from tests.support.binaries import NODE_PROGRAMS, PROGRAMS, binaries
+from tests.support import built
 from tests.support.controlplane import ControlPlane
 from tests.support.kubenode import CLUSTER_CIDR, KubeNode, cgroup_remove
+from tests.support.needs import needs
 
 _OURS = re.compile(r"(oe\d+)-.*")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -65,7 +66,7 @@ class Plane(ControlPlane):
     def start_scheduler(self) -> None:
         config = self.kubeconfig("system:kube-scheduler")
         argv = ["setpriv", "--pdeathsig", "KILL", *self.inside()]
-        argv.append(str(binaries(PROGRAMS + NODE_PROGRAMS)["kube-scheduler"]))
+        argv.append(str(built.kubernetes()["kube-scheduler"]))
         argv += [f"--{which}kubeconfig={config}" for which in ("", "authentication-", "authorization-")]
         with (self.folder / "kube-scheduler.log").open("ab") as log:
             self._scheduler = subprocess.Popen(
@@ -83,6 +84,7 @@ class Plane(ControlPlane):
         super().stop(*names, **how)
 
 
+@needs("e2e")
 class Cluster:
     """Up when entered; leaves no process, namespace, mount, cgroup or file when left, however that comes."""
 

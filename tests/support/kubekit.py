@@ -29,7 +29,7 @@ def install(plane: ControlPlane) -> None:
     if done.exists():
         return
     plane.kubectl("apply", "--server-side", "-f", str(MANIFESTS / "rendered.yaml"))
-    plane.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+    plane.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=120s")
     done.touch()
 
 

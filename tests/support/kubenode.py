@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ovsmesh.lab import netns
-from tests.support.binaries import NODE_PROGRAMS, PROGRAMS, binaries
+from tests.support import built
 from tests.support.controlplane import ControlPlane
 
 CLUSTER_CIDR = "10.244.0.0/16"
@@ -193,7 +193,7 @@ class KubeNode:
         )
         access = self.plane.kubeconfig(f"system:node:{self.name}", "system:nodes")
         return [
-            str(binaries(PROGRAMS + NODE_PROGRAMS)["kubelet"]),
+            str(built.kubernetes()["kubelet"]),
             f"--config={config}",
             f"--kubeconfig={access}",
             f"--node-ip={self.address}",
@@ -214,7 +214,7 @@ class KubeNode:
                 }
             )
         )
-        return [str(binaries(PROGRAMS + NODE_PROGRAMS)["kube-proxy"]), f"--config={config}"]
+        return [str(built.kubernetes()["kube-proxy"]), f"--config={config}"]
 
 
 # ---------------------------------------------------------------- cgroups

@@ -16,6 +16,7 @@ from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import LabError, wait_for
 from ovsmesh.lab.ping import Pair, Track, ping
 from tests.support.labtools import SOON
+from tests.support.needs import needs
 
 
 def track(sent: int, received: dict[int, float], source: str = "h1p1", target: str = "h2p1") -> Track:
@@ -51,6 +52,7 @@ def silent(pairs: Sequence[Pair]) -> bool:
     return all(not track.received for track in ping(pairs, 2, timeout=0.3))
 
 
+@needs("root")
 class Sniffer:
     """Collects the frames that a device of a namespace receives, until it is left. Bound before it returns."""
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.lab import netns
-from tests.support.binaries import binaries
+from tests.support import built
 from tests.support.pki import Authority, kubeconfig, subject
 
 ADMIN = "admin"
@@ -130,10 +130,15 @@ class Reach:
     # ------------------------------------------------------------ asking
 
     def kubectl(
-        self, *arguments: str, text: str = "", config: Path | None = None, check: bool = True, timeout: float = 60.0
+        self, *arguments: str, text: str = "", config: Path | None = None, check: bool = True, timeout: float = 150.0
     ) -> str:
         """What kubectl prints (with check=False: its errors too). Raises ControlPlaneError where it fails."""
-        argv = [*self.inside(), str(binaries()["kubectl"]), f"--kubeconfig={config or self.kubeconfig()}", *arguments]
+        argv = [
+            *self.inside(),
+            str(built.control_plane()["kubectl"]),
+            f"--kubeconfig={config or self.kubeconfig()}",
+            *arguments,
+        ]
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("KUBE", "HTTP", "http"))}
         environment["HOME"] = str(self.folder)  # where it keeps what it knows of the API's kinds
         done = subprocess.run(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from tests.support.binaries import binaries
+from tests.support import built
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 RENDERED = MANIFESTS / "rendered.yaml"
@@ -17,7 +17,7 @@ _TIMEOUT = 60.0
 
 
 def render() -> str:
-    argv = [str(binaries()["kubectl"]), "kustomize", str(MANIFESTS)]
+    argv = [str(built.control_plane()["kubectl"]), "kustomize", str(MANIFESTS)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=_TIMEOUT, check=True)
     return HEAD + done.stdout
 

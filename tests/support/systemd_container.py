@@ -19,19 +19,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from ovsmesh.lab import netns
 from ovsmesh.lab.netns import LabError, wait_for
+from tests.support import debian
+from tests.support.needs import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(
     os.environ.get("OVSMESH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ovsmesh")
 ).expanduser()
-_INSTALLED = "systemd-sysv,docker.io,busybox-static"
+_INSTALLED = ("systemd-sysv", "docker.io", "busybox-static")
 """What is there before bootstrap.sh is."""
-SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _BOOT = r"""
 set -e
@@ -91,63 +94,61 @@ def _once(path: Path) -> Iterator[bool]:
 
 
 def image() -> Path:
-    """The image of a fresh machine, made if need be (40 s and 650 MB). Raises LabError where it can't be."""
+    """Return the archive of a fresh machine, made first where it is missing (90 s, 650 MB). Raises DebianError."""
     wanted = " ".join(packages())
     download = (
         f"chroot $1 apt-get -qq install -y --no-install-recommends --download-only {wanted} &&"
         " echo force-unsafe-io >$1/etc/dpkg/dpkg.cfg.d/test"
     )
-    made = CACHE / f"machine-{SUITE}-{hashlib.sha256((_INSTALLED + download).encode()).hexdigest()[:12]}.tar"
+    key = hashlib.sha256(f"{_INSTALLED} {download}".encode()).hexdigest()[:12]
+    made = CACHE / f"machine-{debian.OLDEST}-{key}.tar"
     with _once(made) as needed:
         if needed:
-            if not shutil.which("mmdebstrap"):
-                raise LabError("mmdebstrap is not there; apt-get install mmdebstrap")
-            partial = made.with_suffix(".partial.tar")
-            argv = ["mmdebstrap", "--mode=root", "--variant=apt", f"--include={_INSTALLED}", "--skip=cleanup/apt"]
-            argv += ["--aptopt=Acquire::Languages none", f"--customize-hook={download}", SUITE, str(partial), MIRROR]
-            netns.run(argv, timeout=600)
-            partial.rename(made)
+            options = ["--skip=cleanup/apt", f"--customize-hook={download}"]
+            debian.bootstrap(debian.OLDEST, made, variant="apt", include=_INSTALLED, options=options)
     return made
 
 
-def dist(target: Path) -> Path:
-    """What `make dist` makes, in `target`; the wheels of others come from the cache."""
-    cfg = (ROOT / "setup.cfg").read_text().partition("[options.extras_require]")[0]
-    key = hashlib.sha256((sys.version + cfg).encode()).hexdigest()[:12]
-    wheels = CACHE / f"wheels-{key}"
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "wheel"]
-    source = target / "source"
+def dist() -> Path:
+    """Return a folder in the cache with what `make dist` makes of this checkout, made first where it is missing."""
     names = ("ovsmesh", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
-    source.mkdir(parents=True)
-    for name in names:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
-    with _once(wheels) as needed:
-        if needed:
-            partial = wheels.with_name(f"{wheels.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            netns.run([*pip, "-w", str(partial), str(source)], timeout=300)
-            for own in partial.glob("ovsmesh-*.whl"):
-                own.unlink()
-            partial.rename(wheels)
-    shutil.copytree(wheels, target / "dist/wheels")
-    netns.run([*pip, "--no-deps", "-w", str(target / "dist/wheels"), str(source)], timeout=120)
-    for name in ("bootstrap.sh", "ovsmesh-agent.service"):
-        shutil.copy(ROOT / "scripts" / name, target / "dist")
-    shutil.rmtree(source)
-    return target / "dist"
+    with tempfile.TemporaryDirectory(prefix="ovsmesh-dist-") as folder:
+        source, made = Path(folder, "source"), Path(folder, "dist")
+        source.mkdir()
+        for name in names:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, source / name)
+        key = hashlib.sha256(sys.version.encode())
+        for path in sorted(path for path in source.rglob("*") if path.is_file()):
+            key.update(f"{path.relative_to(source)}\0".encode() + path.read_bytes())
+        kept = CACHE / f"dist-{key.hexdigest()[:12]}"
+        with _once(kept) as needed:
+            if needed:
+                pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "wheel"]
+                netns.run([*pip, "-w", str(made / "wheels"), str(source)], timeout=600)
+                for name in ("bootstrap.sh", "ovsmesh-agent.service"):
+                    shutil.copy(ROOT / "scripts" / name, made)
+                for old in CACHE.glob("dist-*"):
+                    # not one that another run has just made
+                    if time.time() - old.stat().st_mtime > 86400:
+                        shutil.rmtree(old)
+                shutil.move(made, kept)
+    return kept
 
 
+@needs("lab")
 class Machine:
     """One machine in network namespace `ns`, its files below `root`."""
 
-    def __init__(self, root: Path, ns: str, address: str) -> None:
+    def __init__(self, archive: Path, root: Path, ns: str, address: str) -> None:
         self.root, self._ns = root, ns
         self._process: subprocess.Popen[bytes] | None = None
         self._init = 0
         self._cgroup = _cgroups() / f"ovsmesh-{os.getpid()}-{ns}"
         root.mkdir(parents=True)
-        netns.run(["tar", "-xf", str(image()), "-C", str(root), "--numeric-owner"], timeout=120)
+        netns.run(["tar", "-xf", str(archive), "-C", str(root), "--numeric-owner"], timeout=120)
         self._hardware(address)
 
     def _hardware(self, address: str) -> None:

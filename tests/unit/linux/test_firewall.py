@@ -24,6 +24,7 @@ from tests.support.firewallkit import ME, MESH, PEER, converge, desired, needs_n
 
 @needs_root
 @needs_nft
+@pytest.mark.root
 class TestKept:
     """Written once, then kept."""
 
@@ -185,6 +186,7 @@ class TestKept:
 
 @needs_root
 @needs_nft
+@pytest.mark.root
 class TestLacking:
     """A system that lacks something keeps what can work, and says what does not."""
 
@@ -262,6 +264,7 @@ class TestLacking:
 
 @needs_root
 @pytest.mark.parametrize("variant", ["nft", "legacy"])
+@pytest.mark.root
 class TestIptables:
     """Docker's FORWARD chain, with both kinds of iptables."""
 

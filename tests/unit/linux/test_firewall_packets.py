@@ -115,6 +115,7 @@ def host(namespaces: Any) -> Iterator[Any]:
 
 @needs_root
 @needs_nft
+@pytest.mark.root
 class TestPackets:
     """What passes and what does not, shown by packets."""
 

@@ -1,0 +1,66 @@
+"""What lets a fresh machine install everything: its own mirrors, and none that this project would name."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support import debian
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTS = {"127.0.0.1", "x", "HOST", "www.apache.org", "go.dev", "semver.org", "kubernetes.default.svc"}
+"""All that an address in this tree may name: what is on this machine, and pages for people to read."""
+REGISTRY = re.compile(
+    r"\b(?:deb|ftp|archive|snapshot|ports|proxy|sum|index|static|files|registry(?:-\d)?|repo\d?|mirror|pypi|crates)"
+    r"\.[a-z0-9-]+\.(?:org|com|net|io|dev)\b|\b(?:pypi|crates)\.(?:org|io)\b"
+)
+
+
+def hosts(text: str) -> set[str]:
+    """Return the hosts in `text` that packages might come from."""
+    return set(re.findall(r"\b(?:https?|ftp)://([A-Za-z0-9.-]+)", text)) - HOSTS | set(REGISTRY.findall(text))
+
+
+def test_no_file_names_the_host_of_a_package_registry() -> None:
+    found = {}
+    for folder, folders, names in os.walk(ROOT):
+        # what tools have left here is not of this project; a fresh machine has no git to ask
+        folders[:] = [each for each in folders if each == ".ci" or not re.match(r"\.|build$|dist$|__pycache__$", each)]
+        for path in (Path(folder, name) for name in names):
+            if path != Path(__file__) and (named := hosts(path.read_text(errors="replace"))):
+                found[str(path.relative_to(ROOT))] = named
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["http://deb.x.org/debian", "GOPROXY=https://proxy.x.org,direct", "--index-url https://e.f", "files.x.org/a"],
+)
+def test_such_a_host_is_found(text: str) -> None:
+    assert hosts(text)
+
+
+TARGETS = """\
+http://m/debian/ bookworm main
+http://m/debian/ bookworm-updates main
+http://m/security/ bookworm-security main
+http://m/debian/ bookworm main
+http://vendor/apt stable main
+"""
+
+
+def test_sources_are_this_machine_s_with_another_suite() -> None:
+    found = [re.sub(r" \[signed-by=.*?\]", "", line) for line in debian._swapped(TARGETS, "bookworm", "trixie")]
+    assert found == [
+        "deb http://m/debian/ trixie main",
+        "deb http://m/debian/ trixie-updates main",
+        "deb http://m/security/ trixie-security main",
+    ]
+
+
+def test_a_machine_without_sources_of_debian_is_told() -> None:
+    with pytest.raises(debian.DebianError, match=r"\(jammy\) name no mirror of Debian.*trixie"):
+        debian._swapped("http://m/ubuntu jammy-backports main\n", "jammy", "trixie")
