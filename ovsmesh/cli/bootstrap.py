@@ -85,7 +85,7 @@ def check(options: Options) -> list[Check]:
         if host.ovs.synced:
             want, _ = desired.dataplane(wanted, me.name, facts)
             have = host.observe(want)
-            found += [Check(FAIL, "foreign", f.detail) for f in have.unmanaged if f.kind in ("links", "bridges")]
+            found += [Check(FAIL, "conflict", f.detail) for f in have.unmanaged if f.kind in ("links", "bridges")]
     if facts.underlay_mtu is not None:
         found += preflight.tunnels(wanted, me)
     return found

@@ -45,11 +45,11 @@ class _Samples:
         for part, at in parts.items():
             self.parts[part].append((at - since) * 1000)
 
-    def figure(self, name: str, beside: str, bound: float | None) -> Figure:
+    def figure(self, name: str, baseline: str, bound: float | None) -> Figure:
         split = sorted((statistics.median(times), part) for part, times in self.parts.items())
         note = "median ms to each part: " + ", ".join(f"{part} {at:.0f}" for at, part in split)
         return Figure(
-            "change", name, "ms", tuple(self.whole), beside, tuple(self.by_hand), ratio_bound=bound, note=note
+            "change", name, "ms", tuple(self.whole), baseline, tuple(self.by_hand), ratio_bound=bound, note=note
         )
 
 

@@ -21,14 +21,14 @@ def percentile(samples: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured quantity. `samples` and `beside` are in `unit`."""
+    """One measured quantity. `samples` and `baseline` are in `unit`."""
 
     bench: str
     name: str
     unit: str
     samples: tuple[float, ...]
-    beside_name: str = ""
-    beside: tuple[float, ...] = ()
+    baseline_name: str = ""
+    baseline: tuple[float, ...] = ()
     bound: float | None = None
     """The goal for the median, in `unit`; for the maximum with `bound_on_max`."""
     ratio_bound: float | None = None
@@ -43,7 +43,7 @@ class Figure:
     @property
     def ratio(self) -> float | None:
         """The median divided by that of what it is compared with."""
-        below = statistics.median(self.beside) if self.beside else 0.0
+        below = statistics.median(self.baseline) if self.baseline else 0.0
         return self.p50 / below if below else None
 
     @property
@@ -67,7 +67,7 @@ class Figure:
             "max": max(self.samples),
             "min": min(self.samples),
             "samples": list(self.samples),
-            "beside": {"name": self.beside_name, "samples": list(self.beside)} if self.beside else None,
+            "baseline": {"name": self.baseline_name, "samples": list(self.baseline)} if self.baseline else None,
             "ratio": self.ratio,
             "bound": self.bound,
             "ratioBound": self.ratio_bound,
@@ -97,17 +97,17 @@ def _wanted(figure: Figure) -> str:
     return ", ".join(words)
 
 
-_HEADS = ("figure", "unit", "n", "p50", "p99", "max", "beside it", "p50", "ratio", "wanted", "")
+_HEADS = ("figure", "unit", "n", "p50", "p99", "max", "baseline", "p50", "ratio", "wanted", "")
 
 
 def table(figures: Sequence[Figure]) -> str:
     """Return all figures as a text table: a section for each bench, a note below its figure."""
     rows: list[tuple[str, ...]] = []
     for f in figures:
-        beside = _number(statistics.median(f.beside)) if f.beside else ""
+        baseline = _number(statistics.median(f.baseline)) if f.baseline else ""
         spread = (_number(f.p50), _number(percentile(f.samples, 0.99)), _number(max(f.samples)))
         verdict = {None: "", True: "holds", False: "MISSED"}[f.holds]
-        cells = (f.name, f.unit, str(len(f.samples)), *spread, f.beside_name, beside, _ratio(f.ratio), _wanted(f))
+        cells = (f.name, f.unit, str(len(f.samples)), *spread, f.baseline_name, baseline, _ratio(f.ratio), _wanted(f))
         rows.append((*cells, verdict))
     widths = [max(len(row[n]) for row in (*rows, _HEADS)) for n in range(len(_HEADS))]
     right = {2, 3, 4, 5, 7, 8}

@@ -78,22 +78,22 @@ def _starts(plan: Plan, s: KubeTestbed) -> list[Figure]:
     took: list[float] = []
     own: list[float] = []
     whole: list[float] = []
-    beside: list[float] = []
+    baseline: list[float] = []
     config = s.cluster.agent_config(s.host)
     tries = plan.tries(10, 3)
     for number in range(tries):
-        beside.append(_from_file(s))
+        baseline.append(_from_file(s))
         found = _start(s, lambda: s.cluster.start_agent(s.host, config), s.pid)
         for value, samples in zip(found, (took, own, whole), strict=True):
             samples.append(value)
-        text = f"{took[-1]:.2f} s, from a file {beside[-1]:.2f} s, CPU of the agent {own[-1]:.2f} s"
+        text = f"{took[-1]:.2f} s, from a file {baseline[-1]:.2f} s, CPU of the agent {own[-1]:.2f} s"
         plan.progress(f"  start {number + 1} of {tries}: {text}")
         if number + 1 < tries:
             s.reset()
     time.sleep(3)
     name = f"agent's start to the last part, {NODES:,}"
     return [
-        Figure("kube-1000", name, "s", tuple(took), "from a mesh file", tuple(beside), bound=_START),
+        Figure("kube-1000", name, "s", tuple(took), "from a mesh file", tuple(baseline), bound=_START),
         Figure("kube-1000", "  the fastest of them", "s", (min(took),), bound=_START),
         Figure("kube-1000", "  CPU of the agent by then", "s", tuple(own)),
         Figure("kube-1000", "  CPU of agent, ovsdb-server and ovs-vswitchd", "s", tuple(whole)),

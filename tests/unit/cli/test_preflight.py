@@ -76,8 +76,8 @@ def test_the_output_of_nft_may_be_anything(text: Any) -> None:
 
 
 def test_open_vswitch(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {"ovs-appctl": "ovs-vswitchd (Open vSwitch) 3.1.0", "modprobe": ""}
-    monkeypatch.setattr(preflight, "output", lambda *argv: said.get(argv[0]))
+    answers = {"ovs-appctl": "ovs-vswitchd (Open vSwitch) 3.1.0", "modprobe": ""}
+    monkeypatch.setattr(preflight, "output", lambda *argv: answers.get(argv[0]))
 
     def found(
         synced: Any = True, version: Any = "3.1.0", datapath: Any = True, carried: Any = False, kind: Any = "gre"
@@ -89,7 +89,7 @@ def test_open_vswitch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found(synced=False) == [(FAIL, "openvswitch")]
     assert found(version="2.9.5") == [(FAIL, "openvswitch"), (OK, "datapath")]
     assert found(datapath=False) == [(OK, "openvswitch"), (FAIL, "datapath")]
-    said.clear()
+    answers.clear()
     assert found(kind="nonsense") == [(FAIL, "openvswitch"), (FAIL, "datapath")]
 
 
