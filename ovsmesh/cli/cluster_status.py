@@ -12,7 +12,7 @@ from typing import Any
 
 from ovsmesh.cli.formats import serialize
 from ovsmesh.controller import node_conditions
-from ovsmesh.controller.node_conditions import AgentReport, silent_for
+from ovsmesh.controller.node_conditions import AgentReport
 from ovsmesh.dataplane.report import age
 from ovsmesh.dataplane.report_text import clean, table
 from ovsmesh.kube.client import Api, NotFound, Object, path_of
@@ -21,6 +21,9 @@ from ovsmesh.mesh.meshslice import parse_slice
 from ovsmesh.mesh.types import Node
 from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
 from ovsmesh.reasons import Reason
+
+_STATES: Mapping[str, str] = {Reason.AgentNotReported: "unknown", Reason.AgentSilent: "silent"}
+"""States of a node whose agent is not heard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,7 @@ def read(api: Api) -> ClusterState:
     except NotFound:
         mesh = None
     found = [parse_slice(item) for page in api.pages(MESH_SLICES) for item in page.items]
-    nodes = [node for one in found if one.mesh == DEFAULT_MESH for node in one.nodes if isinstance(node, Node)]
-    entries = {node.name: node for node in nodes}
+    entries = {node.name: node for one in found if one.mesh == DEFAULT_MESH for node in one.members}
     reports = [node_conditions.parse_meshnode(item) for page in api.pages(MESH_NODES) for item in page.items]
     return ClusterState(mesh, entries, {report.name: report for report in reports}, time.time())
 
@@ -54,16 +56,12 @@ def rows(cluster: ClusterState) -> list[dict[str, Any]]:
 
 
 def _row(name: str, entry: Node | None, report: AgentReport | None, now: float) -> dict[str, Any]:
+    said = node_conditions.agent_condition(report, entry.uid if entry else "", "", now)
     state, message = "converged", ""
-    if report is None or report.converged is None:
-        state, message = "unknown", "its agent has not reported"
-    elif report.owner and entry is not None and entry.uid and report.owner != entry.uid:
-        state, message = "unknown", "the report is of an earlier node of this name"
-    elif silent_for(report, now) > node_conditions.SILENT:
-        state, message = "silent", f"no report for {age(silent_for(report, now))}"
-    elif report.converged.status != "True":
-        state, message = "not converged", f"{report.converged.reason}: {report.converged.message}"
-    elif report.degraded is not None and report.degraded.status == "True":
+    if said.status != "True":
+        state = _STATES.get(said.reason, "not converged")
+        message = said.message if said.reason in _STATES else f"{said.reason}: {said.message}"
+    elif report is not None and report.degraded is not None and report.degraded.status == "True":
         state, message = "degraded", f"{report.degraded.reason}: {report.degraded.message}"
     if entry is None:
         rest = f"; {message}" if message else ""

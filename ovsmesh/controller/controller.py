@@ -1,7 +1,7 @@
-"""The controller: one loop that reads whole snapshots (Mesh, Nodes, MeshSlices, MeshNodes) and writes what differs.
+"""The controller: one loop that reads whole copies of the API's objects and writes what differs from the wanted.
 
-Level-triggered: a bell only makes it turn sooner. It writes as long as it holds the Lease, slices first, and
-never from a copy that is not whole. Joins kube… with the pure rooms; never imports ovs, pyroute2 or kubernetes.
+Level-triggered: an event only makes the loop run sooner. It writes while it holds the Lease, slices first, and
+never from a copy that is not whole. What is wanted is decided elsewhere: membership, slice_layout, node_conditions.
 """
 
 from __future__ import annotations
@@ -14,137 +14,130 @@ import socket
 import time
 from collections.abc import Iterable, Mapping
 
-from ovsmesh.controller import node_conditions, slice_layout
+from ovsmesh.controller.api_cache import ApiCache, Observed
 from ovsmesh.controller.garbage_collector import GarbageCollector
 from ovsmesh.controller.http import ControllerHttp, Counts
-from ovsmesh.controller.membership import MEMBERSHIP_FIELDS, Membership, NodeView, membership_of, parse_node
-from ovsmesh.controller.mesh_writer import IDLE, MeshWriter, parse_mesh
-from ovsmesh.controller.node_conditions import speaks_for
+from ovsmesh.controller.membership import MEMBERSHIP_FIELDS, Membership, membership_of
+from ovsmesh.controller.mesh_writer import IDLE, MeshWriter
+from ovsmesh.controller.node_conditions import count_converged
 from ovsmesh.controller.node_writer import NodeWriter
-from ovsmesh.controller.pod_cidr_allocator import Allocator
+from ovsmesh.controller.pod_cidr_allocator import PodCidrAllocator
+from ovsmesh.controller.slice_layout import Pacer
 from ovsmesh.controller.slice_writer import SliceWriter
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.kube.client import Api, ApiError, Conflict, NotLeader, path_of
 from ovsmesh.kube.events import EventRecorder
 from ovsmesh.kube.leader_election import LeaderElector, Timing
-from ovsmesh.kube.reflector import Reflector, Wakeup
-from ovsmesh.mesh import meshslice
+from ovsmesh.kube.reflector import Wakeup
+from ovsmesh.mesh.meshslice import MeshSlice
 from ovsmesh.mesh.types import Node
-from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
-from ovsmesh.reasons import Reason
+from ovsmesh.names import DEFAULT_MESH
 
 log = logging.getLogger("ovsmesh")
 
 NAMESPACE = "ovsmesh"
 LEASE = "ovsmesh-controller"
-NODES = "/api/v1/nodes"
 _NODE_WORK = 0.03
-"""Seconds that a turn may spend on Nodes' conditions before slices are looked at again."""
+"""Seconds that one pass may spend on Nodes' conditions before slices are compared again."""
 _REST = 2.0
-"""A look at all rests for so many times what it took: it takes a third of a core at most."""
-_CATCH_UP = 5.0
-"""Seconds that a new leader gives its watch of Nodes to come as far as a list; then it is begun anew."""
+"""Comparing all rests for this many times what it took, so it takes a third of a core at most."""
 _WIDENED = 0.2
-"""Seconds until Nodes are looked at again after the Mesh was changed for them; a bell comes sooner."""
-_FEW = 2
+"""Seconds until Nodes are compared again after the Mesh was changed for them; an event comes sooner."""
 _REFUSED = 5.0
 """Seconds until a slice that the API server has refused is written again."""
-
-
-class _Seen:
-    """What a turn looks at; compared by identity, as a look is replaced whenever something changed."""
-
-    def __init__(self, controller: Controller) -> None:
-        self.mesh = controller.meshes.collection().items.get(DEFAULT_MESH)
-        self.nodes = controller.nodes.collection().items
-        self.slices = controller.slices.collection().items
-        self.reports = controller.reports.collection().items
-        self.parts = tuple(map(id, (self.mesh, self.nodes, self.slices, self.reports)))
-        """What it is compared by: as long as it is kept, nothing else can have these ids."""
+_NEVER = float("inf")
 
 
 class Controller:
-    """`run` until the file descriptor is readable. `identity` must be this process's alone."""
+    """Call `run` with a file descriptor that ends it. `identity` must be this process's alone."""
 
     def __init__(
-        self, api: Api, identity: str, health: ControllerHttp | None = None, times: Timing | None = None
+        self, api: Api, identity: str, http: ControllerHttp | None = None, timing: Timing | None = None
     ) -> None:
-        self.bell = Wakeup()
-        self._api, self._health = api, health
-        self.meshes = Reflector(api, MESHES, parse_mesh, self.bell, fields=f"metadata.name={DEFAULT_MESH}")
-        self.nodes = self._node_reflector()
-        self.slices = Reflector(api, MESH_SLICES, meshslice.parse_slice, self.bell)
-        self.reports = Reflector(api, MESH_NODES, node_conditions.parse_meshnode, self.bell)
-        self.lease = LeaderElector(api, NAMESPACE, LEASE, identity, self._lease_changed, times)
-        path = path_of("/apis/coordination.k8s.io/v1/namespaces", NAMESPACE, "leases", LEASE)
+        self.lease = LeaderElector(api, NAMESPACE, LEASE, identity, self._lease_changed, timing)
+        self._wakeup, self._http = Wakeup(), http
+        self._cache = ApiCache(api, self._wakeup)
         fenced = api.fenced(self.lease.remaining)
-        self.events = EventRecorder(fenced, LEASE, identity)
-        self._fenced = fenced
+        self._events = EventRecorder(fenced, LEASE, identity)
+        self._mesh_writer = MeshWriter(fenced, self._events)
         self._slice_writer = SliceWriter(fenced, DEFAULT_MESH)
-        self._node_writer = NodeWriter(fenced, self.events)
-        self._allocator = Allocator(fenced, path, identity)
-        self._pacer = slice_layout.Pacer()
-        self._terms = self._term = 0
-        """How many terms have begun, and in which we have taken over; 0 for none."""
-        self._caught_up: tuple[Mapping[str, NodeView], Mapping[str, NodeView], float] | None = None
-        self._mesh_writer = MeshWriter(fenced, self.events)
+        self._node_writer = NodeWriter(fenced, self._events)
+        path = path_of("/apis/coordination.k8s.io/v1/namespaces", NAMESPACE, "leases", LEASE)
+        self._allocator = PodCidrAllocator(fenced, path, identity)
         self._collector = GarbageCollector(fenced)
-        self._seen: _Seen | None = None
-        self._again_at = float("inf")
-        """When slices that are not as wanted yet are to be looked at again."""
-        self._look_at = self._survey_at = self._allocate_at = self._retry_at = 0.0
-        self._failures = 0
+        self._pacer = Pacer()
+        self._terms = self._term = 0
+        """How many terms as leader have begun, and which of them was taken over; 0 for none."""
+        self._seen: Observed | None = None
+        """What was compared last; None if all must be compared again."""
         self._basis: tuple[object, ...] = ()
-        """What the membership and the slices were made from."""
+        """What the membership was decided from."""
         self._membership = Membership((), {})
-        self._lacking: dict[str, Problem] = {}
-        self._turns = self._errors = 0
-        self._seconds = 0.0
+        self._unallocated: Mapping[str, Problem] = {}
+        """Nodes that get no pod CIDRs, and why."""
         self._converged = 0
-
-    def _node_reflector(self) -> Reflector[NodeView]:
-        return Reflector(self._api, NODES, parse_node, self.bell)
+        self._retry_at = self._compare_at = self._nodes_at = self._allocate_at = 0.0
+        """Times (monotonic) before which nothing is tried, or that part of the work is not due."""
+        self._slices_at = _NEVER
+        """When slices that are not as wanted yet are due."""
+        self._failures = self._errors = self._passes = 0
+        self._seconds = 0.0
 
     def _lease_changed(self, leads: bool) -> None:
-        # in the lease's thread, before anything is written in the new term
+        # Called in the lease's thread, before anything is written in the new term.
         self._terms += leads
-        self.bell.wake()
-
-    def start(self) -> None:
-        for one in (self.meshes, self.nodes, self.slices, self.reports, self.lease, self.events):
-            one.start()
+        self._wakeup.wake()
 
     def close(self) -> None:
-        """Gives the lease back and ends all threads."""
+        """Release the lease and end all threads."""
         self.lease.close()
-        for one in (self.events, self.meshes, self.nodes, self.slices, self.reports):
-            one.close()
-        self.bell.close()
+        self._events.close()
+        self._cache.close()
+        self._wakeup.close()
 
     def run(self, stop: int) -> None:
-        self.start()
+        """Reconcile until `stop` is readable."""
+        self._cache.start()
+        self.lease.start()
+        self._events.start()
         poll = select.poll()
-        for fd in (stop, self.bell.fd):
+        for fd in (stop, self._wakeup.fd):
             poll.register(fd, select.POLLIN)
         pause = 0.0
-        while True:
-            ready = [fd for fd, _ in poll.poll(pause * 1000)]
-            if stop in ready:
-                return
-            self.bell.clear()
+        while stop not in [fd for fd, _ in poll.poll(pause * 1000)]:
+            self._wakeup.clear()
             began = time.monotonic()
-            pause = self.turn()
-            self._turns += 1
+            pause = self._reconcile()
+            self._passes += 1
             self._seconds += time.monotonic() - began
             self._publish()
 
-    # ------------------------------------------------------------ a turn
+    def _publish(self) -> None:
+        if self._http is None:
+            return
+        membership = self._membership
+        counts = Counts(
+            waiting=self._cache.waiting(),
+            leads=self.lease.is_leader,
+            nodes=len(membership.members),
+            converged=self._converged,
+            refused=len(membership.problems) + len(membership.static_problems),
+            slices=len(self._cache.observed().slices),
+            turns=self._passes,
+            slice_writes=self._slice_writer.writes,
+            node_writes=self._node_writer.writes,
+            errors=self._errors + self._slice_writer.conflicts + self._node_writer.errors,
+            seconds=self._seconds,
+        )
+        self._http.report(counts)
 
-    def turn(self) -> float:
-        """Does what is due; returns the seconds after which it wants to be called again, bells apart."""
+    # ------------------------------------------------------------ one pass
+
+    def _reconcile(self) -> float:
+        """Do what is due. Return the seconds after which the next pass is due without an event."""
         if not self.lease.is_leader:
             return IDLE
-        if self._waiting():
+        if self._cache.waiting():
             return 1.0
         now = time.monotonic()
         if now < self._retry_at:
@@ -167,197 +160,106 @@ class Controller:
         wait = min(10.0, 0.1 * 2.0 ** min(self._failures, 7)) * random.uniform(0.5, 1.0)
         wait = max(wait, min(error.retry_after, 30.0))
         self._retry_at = time.monotonic() + wait
-        # What was found out may not have been written: look at all again.
-        self._seen = None
+        self._seen = None  # what was decided may not have been written
         log.warning("%s; again in %.1f s", error, wait)
         return wait
 
-    def _waiting(self) -> str:
-        """What has not been read whole yet."""
-        looks = {
-            "Meshes": self.meshes.collection().synced,
-            "Nodes": self.nodes.collection().synced,
-            "MeshSlices": self.slices.collection().synced,
-            "MeshNodes": self.reports.collection().synced,
-        }
-        return ", ".join(name for name, synced in looks.items() if not synced)
-
     def _take_over(self) -> bool:
-        """The first turns of a term: nothing is written until our copy of the Nodes is as new as a list of now.
-
-        The one who led before may have seen more than our watch, if that hangs.
-        """
-        have = self.nodes.collection().items
-        now = time.monotonic()
-        if self._caught_up is None:
-            fresh: dict[str, NodeView] = {}
-            for page in self._api.pages(NODES, 250):
-                for item in page.items:
-                    node = parse_node(item)
-                    fresh[node.name] = node
-            self._allocator.begin()
-            self._caught_up = (fresh, have, now)
-        wanted, then, since = self._caught_up
-        if any(have.get(n) != wanted.get(n) and have.get(n) == then.get(n) for n in wanted.keys() | then.keys()):
-            if now - since > _CATCH_UP:
-                log.warning("the watch of Nodes is behind: begun anew")
-                self.nodes.close(0.1)
-                self.nodes = self._node_reflector()
-                self.nodes.start()
-                self._caught_up = None
+        """Begin a term. Return False while the copies are older than the term: nothing is written until then."""
+        term = self._terms
+        if not self._cache.caught_up(term):
             return False
-        self._caught_up = None
-        self._slice_writer.forget()
-        self._node_writer.forget()
-        self._mesh_writer.forget()
-        self._seen, self._term = None, self._terms
-        log.info("leading: %d Nodes", len(have))
+        self._allocator.begin()
+        for writer in (self._mesh_writer, self._slice_writer, self._node_writer):
+            writer.forget()
+        self._seen, self._term = None, term
+        log.info("leading: %d Nodes", len(self._cache.observed().nodes))
         return True
 
     def _lead(self) -> float:
         now = time.monotonic()
-        seen = _Seen(self)
+        seen = self._cache.observed()
         if seen.mesh is None:
-            used = any(one.mesh == DEFAULT_MESH and one.nodes for one in self._slice_writer.now(seen.slices).values())
-            return self._mesh_writer.make(seen.nodes.values(), used, now)
+            slices = self._slice_writer.current(seen.slices).values()
+            used = any(one.mesh == DEFAULT_MESH and one.nodes for one in slices)
+            return self._mesh_writer.create(seen.nodes.values(), used, now)
         pauses = [IDLE]
-        if seen.parts != (self._seen.parts if self._seen else ()) or now >= min(self._again_at, self._survey_at):
-            if now < self._look_at:
-                pauses.append(self._look_at - now)
+        if not seen.is_same(self._seen) or now >= min(self._slices_at, self._nodes_at):
+            if now < self._compare_at:
+                pauses.append(self._compare_at - now)
             else:
-                self._look(seen, now)
+                self._compare(seen, now)
         if now >= self._allocate_at:
             pauses.append(self._allocate(seen, now))
-        # in a burst the slices go first
-        if self._node_writer.work(_NODE_WORK if self._again_at == float("inf") else _NODE_WORK / 6):
+        # In a burst the slices go first.
+        if self._node_writer.write(_NODE_WORK if self._slices_at == _NEVER else _NODE_WORK / 6):
             pauses.append(0.0)
         now = time.monotonic()
         if self._seen is not None:
-            pauses.append(self._mesh_writer.tell(seen.mesh, self._membership, self._converged, now))
+            pauses.append(self._mesh_writer.write_status(seen.mesh, self._membership, self._converged, now))
             if seen.nodes:  # an empty list never means that everyone has left
-                pauses.append(self._collector.turn(seen.reports, seen.nodes, self._membership.static, now))
-        pauses += [self._again_at - now, self._survey_at - now]
+                pauses.append(self._collector.collect(seen.reports, seen.nodes, self._membership.static, now))
+        pauses += [self._slices_at - now, self._nodes_at - now]
         return max(0.0, min(pauses))
 
-    def _look(self, seen: _Seen, now: float) -> None:
-        """Who is a member now; writes the slices, and finds what Nodes should say."""
+    def _compare(self, seen: Observed, now: float) -> None:
+        """Decide who is a member, write the slices, and find what Nodes should say."""
         assert seen.mesh is not None
         if self._mesh_writer.widen(seen.mesh, seen.nodes.values(), now):
-            # the watch brings it back within moments; until then the new Nodes would be refused
-            self._survey_at = self._again_at = now + _WIDENED
+            # The watch brings the Mesh back within moments; until then the new Nodes would be refused.
+            self._nodes_at = self._slices_at = now + _WIDENED
             return
-        there = self._slice_writer.now(seen.slices)
-        # Of a Node only the first fields count here: the rest are the echoes of our own writes.
-        basis = (seen.mesh, {name: node[:MEMBERSHIP_FIELDS] for name, node in seen.nodes.items()}, self._lacking, there)
-        if self._seen is None or now >= self._again_at or basis != self._basis:
-            self._members(seen, there, now)
-            self._basis = (*basis[:3], self._slice_writer.now(seen.slices))
-            self._mesh_writer.warn(seen.mesh, self._membership.static_problems)
-        self._converged = self._count(seen)
-        self._survey_at = now + self._node_writer.survey(seen.nodes, self._membership, seen.reports)
+        slices = self._slice_writer.current(seen.slices)
+        # The other fields of a Node are notifications of our own writes.
+        nodes = {name: node[:MEMBERSHIP_FIELDS] for name, node in seen.nodes.items()}
+        if self._seen is None or now >= self._slices_at or (seen.mesh, nodes, self._unallocated, slices) != self._basis:
+            self._write_slices(seen, slices, now)
+            self._basis = (seen.mesh, nodes, self._unallocated, self._slice_writer.current(seen.slices))
+            self._mesh_writer.report(seen.mesh, self._membership.static_problems)
+        self._converged = count_converged(self._membership, seen.nodes, seen.reports)
+        self._nodes_at = now + self._node_writer.compare(seen.nodes, self._membership, seen.reports)
         self._seen = seen
-        # Echoes of our own writes must not keep the loop busy.
-        self._look_at = time.monotonic() + _REST * (time.monotonic() - now)
+        # Notifications of our own writes must not keep the loop busy.
+        self._compare_at = time.monotonic() + _REST * (time.monotonic() - now)
 
-    def _members(self, seen: _Seen, there: Mapping[str, meshslice.MeshSlice], now: float) -> None:
+    def _write_slices(self, seen: Observed, slices: Mapping[str, MeshSlice], now: float) -> None:
         assert seen.mesh is not None
-        self._mesh_writer.take(seen.mesh)
-        slices = [one for one in there.values() if one.mesh == DEFAULT_MESH]
-        held = [node for one in slices for node in one.nodes if isinstance(node, Node)]
-        self._again_at = float("inf")
-        mesh = self._mesh_writer.mesh
-        if mesh is None or self._vanished(seen.nodes, held):
+        self._slices_at = _NEVER
+        mesh = self._mesh_writer.accept(seen.mesh)
+        if mesh is None:
             return
-        found = membership_of(mesh, seen.nodes.values(), held)
-        self._membership = Membership(
-            found.members, {**found.problems, **self._lacks(found)}, found.static_problems, found.static
-        )
-        due = self._pacer.due(now)
-        writer = self._slice_writer
-        made, whole = writer.write(found.members, mesh.settings, seen.mesh.generation, seen.slices, due <= now)
+        held = [node for one in slices.values() if one.mesh == DEFAULT_MESH for node in one.members]
+        found = self._membership = membership_of(mesh, seen.nodes.values(), held, self._unallocated)
+        due = self._pacer.due()
+        generation = seen.mesh.generation
+        made, whole = self._slice_writer.write(found.members, mesh.settings, generation, seen.slices, due <= now)
         if made:
             self._pacer.wrote(now, _differences(found.members, held))
             log.info("%d members, %d refused: %d slices written", len(found.members), len(found.problems), made)
         if not whole:
-            self._again_at = max(due, now + (_REFUSED if writer.refused else 0.02))
+            self._slices_at = max(due, now + (_REFUSED if self._slice_writer.refused else 0.02))
 
-    def _lacks(self, found: Membership) -> dict[str, Problem]:
-        """What the allocator says of those that have no pod CIDRs still."""
-        return {
-            name: problem
-            for name, problem in self._lacking.items()
-            if name in found.problems and found.problems[name].reason == Reason.PodCIDRMissing
-        }
-
-    def _vanished(self, nodes: Mapping[str, NodeView], held: list[Node]) -> bool:
-        """No Node at all where slices hold some: an empty list never means that everyone has left."""
-        before = sum(bool(entry.uid) for entry in held)
-        if nodes or before <= _FEW:
-            return False
-        message = f"the API has no Node any more, while {before} are in the mesh: slices are left as they are"
-        self._membership = Membership(
-            tuple(sorted(held, key=lambda node: node.name)),
-            {},
-            (Problem(Reason.NodesVanished, message),),
-            frozenset(e.name for e in held if not e.uid),
-        )
-        return True
-
-    def _count(self, seen: _Seen) -> int:
-        found = 0
-        for entry in self._membership.members:
-            report, node = seen.reports.get(entry.name), seen.nodes.get(entry.name)
-            own = entry.name in self._membership.static or (node is not None and speaks_for(report, node))
-            found += own and report is not None and report.converged is not None and report.converged.status == "True"
-        return found
-
-    # ------------------------------------------------------------ beside the slices
-
-    def _allocate(self, seen: _Seen, now: float) -> float:
-        """Gives pod CIDRs to Nodes that lack them, where the Mesh asks for it."""
+    def _allocate(self, seen: Observed, now: float) -> float:
+        """Give pod CIDRs to Nodes without them, if the Mesh asks for it. Return the seconds until the next time."""
         mesh = self._mesh_writer.mesh
-        if seen.mesh is None or mesh is None or not seen.mesh.allocates:
-            self._lacking = {}
-            return IDLE
-        if all(node.pod_cidrs or node.excluded for node in seen.nodes.values()):
-            self._lacking = {}
-            return IDLE
-        others = [*self._membership.members, *mesh.nodes]
-        others += [node for one in seen.slices.values() for node in one.nodes if isinstance(node, Node)]
-        asked = seen.mesh.subnet_length
-        before = self._lacking
-        try:
-            self._lacking, more = self._allocator.turn(
-                seen.nodes, mesh.cluster_cidrs, asked, [c for node in others for c in node.pod_cidrs], now
-            )
-        except Conflict as error:
-            log.info("lease: %s", error)
-            return 0.1
-        if before != self._lacking:
-            self._seen = None
-            return 0.0
-        self._allocate_at = now if more else now + 0.05
-        return 0.0 if more else 1.0
-
-    def _publish(self) -> None:
-        if self._health is None:
-            return
-        waiting = self._waiting()
-        counts = Counts(
-            synced=not waiting,
-            leads=self.lease.is_leader,
-            nodes=len(self._membership.members),
-            converged=self._converged,
-            refused=len(self._membership.problems) + len(self._membership.static_problems),
-            slices=len(self.slices.collection().items),
-            turns=self._turns,
-            slice_writes=self._slice_writer.writes,
-            node_writes=self._node_writer.writes,
-            errors=self._errors + self._slice_writer.conflicts + self._node_writer.errors,
-            seconds=self._seconds,
-            waiting=waiting,
-        )
-        self._health.report(counts)
+        assert seen.mesh is not None
+        before, pause = self._unallocated, IDLE
+        self._unallocated = {}
+        if mesh is not None and seen.mesh.allocates and not all(n.pod_cidrs or n.excluded for n in seen.nodes.values()):
+            members = [*self._membership.members, *mesh.nodes]
+            members += [node for one in seen.slices.values() for node in one.members]
+            others = [cidr for node in members for cidr in node.pod_cidrs]
+            asked = seen.mesh.subnet_length
+            try:
+                self._unallocated, more = self._allocator.allocate(seen.nodes, mesh.cluster_cidrs, asked, others, now)
+            except Conflict as error:
+                log.info("lease: %s", error)
+                self._unallocated = before
+                return 0.1
+            self._allocate_at, pause = (now, 0.0) if more else (now + 0.05, 1.0)
+        if before != self._unallocated:
+            self._seen, pause = None, 0.0
+        return pause
 
 
 def _differences(now: Iterable[Node], before: Iterable[Node]) -> int:
@@ -367,14 +269,14 @@ def _differences(now: Iterable[Node], before: Iterable[Node]) -> int:
 
 
 def identity() -> str:
-    """Who we are in the Lease: no other process has it, and neither has our next."""
+    """Return a name for the Lease that no other process has, nor the next one here."""
     return f"{socket.gethostname()}_{os.getpid()}_{os.urandom(4).hex()}"
 
 
 def serve(api: Api, listen: str, stop: int) -> None:
-    """Runs the controller until `stop` is readable. Raises OvsmeshError where it can't listen."""
-    health = ControllerHttp(listen) if listen else None
-    controller = Controller(api, identity(), health)
+    """Run the controller until `stop` is readable. Raises OvsmeshError if it can't listen."""
+    http = ControllerHttp(listen) if listen else None
+    controller = Controller(api, identity(), http)
     try:
         controller.run(stop)
     except OvsmeshError as error:
@@ -382,5 +284,5 @@ def serve(api: Api, listen: str, stop: int) -> None:
         raise
     finally:
         controller.close()
-        if health is not None:
-            health.close()
+        if http is not None:
+            http.close()

@@ -1,8 +1,8 @@
-"""Removes MeshNodes that nobody will write again. Those of a Node that is gone go with it, by their owner, some time
-later; where the Node is there again already, its agent waits for that. One without owner (made before its agent
-knew its Node's uid, or by a static member's) would stay for ever.
+"""Removal of MeshNodes that nobody will write again.
 
-Imports kube, reports and membership.
+The API server removes a MeshNode with the Node that owns it, some time later; where the Node exists again by then,
+its agent waits for that. One without owner (made before its agent knew its Node's uid, or by a static member) would
+stay.
 """
 
 from __future__ import annotations
@@ -19,27 +19,26 @@ from ovsmesh.names import MESH_NODES
 log = logging.getLogger("ovsmesh")
 
 EVERY, SOON = 60.0, 1.0
-"""Seconds between two looks, and between two where Nodes have changed."""
+"""Seconds between two rounds, and between two where Nodes have changed."""
 
 
 class GarbageCollector:
-    """`turn` when it asks for it."""
+    """Call `collect` when it is due."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
         self._last = float("-inf")
         self._nodes: Mapping[str, NodeView] = {}
-        self.removed = 0
 
-    def turn(
-        self, reports: Mapping[str, AgentReport], nodes: Mapping[str, NodeView], statics: Iterable[str], now: float
+    def collect(
+        self, reports: Mapping[str, AgentReport], nodes: Mapping[str, NodeView], static: Iterable[str], now: float
     ) -> float:
-        """Removes what is due; seconds until it wants to be called again. Raises Unavailable, NotLeader."""
+        """Remove what is due. Return the seconds until the next round. Raises Unavailable, NotLeader."""
         due = self._last + (SOON if nodes is not self._nodes else EVERY)
         if now < due:
             return due - now
         self._last, self._nodes = now, nodes
-        alive = dict.fromkeys(statics, "") | {name: node.uid for name, node in nodes.items()}
+        alive = dict.fromkeys(static, "") | {name: node.uid for name, node in nodes.items()}
         for report in orphans(reports.values(), alive, time.time()):
             try:
                 self._api.delete(path_of(MESH_NODES, report.name), uid=report.uid)
@@ -48,6 +47,5 @@ class GarbageCollector:
             except Forbidden as error:
                 log.warning("MeshNode %s: can't be removed: %s", report.name, error)
                 break
-            self.removed += 1
             log.info("MeshNode %s: removed, as its Node is gone", report.name)
         return EVERY

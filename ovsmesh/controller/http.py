@@ -11,9 +11,10 @@ from ovsmesh.metrics import Metric, MetricsCollector
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What the controller has counted; published whole after each turn."""
+    """What the controller has counted; published whole after each pass of its loop."""
 
-    synced: bool = False
+    waiting: str = "the first pass"
+    """What it must read before it is ready."""
     leads: bool = False
     nodes: int = 0
     converged: int = 0
@@ -24,9 +25,7 @@ class Counts:
     node_writes: int = 0
     errors: int = 0
     seconds: float = 0.0
-    """Time spent in turns."""
-    waiting: str = ""
-    """What it waits for before it can be ready."""
+    """Time spent in passes."""
 
 
 METRICS: tuple[Metric[Counts], ...] = (
@@ -47,23 +46,23 @@ METRICS: tuple[Metric[Counts], ...] = (
 
 
 class ControllerHttp(HttpServer):
-    """The controller's HTTP side. `report` and `beat` are for the loop's thread."""
+    """The controller's HTTP server. Only the loop's thread may call `report`."""
 
     def __init__(self, listen: str) -> None:
-        """Listens at once. Raises OvsmeshError where it can't."""
+        """Listen at once. Raises OvsmeshError if it can't."""
         self._counts = Counts()
         super().__init__(listen)
         self.registry.register(MetricsCollector(METRICS, lambda: self._counts))
 
     def report(self, counts: Counts) -> None:
+        """Publish `counts`, and show that the loop runs."""
         self.beat()
         self._counts = counts
 
     def answer(self, path: str) -> Answer | None:
         if path == "/readyz":
             counts = self._counts
-            if not counts.synced:
-                text = f"waiting for {counts.waiting or 'the first turn'}\n"
-                return HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", text
+            if counts.waiting:
+                return HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", f"waiting for {counts.waiting}\n"
             return HTTPStatus.OK, "text/plain", "ok, leading\n" if counts.leads else "ok, standing by\n"
         return super().answer(path)

@@ -1,19 +1,88 @@
-"""Knows which pod CIDRs are free, and who gets which.
+"""Ranges: the cluster CIDRs that the Nodes' pod CIDRs come from, and the pod CIDRs that are free in them.
 
-Pure: the same question has the same answer, so two leaders that see the same propose the same. Imports model only.
+Pure. The same question has the same answer, so two leaders that see the same propose the same.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
-from ipaddress import IPv4Network, IPv6Network
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
-from ovsmesh.mesh.types import IPNetwork
+from ovsmesh.controller.membership import NodeView
+from ovsmesh.mesh.types import IPNetwork, MeshError
+from ovsmesh.mesh.validation import range_of
 
 DEFAULT_LENGTH = {4: 24, 6: 64}
-"""Prefix length of a node's range, as kube-controller-manager has it."""
+"""Prefix length of a node's range, as in kube-controller-manager."""
 _LONGEST = {4: 30, 6: 126}
+_DENSITY = 256
+"""At least one address in this many of a derived range must belong to a Node: a /16 around one /24 is derived."""
+
+
+@lru_cache(maxsize=16384)
+def network(text: str) -> IPNetwork | None:
+    """Return the range that `text` names; None if it is none (its Node is refused)."""
+    try:
+        return ip_network(text)
+    except ValueError:
+        return None
+
+
+# ---------------------------------------------------------------- the cluster's ranges
+
+
+def derive(nodes: Iterable[NodeView], have: Sequence[str] = (), beside: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the smallest range for each IP version around the Nodes' pod CIDRs and `have`, the last ones derived.
+
+    kube-controller-manager gives all Nodes theirs out of one range for each version, so the smallest range around
+    them is never larger than that one. A range that is too large would make other addresses unreachable: none is
+    derived where the Nodes have too little of it, or where an address of a Node or of `beside` lies in it. Raises
+    MeshError, which says why.
+    """
+    nodes = list(nodes)
+    theirs = {net for node in nodes if not node.excluded for text in node.pod_cidrs if (net := network(text))}
+    if not theirs:
+        raise MeshError("no Node has spec.podCIDRs")
+    before = [net for text in have if (net := network(text))]
+    outside = {address: f"of Node {node.name}" for node in nodes for address in (*node.addresses, node.asked)}
+    outside |= dict.fromkeys(beside, "of the API server")
+    made = []
+    for version in (4, 6):
+        given = [net for net in theirs if net.version == version]
+        old = [net for net in before if net.version == version]
+        around = _around([*given, *old]) if given else None
+        if around is None or around in old:
+            made += [str(net) for net in ([around] if around else old)]
+            continue
+        known = f"the smallest range around the Nodes' podCIDRs is {around}, "
+        if around.num_addresses > _DENSITY * sum(net.num_addresses for net in given):
+            raise MeshError(f"{known}of which the Nodes have too little for it to be the cluster's")
+        for text, whose in outside.items():
+            if _inside(text, around):
+                raise MeshError(f"{known}and {text}, the address {whose}, lies in it")
+        made.append(str(around))
+    return tuple(made)
+
+
+def _around(found: Sequence[IPNetwork]) -> IPNetwork:
+    """Return the smallest network that holds all of these, which are of one version."""
+    around = min(found, key=lambda net: int(net.network_address))
+    last = max(range_of(net)[2] for net in found)
+    while range_of(around)[2] < last:
+        around = around.supernet()
+    return around
+
+
+def _inside(text: str, around: IPNetwork) -> bool:
+    try:
+        return ip_address(text) in around
+    except ValueError:
+        return False
+
+
+# ---------------------------------------------------------------- the nodes' ranges
 
 
 class _Taken:
@@ -21,18 +90,17 @@ class _Taken:
 
     def __init__(self, ranges: Iterable[IPNetwork]) -> None:
         self.spans: list[tuple[int, int]] = []
-        for first, last in sorted((int(r.network_address), int(r.broadcast_address)) for r in ranges):
+        for _, first, last in sorted(map(range_of, ranges)):
             if self.spans and first <= self.spans[-1][1] + 1:
                 self.spans[-1] = (self.spans[-1][0], max(last, self.spans[-1][1]))
             else:
                 self.spans.append((first, last))
 
     def free(self, cluster: IPNetwork, length: int, start: int) -> int | None:
-        """The first address, from `start` on, of a free range of that length in `cluster`."""
+        """Return the first address, from `start` on, of a free range of that length in `cluster`."""
         size = 1 << (cluster.max_prefixlen - length)
-        end = int(cluster.broadcast_address)
-        at = max(start, int(cluster.network_address))
-        at = -(-at // size) * size
+        _, first, end = range_of(cluster)
+        at = -(-max(start, first) // size) * size
         while at + size - 1 <= end:
             index = bisect_left(self.spans, (at + size,)) - 1
             if index < 0 or self.spans[index][1] < at:
@@ -41,18 +109,21 @@ class _Taken:
         return None
 
     def take(self, first: int, size: int) -> None:
+        """Enter a range that was handed out."""
         insort(self.spans, (first, first + size - 1))
 
 
 def lengths(clusters: Sequence[IPNetwork], asked: int | None) -> dict[int, int]:
-    """IP version → prefix length of a node's range. `asked` is for IPv4 where the cluster has it, else for IPv6.
+    """Return IP version → prefix length of a node's range.
 
-    Raises ValueError where no node's range of that length fits into any cluster CIDR of its version.
+    `asked` is for IPv4 if the cluster has it, else for IPv6. Raises ValueError if no range of that length fits
+    into a cluster CIDR of its version.
     """
-    versions = sorted({cluster.version for cluster in clusters})
-    found: dict[int, int] = {version: DEFAULT_LENGTH[version] for version in versions}
-    if asked is not None and versions:
-        found[versions[0]] = asked
+    found: dict[int, int] = {
+        version: DEFAULT_LENGTH[version] for version in sorted({cluster.version for cluster in clusters})
+    }
+    if asked is not None and found:
+        found[min(found)] = asked
     for version, length in found.items():
         shortest = min(cluster.prefixlen for cluster in clusters if cluster.version == version)
         if not shortest <= length <= _LONGEST[version]:
@@ -65,7 +136,7 @@ def lengths(clusters: Sequence[IPNetwork], asked: int | None) -> dict[int, int]:
 def allocate(
     clusters: Sequence[IPNetwork], length: Mapping[int, int], taken: Iterable[IPNetwork], names: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
-    """Name → a free range for each IP version of `clusters`, the first that is free; no entry where there is none.
+    """Return name → the first free range for each IP version of `clusters`; no entry where there is none.
 
     `taken` may hold anything, overlaps included. No two ranges handed out overlap each other or any of `taken`.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from ovsmesh.errors import Problem
@@ -74,18 +75,22 @@ class Membership:
     """Names of the static members among `members`."""
 
 
+def parse_conditions(status: Mapping[str, Any]) -> dict[str, ObjectCondition]:
+    """Return type → condition of the status of an API object."""
+    return {
+        c["type"]: ObjectCondition(
+            c.get("status", ""), c.get("reason", ""), c.get("message", ""), c.get("lastTransitionTime") or ""
+        )
+        for c in status.get("conditions") or ()
+    }
+
+
 def parse_node(found: Mapping[str, Any]) -> NodeView:
     """Return a Node object as a NodeView."""
     meta, spec, status = found["metadata"], found.get("spec") or {}, found.get("status") or {}
     annotations, labels = meta.get("annotations") or {}, meta.get("labels") or {}
     cidrs = spec.get("podCIDRs") or ([spec["podCIDR"]] if spec.get("podCIDR") else [])
-    conditions = {
-        c["type"]: ObjectCondition(
-            c.get("status", ""), c.get("reason", ""), c.get("message", ""), c.get("lastTransitionTime") or ""
-        )
-        for c in status.get("conditions") or ()
-        if c.get("type") in (NETWORK, READY)
-    }
+    conditions = parse_conditions(status)
     return NodeView(
         meta["name"],
         meta.get("uid", ""),
@@ -139,15 +144,28 @@ def _address(view: NodeView, version: int) -> str | Problem:
 # ---------------------------------------------------------------- members
 
 _Age = tuple[int, str, str]
+_BY_NAME = attrgetter("name")
+_NONE: Mapping[str, Problem] = {}
+_FEW = 2
+"""So many Nodes may all leave at once."""
 _CONFLICTS = (Reason.DuplicateName, Reason.AddressConflict, Reason.PodCIDRConflict)
 
 
-def membership_of(mesh: Mesh, nodes: Iterable[NodeView], held: Sequence[Node]) -> Membership:
+def membership_of(
+    mesh: Mesh, nodes: Iterable[NodeView], held: Sequence[Node], unallocated: Mapping[str, Problem] = _NONE
+) -> Membership:
     """Return who is in the mesh now.
 
-    `mesh.nodes` are the static members; `held` is what the slices say now: a Node whose facts can't be used keeps
-    its entry of there, if it is the same Node (uid) and nobody good wants any of it.
+    `mesh.nodes` are the static members. `held` is what the slices say now: a Node whose facts can't be used keeps
+    its entry of there, if it is the same Node (uid) and nobody good wants any of it. `unallocated` says why Nodes
+    have no pod CIDRs, where that is known. No Node at all never means that everyone has left.
     """
+    nodes = list(nodes)
+    gone = sum(bool(node.uid) for node in held)
+    if not nodes and gone > _FEW:
+        message = f"the API has no Node any more, while {gone} are in the mesh: slices are left as they are"
+        static = frozenset(node.name for node in held if not node.uid)
+        return Membership(tuple(sorted(held, key=_BY_NAME)), {}, (Problem(Reason.NodesVanished, message),), static)
     clusters = tuple(map(str, mesh.cluster_cidrs))
     views = {view.name: view for view in nodes if not view.excluded}
     before = {node.name: node for node in held}
@@ -155,17 +173,17 @@ def membership_of(mesh: Mesh, nodes: Iterable[NodeView], held: Sequence[Node]) -
     ages: list[tuple[_Age, Node]] = []
     refused: dict[str, Problem] = {}
     for view in views.values():
-        node = _validated(view, version, clusters)
-        if isinstance(node, Node):
-            ages.append(((1, view.created, view.uid), node))
+        found = _validated(view, version, clusters, unallocated)
+        if isinstance(found, Node):
+            ages.append(((1, view.created, view.uid), found))
         else:
-            refused[view.name] = node
+            refused[view.name] = found
     for place, node in enumerate(mesh.nodes):
         ages.append(((0 if before.get(node.name) == node else 2, f"{place:06d}", ""), node))
     ages.sort(key=lambda item: item[0])
     good, conflicts = settle([node for _, node in ages], {})
     lost: list[Problem] = []
-    static = {node.name for node in mesh.nodes}
+    static_names = {node.name for node in mesh.nodes}
     for conflict in conflicts:
         (age, *_), node = ages[conflict.loser]
         why = ", which is older: rename one" if conflict.field == "name" else ", which is older: "
@@ -178,14 +196,17 @@ def membership_of(mesh: Mesh, nodes: Iterable[NodeView], held: Sequence[Node]) -
             refused[node.name] = problem
         else:
             lost.append(replace(problem, message=f"{problem.message}; this static member is left out"))
-            static.discard(node.name)
+            static_names.discard(node.name)
     good, problems = _keep(good, refused, before, views, clusters)
-    members = tuple(sorted(good, key=lambda node: node.name))
-    return Membership(members, problems, tuple(lost), frozenset(static))
+    return Membership(tuple(sorted(good, key=_BY_NAME)), problems, tuple(lost), frozenset(static_names))
 
 
-def _validated(view: NodeView, version: int, clusters: tuple[str, ...]) -> Node | Problem:
+def _validated(
+    view: NodeView, version: int, clusters: tuple[str, ...], unallocated: Mapping[str, Problem]
+) -> Node | Problem:
     if not view.pod_cidrs:
+        if view.name in unallocated:
+            return unallocated[view.name]
         message = "has no spec.podCIDRs: let kube-controller-manager assign them (--allocate-node-cidrs), "
         return Problem(Reason.PodCIDRMissing, f"{message}or set allocatePodCIDRs in the Mesh", view.name)
     address = _address(view, version)

@@ -1,7 +1,7 @@
-"""The Mesh object: what it wants, checked as a mesh file is, and what it is told in return (status, Events).
+"""The Mesh object: read and checked as a mesh file is, created where there is none, its status and Events written.
 
-Where there is none, and never was, it is made with the cluster CIDRs that the Nodes' pod CIDRs come from, and these
-are widened as Nodes come, until someone edits them. Imports meshfile, ranges, reports, kube and kubeevents.
+Where there never was a Mesh, one is created with the cluster CIDRs that the Nodes' pod CIDRs come from. These are
+widened as Nodes come, until someone edits them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ovsmesh.controller.cluster_cidr import derive
+from ovsmesh.controller.ipam import derive
 from ovsmesh.controller.membership import Membership, NodeView
 from ovsmesh.controller.node_conditions import mesh_status
 from ovsmesh.errors import Problem
@@ -26,17 +26,15 @@ from ovsmesh.reasons import Reason
 log = logging.getLogger("ovsmesh")
 
 DERIVED = "ovsmesh.io/derived-cluster-cidrs"
-"""Annotation on a Mesh: the clusterCIDRs that the controller has put there. They are its own to widen as long as
-the two are equal."""
+"""Annotation on a Mesh: the clusterCIDRs that the controller wrote. It widens them as long as the two are equal."""
 _PATIENCE = 10.0
-"""Seconds without a Mesh before it is said that none can be made: Nodes get their podCIDRs some time after them."""
+"""Seconds without a Mesh before an Event says that none can be made: Nodes get their podCIDRs some time after them."""
 _ECHO = 5.0
 """Seconds in which a write should come back through the watch."""
 _PAUSE = 1.0
 """Seconds between two writes of the status."""
 IDLE = 30.0
-
-
+"""Seconds until the next pass where nothing is due."""
 _APPLY = (
     "Apply one, such as manifests/mesh.yaml: its clusterCIDRs are kube-controller-manager's --cluster-cidr; with"
     " allocatePodCIDRs ovsmesh gives the Nodes their podCIDRs itself"
@@ -55,46 +53,62 @@ class MeshView:
 
     @property
     def widens(self) -> bool:
-        """Whether its clusterCIDRs are still those that we have derived."""
+        """Whether its clusterCIDRs are still those that the controller derived."""
         return bool(self.derived) and self.derived == ",".join(map(str, self.spec.get("clusterCIDRs") or ()))
 
     @property
     def allocates(self) -> bool:
+        """Whether the controller gives Nodes their pod CIDRs."""
         return self.spec.get("allocatePodCIDRs") is True
 
     @property
     def subnet_length(self) -> int | None:
+        """Prefix length of a node's range, if the Mesh says one."""
         asked = self.spec.get("nodeSubnetLength")
         return asked if isinstance(asked, int) else None
 
 
 def parse_mesh(found: Object) -> MeshView:
+    """Return a Mesh object as a MeshView."""
     meta = found["metadata"]
     derived = (meta.get("annotations") or {}).get(DERIVED, "")
     spec, status = found.get("spec") or {}, found.get("status") or {}
     return MeshView(meta.get("uid", ""), meta.get("generation", 0), spec, status, derived)
 
 
-def _reference(uid: str) -> ObjectReference:
-    return ObjectReference(API_VERSION, MESH, DEFAULT_MESH, uid)
-
-
 class MeshWriter:
-    """`take` a view, then `mesh` is the last good Mesh and `problems` what is wrong with the view."""
+    """After accept(), `mesh` is the last good Mesh and `problems` say what is wrong with the object."""
 
     def __init__(self, api: Api, events: EventRecorder) -> None:
         self._api, self._events = api, events
         self.mesh: Mesh | None = None
         self.problems: tuple[Problem, ...] = ()
         self._spec: dict[str, Any] | None = None
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._written: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-        self._next = 0.0
+        """The status that was there at the last write, and what was written."""
+        self._status_at = 0.0
         self._missing_since = 0.0
         self._widened: tuple[MeshView | None, float] = (None, 0.0)
+        """The object that was widened last, and until when its notification is awaited."""
 
-    def make(self, nodes: Iterable[NodeView], used: bool, now: float) -> float:
-        """There is no Mesh: makes one, unless slices are `used`; seconds until it wants to be called again."""
+    def forget(self) -> None:
+        """Forget what was written and reported: another controller has led since."""
+        self._reported, self._written = set(), ({}, {})
+
+    def accept(self, view: MeshView) -> Mesh | None:
+        """Read the object; return the last good Mesh."""
+        if view.spec != self._spec:
+            self._spec = view.spec
+            found = {"apiVersion": API_VERSION, "kind": MESH, "spec": view.spec}
+            try:
+                self.mesh, self.problems = parse_object(found, f"Mesh {DEFAULT_MESH}")
+            except MeshError as error:
+                self.problems = (Problem(Reason.MeshInvalid, f"{error}; the slices stay as they are"),)
+        return self.mesh
+
+    def create(self, nodes: Iterable[NodeView], used: bool, now: float) -> float:
+        """Create the Mesh, unless slices of an earlier one are `used`. Return the seconds until the next attempt."""
         try:
             if used:
                 raise MeshError("MeshSlices of one that is gone are in use and stay as they are")
@@ -103,10 +117,8 @@ class MeshWriter:
             self._missing_since = self._missing_since or now
             if now - self._missing_since < _PATIENCE:
                 return _PATIENCE
-            problem = Problem(
-                Reason.MeshMissing, f"there is no Mesh {DEFAULT_MESH}, and none is made: {error}. {_APPLY}"
-            )
-            self._say((problem,), "")
+            message = f"there is no Mesh {DEFAULT_MESH}, and none is made: {error}. {_APPLY}"
+            self._report((Problem(Reason.MeshMissing, message),), "")
             return IDLE
         self._missing_since = 0.0
         metadata = {"name": DEFAULT_MESH, "annotations": {DERIVED: ",".join(cidrs)}}
@@ -114,16 +126,14 @@ class MeshWriter:
         try:
             uid = self._api.create(MESHES, body)["metadata"].get("uid", "")
         except Conflict:
-            return _PAUSE  # someone else was faster; the watch tells
+            return _PAUSE  # someone else was faster; the watch brings it
         message = f"made with clusterCIDRs {', '.join(cidrs)}, from the Nodes' podCIDRs; edit it where that is wrong"
         log.info("Mesh %s: %s", DEFAULT_MESH, message)
-        self._events.record(
-            ObjectReference(API_VERSION, MESH, DEFAULT_MESH, uid), Reason.MeshDerived, message, warning=False
-        )
+        self._events.record(_reference(uid), Reason.MeshDerived, message, warning=False)
         return IDLE
 
     def widen(self, view: MeshView, nodes: Iterable[NodeView], now: float) -> bool:
-        """Widens clusterCIDRs that are ours to hold the Nodes' pod CIDRs. True while `view` is out of date for that."""
+        """Widen derived clusterCIDRs to hold the Nodes' pod CIDRs. Return whether `view` is out of date by that."""
         if not view.widens:
             return False
         if self._widened[0] is view:
@@ -132,69 +142,53 @@ class MeshWriter:
         try:
             cidrs = list(derive(nodes, have, (self._api.host,)))
         except MeshError as error:
-            # The Node that does not fit is refused, with a condition; here is why nothing is done about it.
+            # The Node that does not fit is refused, with a condition.
             log.debug("Mesh %s: clusterCIDRs stay as they are: %s", DEFAULT_MESH, error)
             return False
         if cidrs == have:
             return False
-        note = f"/metadata/annotations/{DERIVED.replace('/', '~1')}"
+        annotation = f"/metadata/annotations/{DERIVED.replace('/', '~1')}"
         steps: list[Object] = [
             {"op": "test", "path": "/metadata/uid", "value": view.uid},
             {"op": "test", "path": "/spec/clusterCIDRs", "value": have},
-            {"op": "test", "path": note, "value": view.derived},
+            {"op": "test", "path": annotation, "value": view.derived},
             {"op": "replace", "path": "/spec/clusterCIDRs", "value": cidrs},
-            {"op": "replace", "path": note, "value": ",".join(cidrs)},
+            {"op": "replace", "path": annotation, "value": ",".join(cidrs)},
         ]
         try:
             self._api.patch(path_of(MESHES, DEFAULT_MESH), steps, JSON)
-        except Forbidden as error:
-            self._widened = (view, 0.0)
-            log.warning("Mesh %s: clusterCIDRs not widened to %s: %s", DEFAULT_MESH, ", ".join(cidrs), error)
-            return False
-        except (Conflict, Invalid, NotFound) as error:
-            log.info("Mesh %s: clusterCIDRs not widened to %s: %s", DEFAULT_MESH, ", ".join(cidrs), error)
-        else:
-            log.info("Mesh %s: clusterCIDRs widened to %s", DEFAULT_MESH, ", ".join(cidrs))
+        except (Conflict, Forbidden, Invalid, NotFound) as error:
+            forbidden = isinstance(error, Forbidden)
+            level = logging.WARNING if forbidden else logging.INFO
+            log.log(level, "Mesh %s: clusterCIDRs not widened to %s: %s", DEFAULT_MESH, ", ".join(cidrs), error)
+            self._widened = (view, 0.0 if forbidden else now + _ECHO)
+            return not forbidden
+        log.info("Mesh %s: clusterCIDRs widened to %s", DEFAULT_MESH, ", ".join(cidrs))
         self._widened = (view, now + _ECHO)
         return True
 
-    def take(self, view: MeshView) -> None:
-        if view.spec == self._spec:
-            return
-        self._spec = view.spec
-        found = {"apiVersion": API_VERSION, "kind": MESH, "spec": view.spec}
-        try:
-            self.mesh, self.problems = parse_object(found, f"Mesh {DEFAULT_MESH}")
-        except MeshError as error:
-            self.problems = (Problem(Reason.MeshInvalid, f"{error}; the slices stay as they are"),)
+    def report(self, view: MeshView, problems: Iterable[Problem]) -> None:
+        """Record Events about the Mesh itself, one for each text as long as it stays true."""
+        self._report((*self.problems, *problems), view.uid)
 
-    def forget(self) -> None:
-        """Another has led meanwhile."""
-        self._told, self._written = set(), ({}, {})
-
-    def warn(self, view: MeshView, problems: Iterable[Problem]) -> None:
-        """Events about the Mesh itself, once for each text as long as it stays true."""
-        self._say((*self.problems, *problems), view.uid)
-
-    def _say(self, problems: Iterable[Problem], uid: str) -> None:
+    def _report(self, problems: Iterable[Problem], uid: str) -> None:
         now = {str(problem): problem for problem in problems}
         for text, problem in now.items():
-            if text not in self._told:
+            if text not in self._reported:
                 log.warning("%s", problem)
                 self._events.record(_reference(uid), problem.reason, text)
-        self._told = set(now)
+        self._reported = set(now)
 
-    def tell(self, view: MeshView, membership: Membership, converged: int, now: float) -> float:
-        """Writes the status where it says something else; returns when it wants to be called again, in seconds."""
-        at, ours = self._written
-        # until our own write has come back through the watch
-        before = ours if ours and at is view.status else view.status
+    def write_status(self, view: MeshView, membership: Membership, converged: int, now: float) -> float:
+        """Write the status if it differs. Return the seconds until the next attempt."""
+        seen, written = self._written
+        before = written if written and seen is view.status else view.status  # until the write is notified
         wanted = mesh_status(membership, converged, view.generation, self.problems, before, time.time())
         if wanted == before:
             return IDLE
-        if now < self._next:
-            return self._next - now
-        self._next = now + _PAUSE
+        if now < self._status_at:
+            return self._status_at - now
+        self._status_at = now + _PAUSE
         try:
             self._api.patch(path_of(MESHES, DEFAULT_MESH, "status"), {"metadata": {"uid": view.uid}, "status": wanted})
         except (Conflict, NotFound) as error:
@@ -202,3 +196,7 @@ class MeshWriter:
             return _PAUSE
         self._written = (view.status, wanted)
         return IDLE
+
+
+def _reference(uid: str) -> ObjectReference:
+    return ObjectReference(API_VERSION, MESH, DEFAULT_MESH, uid)

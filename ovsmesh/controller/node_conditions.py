@@ -1,6 +1,6 @@
-"""Knows what agents report (MeshNodes), and what that makes of Nodes' conditions and of the Mesh's status.
+"""What agents report (MeshNodes), and the conditions that follow for Nodes and for the Mesh.
 
-Pure: the time is an argument. Imports model, membership, status (for the form of times) only.
+Pure: the time is an argument.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from ovsmesh.controller.membership import NETWORK, READY, Membership, NodeView, ObjectCondition
+from ovsmesh.controller.membership import NETWORK, READY, Membership, NodeView, ObjectCondition, parse_conditions
 from ovsmesh.dataplane.report import timestamp
 from ovsmesh.errors import Problem
 from ovsmesh.reasons import Reason
 
 SILENT = 900.0
-"""Seconds without a report after which nothing is known of an agent: three of its longest pauses."""
+"""Seconds without a report after which an agent's state is unknown: three of its longest pauses."""
 _SHOWN = 8
 
 
 class AgentReport(NamedTuple):
-    """A MeshNode as it was read."""
+    """A MeshNode as it was read: what a node's agent says of itself."""
 
     name: str
     owner: str = ""
-    """uid of the Node that it belongs to; "" where it says none."""
+    """uid of the Node that owns it; "" if none does."""
     observed_at: str = ""
     converged: ObjectCondition | None = None
     degraded: ObjectCondition | None = None
@@ -36,58 +36,50 @@ class AgentReport(NamedTuple):
     ovs: str = ""
     kernel: str = ""
     uid: str = ""
-    """Its own; "" where it belongs to something that is no Node."""
+    """Its own; "" if something else than a Node owns it."""
     created: str = ""
     """RFC 3339."""
 
 
 def parse_meshnode(found: Mapping[str, Any]) -> AgentReport:
-    """A MeshNode object as a AgentReport; the schema has made sure of the shapes."""
+    """Return a MeshNode object as an AgentReport. The schema has made sure of the shapes."""
     meta, status = found["metadata"], found.get("status") or {}
     owned = meta.get("ownerReferences") or ()
     owners = [o.get("uid", "") for o in owned if o.get("kind") == "Node"]
-    conditions = {
-        c["type"]: ObjectCondition(
-            c.get("status", ""), c.get("reason", ""), c.get("message", ""), c.get("lastTransitionTime") or ""
-        )
-        for c in status.get("conditions") or ()
-    }
+    conditions = parse_conditions(status)
     peers, versions = status.get("peers") or {}, status.get("versions") or {}
     return AgentReport(
-        meta["name"],
-        owners[0] if owners else "",
-        status.get("observedAt") or "",
-        conditions.get("Converged"),
-        conditions.get("Degraded"),
-        peers.get("wanted"),
-        peers.get("installed"),
-        peers.get("up"),
-        status.get("mtu"),
-        versions.get("agent") or "",
-        versions.get("ovs") or "",
-        versions.get("kernel") or "",
-        "" if len(owned) > len(owners) else meta.get("uid", ""),
-        meta.get("creationTimestamp") or "",
+        name=meta["name"],
+        owner=owners[0] if owners else "",
+        observed_at=status.get("observedAt") or "",
+        converged=conditions.get("Converged"),
+        degraded=conditions.get("Degraded"),
+        wanted=peers.get("wanted"),
+        installed=peers.get("installed"),
+        up=peers.get("up"),
+        mtu=status.get("mtu"),
+        agent=versions.get("agent") or "",
+        ovs=versions.get("ovs") or "",
+        kernel=versions.get("kernel") or "",
+        uid="" if len(owned) > len(owners) else meta.get("uid", ""),
+        created=meta.get("creationTimestamp") or "",
     )
 
 
 def seconds(text: str) -> float | None:
-    """An RFC 3339 time in seconds since the epoch; None for anything else."""
+    """Return an RFC 3339 time in seconds since the epoch; None for anything else."""
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
         return None
 
 
-def silent_for(report: AgentReport, now: float) -> float:
-    """Seconds since the agent's last report; 0 where it says no time."""
-    at = seconds(report.observed_at)
-    return max(0.0, now - at) if at is not None else 0.0
-
-
 def orphans(reports: Iterable[AgentReport], alive: Mapping[str, str], now: float) -> list[AgentReport]:
-    """Those of an earlier Node of a living one's name; and those that no Node owns, of nobody who is alive, whose
-    agents have been silent for as long as counts. `alive` is name → uid, "" for static members."""
+    """Return the reports that nobody will write again. `alive` is name → uid, "" for static members.
+
+    These are those that an earlier Node of the same name owns; and those that no Node owns, whose node is gone and
+    whose agent is silent.
+    """
     found = []
     for report in reports:
         uid = alive.get(report.name)
@@ -101,14 +93,39 @@ def orphans(reports: Iterable[AgentReport], alive: Mapping[str, str], now: float
     return found
 
 
-def speaks_for(report: AgentReport | None, node: NodeView) -> bool:
-    """Whether it is of this Node, and not of an earlier one with its name."""
-    if report is None:
-        return False
-    if report.owner:
-        return report.owner == node.uid
-    observed, made = seconds(report.observed_at), seconds(node.created)
+def _speaks_for(report: AgentReport, uid: str, created: str) -> bool:
+    """Return whether a report is of the node with this uid, and not of an earlier one with its name."""
+    if report.owner and uid:
+        return report.owner == uid
+    observed, made = seconds(report.observed_at), seconds(created)
     return observed is None or made is None or observed >= made
+
+
+def agent_condition(report: AgentReport | None, uid: str, created: str, now: float) -> ObjectCondition:
+    """Return whether a node's own agent says that it is converged: True, False or Unknown, and why.
+
+    `uid` and `created` are the Node's, "" for a static member or where they are not known.
+    """
+    if report is None or report.converged is None or not _speaks_for(report, uid, created):
+        message = "its agent has not said anything yet: is ovsmesh-agent running on it?"
+        return ObjectCondition("False", Reason.AgentNotReported, message)
+    at = seconds(report.observed_at)
+    if at is not None and now - at > SILENT:
+        message = f"its agent was last heard at {report.observed_at}; what it has set up stays in place"
+        return ObjectCondition("Unknown", Reason.AgentSilent, message)
+    if report.converged.status == "True":
+        return ObjectCondition("True", Reason.MeshConverged, "its part of the mesh is as wanted")
+    return ObjectCondition("False", report.converged.reason or Reason.NotConverged, report.converged.message)
+
+
+def count_converged(membership: Membership, nodes: Mapping[str, NodeView], reports: Mapping[str, AgentReport]) -> int:
+    """Return how many members say of themselves that they are converged, silent ones included."""
+    found = 0
+    for member in membership.members:
+        report, node = reports.get(member.name), nodes.get(member.name)
+        if report is not None and report.converged is not None and report.converged.status == "True":
+            found += _speaks_for(report, member.uid, node.created if node else "")
+    return found
 
 
 class Wanted(NamedTuple):
@@ -119,7 +136,7 @@ class Wanted(NamedTuple):
 
 
 def judge(node: NodeView, membership: Membership, report: AgentReport | None, now: float) -> Wanted:
-    """The conditions that the node's own report, or its refusal, makes.
+    """Return the conditions that follow from the node's own report, or from its refusal.
 
     | the node                               | NetworkUnavailable | MeshReady |
     |----------------------------------------|--------------------|-----------|
@@ -136,18 +153,12 @@ def judge(node: NodeView, membership: Membership, report: AgentReport | None, no
     problem = membership.problems.get(node.name)
     if problem is not None and problem.fatal:
         return _both(False, problem.reason, str(problem))
-    if report is None or not speaks_for(report, node) or report.converged is None:
-        return _both(
-            False, Reason.AgentNotReported, "its agent has not said anything yet: is ovsmesh-agent running on it?"
-        )
-    if silent_for(report, now) > SILENT:
-        message = f"its agent was last heard at {report.observed_at}; what it has set up stays in place"
-        return Wanted(None, ObjectCondition("Unknown", Reason.AgentSilent, message))
-    if report.converged.status == "True":
-        if problem is not None:
-            return _both(True, problem.reason, str(problem))
-        return _both(True, Reason.MeshConverged, "its part of the mesh is as wanted")
-    return _both(False, report.converged.reason or Reason.NotConverged, report.converged.message)
+    said = agent_condition(report, node.uid, node.created, now)
+    if said.status == "Unknown":
+        return Wanted(None, said)
+    if said.status == "True" and problem is not None:
+        return _both(True, problem.reason, str(problem))
+    return _both(said.status == "True", said.reason, said.message)
 
 
 def _both(good: bool, reason: str, message: str) -> Wanted:
@@ -159,16 +170,14 @@ def _both(good: bool, reason: str, message: str) -> Wanted:
 
 
 def changes(node: NodeView, wanted: Wanted, now: float) -> list[dict[str, str]]:
-    """The conditions to write, as a Node's status has them; empty when it says so already."""
+    """Return the conditions to write, in the form of a Node's status; none if it says so already."""
     made = []
     for type_, have, want in ((NETWORK, node.network, wanted.network), (READY, node.ready, wanted.ready)):
         if want is None or (have is not None and have[:3] == want[:3]):
             continue
         same = have is not None and have.status == want.status
-        entry = {"type": type_, "status": want.status, "reason": want.reason, "message": want.message}
-        entry["lastHeartbeatTime"] = timestamp(now)
-        entry["lastTransitionTime"] = have.since if same and have and have.since else timestamp(now)
-        made.append(entry)
+        since = have.since if same and have and have.since else timestamp(now)
+        made.append({**_condition(type_, want, since), "lastHeartbeatTime": timestamp(now)})
     return made
 
 
@@ -180,7 +189,7 @@ def mesh_status(
     before: Mapping[str, Any],
     now: float,
 ) -> dict[str, Any]:
-    """The Mesh's status. `before` is what it is now, for the times of the conditions."""
+    """Return the Mesh's status. `before` is what it is now, for the times of the conditions."""
     nodes = len(membership.members)
     problems = [
         *more,
@@ -206,6 +215,15 @@ def mesh_status(
     for type_, want in (("Ready", ready), ("Degraded", degraded)):
         had = old.get(type_) or {}
         since = had.get("lastTransitionTime") if had.get("status") == want.status else None
-        entry = {"type": type_, "status": want.status, "reason": want.reason, "message": want.message[:32000]}
-        made.append(entry | {"lastTransitionTime": since or timestamp(now), "observedGeneration": generation})
+        made.append({**_condition(type_, want, since or timestamp(now)), "observedGeneration": generation})
     return {"nodes": nodes, "converged": converged, "observedGeneration": generation, "conditions": made}
+
+
+def _condition(type_: str, want: ObjectCondition, since: str) -> dict[str, Any]:
+    return {
+        "type": type_,
+        "status": want.status,
+        "reason": want.reason,
+        "message": want.message[:32000],
+        "lastTransitionTime": since,
+    }

@@ -1,9 +1,8 @@
-"""How the members of a mesh are spread over MeshSlices, and which writes bring the slices there.
+"""Which members stand in which MeshSlice, and which writes make the slices say so.
 
 Invariants that agents rely on: slice 0 carries the current count, no other a larger one; the slices of equal
 settings carry an equal meshGeneration, never lower than any before; a name stands in one place, for life; the last
-slice is empty only where it is slice 0.
-Pure: no clock, no client.
+slice is empty only if it is slice 0. Pure.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from ovsmesh.mesh.meshslice import MOST, MeshSlice, slice_name, slice_spec
 from ovsmesh.mesh.types import MeshSettings, Node
 
 _FAR = 16
-"""Slices that may be missing at once and are still made again at their own place."""
+"""So many slices may be missing at once and are still made again in their own place."""
 FIRST_PAUSE, LONGEST_PAUSE, GROWTH = 0.1, 1.0, 1.5
 """Seconds between writes in a burst of changes: the first at once, the second after 0.1 s, growing to 1 s."""
 BURST = 4
-"""Members changed since the last write that make it a burst: single ones never wait for more than 0.1 s."""
+"""So many members changed since the last write make it a burst: single ones never wait for more than 0.1 s."""
 _NAME = re.compile(r"(.+)-([0-9]{3}|[1-9][0-9]{3})")
 
 
@@ -35,12 +34,12 @@ class Write(NamedTuple):
 def assign(
     mesh: str, wanted: Sequence[Node], settings: MeshSettings, generation: int, there: Iterable[MeshSlice]
 ) -> tuple[Write, ...]:
-    """The fewest writes that make the slices say `wanted` (unique names) and `settings`; none when they do.
+    """Return the fewest writes that make the slices say `wanted` (unique names) and `settings`.
 
     `generation` is the Mesh's metadata.generation. Writes come in the order in which they are safe: what is
     new first, slice 0 with its count after all that it counts, deletions last.
     """
-    own, strays, counted = _known(mesh, there)
+    own, strays, counted = _sort(mesh, there)
     places, dirty = _keep(wanted, own)
     for index in range(counted):
         if index not in own:
@@ -76,10 +75,10 @@ def assign(
     return (*writes, *(Write(stray.name, None, stray.resource_version) for stray in strays))
 
 
-def _known(mesh: str, there: Iterable[MeshSlice]) -> tuple[dict[int, MeshSlice], list[MeshSlice], int]:
-    """Our slices by index; those that can't be ours; and how many there should be as far as they tell.
+def _sort(mesh: str, there: Iterable[MeshSlice]) -> tuple[dict[int, MeshSlice], list[MeshSlice], int]:
+    """Return the mesh's slices by index; those to delete; and how many there should be as far as they tell.
 
-    A name decides what a slice is: what its spec says can be edited.
+    The name decides which slice it is: its spec may have been edited.
     """
     own: dict[int, MeshSlice] = {}
     strays: list[MeshSlice] = []
@@ -91,7 +90,7 @@ def _known(mesh: str, there: Iterable[MeshSlice]) -> tuple[dict[int, MeshSlice],
             strays.append(found)
     if not own:
         return own, strays, 0
-    # One that was counted and is gone is made again. A count, or a slice, out of reach is someone's invention.
+    # One that was counted and is gone is made again. A count or an index far beyond the others was made up by someone.
     told = own[0].count if 0 in own else max(found.count for found in own.values())
     counted = told if told <= len(own) + _FAR else 0
     while counted in own:
@@ -101,7 +100,7 @@ def _known(mesh: str, there: Iterable[MeshSlice]) -> tuple[dict[int, MeshSlice],
 
 
 def _keep(wanted: Sequence[Node], own: Mapping[int, MeshSlice]) -> tuple[dict[int, list[Node]], set[int]]:
-    """Everyone who has a place at it, by the new entry; and the slices that are changed by this."""
+    """Return the members that have a place, in it, with their new entries; and the slices that this changes."""
     new = {entry.name: entry for entry in wanted}
     seen: set[str] = set()
     places: dict[int, list[Node]] = {}
@@ -120,7 +119,7 @@ def _keep(wanted: Sequence[Node], own: Mapping[int, MeshSlice]) -> tuple[dict[in
 
 
 def _place(wanted: Sequence[Node], places: dict[int, list[Node]], dirty: set[int]) -> None:
-    """Gives those without one a place: in slices that are written anyway, then where most fit, then in new ones."""
+    """Give members without a place one: in slices that are written anyway, then where most fit, then in new ones."""
     placed = {entry.name for nodes in places.values() for entry in nodes}
     left = [entry for entry in wanted if entry.name not in placed]
     while left:
@@ -130,14 +129,14 @@ def _place(wanted: Sequence[Node], places: dict[int, list[Node]], dirty: set[int
         else:
             index = len(places)
             places[index] = []
-        room = MOST - len(places[index])
-        places[index].extend(left[:room])
+        free = MOST - len(places[index])
+        places[index].extend(left[:free])
         dirty.add(index)
-        del left[:room]
+        del left[:free]
 
 
 def _generation(settings: MeshSettings, generation: int, own: Iterable[MeshSlice]) -> int:
-    """The generation that slices of these settings carry; it grows even where the Mesh was made anew."""
+    """Return the generation for slices of these settings; it grows even if the Mesh was deleted and made again."""
     found = list(own)
     highest = max((one.generation for one in found), default=0)
     same = [one.generation for one in found if one.settings == settings]
@@ -147,18 +146,18 @@ def _generation(settings: MeshSettings, generation: int, own: Iterable[MeshSlice
 
 
 class Pacer:
-    """When to write: the first change at once, those of a burst together, at growing intervals."""
+    """When to write: a first change at once, those of a burst together, at growing intervals."""
 
     def __init__(self) -> None:
         self._pause = 0.0
         self._last = float("-inf")
 
-    def due(self, now: float) -> float:
-        """The time (seconds on the caller's clock) from which the next write may go out; in the past means now."""
+    def due(self) -> float:
+        """Return the time, on the caller's clock, from which the next write may go out."""
         return self._last + self._pause
 
     def wrote(self, now: float, changed: int) -> None:
-        """A write has gone out, about so many members. Few of them, or a while without any, end the burst."""
+        """Note a write for so many changed members. Few of them, or a while without any, end the burst."""
         calm = now - self._last > 2 * max(self._pause, FIRST_PAUSE)
         if calm or changed < BURST:
             self._pause = FIRST_PAUSE

@@ -1,4 +1,4 @@
-"""Writes MeshSlices, and knows what it wrote before the watch tells of it. Imports kube and slices."""
+"""Writes of MeshSlices, remembered until the watch brings them back."""
 
 from __future__ import annotations
 
@@ -16,38 +16,39 @@ from ovsmesh.names import API_VERSION, MESH_SLICE, MESH_SLICES
 log = logging.getLogger("ovsmesh")
 
 _ECHO = 10.0
-"""Seconds after which what the watch says counts, whatever we think that we wrote."""
+"""Seconds after which what the watch says counts, whatever was written."""
 
 
 class SliceWriter:
-    """What a reflector says of the slices, corrected by what was written since; and the writes."""
+    """Writes the slices of one mesh, and corrects what the watch says of them by what was written since."""
 
     def __init__(self, api: Api, mesh: str) -> None:
         self._api, self._mesh = api, mesh
-        self._ours: dict[str, tuple[MeshSlice | None, float, MeshSlice | None]] = {}
-        """Name → what we wrote (None: deleted), when, and what the watch said at that time."""
+        self._written: dict[str, tuple[MeshSlice | None, float, MeshSlice | None]] = {}
+        """Name → what was written (None: deleted), when, and what the watch said at that time."""
         self.refused = False
-        """Whether the last write() met a slice that the API server does not take."""
-        self._said: set[str] = set()
+        """Whether the API server refused a slice in the last write()."""
+        self._logged: set[str] = set()
         self.writes = 0
         self.conflicts = 0
 
-    def now(self, watched: Mapping[str, MeshSlice]) -> dict[str, MeshSlice]:
-        """The slices of all meshes as they are as far as we know."""
+    def current(self, watched: Mapping[str, MeshSlice]) -> dict[str, MeshSlice]:
+        """Return the slices of all meshes as they are as far as is known."""
         found = dict(watched)
         late = time.monotonic() - _ECHO
-        for name, (ours, at, before) in list(self._ours.items()):
+        for name, (written, at, before) in list(self._written.items()):
             theirs = watched.get(name)
-            if at < late or _newer(theirs, ours, before):
-                del self._ours[name]
-            elif ours is None:
+            if at < late or _newer(theirs, written, before):
+                del self._written[name]
+            elif written is None:
                 found.pop(name, None)
             else:
-                found[name] = ours
+                found[name] = written
         return found
 
     def forget(self) -> None:
-        self._ours.clear()
+        """Forget what was written: another controller has led since."""
+        self._written.clear()
 
     def write(
         self,
@@ -57,11 +58,11 @@ class SliceWriter:
         watched: Mapping[str, MeshSlice],
         due: bool,
     ) -> tuple[int, bool]:
-        """Brings the slices to `wanted`, if it is `due`: writes made, and whether all is said then.
+        """Make the slices say `wanted`, if that is `due`. Return the writes made, and whether nothing is left.
 
         One that is refused keeps no other from being written. Raises Unavailable, NotLeader.
         """
-        there = self.now(watched)
+        there = self.current(watched)
         todo = assign(self._mesh, wanted, settings, generation, there.values())
         self.refused = False
         if todo and not due:
@@ -71,17 +72,17 @@ class SliceWriter:
             try:
                 answer = self._one(one)
             except Conflict as error:
-                # Someone wrote since: look at what is there now, and think again.
+                # Someone wrote since: read what is there now, and compare again.
                 self.conflicts += 1
                 whole = False
                 log.info("slice %s: %s", one.name, error)
-                self._look(one.name, watched)
+                self._read(one.name, watched)
                 break
             except (Invalid, Forbidden) as error:
                 self.conflicts += 1
                 whole, self.refused = False, True
-                if str(error) not in self._said:
-                    self._said.add(str(error))
+                if str(error) not in self._logged:
+                    self._logged.add(str(error))
                     log.error("slice %s: %s", one.name, error)
                 continue
             self._note(one.name, answer, watched)
@@ -105,7 +106,7 @@ class SliceWriter:
         except NotFound as error:
             raise Conflict(str(error), 404, "NotFound") from None
 
-    def _look(self, name: str, watched: Mapping[str, MeshSlice]) -> None:
+    def _read(self, name: str, watched: Mapping[str, MeshSlice]) -> None:
         try:
             answer: Object | None = self._api.get(path_of(MESH_SLICES, name))
         except NotFound:
@@ -114,16 +115,16 @@ class SliceWriter:
 
     def _note(self, name: str, answer: Object | None, watched: Mapping[str, MeshSlice]) -> None:
         made = parse_slice(answer) if answer is not None else None
-        self._ours[name] = (made, time.monotonic(), watched.get(name))
+        self._written[name] = (made, time.monotonic(), watched.get(name))
 
 
-def _newer(theirs: MeshSlice | None, ours: MeshSlice | None, before: MeshSlice | None) -> bool:
-    """Whether the watch has come as far as what we wrote."""
-    if ours is None:
+def _newer(theirs: MeshSlice | None, written: MeshSlice | None, before: MeshSlice | None) -> bool:
+    """Return whether the watch has come as far as what was written."""
+    if written is None:
         return theirs is None or theirs != before
     if theirs is None:
         return before is not None  # deleted since
     try:
-        return int(theirs.resource_version) >= int(ours.resource_version)
+        return int(theirs.resource_version) >= int(written.resource_version)
     except ValueError:
-        return theirs.resource_version == ours.resource_version
+        return theirs.resource_version == written.resource_version

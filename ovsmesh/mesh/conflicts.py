@@ -78,7 +78,7 @@ class _Index:
             winner, other = self._near(cidr) or (place, 0)
             if winner != place:
                 name, thing = self._nodes[winner].name, self._nodes[winner].pod_cidrs[other]
-                what = f"is a range of node {name} too" if thing == cidr else f"overlaps {thing} of node {name}"
+                what = f"is the range of node {name} too" if thing == cidr else f"overlaps {thing} of node {name}"
                 return Conflict(place, winner, f"podCIDRs[{number}]", str(cidr), what, thing)
         return None
 

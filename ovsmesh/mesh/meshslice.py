@@ -36,6 +36,11 @@ class MeshSlice:
     problem: str = ""
     """Why it can't be used as a whole; "" if it can."""
 
+    @property
+    def members(self) -> tuple[Node, ...]:
+        """The nodes that can be used."""
+        return tuple(node for node in self.nodes if isinstance(node, Node))
+
 
 def slice_name(mesh: str, index: int) -> str:
     """Return the name of the slice with this index."""

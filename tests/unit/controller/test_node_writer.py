@@ -24,7 +24,7 @@ def test_a_meshnode_deleted_by_hand_takes_no_node_out_until_its_agent_had_its_tu
     writer = NodeWriter(cast(Any, None), cast(Any, None))
 
     def due(node: Any = READY, **reports: Any) -> list[str]:
-        writer.survey({"web1": node}, MEMBERSHIP, reports)
+        writer.compare({"web1": node}, MEMBERSHIP, reports)
         found = sorted(writer._wanted)
         if node is not READY:
             writer.forget()
@@ -36,7 +36,7 @@ def test_a_meshnode_deleted_by_hand_takes_no_node_out_until_its_agent_had_its_tu
     now[0] += 2
     assert due() == ["web1"]
     # it came back, and is deleted again: that is counted anew
-    writer.survey({"web1": READY}, MEMBERSHIP, {"web1": GOOD})
+    writer.compare({"web1": READY}, MEMBERSHIP, {"web1": GOOD})
     assert due() == []
     # a Node that was never ready waits for its agent's own word
     assert due(NODE) == ["web1"]

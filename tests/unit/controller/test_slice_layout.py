@@ -248,7 +248,7 @@ def test_a_burst_of_five_hundred() -> None:
     pacer, now, first = Pacer(), 100.0, None
     for step in range(500):
         now = 100.0 + step * 0.01
-        if pacer.due(now) <= now:
+        if pacer.due() <= now:
             store.bring(entries(*range(1001 + step)))
             pacer.wrote(now, 10)
             first = first or now
@@ -261,7 +261,7 @@ def test_pacer_lets_single_changes_pass_at_once() -> None:
     pacer = Pacer()
     for number in range(20):
         now = number * 0.3
-        assert pacer.due(now) <= now
+        assert pacer.due() <= now
         pacer.wrote(now, 10)
 
 
@@ -269,7 +269,7 @@ def test_joins_one_after_the_other_never_wait_long() -> None:
     """Each begins when the one before is through, so that they come as fast as they are let."""
     pacer, now = Pacer(), 0.0
     for _ in range(50):
-        due = max(now, pacer.due(now))
+        due = max(now, pacer.due())
         assert due - now <= FIRST_PAUSE + 1e-9
         now = due + 0.01
         pacer.wrote(now, 1)
@@ -278,7 +278,7 @@ def test_joins_one_after_the_other_never_wait_long() -> None:
 def test_pacer_slows_down_in_a_burst_and_no_further_than_a_second() -> None:
     pacer, now, waits = Pacer(), 0.0, []
     for _ in range(20):
-        due = max(now, pacer.due(now))
+        due = max(now, pacer.due())
         waits.append(due - now)
         now = due
         pacer.wrote(now, 10)
