@@ -60,7 +60,7 @@ def assign(
     for index, found in own.items():
         wrong_count = found.count != count if index == 0 else not index < found.count <= count
         right = (found.mesh, found.index, found.generation, found.settings) == (mesh, index, since, settings)
-        if not right or wrong_count or not found.labelled:
+        if not right or wrong_count or found.problem or not found.labelled:
             dirty.add(index)
     # Those that are not there yet first: a count may only name slices that exist.
     order = sorted(dirty, key=lambda index: (index in own, index == 0, index))
@@ -108,7 +108,7 @@ def _keep(wanted: Sequence[Node], own: Mapping[int, MeshSlice]) -> tuple[dict[in
     for index, found in sorted(own.items()):
         stay: list[Node] = []
         for old in found.nodes:
-            node = new.get(old.name) if isinstance(old, Node) else None
+            node = new.get(old.name if isinstance(old, Node) else old.node)
             if node is not None and node.name not in seen and len(stay) < MOST:
                 seen.add(node.name)
                 stay.append(node)

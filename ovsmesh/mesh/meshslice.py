@@ -18,6 +18,8 @@ from ovsmesh.names import MESH_LABEL
 MOST = 100
 """Nodes in a slice, as EndpointSlice has it: one change sends about 15 KB to each agent."""
 MANAGED_BY = "ovsmesh-controller"
+_REQUIRED = frozenset(("clusterCIDRs", "encapsulation", "mtu"))
+"""Settings that the controller always writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ def parse_slice(found: Mapping[str, Any]) -> MeshSlice:
     try:
         settings = parse_settings(spec.get("settings"), f"MeshSlice {name}")
         clusters = tuple(map(str, settings.cluster_cidrs))
+        if not spec["settings"].keys() >= _REQUIRED:
+            problem = f"MeshSlice {name}: wanted all of {', '.join(sorted(_REQUIRED))} in spec.settings"
     except MeshError as error:
         problem = str(error)
     if index < 0 or count < 1 or generation < 0:

@@ -202,8 +202,25 @@ def test_edits_by_hand_are_put_right() -> None:
         store.objects["default-001"]["spec"] = spec | {field: value}
         writes = store.bring(entries(*range(150)))
         assert "default-001" in [w.name for w in writes] and len(writes) <= 2, field
+    assert isinstance(spec, dict)
+    for setting in ("mtu", "encapsulation"):
+        settings = {key: value for key, value in spec["settings"].items() if key != setting}
+        store.objects["default-001"]["spec"] = spec | {"settings": settings}
+        assert len(store.bring(entries(*range(150)))) == 1, setting
     store.objects["default-001"]["metadata"] = {"name": "default-001", "resourceVersion": "1"}
     assert len(store.bring(entries(*range(150)))) == 1
+
+
+def test_a_spoilt_entry_is_put_right_in_its_place() -> None:
+    store = Store()
+    store.bring(entries(*range(250)))
+    before = store.places()
+    spec = store.objects["default-000"]["spec"]
+    assert isinstance(spec, dict)
+    spoilt = [{**entry, "address": "nonsense"} for entry in spec["nodes"]]
+    store.objects["default-000"]["spec"] = spec | {"nodes": spoilt}
+    assert [w.name for w in store.bring(entries(*range(250)))] == ["default-000"]
+    assert store.places() == before
 
 
 def test_what_cannot_be_ours_is_deleted_last() -> None:
