@@ -87,11 +87,11 @@ def test_a_leader_that_ends_hands_over_at_once(kube: Cluster) -> None:
     eventually(first.leads)
     second = kube.controller()
     eventually(lambda: second.get("/readyz")[0] == 200)
-    began = time.monotonic()
-    assert first.end() == 0
+    held = kube.leader()
+    assert held and first.end() == 0
+    assert kube.leader() != held, "the lease was not released"
     kube.add(numbered(1))
     eventually(lambda: len(kube.members()) == 1, 30)
-    assert time.monotonic() - began < 14  # a lease that is not given back runs for 15 s
 
 
 @pytest.mark.timeout(150)
@@ -193,7 +193,6 @@ def test_the_api_is_away_and_back(kube: Cluster, outage: Callable[[ControlPlane]
         kube.add(numbered(number))
     controller = kube.controller()
     eventually(lambda: len(kube.members()) == 20)
-    time.sleep(1)
     writes = kube.slice_writes()
     with Watcher(kube) as watcher:
         outage(kube.plane)

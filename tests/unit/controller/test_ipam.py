@@ -147,10 +147,10 @@ def test_many_nodes_may_come_from_a_large_range() -> None:
 def test_it_never_is_larger_than_the_range_that_all_come_from(
     base: int, length: int, picks: set[int], data: st.DataObject
 ) -> None:
-    """The claim on which this stands: what one range was cut into has its smallest common range inside it."""
+    """The assumption of derive(): what one range was cut into has its smallest common range inside it."""
     cluster = ip_network((base << 16 & (2**32 - (1 << (32 - length))), length))
-    room = 1 << max(0, 24 - length)
-    cut = [ip_network((int(cluster.network_address) + (p % room) * 256, 24)) for p in picks]
+    parts = 1 << max(0, 24 - length)
+    cut = [ip_network((int(cluster.network_address) + (p % parts) * 256, 24)) for p in picks]
     nodes = [node(f"n{i}", str(net)) for i, net in enumerate(cut)]
     try:
         (found,) = derive(nodes)

@@ -140,7 +140,7 @@ def test_static_members() -> None:
     assert names(found) == ["web1", "web2"] and found.static_problems[0].node == "rack1"
 
 
-def test_projection() -> None:
+def test_parsing_a_node() -> None:
     found = {
         "metadata": {
             "name": "web1",
@@ -180,7 +180,7 @@ views = st.builds(
 
 @settings(deadline=None)
 @given(st.lists(views, max_size=12, unique_by=lambda v: v.name), st.randoms())
-def test_never_two_that_claim_one_thing(nodes: list[NodeView], random: object) -> None:
+def test_never_two_with_one_thing(nodes: list[NodeView], random: object) -> None:
     found = of(*nodes)
     shuffled = list(nodes)
     random.shuffle(shuffled)  # type: ignore[attr-defined]

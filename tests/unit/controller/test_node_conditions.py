@@ -102,7 +102,7 @@ def test_orphans_are_of_an_earlier_node_or_of_none_and_silent() -> None:
         assert orphans([kept], alive, NOW) == []
 
 
-def test_projection() -> None:
+def test_parsing_a_meshnode() -> None:
     assert parse_meshnode({"metadata": {"name": "web1"}}) == AgentReport("web1")
     status = {
         "observedAt": "2026-05-28T20:26:30Z",

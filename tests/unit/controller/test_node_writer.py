@@ -35,7 +35,7 @@ def test_a_meshnode_deleted_by_hand_takes_no_node_out_until_its_agent_had_its_tu
     assert due() == []
     now[0] += 2
     assert due() == ["web1"]
-    # it came back, and is deleted again: that is counted anew
+    # it came back, and is deleted again: the time starts again
     writer.compare({"web1": READY}, MEMBERSHIP, {"web1": GOOD})
     assert due() == []
     # a Node that was never ready waits for its agent's own word

@@ -248,7 +248,7 @@ def test_an_invented_count_makes_no_thousand_slices() -> None:
     assert len(store.bring(entries(*range(150)))) == 1
 
 
-def test_garbage_is_projected_and_replaced() -> None:
+def test_garbage_is_read_and_replaced() -> None:
     store = Store()
     store.bring(entries(*range(3)))
     broken: list[Any] = [None, [], {}, {"nodes": [1, {"name": 4, "podCIDRs": "x"}], "settings": 3, "index": True}]
@@ -326,11 +326,11 @@ def test_any_history_ends_right_with_few_writes(steps: list[tuple[set[int], int 
         if removed is None and setting == mtu and was:
             left = {slice_ for name, slice_ in before.items() if name not in names}
             new = len(names - before.keys())
-            room = sorted((MOST - sum(e.name in names for e in nodes) for n, nodes in was.items() if n not in left))
+            spare = sorted((MOST - sum(e.name in names for e in nodes) for n, nodes in was.items() if n not in left))
             free = sum(MOST - sum(e.name in names for e in was[n]) for n in left)
             need, touched = new - free, len(left)
             while need > 0:
-                need -= room.pop() if room else MOST
+                need -= spare.pop() if spare else MOST
                 touched += 1
             # the count in slice 0; where the last slices went, each that tells of more than there are
             assert len(writes) <= touched + 1 + sum(count > len(store.objects) for count in told)

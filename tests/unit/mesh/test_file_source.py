@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -150,7 +149,6 @@ def test_the_last_good_mesh_is_kept(source: FileSource, mesh: Path, state: Path,
     good = source.snapshot()
     assert source.commit() == ()
     saved = (state / "mesh.json").read_bytes()
-    began = time.monotonic()
     spoil(mesh)
     assert rings(source)
     kept = source.snapshot()
@@ -177,13 +175,12 @@ def test_the_last_good_mesh_is_kept(source: FileSource, mesh: Path, state: Path,
         mesh.unlink(missing_ok=True)
     mesh.write_text(text_of("a", "b"))
     assert rings(source)
-    mended = source.snapshot()
-    assert mended.mesh is good.mesh and mended.confirmed and mended.problems == ()
-    assert time.monotonic() - began < 5
+    repaired = source.snapshot()
+    assert repaired.mesh is good.mesh and repaired.confirmed and repaired.problems == ()
 
 
 def test_unreadable(source: FileSource, mesh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root reads what mode 0 forbids, so the refusal itself is played; the bell for it is real."""
+    """Root reads what mode 0 forbids, so the refusal itself is played; the event for it is real."""
     good = source.snapshot()
     mesh.chmod(0)
     assert rings(source)

@@ -1,4 +1,4 @@
-"""The nodes of a mesh file: a bad entry is refused with node, field and value, a contested claim has one winner."""
+"""The nodes of a mesh file: a bad entry is refused with node, field and value, a conflict has one winner."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_who_held_it_keeps_it_wherever_it_stands(thief: str, reason: str, value:
     assert names(mesh) == "b" and problem.node == "a" and "comes first" in problem.message
 
 
-def test_a_claim_is_kept_though_the_rest_of_the_entry_changed() -> None:
+def test_a_range_is_kept_though_the_rest_of_the_entry_changed() -> None:
     last, _ = read(text_of(A))
     moved = A.replace("192.0.2.1", "192.0.2.77")
     mesh, (problem,) = read(text_of("{name: b, address: 192.0.2.2, podCIDRs: [10.97.1.0/24]}", moved), last)
