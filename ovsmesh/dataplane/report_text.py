@@ -1,7 +1,4 @@
-"""A report as plain text: what is worst first, then this node, then a line for each peer.
-
-Pure; imports status only.
-"""
+"""Write a report as plain text: what is worst first, then this node, then a line for each peer."""
 
 from __future__ import annotations
 
@@ -10,16 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from ovsmesh.dataplane.report import Peer, Report, Self, age, timestamp
 
 _MOST = 8
-"""Lines about one kind of trouble, before "and N more": the table has all peers, JSON has everything."""
+"""Lines about one kind of problem, before "and N more": the table has all peers, JSON has everything."""
 
 
 def clean(text: str) -> str:
-    """Without what could steer a terminal: names of others' links and the like are theirs to choose."""
+    """Return the text without control characters: names of unmanaged links and the like could steer a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "", right: frozenset[int] = frozenset()) -> Iterator[str]:
-    """Rows as aligned lines; columns in `right` are aligned to the right."""
+    """Yield rows as aligned lines; columns in `right` are aligned to the right."""
     if not rows:
         return
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
@@ -35,10 +32,10 @@ def _some(lines: Iterable[str]) -> Iterator[str]:
         yield f"and {len(every) - _MOST} more"
 
 
-def _trouble(report: Report) -> Iterator[str]:
+def _problems(report: Report) -> Iterator[str]:
     lines = [f"! {problem}" for problem in sorted(report.problems, key=lambda p: not p.fatal)]
     yield from _some(lines)
-    told = " ".join(lines)
+    named = " ".join(lines)
     bad = [peer for peer in report.peers if peer.state in ("missing", "unknown")]
     causes: dict[tuple[str, ...], list[str]] = {}
     for peer in bad:
@@ -49,11 +46,10 @@ def _trouble(report: Report) -> Iterator[str]:
         for why, names in causes.items()
     )
     shown = " ".join(line for peer in bad for line in peer.missing)
-    yield from _some(f"! in the way: {detail}" for detail in report.unmanaged if detail not in shown + told)
-    # what belongs to a peer stands with the peer
-    rest = [line for line in report.pending if line[2:].split(" blocked")[0] not in shown and line[0] != "="]
+    yield from _some(f"! in the way: {detail}" for detail in report.unmanaged if detail not in shown + named)
     if not bad:
-        yield from _some(rest)
+        # else what is pending is shown with its peer
+        yield from _some(line for line in report.pending if line[0] != "=")
 
 
 def _about(me: Self, now: float) -> Iterator[tuple[str, str]]:
@@ -63,18 +59,18 @@ def _about(me: Self, now: float) -> Iterator[tuple[str, str]]:
         pairs = zip(me.pod_cidrs, me.gateways, strict=True)
         yield "pod CIDRs", ", ".join(f"{cidr} (gateway {gateway})" for cidr, gateway in pairs)
         yield "MTU", f"{me.mtu} ({me.mtu_from})"
-        yield "Open vSwitch", f"{me.ovs_version or 'version not known'}, datapath {me.datapath_type}"
+        yield "Open vSwitch", f"{me.ovs_version or 'version unknown'}, datapath {me.datapath_type}"
     if me.cni is not None:
         yield "CNI", str(me.cni)
     if me.docker:
         yield "Docker", me.docker
     if me.agent_since is None:
-        yield "agent", "not running: nothing is kept up to date"
+        yield "agent", "not running: nothing is repaired or updated"
     else:
         since = f"running for {age(now - me.agent_since)} (since {timestamp(me.agent_since)})"
         yield "agent", " ".join(filter(None, [me.agent_version, since]))
     old = f", read {age(now - me.mesh_since)} ago" if me.mesh_since is not None else ""
-    good = "" if me.mesh_current else " (can't be read now: the last known good is in use)"
+    good = "" if me.mesh_current else " (the last known good one: its source can't be used now)"
     if me.mesh_from or old:
         yield "mesh", f"{me.mesh_from or 'mesh'}{old}{good}"
 
@@ -93,8 +89,8 @@ def _first(missing: tuple[str, ...]) -> str:
 
 
 def render_text(report: Report) -> str:
-    """The report for a terminal or a pipe; ends with a newline."""
-    lines = [report.headline, *_trouble(report), ""]
+    """Return the report for a terminal or a pipe; it ends with a newline."""
+    lines = [report.headline, *_problems(report), ""]
     lines += table(list(_about(report.self, report.time)), "  ")
     conditions = [(c.type, c.status, c.reason, c.message) for c in report.conditions]
     lines += ["", *table([("CONDITION", "STATUS", "REASON", "MESSAGE"), *conditions])]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ovsmesh.dataplane.desired import dataplane, gateway, mac, overhead, pod_mtu, port_name
-from ovsmesh.dataplane.types import FALLBACK_METRIC, KBR, OBR, Facts
+from ovsmesh.dataplane.types import FALLBACK_METRIC, KBR, OBR, PEER_KINDS, Facts
 from ovsmesh.errors import OvsmeshError
 from tests.support.meshkit import FACTS, first, golden, mesh_of, node, numbered, shown, want
 
@@ -154,6 +154,7 @@ def test_a_peer_brings_these_parts_and_nothing_else_grows() -> None:
         if getattr(two, kind) != getattr(one, kind)
     }
     assert brought == {"filter_peers": 1, "ports": 1, "flows": 4, "neighbours": 2, "fdb": 1, "routes": 2}
+    assert brought.keys() == set(PEER_KINDS)
 
 
 def test_uid_and_full_name_travel_with_the_port() -> None:

@@ -1,4 +1,4 @@
-"""The report of a node: golden texts, and what must hold for any."""
+"""The report of a node: golden texts, verdicts, and what must hold for any."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ovsmesh.dataplane import desired
-from ovsmesh.dataplane.plan import Plan, in_sync, plan
-from ovsmesh.dataplane.report import Context, Traffic, age, report
+from ovsmesh.dataplane.plan import Blocked, Plan, Step, in_sync, plan
+from ovsmesh.dataplane.report import Context, Traffic, age, report, unmanaged_beside
 from ovsmesh.dataplane.report_text import clean, render_text
 from ovsmesh.dataplane.types import Dataplane, Facts, Observed, Unmanaged
 from ovsmesh.errors import Problem
@@ -24,7 +24,11 @@ NODES = tuple(
 )
 MESH = Mesh((ip_network("10.97.0.0/16"),), NODES)
 FACTS = Facts(underlay_mtu=1500)
-RUNTIME = Context(
+WARNING, ERROR = Problem(Reason.MTUTooHigh, "is too high"), Problem(Reason.PodCIDRInvalid, "is no range", "web9")
+STEP = Step("+", "fdb", "0a:58:0a:61:02:01", "obr0", None)
+BLOCKED = Blocked(STEP, Unmanaged("fdb", STEP.key, "is in the way"))
+HELD = Plan(held=(STEP._replace(op="-", have="obr0"),), held_peers=("web8",))
+CONTEXT = Context(
     NOW,
     agent_since=NOW - 3725,
     agent_version="0.1.0",
@@ -43,14 +47,13 @@ def wanted(mesh: Any = MESH) -> Any:
     return desired.dataplane(mesh, "web1", FACTS)
 
 
-def made(mesh: Any = MESH, observed: Any = None, runtime: Any = RUNTIME, problems: Any = ()) -> Any:
+def made(mesh: Any = MESH, observed: Any = None, context: Any = CONTEXT, problems: Any = ()) -> Any:
     want, refused = wanted(mesh)
     have = observed or Observed(want)
     todo = plan(want, have)
     every = (*problems, *refused, *have.problems)
-    converged = in_sync(todo, have.problems)
     traffic = {"gre-web2": Traffic(12, 34, 1200, 3400, 0)}
-    return report(mesh, "web1", FACTS, want, have, todo, every, converged, traffic, runtime)
+    return report(mesh, "web1", FACTS, want, have, todo, every, in_sync(todo, have.problems), traffic, context)
 
 
 def test_golden_converged() -> None:
@@ -120,8 +123,8 @@ def test_held_removals_and_last_known_good() -> None:
     small = replace(MESH, nodes=NODES[:1])
     have = Observed(want)
     todo = replace(plan(want, have), held=plan(wanted(small)[0], have).steps, held_peers=("web2", "web3"))
-    runtime = replace(RUNTIME, mesh_current=False)
-    found = report(small, "web1", FACTS, wanted(small)[0], have, todo, (), False, {}, runtime)
+    context = replace(CONTEXT, mesh_current=False)
+    found = report(small, "web1", FACTS, wanted(small)[0], have, todo, (), False, {}, context)
     assert found.headline == "web1 holds back the removal of 2 peers"
     assert [(peer.name, peer.state, peer.port) for peer in found.peers] == [
         ("web2", "held", "gre-web2"),
@@ -131,6 +134,32 @@ def test_held_removals_and_last_known_good() -> None:
     assert conditions["RemovalHeld"].message == "2 peers: web2, web3"
     assert conditions["MeshCurrent"].reason == Reason.LastKnownGood and "3m5s old" in conditions["MeshCurrent"].message
     assert "last known good" in render_text(found)
+
+
+@pytest.mark.parametrize(
+    ("todo", "problems", "converged", "headline", "reasons"),
+    [
+        (Plan(), (), True, "web1 is converged: all 2 peers ok", ["AsWanted", "AsWanted"]),
+        (Plan(), (WARNING,), True, "web1 is converged: all 2 peers ok", ["AsWanted", "AsWanted"]),
+        (Plan(), (ERROR,), True, "web1 is converged, with problems: all 2 peers ok", ["AsWanted", "PodCIDRInvalid"]),
+        (Plan(), (ERROR,), False, "web1 is degraded: see below", ["Pending", "PodCIDRInvalid"]),
+        (Plan((STEP,)), (), False, "web1 is not converged: 1 changes to do", ["Pending", "AsWanted"]),
+        (Plan((STEP,), (BLOCKED,)), (), False, "web1 is degraded: 1 parts blocked", ["Blocked", "Blocked"]),
+        (HELD, (), False, "web1 holds back the removal of 1 peers", ["RemovalHeld", "AsWanted", "MassRemovalHeld"]),
+        (replace(HELD, steps=(STEP,)), (), False, "web1 holds back the", ["Pending", "AsWanted", "MassRemovalHeld"]),
+    ],
+)
+def test_headline_and_reasons(todo: Plan, problems: Any, converged: bool, headline: str, reasons: list[str]) -> None:
+    want, _ = wanted()
+    found = report(MESH, "web1", FACTS, want, Observed(want), todo, problems, converged, {}, CONTEXT)
+    assert found.headline.startswith(headline) and found.converged is converged
+    assert [c.reason for c in found.conditions] == [*reasons, "Read"]
+
+
+def test_unmanaged_objects_that_block_nothing_are_named() -> None:
+    beside = Unmanaged("ports", "alien", "port alien is not managed", False)
+    have = Observed(Dataplane(), (BLOCKED.unmanaged, beside))
+    assert list(map(str, unmanaged_beside(have, Plan(blocked=(BLOCKED,))))) == [beside.detail]
 
 
 def test_no_mesh_yet() -> None:
@@ -150,7 +179,7 @@ def test_problems_first_and_bounded() -> None:
 def test_filter_peers_that_can_not_be_had_are_not_missing() -> None:
     want, _ = wanted()
     want = replace(want, rules={}, filter_peers={})
-    found = report(MESH, "web1", FACTS, want, Observed(want), Plan(), (), True, {}, RUNTIME)
+    found = report(MESH, "web1", FACTS, want, Observed(want), Plan(), (), True, {}, CONTEXT)
     assert found.count("ok") == 2
 
 
