@@ -17,9 +17,9 @@ for tool in ip bridge sysctl ovs-vsctl ovs-ofctl nft; do
 done
 exists() { ip link show dev "$1" >/dev/null 2>&1; }
 marked() { ip link show dev "$1" | grep -qx ' *alias ovsmesh'; }
-if exists kbr0 && ! marked kbr0; then die 'kbr0 exists and is unmanaged (no alias ovsmesh): rename or delete it'; fi
+if exists kbr0 && ! marked kbr0; then die 'kbr0 is not managed by ovsmesh (no alias ovsmesh): rename or delete it'; fi
 if ovs-vsctl --timeout=30 br-exists obr0 && [ -z "$(ovs-vsctl --timeout=30 br-get-external-id obr0 ovsmesh)" ]; then
-  die 'obr0 exists and is unmanaged (no external_ids:ovsmesh): rename or delete it'
+  die 'obr0 is not managed by ovsmesh (no external_ids:ovsmesh): rename or delete it'
 fi
 
 # --- kbr0: the Linux bridge that containers plug into
