@@ -205,7 +205,7 @@ def judge(directory: str, files: Mapping[str, File]) -> tuple[dict[str, str], li
     """
     managed: dict[str, str] = {}
     unmanaged: list[Unmanaged] = []
-    said: list[Problem] = []
+    problems: list[Problem] = []
     after: list[str] = []
     for name in sorted(files):
         network, bad, found = _network(name, files[name])
@@ -221,15 +221,15 @@ def judge(directory: str, files: Mapping[str, File]) -> tuple[dict[str, str], li
         elif name < FILE:
             does = f"it {bad}, and containerd stops at it" if bad else f"its network {network or '?'} wins"
             text = f"{where} comes before {FILE}, so pods are not plugged into {KBR}: {does}"
-            said.append(Problem(Reason.CNIOverruled, f"{text}; remove it when that network is gone, or rename it"))
+            problems.append(Problem(Reason.CNIOverruled, f"{text}; remove it when that network is gone, or rename it"))
         else:
             after.append(name)
     if after:
         more = f" and {len(after) - _SHOWN} more" if len(after) > _SHOWN else ""
         which = f"{', '.join(after[:_SHOWN])}{more} in {directory}"
         does = f"not used, as {FILE} comes first" if FILE in managed else f"used until {FILE} is written"
-        said.append(Problem(Reason.CNILeftover, f"{which}: {does}"))
-    return managed, unmanaged, said
+        problems.append(Problem(Reason.CNILeftover, f"{which}: {does}"))
+    return managed, unmanaged, problems
 
 
 def summary(conf: str) -> list[tuple[str, str]]:

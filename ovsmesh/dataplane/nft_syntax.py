@@ -60,7 +60,7 @@ def parse_nft(text: str) -> Table:
     try:
         for item in json.loads(text)["nftables"]:
             if "flags" in item.get("table", {}):
-                # dormant or the like; nft 1.0.6 prints flags as random memory, so they can't be told apart
+                # dormant or the like; nft 1.0.6 prints random memory as flags, so they can't be read
                 flagged = True
             elif chain := item.get("chain"):
                 good = chain.get("policy") == "accept"

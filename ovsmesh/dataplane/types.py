@@ -108,7 +108,7 @@ class Link(NamedTuple):
     quiet: bool = False
     """Bridge port that neither learns nor is flooded to."""
     unmarked: bool = False
-    """It has no ownership mark yet: the CNI bridge plugin made it, told by the managed conflist."""
+    """It has no ownership mark yet: the CNI bridge plugin made it for the managed conflist."""
 
 
 class Bridge(NamedTuple):

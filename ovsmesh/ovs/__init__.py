@@ -1,0 +1,1 @@
+"""Drivers of Open vSwitch: the OVSDB through python-ovs, the flow table through ovs-ofctl."""

@@ -122,7 +122,7 @@ def test_without_a_usable_plugin_there_is_none_and_one_that_is_there_stays(versi
     assert reason in ("CNIPluginsMissing", "CNIVersionMissing") and fatal
 
 
-def test_what_lacks_is_said_with_what_to_do() -> None:
+def test_missing_plugins_are_named_with_what_to_do() -> None:
     (problem,) = problems(cni(bridge="not in /opt/cni/bin", host_local="/x did not answer"))
     for text in ("bridge (not in /opt/cni/bin)", "host-local (/x did not answer)", "containernetworking-plugins"):
         assert text in str(problem)
@@ -135,25 +135,25 @@ def judged(found: Any) -> Any:
     return judge(DIR, {name: f if isinstance(f, File) else File(f.encode()) for name, f in found.items()})
 
 
-OURS = made()[FILE]
+CONFLIST = made()[FILE]
 LIST = '{"cniVersion":"0.3.1","name":"cbr0","plugins":[{"type":"flannel"}]}'
 CONF = '{"cniVersion":"0.3.1","name":"old","type":"bridge"}'
 
 
-def test_ours_is_ours() -> None:
-    assert judged({FILE: OURS}) == ({FILE: OURS}, [], [])
+def test_the_managed_file_is_recognized() -> None:
+    assert judged({FILE: CONFLIST}) == ({FILE: CONFLIST}, [], [])
     assert judged({}) == ({}, [], [])
 
 
-def test_ours_that_someone_edited_is_ours() -> None:
-    edited = OURS.replace("1462", "1500").replace("1458", "1500")
+def test_an_edited_file_is_still_managed() -> None:
+    edited = CONFLIST.replace("1462", "1500").replace("1458", "1500")
     assert judged({FILE: edited})[0] == {FILE: edited}
 
 
 @pytest.mark.parametrize("text", ["", " \n", "{", "[]", "null", '"x"', "\x00\x01", "[" * 100_000])
-def test_what_is_no_network_under_our_name_is_ours_to_mend(text: Any) -> None:
-    ours, unmanaged, _ = judged({FILE: text})
-    assert ours == {FILE: text} and not unmanaged
+def test_what_is_no_network_under_the_managed_name_is_replaced(text: Any) -> None:
+    managed, unmanaged, _ = judged({FILE: text})
+    assert managed == {FILE: text} and not unmanaged
 
 
 def test_bytes_that_are_no_text() -> None:
@@ -161,10 +161,10 @@ def test_bytes_that_are_no_text() -> None:
 
 
 @pytest.mark.parametrize("held", [LIST, "{}", '{"name":7}', File(b"", "is a FIFO, not a regular file")])
-def test_another_network_under_our_name_is_named_and_stays(held: Any) -> None:
-    ours, (unmanaged,), _ = judged({FILE: held})
-    assert not ours and unmanaged.kind == "cni" and unmanaged.key == FILE and unmanaged.blocks
-    todo = plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(), (unmanaged,)))
+def test_another_network_under_the_managed_name_is_named_and_stays(held: Any) -> None:
+    managed, (unmanaged,), _ = judged({FILE: held})
+    assert not managed and unmanaged.kind == "cni" and unmanaged.key == FILE and unmanaged.blocks
+    todo = plan(Dataplane(cni={FILE: CONFLIST}), Observed(Dataplane(), (unmanaged,)))
     assert not todo.steps and "blocked" in str(todo) and f"{DIR}/{FILE}" in str(todo)
 
 
@@ -183,20 +183,20 @@ def test_another_network_under_our_name_is_named_and_stays(held: Any) -> None:
         ("00-x.conf", File(b"", "is a FIFO, not a regular file"), "can't be read: is a FIFO"),
     ],
 )
-def test_a_file_before_ours_wins_and_is_said_to(name: Any, text: Any, says: Any) -> None:
-    _, unmanaged, (problem,) = judged({name: text, FILE: OURS})
+def test_a_file_before_the_managed_one_wins_and_is_named(name: Any, text: Any, says: Any) -> None:
+    _, unmanaged, (problem,) = judged({name: text, FILE: CONFLIST})
     assert not unmanaged
     assert problem.reason == "CNIOverruled" and problem.fatal
     assert says in str(problem) and f"{DIR}/{name}" in str(problem)
 
 
-def test_files_after_ours_are_named_in_one_line() -> None:
-    _, _, (problem,) = judged({FILE: OURS} | {f"{n}-x.conf": CONF for n in range(87, 99)})
+def test_files_after_the_managed_one_are_named_in_one_line() -> None:
+    _, _, (problem,) = judged({FILE: CONFLIST} | {f"{n}-x.conf": CONF for n in range(87, 99)})
     assert problem.reason == "CNILeftover" and not problem.fatal
     assert "and 9 more" in str(problem) and "not used" in str(problem)
 
 
-def test_a_file_after_ours_is_used_while_ours_is_away() -> None:
+def test_a_file_after_the_managed_one_is_used_while_that_is_missing() -> None:
     _, _, (problem,) = judged({"87-podman-bridge.conflist": LIST})
     assert "used until" in str(problem)
 
@@ -213,57 +213,58 @@ json_values = st.recursive(
 @given(json_values, st.sampled_from([FILE, "00-a.conf", "00-a.conflist", "99-a.json"]))
 def test_whatever_json_lies_there_is_judged_and_told(value: Any, name: Any) -> None:
     text = json.dumps(value)
-    ours, unmanaged, said = judged({name: text})
-    assert [*ours, *unmanaged, *said]
-    for one in ours.values():
-        str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: one}))))
+    managed, unmanaged, said = judged({name: text})
+    assert [*managed, *unmanaged, *said]
+    for one in managed.values():
+        str(plan(Dataplane(cni={FILE: CONFLIST}), Observed(Dataplane(cni={FILE: one}))))
 
 
 @pytest.mark.parametrize("evil", ["\\ud800", "\\u001b[2J", "a\\nb", "x" * 10_000])
-def test_others_words_steer_no_terminal_and_break_no_log(evil: Any) -> None:
-    odd = OURS.replace('"1.0.0"', f'"{evil}"').replace('"portmap"', f'"{evil}"').replace("10.97.1.0/24", evil)
+def test_text_of_others_steers_no_terminal_and_break_no_log(evil: Any) -> None:
+    odd = CONFLIST.replace('"1.0.0"', f'"{evil}"').replace('"portmap"', f'"{evil}"').replace("10.97.1.0/24", evil)
     lines = [*map(str, judged({"00-x.conflist": LIST.replace("cbr0", evil)})[2])]
     lines += [*map(str, judged({FILE: LIST.replace("cbr0", evil)})[1])]
-    lines.append(str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: odd})))))
-    lines.append(str(conflist_status(cni(), {FILE: OURS}, {FILE: odd})))
+    lines.append(str(plan(Dataplane(cni={FILE: CONFLIST}), Observed(Dataplane(cni={FILE: odd})))))
+    lines.append(str(conflist_status(cni(), {FILE: CONFLIST}, {FILE: odd})))
     for line in lines:
         assert line.isprintable() and len(line.encode()) < 1000, line
 
 
 @given(st.binary(max_size=64))
 def test_whatever_bytes_lie_there_are_judged(data: Any) -> None:
-    ours, unmanaged, _ = judged({FILE: File(data)})
-    assert bool(ours) != bool(unmanaged)
+    managed, unmanaged, _ = judged({FILE: File(data)})
+    assert bool(managed) != bool(unmanaged)
 
 
-# what is told
+# texts
 
 
 def test_a_plan_tells_what_is_written_and_what_differs() -> None:
     has = Observed(Dataplane())
-    (line,) = plan(Dataplane(cni={FILE: OURS}), has).lines()
+    (line,) = plan(Dataplane(cni={FILE: CONFLIST}), has).lines()
     assert line == (
         f"+ cni {FILE} network ovsmesh version 1.0.0 mtu 1458 ranges 10.97.1.0/24,fd00:97:1::/64 "
         "plugins bridge,host-local,portmap"
     )
-    edited = OURS.replace("1458", "1500")
-    assert str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: edited})))) == (
+    edited = CONFLIST.replace("1458", "1500")
+    assert str(plan(Dataplane(cni={FILE: CONFLIST}), Observed(Dataplane(cni={FILE: edited})))) == (
         f"~ cni {FILE} mtu 1500 → 1458"
     )
-    odd = OURS.replace('"hairpinMode": true', '"hairpinMode": false')
-    assert str(plan(Dataplane(cni={FILE: OURS}), Observed(Dataplane(cni={FILE: odd})))) == f"~ cni {FILE} text differs"
+    odd = CONFLIST.replace('"hairpinMode": true', '"hairpinMode": false')
+    differs = str(plan(Dataplane(cni={FILE: CONFLIST}), Observed(Dataplane(cni={FILE: odd}))))
+    assert differs == f"~ cni {FILE} text differs"
 
 
 def test_the_conflist_status() -> None:
-    full = {FILE: OURS}
+    full = {FILE: CONFLIST}
     assert str(conflist_status(cni(), full, full)) == (
         f"{DIR}/{FILE} (written; version 1.0.0; bridge, host-local, portmap)"
     )
     assert conflist_status(cni(), full, {}).state == "waits"
     assert conflist_status(cni(), full, {FILE: "{}"}).state == "differs"
     assert str(conflist_status(cni(bridge="away"), {}, {})) == f"{DIR}/{FILE} (none)"
-    assert conflist_status(cni(kept=OURS, bridge="away"), full, full).state == "kept"
-    assert wanted(cni(kept=OURS, bridge="away"), [], [], 1) == full
+    assert conflist_status(cni(kept=CONFLIST, bridge="away"), full, full).state == "kept"
+    assert wanted(cni(kept=CONFLIST, bridge="away"), [], [], 1) == full
 
 
 def test_facts_are_compared_by_value() -> None:

@@ -82,6 +82,6 @@ def test_hostile_names_are_data(name: Any, tmp_path: Path) -> None:
     assert add[add.index("add-port") + 1 : add.index("add-port") + 3] == [OBR, port] and len(add) == 19
 
 
-def test_a_thousand_peers_are_a_few_calls(tmp_path: Path) -> None:
+def test_two_hundred_peers_are_a_few_calls(tmp_path: Path) -> None:
     _, calls = executed(render(want(first(200)), "node web1"), tmp_path)
     assert len(calls) < 40

@@ -149,7 +149,7 @@ def test_python_ovs_reads_the_same(value: Any, trailer: Any) -> None:
     assert fed(text + trailer)[0].finish() == theirs == value
 
 
-def test_it_is_put_in_only_where_the_fast_one_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_installed_only_where_the_fast_one_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = ovs.json.Parser
     monkeypatch.setattr(ovs.json, "Parser", slow)
     monkeypatch.setattr(ovs.json, "PARSER", ovs.json.PARSER_C)
