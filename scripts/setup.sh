@@ -28,14 +28,14 @@ tcpdump|tcpdump|plain|shows what crosses a tunnel
 modprobe|kmod|dev|loads kernel modules in the kernel tests
 openssl|openssl|dev|certificates of the control plane in the Kubernetes tests
 /usr/lib/cni/bridge|containernetworking-plugins|dev|plugs pods into kbr0 as a container runtime does, in the lab
-setpriv|util-linux|dev|ends that control plane when the tests die
-mmdebstrap|mmdebstrap|dev|a fresh Debian: for the tests of bootstrap.sh, and as the base of the image where no registry is
+setpriv|util-linux|dev|ends that control plane when the tests are killed
+mmdebstrap|mmdebstrap|dev|a fresh Debian: for the tests of bootstrap.sh and of fresh machines, and as the base of the image without a registry
 shellcheck|shellcheck|dev|reads bootstrap.sh and the scripts that bootstrap --print writes
 dockerd|docker.io|dev|a Docker daemon for each lab host, in the tests of --docker
 containerd|containerd|dev|runs the containers of the nodes in the end to end tests
 runc|runc|dev|starts the containers of both
 buildah|buildah|dev|builds the image where no Docker runs
-busybox|busybox-static|dev|all that is in the containers of the tests
+busybox|busybox-static|dev|the content of the containers of the tests
 linux.uml|user-mode-linux|dev|a kernel with the openvswitch datapath, for the kernel tests'
 
 # The first Python >= 3.11 that really starts (a version manager puts shims on PATH that do not).
@@ -95,20 +95,20 @@ apt_has() { # whether apt can install this package
   # Read whole, then matched: `| grep -q` ends early, apt-cache dies of SIGPIPE, and pipefail says "no".
   [[ $(LC_ALL=C apt-cache policy "$1" 2>/dev/null) =~ Candidate:\ [^\(] ]]
 }
-# Without systemd a package must not start its service by an init script: the lab runs switches of its
-# own, and a system-wide one would be left behind. Where systemd runs, apt does what it always does, but for the
-# tests: they run dockerds of their own, and one of the machine would give it a docker0 and drop what it forwards.
+# policy-rc.d keeps packages from starting their services. Without systemd an init script would start a switch that
+# nothing ends; the lab runs switches of its own. The tests run dockerds of their own too, while one of the machine would
+# make a docker0 and set FORWARD to DROP. In other cases apt does what it always does.
 policy=/usr/sbin/policy-rc.d
 apt_install() {
-  local log rc=0 policy_ours=
+  local log rc=0 policy_made=
   log=$(mktemp)
   if { [ ! -d /run/systemd/system ] || [ "$flavour" = dev ]; } && [ ! -e $policy ]; then
     printf '#!/bin/sh\nexit 101\n' | as_root tee $policy >/dev/null
     as_root chmod 755 $policy
-    policy_ours=1
+    policy_made=1
   fi
   apt install --no-install-recommends "$@" >"$log" 2>&1 || rc=$?
-  [ -z "$policy_ours" ] || as_root rm -f $policy
+  [ -z "$policy_made" ] || as_root rm -f $policy
   [ $rc = 0 ] || { tail -n 20 "$log" >&2; }
   rm -f "$log"
   return $rc
@@ -130,9 +130,9 @@ if [ ${#packages[@]} -gt 0 ]; then
   apt_update
   if ! apt_install "${packages[@]}"; then
     for name in "${names[@]}"; do
-      command -v "$name" >/dev/null || die "apt-get could not install what brings $name (see above)"
+      command -v "$name" >/dev/null || die "apt-get could not install the package of $name (see above)"
     done
-    say "a package's start script failed; its programs are there, which is all that is needed"
+    say "a package's start script failed; its programs are installed, and nothing more is needed"
   fi
 fi
 
@@ -148,7 +148,7 @@ if ! python=$(find_python); then
   python=$(find_python) || die "Python 3.11 or newer is needed, this machine has $(python3 -V 2>/dev/null || echo none) and its packages hold no newer one; put a python3.11 on PATH and try again"
 fi
 
-# Go comes from no package of ours: Debian's is too old. What is missing is said by what would build with it.
+# Go is not installed here: Debian's is too old. binaries.py says what is missing.
 if [ $flavour = dev ] && ! missing=$("$python" tests/support/binaries.py --check 2>&1); then
   say "the Kubernetes tests will be skipped (in CI: fail): ${missing#kube: error: }"
 fi

@@ -62,6 +62,7 @@ def test_each_make_target_that_a_document_names_exists() -> None:
     named = set(re.findall(r"(?:`|^    )make ([a-z][a-z0-9-]*)", written(), re.MULTILINE))
     assert {"demo", "test", "bench"} <= named
     assert not named - targets
+    assert not {target for target in targets if target.startswith("test")} - named
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=_name)
