@@ -1,8 +1,7 @@
-"""Sees changes of a host's dataplane as they happen, each with its time: rtnetlink, nft, OVSDB, flows.
+"""Record changes of a host's dataplane as they happen, each with its time: rtnetlink, nft, OVSDB, flows.
 
-Knows the four doors and nothing of the agent. Times are CLOCK_MONOTONIC seconds at which this
-process read the notification. The rtnetlink decoder is ovsmesh.rtnl's; what rests on it is
-confirmed by `Testbed.check`, which does without.
+Times are CLOCK_MONOTONIC seconds at which this process read the notification. ovsmesh.linux decodes rtnetlink;
+`Testbed.check` confirms the result without that decoder.
 """
 
 from __future__ import annotations

@@ -136,9 +136,9 @@ class SliceWatch:
 
     def __init__(self, plane: ControlPlane) -> None:
         self.seen: dict[str, float] = {}
-        self._bell = Wakeup()
+        self._wakeup = Wakeup()
         self._api = Api(load(str(plane.kubeconfig())))
-        self.watch = Reflector(self._api, SLICES, self._note, self._bell)
+        self.watch = Reflector(self._api, SLICES, self._note, self._wakeup)
         # a thread that is started inside the namespace stays in it
         netns.within(plane.ns, self.watch.start)
         netns.wait_for("the slices to be listed", lambda: self.watch.collection().synced, 30)
@@ -152,7 +152,7 @@ class SliceWatch:
     def close(self) -> None:
         self.watch.close()
         self._api.close()
-        self._bell.close()
+        self._wakeup.close()
 
 
 class KubeTestbed(Testbed):

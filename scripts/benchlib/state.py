@@ -1,7 +1,7 @@
 """A host's own dataplane as one comparable value, read in about a millisecond through netlink dumps.
 
-Knows which links, addresses, routes, neighbours and FDB entries are the mesh's; with `whole`, whether
-all of it is as it was at a good moment. Fit for a mesh of a few hosts, not of thousands.
+It holds the mesh's links, addresses, routes, neighbours and FDB entries. `whole` compares it with that of a good
+moment. For a mesh of a few hosts, not of thousands.
 """
 
 from __future__ import annotations
@@ -107,6 +107,6 @@ def switch(probe: EventProbe) -> frozenset[Part]:
 
 
 def filters(host: Host) -> str:
-    """The filter tables as nft lists them, in one order: a table that is made anew stands last."""
+    """Return the filter tables as nft lists them, sorted: nft lists a table that was made again last."""
     tables = host.run(["nft", "list", "ruleset"]).stdout.split("\ntable ")
     return "\n".join(sorted(table.removeprefix("table ").strip() for table in tables))
