@@ -1,7 +1,6 @@
-"""An agent as a process: its options, its state directory, where its mesh comes from and where it is seen.
+"""An agent as a process: it joins options, state directory, mesh source, driver and publishers, and runs the loop.
 
-Joins agent, host, board, notify and the sources; what a turn does is agent's. Imports Kubernetes' rooms only
-when a cluster is asked for.
+Imports Kubernetes' modules only when a cluster is asked for.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ovsmesh import __version__
 from ovsmesh.agent import cleanup
 from ovsmesh.agent.options import Options
 from ovsmesh.agent.publisher import StatusPublisher
 from ovsmesh.agent.reconciler import Publisher, Reconciler, readable
-from ovsmesh.agent.result import NodeStatus, ReconcileResult
+from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.agent.systemd import SystemdNotifier
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.mesh.file_source import FileSource
@@ -28,56 +27,34 @@ from ovsmesh.ovs.idl import run_dir
 from ovsmesh.state_dir import StateDir
 
 if TYPE_CHECKING:
-    from ovsmesh.agent.uninstall import UninstallWatch
+    from ovsmesh.agent.cluster import UninstallWatch
 
 log = logging.getLogger("ovsmesh")
 
 REMOVING, REMOVED = "ovsmesh.removing", "ovsmesh.removed"
-"""File beside the database's socket while all of ours is removed, which the switch's own pod waits for, and after."""
+"""File beside the database's socket while all that is managed is removed, and after. The switch's pod waits for it."""
 _AGAIN = 2.0
-"""Seconds between attempts to remove all of ours."""
-_FOR_EVER = 3600.0
-"""Seconds that an agent with nothing left to do waits for its end: a Namespace may take its time."""
+"""Seconds between attempts to remove all that is managed."""
+_WAIT_FOR_STOP = 3600.0
+"""Seconds that an agent with nothing left to do waits to be stopped: a Namespace may take its time."""
 
 
-class _Quiet:
-    """Publishes nothing: `--once` tells its outcome itself."""
-
-    def publish(self, status: NodeStatus) -> None:
-        return
-
-    def idle(self) -> None:
-        return
-
-
-class _All:
-    """Several publishers as one."""
-
-    def __init__(self, *publishers: Publisher) -> None:
-        self._publishers = publishers
-
-    def publish(self, status: NodeStatus) -> None:
-        for publisher in self._publishers:
-            publisher.publish(status)
-
-    def idle(self) -> None:
-        for publisher in self._publishers:
-            publisher.idle()
+class _Agent(NamedTuple):
+    reconciler: Reconciler
+    publishers: tuple[Publisher, ...]
+    """The MeshNode's, if there is a cluster."""
+    uninstall: UninstallWatch | None
 
 
 @contextlib.contextmanager
-def _agent(
-    options: Options, state: StateDir, tells: Publisher, patience: float
-) -> Iterator[tuple[Reconciler, Publisher, UninstallWatch | None]]:
-    """An agent, where it publishes its turns (to `tells`, and in its MeshNode where there is one), and its home.
-
-    `patience` is for how many seconds a cluster's first word is waited for.
-    """
+def _agent(options: Options, state: StateDir, patience: float) -> Iterator[_Agent]:
+    """Open what an agent needs. Wait `patience` seconds at most for the first answer of a cluster."""
     with contextlib.ExitStack() as ending:
-        host = options.host(state, acting=True)
-        ending.callback(host.close)
+        driver = options.driver(state, acting=True)
+        ending.callback(driver.close)
         source: Source
-        home = None
+        publishers: tuple[Publisher, ...] = ()
+        uninstall = None
         if options.mesh:
             source = FileSource(options.mesh, options.state_dir, options.node)
             ending.callback(source.close)
@@ -86,9 +63,10 @@ def _agent(
 
             cluster = connect(options.kubeconfig, options.state_dir, options.node, patience)
             ending.callback(cluster.close)
-            source, tells, home = cluster.source, _All(tells, cluster.writer), cluster.home
-        host.ovs.connect()
-        yield Reconciler(options.node, source, host, state, options.mesh or "MeshSlices"), tells, home
+            source, publishers, uninstall = cluster.source, (cluster.writer,), cluster.uninstall
+        driver.connect()
+        reconciler = Reconciler(options.node, source, driver, state, options.mesh or "MeshSlices")
+        yield _Agent(reconciler, publishers, uninstall)
 
 
 @contextlib.contextmanager
@@ -96,7 +74,7 @@ def _locked(options: Options) -> Iterator[StateDir]:
     state = StateDir(options.state_dir)
     state.lock()
     try:
-        # what other commands read in place of MeshSlices is the last mesh that was whole and applied
+        # other commands read the last mesh that was whole and applied in place of MeshSlices
         told = {**dataclasses.asdict(options), "mesh": options.mesh or str(state.mesh_file)}
         state.write_agent({**told, "pid": os.getpid(), "version": __version__})
         yield state
@@ -107,37 +85,38 @@ def _locked(options: Options) -> Iterator[StateDir]:
 
 
 def serve(options: Options, stop_fd: int) -> None:
-    """Runs the agent until `stop_fd` is readable. Raises OvsmeshError when it can't start.
+    """Run the agent until `stop_fd` is readable. Raise OvsmeshError if it can't start.
 
-    What is in place stays, unless the cluster says that all of ovsmesh is to go.
+    The dataplane stays in place, unless the agent's Namespace is being deleted.
     """
     with _locked(options) as state:
         with contextlib.ExitStack() as ending:
-            board = StatusPublisher(options.listen, state)
-            ending.callback(board.close)
+            status = StatusPublisher(options.listen, state)
+            ending.callback(status.close)
             notifier = SystemdNotifier()
-            agent, tells, home = ending.enter_context(_agent(options, state, _All(board, notifier), 1.0))
+            agent = ending.enter_context(_agent(options, state, 1.0))
             ending.callback(notifier.close)
-            beside = run_dir(options.ovsdb)
-            _tell(beside, "")
-            agent.run([stop_fd, home.fd] if home else [stop_fd], tells)
-            leaving = home is not None and home.ask()
+            folder, uninstall = run_dir(options.ovsdb), agent.uninstall
+            _mark(folder, "")
+            stops = [stop_fd, uninstall.fd] if uninstall else [stop_fd]
+            agent.reconciler.run(stops, [status, notifier, *agent.publishers])
+            leaving = uninstall is not None and uninstall.ask()
             if leaving:
-                log.warning("the Namespace that this agent is of is being deleted: removing all of ours from this node")
-                _tell(beside, REMOVING)
+                log.warning("this agent's Namespace is being deleted; removing all that is managed on this node")
+                _mark(folder, REMOVING)
         if leaving:
             try:
                 clean = _remove(options, state, stop_fd)
             finally:
-                _tell(beside, "")
+                _mark(folder, "")
             if clean:
-                _tell(beside, REMOVED)
-            # to end before being told to would have us started anew
-            readable([stop_fd], _FOR_EVER)
+                _mark(folder, REMOVED)
+            # the kubelet starts an agent again that ends before it is stopped
+            readable([stop_fd], _WAIT_FOR_STOP)
 
 
-def _tell(folder: Path, name: str) -> None:
-    """Of REMOVING and REMOVED only this one is there; a folder that is not, or can't be written, has nobody to tell."""
+def _mark(folder: Path, name: str) -> None:
+    """Keep the file `name` of REMOVING and REMOVED only. A folder that can't be written has no reader either."""
     for each in (REMOVING, REMOVED):
         with contextlib.suppress(OSError):
             if each == name:
@@ -147,7 +126,7 @@ def _tell(folder: Path, name: str) -> None:
 
 
 def _remove(options: Options, state: StateDir, stop_fd: int) -> bool:
-    """Removes all of ours, again until nothing is left, which it returns, or there is no more time."""
+    """Remove all that is managed until nothing is left or the agent is stopped. Return whether nothing is left."""
     while True:
         try:
             lines, clean = cleanup.remove(options, state)
@@ -160,6 +139,6 @@ def _remove(options: Options, state: StateDir, stop_fd: int) -> bool:
 
 
 def once(options: Options) -> ReconcileResult:
-    """Applies until nothing is left to do or nothing more can be done. Raises OvsmeshError when it can't start."""
-    with _locked(options) as state, _agent(options, state, _Quiet(), 10.0) as (agent, tells, _):
-        return agent.once(tells)
+    """Apply until nothing is left to do or nothing more can be done. Raise OvsmeshError if it can't start."""
+    with _locked(options) as state, _agent(options, state, 10.0) as agent:
+        return agent.reconciler.once(agent.publishers)

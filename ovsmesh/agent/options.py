@@ -1,7 +1,4 @@
-"""What an agent was told on its command line, which `plan`, `status` and `cleanup` take over, and the host it means.
-
-Joins host and its rooms' settings. Knows nothing of a command line.
-"""
+"""The options of an agent, which `plan`, `status` and `cleanup` take over, and the driver that they describe."""
 
 from __future__ import annotations
 
@@ -24,19 +21,19 @@ _STEP = 0.2
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-    """How an agent was started."""
+    """How an agent is started."""
 
     mesh: str = ""
-    """The mesh file; "" reads MeshSlices."""
+    """The mesh file; "" for MeshSlices."""
     node: str = dataclasses.field(default_factory=lambda: socket.gethostname())
     ovsdb: str = DEFAULT_OVSDB
     state_dir: str = DEFAULT_STATE
     listen: str = DEFAULT_LISTEN
     """"" for nowhere."""
     kubeconfig: str = ""
-    """"" is the service account's."""
+    """ "" for the pod's service account."""
     cni_dir: str = ""
-    """Where the container runtime reads its networks, e.g. /etc/cni/net.d; "" leaves CNI alone."""
+    """Where the container runtime reads its networks, as in /etc/cni/net.d; "" leaves CNI alone."""
     cni_bin_dir: str = CNI_BIN_DIR
     """Where the runtime finds its plugins: directories as in PATH."""
     docker: str = "auto"
@@ -48,10 +45,10 @@ class Options:
     docker_timeout: float = 120.0
     """Seconds for the restart command, and again for the daemon to answer."""
 
-    def host(self, state: StateDir, *, acting: bool = False, removing: bool = False) -> Driver:
-        """The host that these options mean. `acting`: an agent's; `removing`: cleanup's."""
+    def driver(self, state: StateDir, *, acting: bool = False, removing: bool = False) -> Driver:
+        """Return the driver that these options describe. `acting`: for an agent; `removing`: for cleanup."""
         docker = None
-        # what an earlier agent did to Docker is taken back, though the last one looked away
+        # cleanup restores what an earlier agent changed in Docker, also if the last agent left Docker alone
         if self.docker != "off" or (removing and (state.path / DOCKER_FILES[0]).exists()):
             told = (self.docker, self.docker_config, self.docker_socket, self.docker_restart, self.docker_timeout)
             docker = Docker(DockerOptions(*told), state, removing, acting)
@@ -59,9 +56,9 @@ class Options:
 
 
 def remembered(state_dir: str, chosen: Mapping[str, object]) -> Options:
-    """What was `chosen`; else what the agent that last ran with this state directory had; else the defaults.
+    """Return the options that are `chosen`; else those of the last agent with this state directory; else the defaults.
 
-    So `ovsmesh status` needs no option. A value of another type than it should have is passed over.
+    So `ovsmesh status` needs no option. A recorded value of another type is ignored.
     """
     plain = Options(state_dir=state_dir)
     told = {**StateDir(state_dir).agent(), "state_dir": state_dir}
@@ -72,14 +69,14 @@ def remembered(state_dir: str, chosen: Mapping[str, object]) -> Options:
 
 @contextlib.contextmanager
 def opened(options: Options, state: StateDir, removing: bool = False) -> Iterator[Driver]:
-    """The host, connected, with whatever was under way on it settled."""
-    host = options.host(state, removing=removing)
+    """Return a connected driver, once Docker has said where it is."""
+    driver = options.driver(state, removing=removing)
     try:
         end = time.monotonic() + _FIRST_LOOK
-        while host.expecting and time.monotonic() < end:
-            host.wait((), _STEP)
-            host.drain()
-        host.ovs.connect()
-        yield host
+        while driver.expecting and time.monotonic() < end:
+            driver.wait((), _STEP)
+            driver.drain()
+        driver.connect()
+        yield driver
     finally:
-        host.close()
+        driver.close()

@@ -13,7 +13,7 @@ from typing import Any
 
 from ovsmesh import __version__
 from ovsmesh.agent.metrics import METRICS
-from ovsmesh.agent.result import AgentCounters, NodeStatus, ReconcileResult
+from ovsmesh.agent.result import RETRIED, AgentCounters, NodeStatus, ReconcileResult
 from ovsmesh.dataplane import report_html
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.http_server import LOOP_DEADLINE, Answer, HttpServer
@@ -23,8 +23,6 @@ from ovsmesh.state_dir import StateDir
 
 log = logging.getLogger("ovsmesh")
 
-RETRIED = (Reason.ApplyFailed, Reason.PortError, Reason.NotConverged, Reason.TurnFailed, Reason.FilterFailed)
-"""Reasons of problems that may go by themselves without an event that says so."""
 _OWN_REASONS = (*RETRIED, Reason.MassRemovalHeld)
 """Reasons of problems that only the agent can know; `status` finds the others itself."""
 _LISTEN_AGAIN = 5.0

@@ -1,20 +1,30 @@
-"""How a reconcile ended, what the agent has counted, and the status that is made from both."""
+"""The comparison of a node's desired and observed dataplane, how a reconcile ended, and the status made from it."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from ovsmesh import __version__
+from ovsmesh.dataplane import desired
 from ovsmesh.dataplane import report as reports
-from ovsmesh.dataplane.plan import Plan
+from ovsmesh.dataplane.plan import Plan, in_sync, plan
 from ovsmesh.dataplane.types import Dataplane, Facts, Observed
 from ovsmesh.errors import Problem
+from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.metrics import Histogram
+from ovsmesh.reasons import Reason
+
+if TYPE_CHECKING:
+    from ovsmesh.agent.driver import Driver
+
+RETRIED = (Reason.ApplyFailed, Reason.PortError, Reason.NotConverged, Reason.TurnFailed, Reason.FilterFailed)
+"""Reasons of problems that may go by themselves without an event that says so."""
 
 _DURATIONS = Histogram((0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0))
 """Seconds: an unchanged mesh takes a few milliseconds, the first reconcile with a thousand peers a second or two."""
@@ -49,7 +59,7 @@ class AgentCounters:
 
 @dataclass(frozen=True, slots=True)
 class ReconcileResult:
-    """What a reconcile, or a look at the system without changing it, has found and left."""
+    """What a look at the system has found, or a reconcile has left."""
 
     mesh: Mesh | None = None
     facts: Facts | None = None
@@ -69,6 +79,72 @@ class ReconcileResult:
     """Seconds."""
     mesh_since: float = 0.0
     """When the mesh was read, in seconds since the epoch; 0 for never."""
+    drift: Plan = field(default_factory=Plan)
+    """What someone else had changed."""
+
+
+class Comparison(NamedTuple):
+    """What a node should have, what it has, and the difference."""
+
+    mesh: Mesh
+    facts: Facts
+    want: Dataplane
+    refused: tuple[Problem, ...]
+    """What in the mesh and on the host is not as it should be, from computing the desired dataplane."""
+    have: Observed
+    plan: Plan
+
+    def result(self, snapshot: Snapshot, failed: Iterable[Problem] = ()) -> ReconcileResult:
+        """Return this as a result; `failed` is what could not be applied."""
+        have, todo = self.have, self.plan
+        unmanaged = reports.unmanaged_beside(have, todo)
+        return ReconcileResult(
+            self.mesh,
+            self.facts,
+            self.want,
+            have,
+            todo,
+            (*snapshot.problems, *self.refused, *have.problems, *failed, *unmanaged),
+            in_sync(todo, (*have.problems, *failed)),
+            snapshot.confirmed,
+            mesh_since=snapshot.since,
+        )
+
+
+def compare(
+    driver: Driver,
+    mesh: Mesh,
+    node: str,
+    previous: Comparison | None = None,
+    make_plan: Callable[[Dataplane, Observed], Plan] = plan,
+    probe_firewall: bool = True,
+) -> Comparison:
+    """Compare the desired with the observed dataplane of `node`, and change nothing.
+
+    The desired dataplane of `previous` is used again, as the same object, while mesh and facts are the same.
+    `probe_firewall`: see Firewall.missing. Raise OvsmeshError if the node is not in the mesh.
+    """
+    # facts and observation must be of one state, so nothing is drained between them
+    driver.drain()
+    facts = driver.facts(mesh, node, probe_firewall)
+    if previous and mesh is previous.mesh and facts == previous.facts:
+        want, refused = previous.want, previous.refused
+    else:
+        want, refused = desired.dataplane(mesh, node, facts)
+    have = driver.observe(want)
+    return Comparison(mesh, facts, want, refused, have, make_plan(want, have))
+
+
+def look(driver: Driver, snapshot: Snapshot, node: str) -> ReconcileResult:
+    """Return what a reconcile would find now, with nothing changed."""
+    if snapshot.mesh is None:
+        return ReconcileResult(problems=snapshot.problems)
+    return compare(driver, snapshot.mesh, node).result(snapshot)
+
+
+def peers_text(want: Dataplane) -> str:
+    """Return the number of peers that the node is to have tunnels to, as in "3 peers"."""
+    return f"{len(want.ports)} peer{'' if len(want.ports) == 1 else 's'}"
 
 
 def report(

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import MutableMapping
 
-from ovsmesh.agent.result import NodeStatus, ReconcileResult
+from ovsmesh.agent.result import NodeStatus, ReconcileResult, peers_text
 
 _TEXT = 200
 """Characters of a status line."""
@@ -72,8 +72,7 @@ def status_line(turn: ReconcileResult) -> str:
     if turn.mesh is None or turn.want is None:
         said = "no mesh yet" if turn.mesh is None else "the last turn failed"
     else:
-        peers = len(turn.want.ports)
-        said = f"{peers} peer{'' if peers == 1 else 's'}, {'converged' if turn.converged else 'not converged'}"
+        said = f"{peers_text(turn.want)}, {'converged' if turn.converged else 'not converged'}"
     problem = next((str(p) for p in turn.problems if p.fatal), "") or next(map(str, turn.plan.blocked), "")
     text = f"{said}; {problem}" if problem else said
     # one line, or a name could say READY=1

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 
 from ovsmesh.agent.driver import Driver, kernel_datapath
 from ovsmesh.agent.options import Options, opened
+from ovsmesh.agent.result import compare
 from ovsmesh.cli import inspect, preflight
 from ovsmesh.cli.preflight import FAIL, OK, WARN, Check
 from ovsmesh.dataplane import desired, shell_script
 from ovsmesh.dataplane.types import Facts
 from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.ovs.idl import run_dir
 from ovsmesh.probe import icmp
@@ -22,17 +24,19 @@ from ovsmesh.state_dir import StateDir
 
 _DEFAULT_RUN_DIRS = ("/var/run/openvswitch", "/run/openvswitch")
 _POLL = 0.5
+_FILTERS = (Reason.FilterUnavailable, Reason.FilterFailed)
+"""Problems of the observation that the script has too."""
 _COVERED = (Reason.TunnelAddressMissing, Reason.DatapathMissing)
 """Problems that other checks report."""
 
 
-def _mesh(options: Options) -> tuple[Mesh, Node, tuple[Problem, ...]]:
-    """Return the mesh of the file, this node in it, and the problems. Raises OvsmeshError when it has no such node."""
+def _mesh(options: Options) -> tuple[Snapshot, Mesh, Node]:
+    """Return what the file holds, its mesh, and this node in it. Raises OvsmeshError when it has no such node."""
     found = inspect.snapshot(options)
     me = found.mesh.node(options.node) if found.mesh else None
     if found.mesh is None or me is None or not found.confirmed:
         raise OvsmeshError("; ".join(map(str, found.problems)) or f"{options.mesh}: has no node {options.node}")
-    return found.mesh, me, found.problems
+    return found, found.mesh, me
 
 
 def _open(options: Options) -> AbstractContextManager[Driver]:
@@ -43,20 +47,18 @@ def _open(options: Options) -> AbstractContextManager[Driver]:
 
 def script(options: Options) -> tuple[str, tuple[Problem, ...]]:
     """Return this host's part of the mesh as a shell script, and its problems. Raises OvsmeshError."""
-    wanted, me, problems = _mesh(options)
-    with _open(options) as host:
-        host.drain()
-        facts = host.facts(wanted, me)
-        want, refused = desired.dataplane(wanted, me.name, facts)
-        lacking = host.firewall.observe(want.rules).problems
+    source, wanted, me = _mesh(options)
+    with _open(options) as driver:
+        found = compare(driver, wanted, me.name)
+    problems = (*source.problems, *found.refused)
     notes = [
         f"containers get an address of {', '.join(map(str, me.pod_cidrs))}, the first one as gateway, "
-        f"and MTU {desired.pod_mtu(wanted, me, facts)}",
-        *map(str, (*problems, *refused, *lacking)),
+        f"and MTU {desired.pod_mtu(wanted, me, found.facts)}",
+        *map(str, (*problems, *(p for p in found.have.problems if p.reason in _FILTERS))),
     ]
     where = str(run_dir(options.ovsdb))
     title = f"node {me.name}, tunnel address {me.address}, of the mesh in {options.mesh}"
-    return shell_script.render(want, title, notes, "" if where in _DEFAULT_RUN_DIRS else where), (*problems, *refused)
+    return shell_script.render(found.want, title, notes, "" if where in _DEFAULT_RUN_DIRS else where), problems
 
 
 def check(options: Options) -> list[Check]:
@@ -64,40 +66,36 @@ def check(options: Options) -> list[Check]:
     found = [*preflight.kernel(), *preflight.tools()]
     wanted: Mesh | None = None
     try:
-        wanted, me, problems = _mesh(options)
+        source, wanted, me = _mesh(options)
     except OvsmeshError as error:
         found.append(Check(FAIL, "mesh", str(error)))
     ovsdb = options.ovsdb
-    with _open(options) as host:
-        datapath = kernel_datapath()
+    with _open(options) as driver:
+        datapath, up, version = kernel_datapath(), driver.database_up, driver.ovs_version
         if wanted is None:
-            found += preflight.switch(host.ovs.synced, host.ovs.version, ovsdb, datapath, not datapath, "gre")
+            found += preflight.switch(up, version, ovsdb, datapath, not datapath, "gre")
             return found
-        found += [Check(FAIL if p.fatal else WARN, "mesh", str(p)) for p in problems]
-        found += [Check(OK, "mesh", f"{len(wanted.nodes)} nodes, this one is {me.name}")] if not problems else []
-        host.drain()
-        facts = host.facts(wanted, me)
-        carried = host.ovs.synced and facts.datapath_type == "netdev" and facts.datapath_carried
-        kind = wanted.encapsulation
-        found += preflight.switch(host.ovs.synced, host.ovs.version, ovsdb, datapath, carried, kind)
-        found += _underlay(wanted, me, facts)
-        found += preflight.ranges(wanted, preflight.routes())
-        if host.ovs.synced:
-            want, _ = desired.dataplane(wanted, me.name, facts)
-            have = host.observe(want)
-            found += [Check(FAIL, "conflict", f.detail) for f in have.unmanaged if f.kind in ("links", "bridges")]
+        here = compare(driver, wanted, me.name)
+    facts, unmanaged = here.facts, here.have.unmanaged if up else ()
+    found += [Check(FAIL if p.fatal else WARN, "mesh", str(p)) for p in source.problems]
+    found += [Check(OK, "mesh", f"{len(wanted.nodes)} nodes, this one is {me.name}")] if not source.problems else []
+    carried = up and facts.datapath_type == "netdev" and facts.datapath_carried
+    found += preflight.switch(up, version, ovsdb, datapath, carried, wanted.encapsulation)
+    found += _underlay(wanted, me, facts, here.refused)
+    found += preflight.ranges(wanted, preflight.routes())
+    found += [Check(FAIL, "conflict", f.detail) for f in unmanaged if f.kind in ("links", "bridges")]
     if facts.underlay_mtu is not None:
         found += preflight.tunnels(wanted, me)
     return found
 
 
-def _underlay(mesh: Mesh, me: Node, facts: Facts) -> Iterator[Check]:
+def _underlay(mesh: Mesh, me: Node, facts: Facts, refused: Iterable[Problem]) -> Iterator[Check]:
     if facts.underlay_mtu is None:
         yield Check(FAIL, "address", f"{me.address} is on no link of this host; assign it, or correct the mesh")
         return
     mtu = desired.pod_mtu(mesh, me, facts)
     yield Check(OK, "address", f"{me.address} is on this host")
-    problems = [p for p in desired.dataplane(mesh, me.name, facts)[1] if p.reason not in _COVERED]
+    problems = [p for p in refused if p.reason not in _COVERED]
     yield from (Check(FAIL if p.fatal else WARN, "mtu" if "MTU" in p.reason else "mesh", str(p)) for p in problems)
     if not any("MTU" in p.reason for p in problems):
         yield Check(OK, "mtu", f"{facts.underlay_mtu} on the underlay, {mtu} for containers")
@@ -117,7 +115,7 @@ def await_converged(options: Options, deadline: float) -> tuple[list[str], bool]
             return [f"not converged after {deadline:g} s:", *(f"  {line}" for line in left)], False
         # neither the start of an agent nor an empty plan sends an event to other processes
         time.sleep(_POLL)
-    wanted, me, _ = _mesh(options)
+    _, wanted, me = _mesh(options)
     peers = [n for n in wanted.nodes if n.name != me.name]
     versions = {c.version for c in me.pod_cidrs}
     gateways = {n.name: [str(desired.gateway(c)) for c in n.pod_cidrs if c.version in versions] for n in peers}

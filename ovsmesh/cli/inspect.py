@@ -7,18 +7,15 @@ import dataclasses
 import time
 from typing import Any
 
-from ovsmesh.agent.driver import Driver
+from ovsmesh.agent import result
 from ovsmesh.agent.options import Options, opened
-from ovsmesh.agent.result import ReconcileResult, report
+from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.cli.formats import serialize
-from ovsmesh.dataplane import desired
-from ovsmesh.dataplane.plan import in_sync, plan
-from ovsmesh.dataplane.report import Context, Traffic, unmanaged_beside
+from ovsmesh.dataplane.report import Context, Traffic
 from ovsmesh.dataplane.report_text import render_text
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.mesh.source import Snapshot
-from ovsmesh.ovs.idl import statistics
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 
@@ -34,24 +31,6 @@ def snapshot(options: Options) -> Snapshot:
         source.close()
 
 
-def _look(host: Driver, source: Snapshot, node: str) -> ReconcileResult:
-    """What an agent's turn would find now, with nothing done about it."""
-    wanted, problems = source.mesh, source.problems
-    me = wanted.node(node) if wanted else None
-    if wanted is None or me is None:
-        return ReconcileResult(problems=problems)
-    host.drain()
-    facts = host.facts(wanted, me)
-    want, refused = desired.dataplane(wanted, node, facts)
-    have = host.observe(want)
-    todo = plan(want, have)
-    converged = in_sync(todo, have.problems)
-    problems = (*problems, *refused, *have.problems, *unmanaged_beside(have, todo))
-    return ReconcileResult(
-        wanted, facts, want, have, todo, problems, converged, source.confirmed, mesh_since=source.since
-    )
-
-
 def look(options: Options) -> tuple[ReconcileResult, bool]:
     """What the agent would change now, and whether something stands in the way of it or of knowing it.
 
@@ -60,8 +39,8 @@ def look(options: Options) -> tuple[ReconcileResult, bool]:
     wanted = snapshot(options)
     if wanted.mesh is None:
         raise OvsmeshError("; ".join(map(str, wanted.problems)))
-    with opened(options, StateDir(options.state_dir)) as host:
-        found = _look(host, wanted, options.node)
+    with opened(options, StateDir(options.state_dir)) as driver:
+        found = result.look(driver, wanted, options.node)
     unclear = found.have is None or bool(found.have.unknown)
     return found, bool(found.plan.blocked) or unclear or not wanted.confirmed
 
@@ -70,10 +49,9 @@ def status(options: Options, output: str) -> str:
     """Return the report of this node as a table, JSON or YAML. Raises OvsmeshError where no file is known."""
     state = StateDir(options.state_dir)
     source = snapshot(options)
-    with opened(options, state) as host:
-        found = _look(host, source, options.node)
-        counted = statistics(options.ovsdb) if host.ovs.synced else {}
-        version = host.ovs.version
+    with opened(options, state) as driver:
+        found = result.look(driver, source, options.node)
+        counted, version = driver.traffic(), driver.ovs_version
     stored: dict[str, Any] = {}
     with contextlib.suppress(OvsmeshError):
         stored = state.status() or {}
@@ -92,7 +70,7 @@ def status(options: Options, output: str) -> str:
         mesh_current=source.confirmed,
         last_change=_changes(stored.get("lastChange")),
     )
-    made = report(found, options.node, {port: _traffic(counters) for port, counters in counted.items()}, context)
+    made = result.report(found, options.node, {port: _traffic(counters) for port, counters in counted.items()}, context)
     return render_text(made).rstrip() if output == "table" else serialize(made.to_dict(), output)
 
 

@@ -36,7 +36,7 @@ _AGAIN = (300.0, 3600.0)
 _POKES = 30.0
 _IPTABLES = 10.0
 _RULE = "rule "
-STRANGER = "address "
+DOCKER_ADDRESS = "address "
 """Key of an address that dockerd gave a kbr0 that had none, when it started."""
 
 
@@ -248,7 +248,8 @@ class Docker:
         """Adds docker0, the rules that dockerd made for it and the address it gave to kbr0, where they are to go."""
         if kernel.kbr:
             have |= {
-                f"{STRANGER}{text}": "Docker's own" for text in settings.docker_addresses(daemon, own, kernel.addresses)
+                f"{DOCKER_ADDRESS}{text}": "Docker's own"
+                for text in settings.docker_addresses(daemon, own, kernel.addresses)
             }
         if kernel.docker0 is not None and (restart or not kernel.docker0):
             have[DOCKER0] = "bridge"

@@ -50,8 +50,8 @@ _PARTS = (
     ("read nft", "ovsmesh.linux.firewall", "Firewall.missing"),
     ("read kernel", "ovsmesh.linux.netlink", "Netlink.observe"),
     ("save mesh", "ovsmesh.mesh.file_source", "FileSource.commit"),
-    ("netlink messages and their echo", "ovsmesh.agent.driver", "Driver._kernel"),
-    ("log", "ovsmesh.agent.reconciler", "Reconciler._count"),
+    ("netlink messages and their echo", "ovsmesh.agent.apply", "Apply._kernel_tables"),
+    ("log", "ovsmesh.agent.reconciler", "Reconciler._count_steps"),
 )
 
 

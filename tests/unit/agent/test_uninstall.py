@@ -1,4 +1,4 @@
-"""An agent whose Namespace is being deleted: it removes all of ours, and says so to who runs the switch."""
+"""An agent whose Namespace is being deleted: it removes all that is managed, and says so to the switch's pod."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ovsmesh.errors import OvsmeshError
 
 
 class Fake:
-    """Everything that an agent has around it, as far as its end goes; `seen` is what happened, in order."""
+    """What an agent needs for its end; `seen` is what happened, in order."""
 
     def __init__(self, folder: Any, left: Any) -> None:
         self.left = list(left)
@@ -27,7 +27,7 @@ class Fake:
         self.fd = os.eventfd(0)
         self.leaving = True
 
-    def run(self, fds: Any, tells: Any) -> None:
+    def run(self, fds: Any, publishers: Any) -> None:
         assert self.fd in fds
         self.seen.append(f"run, marker {self.marker.exists()}")
 
@@ -50,8 +50,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
     made = Fake(tmp_path, request.param)
 
     @contextlib.contextmanager
-    def agent(options: Any, state: Any, tells: Any, patience: Any) -> Iterator[Any]:
-        yield made, tells, made
+    def agent(options: Any, state: Any, patience: Any) -> Iterator[Any]:
+        yield main._Agent(made, (), made)  # type: ignore[arg-type]
         made.seen.append("closed")
 
     monkeypatch.setattr(main, "_agent", agent)

@@ -1,4 +1,4 @@
-"""A host, a source and a clock that are values, for the tests of the agent's loop.
+"""A driver, a source and a clock that are values, for the tests of the agent's loop.
 
 Each make_… is a fixture for the test file that says so.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ovsmesh.agent import reconciler as room
+from ovsmesh.agent import reconciler as module
 from ovsmesh.agent.reconciler import Reconciler
 from ovsmesh.dataplane.types import Dataplane, Observed
 from ovsmesh.errors import Problem
@@ -37,15 +37,15 @@ class FakeDriver:
         self.switch_up = True
         self.switch_lost = False
         self.busy = self.expecting = False
-        self.ovs = SimpleNamespace(version="3.1.0")
+        self.ovs_version = "3.1.0"
         self.plans: list[Any] = []
         self.fails = 0
         """How many more times applying is to fail."""
-        self.deaf = False
+        self.ineffective = False
         """Whether what is applied does not take."""
         self.dirtied = 0
         self.waits: list[Any] = []
-        self.bell = False
+        self.event = False
         self.on_wait: Callable[[], object] = lambda: None
 
     def facts(self, mesh: Any, me: Any, probe_firewall: bool = True) -> Any:
@@ -54,7 +54,7 @@ class FakeDriver:
     def observe(self, want: Any) -> Any:
         have = self.dataplane
         parts = {f.name: ({} if f.name in self.unknown else getattr(have, f.name)) for f in dataclasses.fields(have)}
-        parts["sysctls"] = {k: v for k, v in have.sysctls.items() if k in want.sysctls}
+        parts["sysctls"] = self.sysctls(want)
         return Observed(Dataplane(**parts), self.unmanaged, self.problems, self.unknown)
 
     def apply(self, todo: Any, want: Any) -> Any:
@@ -62,7 +62,7 @@ class FakeDriver:
         if self.fails:
             self.fails -= 1
             return [Problem(Reason.ApplyFailed, "ports: no")]
-        if not self.deaf:
+        if not self.ineffective:
             parts = {f.name: dict(getattr(self.dataplane, f.name)) for f in dataclasses.fields(self.dataplane)}
             for step in todo.steps:
                 if step.op == "-":
@@ -84,11 +84,14 @@ class FakeDriver:
         self.dirty()
 
     def drain(self) -> Any:
-        rang, self.bell = self.bell, False
-        return rang
+        woken, self.event = self.event, False
+        return woken
 
     def fds(self) -> Any:
         return []
+
+    def sysctls(self, want: Any) -> Any:
+        return {k: v for k, v in self.dataplane.sysctls.items() if k in want.sysctls}
 
     def switch_answers(self) -> Any:
         return False
@@ -104,7 +107,7 @@ class FakeSource:
         self.problems = ()
         self.confirmed = True
         self.committed = 0
-        self.bell = False
+        self.event = False
 
     def snapshot(self) -> Any:
         return Snapshot(self.mesh, self.problems, self.confirmed, 1.0)
@@ -114,8 +117,8 @@ class FakeSource:
         return ()
 
     def drain(self) -> Any:
-        rang, self.bell = self.bell, False
-        return rang
+        woken, self.event = self.event, False
+        return woken
 
     def fds(self) -> Any:
         return []
@@ -126,11 +129,11 @@ class FakeSource:
 
 class Shown:
     def __init__(self) -> None:
-        self.turns: list[Any] = []
+        self.results: list[Any] = []
         self.idled = 0
 
     def publish(self, status: Any) -> None:
-        self.turns.append(status.result)
+        self.results.append(status.result)
 
     def idle(self) -> None:
         self.idled += 1
@@ -139,9 +142,9 @@ class Shown:
 class Clock:
     """Time that passes only when someone waits."""
 
-    def __init__(self, host: Any) -> None:
+    def __init__(self, driver: Any) -> None:
         self.now = 1000.0
-        host.on_wait = lambda: self.advance(host.waits[-1])
+        driver.on_wait = lambda: self.advance(driver.waits[-1])
 
     def advance(self, seconds: Any) -> None:
         # select() never returns too early, and a moment always passes
@@ -151,7 +154,7 @@ class Clock:
         return self.now
 
 
-def make_host() -> Any:
+def make_driver() -> Any:
     return FakeDriver()
 
 
@@ -165,16 +168,13 @@ def make_state(tmp_path: Path) -> Any:
     return made
 
 
-def make_agent(host: Any, source: Any, state: Any) -> Any:
-    return Reconciler("web1", source, host, state)
+def make_agent(driver: Any, source: Any, state: Any) -> Any:
+    return Reconciler("web1", source, driver, state)
 
 
-def make_clock(host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    made = Clock(host)
-    monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=made.monotonic, time=time.time))
-    monkeypatch.setattr(
-        room, "read_sysctls", lambda keys: {k: v for k, v in host.dataplane.sysctls.items() if k in keys}
-    )
+def make_clock(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    made = Clock(driver)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=made.monotonic, time=time.time))
     return made
 
 
@@ -187,29 +187,29 @@ def make_stop() -> Iterator[Any]:
     os.close(write)
 
 
-def run(agent: Any, host: Any, clock: Any, stop: Any, seconds: Any, at: Any = ()) -> Any:
-    """Runs the loop for so many seconds of the clock; `at` holds (second, what happens then)."""
+def run(agent: Any, driver: Any, clock: Any, stop: Any, seconds: Any, at: Any = ()) -> Any:
+    """Run the loop for so many seconds of the clock; `at` holds (second, what happens then)."""
     start, shown, left = clock.now, Shown(), sorted(at, key=lambda pair: pair[0])
 
     def pass_time() -> None:
-        until = clock.now + host.waits[-1]
+        until = clock.now + driver.waits[-1]
         if left and start + left[0][0] <= until:
             when, what = left.pop(0)
             clock.now = max(clock.now, start + when)
             what()
         else:
-            clock.advance(host.waits[-1])
+            clock.advance(driver.waits[-1])
         if clock.now >= start + seconds:
             stop.now()
-        assert len(host.waits) < 20_000, "the loop does not rest"
+        assert len(driver.waits) < 20_000, "the loop does not rest"
 
-    host.on_wait = pass_time
-    agent.run([stop.fd], shown)
+    driver.on_wait = pass_time
+    agent.run([stop.fd], [shown])
     return shown
 
 
-def braked(agent: Any, source: Any) -> Any:
-    """A turn that finds that all three peers have left the mesh."""
+def held_removal(agent: Any, source: Any) -> Any:
+    """Return a reconcile that finds that all three peers have left the mesh."""
     agent.reconcile()
     source.mesh = first(1)
     return agent.reconcile()
