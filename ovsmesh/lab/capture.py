@@ -84,6 +84,7 @@ class Capture:
         self.close()
 
     def close(self) -> None:
+        """Stop counting."""
         if not self._stop.is_set():
             self._stop.set()
             self._thread.join()

@@ -86,7 +86,7 @@ class Host:
 
     @property
     def node(self) -> dict[str, Any]:
-        """This host's entry of the mesh file."""
+        """The entry of this host in a mesh file."""
         return {"name": self.name, "address": str(self.address), "podCIDRs": [str(c) for c in self.pod_cidrs]}
 
     def pod(self, index: int) -> Pod:
@@ -218,9 +218,11 @@ class Host:
         return netns.identity(pid) if own else None
 
     def kill_ovsdb(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """End ovsdb-server by a signal."""
         self._kill("ovsdb-server", how)
 
     def kill_vswitchd(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """End ovs-vswitchd by a signal."""
         self._kill("ovs-vswitchd", how)
 
     def _kill(self, name: str, how: signal.Signals) -> None:
@@ -266,6 +268,7 @@ class Host:
         return self.agent() is not None
 
     def stop_agent(self, how: signal.Signals = signal.SIGTERM, timeout: float = 10.0) -> None:
+        """End the agent, if it runs, by a signal. Raises LabError when it runs on for `timeout` seconds."""
         if process := self.agent():
             netns.end([process], how, timeout)
         (self.state / "agent.pid").unlink(missing_ok=True)

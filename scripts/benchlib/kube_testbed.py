@@ -216,5 +216,6 @@ def kube_testbed(peers: Sequence[Peer]) -> Iterator[KubeTestbed]:
 
 @contextmanager
 def slice_watch(plane: ControlPlane) -> Iterator[SliceWatch]:
+    """Watch the slices while the context lasts."""
     with closing(SliceWatch(plane)) as made:
         yield made

@@ -149,6 +149,6 @@ def _at(plan: Plan, s: KubeTestbed, load: Watchers, count: int, first: int) -> l
 
 
 def _shares(spent: dict[str, float]) -> str:
-    """What takes the time, most first."""
+    """Return what takes the CPU time, the most first."""
     ordered: Sequence[tuple[str, float]] = sorted(spent.items(), key=lambda item: -item[1])
     return "CPU a join: " + ", ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in ordered)

@@ -117,7 +117,7 @@ def test_names_are_never_the_shells(lab: Make) -> None:
         host.run(["shellcheck", str(host.state / "recipe.sh")])
 
 
-def test_the_preflight_says_all_that_is_wrong_at_once(lab: Make) -> None:
+def test_the_preflight_reports_every_problem_at_once(lab: Make) -> None:
     made = lab(3, 0, agents=False)
     first, second = made.host(1), made.host(2)
     good = first.ovsmesh("bootstrap", "--check")
@@ -136,7 +136,7 @@ def test_the_preflight_says_all_that_is_wrong_at_once(lab: Make) -> None:
         "FAIL  ranges",
         "10.97.2.128/25 dev br-phy (of h2)",
         "bridge kbr0 is there and not ours",
-        "warn  firewall     table ip f refuses by default",
+        "warn  firewall     table ip f refuses input by default",
         "FAIL  gre          1 of 2 peers: h2 192.0.2.12: a filter on the way",
     ):
         assert words in bad.stdout, bad.stdout
@@ -148,7 +148,7 @@ def test_the_preflight_says_all_that_is_wrong_at_once(lab: Make) -> None:
     )
 
 
-def test_the_wait_tells_who_answers_and_what_is_left(lab: Make) -> None:
+def test_the_wait_reports_who_answers_and_what_is_left(lab: Make) -> None:
     made = lab(3, 0, agents=False)
     made.write_mesh(
         [*(host.node for host in made.hosts), {"name": "away", "address": "192.0.2.99", "podCIDRs": ["10.97.99.0/24"]}]
