@@ -75,14 +75,13 @@ class Membership:
     """Names of the static members among `members`."""
 
 
-def parse_conditions(status: Mapping[str, Any]) -> dict[str, ObjectCondition]:
-    """Return type → condition of the status of an API object."""
-    return {
-        c["type"]: ObjectCondition(
-            c.get("status", ""), c.get("reason", ""), c.get("message", ""), c.get("lastTransitionTime") or ""
-        )
-        for c in status.get("conditions") or ()
-    }
+def parse_condition(status: Mapping[str, Any], type_: str) -> ObjectCondition | None:
+    """Return the condition of this type in the status of an API object; None if there is none."""
+    for c in status.get("conditions") or ():
+        if c.get("type") == type_:
+            since = c.get("lastTransitionTime") or ""
+            return ObjectCondition(c.get("status", ""), c.get("reason", ""), c.get("message", ""), since)
+    return None
 
 
 def parse_node(found: Mapping[str, Any]) -> NodeView:
@@ -90,7 +89,6 @@ def parse_node(found: Mapping[str, Any]) -> NodeView:
     meta, spec, status = found["metadata"], found.get("spec") or {}, found.get("status") or {}
     annotations, labels = meta.get("annotations") or {}, meta.get("labels") or {}
     cidrs = spec.get("podCIDRs") or ([spec["podCIDR"]] if spec.get("podCIDR") else [])
-    conditions = parse_conditions(status)
     return NodeView(
         meta["name"],
         meta.get("uid", ""),
@@ -101,8 +99,8 @@ def parse_node(found: Mapping[str, Any]) -> NodeView:
         tuple(cidrs),
         labels.get(_ZONE, ""),
         tuple(place for place, taint in enumerate(spec.get("taints") or ()) if taint.get("key") == TAINT),
-        conditions.get(NETWORK),
-        conditions.get(READY),
+        parse_condition(status, NETWORK),
+        parse_condition(status, READY),
     )
 
 

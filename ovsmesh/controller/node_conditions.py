@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from ovsmesh.controller.membership import NETWORK, READY, Membership, NodeView, ObjectCondition, parse_conditions
+from ovsmesh.controller.membership import NETWORK, READY, Membership, NodeView, ObjectCondition, parse_condition
 from ovsmesh.dataplane.report import timestamp
 from ovsmesh.errors import Problem
 from ovsmesh.reasons import Reason
@@ -46,14 +46,13 @@ def parse_meshnode(found: Mapping[str, Any]) -> AgentReport:
     meta, status = found["metadata"], found.get("status") or {}
     owned = meta.get("ownerReferences") or ()
     owners = [o.get("uid", "") for o in owned if o.get("kind") == "Node"]
-    conditions = parse_conditions(status)
     peers, versions = status.get("peers") or {}, status.get("versions") or {}
     return AgentReport(
         name=meta["name"],
         owner=owners[0] if owners else "",
         observed_at=status.get("observedAt") or "",
-        converged=conditions.get("Converged"),
-        degraded=conditions.get("Degraded"),
+        converged=parse_condition(status, "Converged"),
+        degraded=parse_condition(status, "Degraded"),
         wanted=peers.get("wanted"),
         installed=peers.get("installed"),
         up=peers.get("up"),
