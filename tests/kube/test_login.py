@@ -20,6 +20,8 @@ from tests.support.controlplane import ControlPlane
 from tests.support.loopback_proxy import LoopbackProxy
 from tests.support.pki import kubeconfig
 
+pytestmark = pytest.mark.kube
+
 REVIEWS = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
 V1 = "client.authentication.k8s.io/v1"
 
