@@ -32,17 +32,17 @@ def snapshot(options: Options) -> Snapshot:
 
 
 def look(options: Options) -> tuple[ReconcileResult, bool]:
-    """What the agent would change now, and whether something stands in the way of it or of knowing it.
+    """Return what the agent would change now, and whether a conflict blocks it or something cannot be observed.
 
     Raises OvsmeshError without a usable mesh.
     """
-    wanted = snapshot(options)
-    if wanted.mesh is None:
-        raise OvsmeshError("; ".join(map(str, wanted.problems)))
+    source = snapshot(options)
+    if source.mesh is None:
+        raise OvsmeshError("; ".join(map(str, source.problems)))
     with opened(options, StateDir(options.state_dir)) as driver:
-        found = result.look(driver, wanted, options.node)
+        found = result.look(driver, source, options.node)
     unclear = found.have is None or bool(found.have.unknown)
-    return found, bool(found.plan.blocked) or unclear or not wanted.confirmed
+    return found, bool(found.plan.blocked) or unclear or not source.confirmed
 
 
 def status(options: Options, output: str) -> str:
