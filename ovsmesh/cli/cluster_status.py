@@ -14,13 +14,14 @@ from ovsmesh.cli.formats import serialize
 from ovsmesh.controller import node_conditions
 from ovsmesh.controller.node_conditions import AgentReport
 from ovsmesh.dataplane.report import age
-from ovsmesh.dataplane.report_text import clean, table
+from ovsmesh.dataplane.report_text import table
 from ovsmesh.kube.client import Api, NotFound, Object, path_of
 from ovsmesh.kube.config import find
 from ovsmesh.mesh.meshslice import parse_slice
 from ovsmesh.mesh.types import Node
 from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
 from ovsmesh.reasons import Reason
+from ovsmesh.text import printable
 
 _STATES: Mapping[str, str] = {Reason.AgentNotReported: "unknown", Reason.AgentSilent: "silent"}
 """States of a node whose agent is not heard."""
@@ -101,7 +102,7 @@ def render(cluster: ClusterState, output: str = "table") -> str:
     if made:
         head = ["NODE", "ADDRESS", "POD CIDRS", "PEERS", "MTU", "OVS", "SEEN", "STATE"]
         lines += ["", *table([head, *(_cells(row, cluster.now) for row in made)])]
-    return "\n".join(map(clean, lines))
+    return "\n".join(map(printable, lines))
 
 
 def _cells(row: Mapping[str, Any], now: float) -> list[str]:

@@ -22,6 +22,7 @@ from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.file_watch import FileWatch
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import read_regular, write_atomic
+from ovsmesh.text import printable
 
 log = logging.getLogger("ovsmesh")
 
@@ -116,7 +117,7 @@ class Cni:
             path = os.path.join(self._directory, name)
             # a runtime passes over directories, and over nothing else
             if not os.path.isdir(path) or os.path.islink(path):
-                files[cni_config.plain(name, 255)] = _read(path, name == cni_config.FILE)
+                files[printable(name, 255)] = _read(path, name == cni_config.FILE)
         ours, unmanaged, problems = cni_config.judge(self._directory, files)
         return ours, unmanaged, [*cni_config.problems(self._known), *problems] if self._known else []
 
@@ -176,10 +177,10 @@ def _version(path: str) -> _Copy:
             check=False,
         )
         found = json.loads(done.stdout)["supportedVersions"]
-        versions = tuple(cni_config.plain(v, 20) for v in found[:50])
+        versions = tuple(printable(v, 20) for v in found[:50])
     except subprocess.TimeoutExpired:
         return (), f"{path} did not answer VERSION within {_TIMEOUT:g} s"
     except (ValueError, KeyError, TypeError, RecursionError):
-        said = cni_config.plain((done.stderr or done.stdout).decode(errors="replace").strip(), 120)
+        said = printable((done.stderr or done.stdout).decode(errors="replace").strip(), 120)
         return (), f"{path} gave no answer to VERSION (exit {done.returncode}): {said or 'silence'}"
     return (versions, "") if versions else ((), f"{path} supports no version")

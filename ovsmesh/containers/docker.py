@@ -23,13 +23,14 @@ from ovsmesh.containers.docker_migration import DockerMigration, DockerOptions
 from ovsmesh.containers.docker_restart import command
 from ovsmesh.containers.docker_state import DaemonConfig, DockerFile, MigrationRecord, digest
 from ovsmesh.dataplane import docker_config as settings
-from ovsmesh.dataplane.docker_config import AWAY, DAEMON, DOCKER0, DOWN, daemon_text, some
+from ovsmesh.dataplane.docker_config import AWAY, DAEMON, DOCKER0, DOWN, daemon_text
 from ovsmesh.dataplane.plan import Step
 from ovsmesh.dataplane.types import KBR, Daemon, Dataplane, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.file_watch import FileWatch
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
+from ovsmesh.text import listed
 
 _AGAIN = (300.0, 3600.0)
 """Seconds before a file that dockerd refused is tried again; doubled each time."""
@@ -256,7 +257,7 @@ class Docker:
         if restart:
             return []
         if kernel.docker0:
-            text = f"{DOCKER0} stays, as {some(kernel.docker0)} is plugged into it and not Docker's any more"
+            text = f"{DOCKER0} stays, as {listed(kernel.docker0)} is plugged into it and not Docker's any more"
             return [Problem(Reason.DockerLeftover, text)]
         have |= {f"{_RULE}{rule}": "left behind" for rule in self._stale(DOCKER0)}
         return []
@@ -308,7 +309,7 @@ class Docker:
             return ""
         if daemon.live_restore and daemon.running:
             return (
-                f"dockerd has live-restore, and stays on {KBR} while containers run: stop {some(daemon.running)}, "
+                f"dockerd has live-restore, and stays on {KBR} while containers run: stop {listed(daemon.running)}, "
                 f"then run this again (nothing was changed)"
             )
         command(self._options.restart)

@@ -13,6 +13,7 @@ from ovsmesh.controller.membership import NETWORK, READY, Membership, NodeView, 
 from ovsmesh.dataplane.report import timestamp
 from ovsmesh.errors import Problem
 from ovsmesh.reasons import Reason
+from ovsmesh.text import listed
 
 SILENT = 900.0
 """Seconds without a report after which an agent's state is unknown: three of its longest pauses."""
@@ -196,9 +197,7 @@ def mesh_status(
         *(membership.problems[name] for name in sorted(membership.problems)),
     ]
     if problems:
-        shown = "; ".join(map(str, problems[:_SHOWN]))
-        rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        degraded = ObjectCondition("True", problems[0].reason, (shown + rest)[:32000])
+        degraded = ObjectCondition("True", problems[0].reason, listed(problems, _SHOWN, "; ")[:32000])
     else:
         degraded = ObjectCondition("False", Reason.AllGood, "every node can be joined")
     if any(p.fatal for p in problems):

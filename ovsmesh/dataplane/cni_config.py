@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from ovsmesh.dataplane.types import KBR, CniFacts, CniPlugin, Unmanaged
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import IPNetwork
 from ovsmesh.reasons import Reason
+from ovsmesh.text import listed, printable
 
 FILE = "10-ovsmesh.conflist"
 NETWORK = "ovsmesh"
@@ -30,6 +32,8 @@ _VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 _PLAIN = "1.0.0"
 """The newest version that every runtime knows. A later one is offered in `cniVersions`, which old runtimes ignore."""
 _SHOWN = 3
+_shown = partial(printable, most=80)
+"""Makes a text out of another's file fit for a log and a terminal."""
 
 
 class File(NamedTuple):
@@ -37,11 +41,6 @@ class File(NamedTuple):
 
     data: bytes
     why: str = ""
-
-
-def plain(text: object, most: int = 80) -> str:
-    """Return someone else's text fit for a log and a terminal: printable, and not too long."""
-    return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
 
 
 def missing(plugins: Iterable[CniPlugin]) -> list[CniPlugin]:
@@ -187,7 +186,7 @@ def _network(name: str, file: File) -> tuple[str, str, dict[str, Any] | None]:
     if not isinstance(found, dict):
         return "", "is no JSON object", None
     network = found.get("name")
-    network = plain(network) if isinstance(network, str) else ""
+    network = _shown(network) if isinstance(network, str) else ""
     if name.endswith(".conflist"):
         plugins = found.get("plugins")
         chain = [p.get("type") for p in plugins if isinstance(p, dict)] if isinstance(plugins, list) else []
@@ -225,8 +224,7 @@ def judge(directory: str, files: Mapping[str, File]) -> tuple[dict[str, str], li
         else:
             after.append(name)
     if after:
-        more = f" and {len(after) - _SHOWN} more" if len(after) > _SHOWN else ""
-        which = f"{', '.join(after[:_SHOWN])}{more} in {directory}"
+        which = f"{listed(after, _SHOWN)} in {directory}"
         does = f"not used, as {FILE} comes first" if FILE in managed else f"used until {FILE} is written"
         problems.append(Problem(Reason.CNILeftover, f"{which}: {does}"))
     return managed, unmanaged, problems
@@ -242,14 +240,14 @@ def summary(conf: str) -> list[tuple[str, str]]:
     ipam = chain[0].get("ipam")
     sets = ipam.get("ranges") if isinstance(ipam, dict) else None
     every = [r for one in sets if isinstance(one, list) for r in one] if isinstance(sets, list) else []
-    subnets = [plain(r.get("subnet")) for r in every if isinstance(r, dict)]
+    subnets = [_shown(r.get("subnet")) for r in every if isinstance(r, dict)]
     return [
         ("network", network),
-        ("version", plain(found.get("cniVersion") or "")),
-        ("mtu", plain(mtu if mtu is not None else "")),
+        ("version", _shown(found.get("cniVersion") or "")),
+        ("mtu", _shown(mtu if mtu is not None else "")),
         ("ranges", ",".join(subnets)),
         (
             "plugins",
-            ",".join(plain(p["type"]) for p in (chain[0], ipam, *chain[1:]) if isinstance(p, dict) and "type" in p),
+            ",".join(_shown(p["type"]) for p in (chain[0], ipam, *chain[1:]) if isinstance(p, dict) and "type" in p),
         ),
     ]

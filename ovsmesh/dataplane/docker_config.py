@@ -13,6 +13,7 @@ from typing import Any
 
 from ovsmesh.dataplane.types import KBR, Daemon, Facts
 from ovsmesh.mesh.types import IPNetwork, Node
+from ovsmesh.text import listed
 
 DOCKER0 = "docker0"
 DAEMON = "daemon"
@@ -158,7 +159,7 @@ def obstacles(daemon: Daemon, config: str, real: str, want: Mapping[str, str], r
     if restart and daemon.live_restore and daemon.running:
         yield (
             f"dockerd has live-restore, and stays on {daemon.bridge or 'no bridge'} while containers run: "
-            f"stop {some(daemon.running)}, then the move goes on by itself"
+            f"stop {listed(daemon.running)}, then the move goes on by itself"
         )
 
 
@@ -194,11 +195,6 @@ def stops(daemon: Daemon) -> str:
     if daemon.live_restore or not daemon.running:
         return ""
     left = [name for name in daemon.running if name not in daemon.returning]
-    texts = [f"{some(daemon.returning)} come back with new addresses"] if daemon.returning else []
-    texts += [f"{some(left)} stay stopped until you start them"] if left else []
+    texts = [f"{listed(daemon.returning)} come back with new addresses"] if daemon.returning else []
+    texts += [f"{listed(left)} stay stopped until you start them"] if left else []
     return f"restarting Docker stops {len(daemon.running)} containers: {'; '.join(texts)}"
-
-
-def some(names: Sequence[str], most: int = 10) -> str:
-    """Return the first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -13,9 +13,7 @@ from ovsmesh.dataplane.types import KBR, PEER_KINDS, Dataplane, Facts, Observed,
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.reasons import Reason
-
-_SHOWN = 8
-"""Lines about one thing before the text says "and N more"; the table and JSON hold all."""
+from ovsmesh.text import listed
 
 
 class Traffic(NamedTuple):
@@ -351,8 +349,8 @@ def _conditions(
     else:
         yield Condition("Degraded", "False", Reason.AsWanted)
     if plan.held:
-        names = ", ".join(plan.held_peers[:_SHOWN]) + (" …" if len(plan.held_peers) > _SHOWN else "")
-        yield Condition("RemovalHeld", "True", Reason.MassRemovalHeld, f"{len(plan.held_peers)} peers: {names}")
+        text = f"{len(plan.held_peers)} peers: {listed(plan.held_peers, 8)}"
+        yield Condition("RemovalHeld", "True", Reason.MassRemovalHeld, text)
     if mesh is not None and context.mesh_current:
         source = f"from {context.mesh_from}" if context.mesh_from else ""
         yield Condition("MeshCurrent", "True", Reason.Read, source)

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from ovsmesh.dataplane.report import Peer, Report, Self, age, timestamp
+from ovsmesh.text import listed, printable, some
 
 _MOST = 8
 """Lines about one kind of problem, before "and N more": the table has all peers, JSON has everything."""
-
-
-def clean(text: str) -> str:
-    """Return the text without control characters: names of unmanaged links and the like could steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "", right: frozenset[int] = frozenset()) -> Iterator[str]:
@@ -25,11 +21,8 @@ def table(rows: Sequence[Sequence[str]], indent: str = "", right: frozenset[int]
         yield (indent + "  ".join(cells)).rstrip()
 
 
-def _some(lines: Iterable[str]) -> Iterator[str]:
-    every = list(dict.fromkeys(lines))
-    yield from every[:_MOST]
-    if len(every) > _MOST:
-        yield f"and {len(every) - _MOST} more"
+def _some(lines: Iterable[str]) -> list[str]:
+    return some(dict.fromkeys(lines), _MOST)
 
 
 def _problems(report: Report) -> Iterator[str]:
@@ -40,11 +33,7 @@ def _problems(report: Report) -> Iterator[str]:
     causes: dict[tuple[str, ...], list[str]] = {}
     for peer in bad:
         causes.setdefault(peer.missing, []).append(peer.name)
-    yield from _some(
-        f"! {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {'; '.join(why[:3])}"
-        f"{f'; and {len(why) - 3} more' if len(why) > 3 else ''}"
-        for why, names in causes.items()
-    )
+    yield from _some(f"! {listed(names, 3)}: {listed(why, 3, '; ')}" for why, names in causes.items())
     shown = " ".join(line for peer in bad for line in peer.missing)
     yield from _some(f"! in the way: {detail}" for detail in report.unmanaged if detail not in shown + named)
     if not bad:
@@ -98,4 +87,4 @@ def render_text(report: Report) -> str:
         head = ["PEER", "ADDRESS", "POD CIDRS", "PORT", "RX", "TX", "ERRORS", "CHANGED", "STATE"]
         rows = [head, *(_row(peer, report.time) for peer in report.peers)]
         lines += ["", *table(rows, right=frozenset({4, 5, 6, 7}))]
-    return "\n".join(map(clean, lines)) + "\n"
+    return "\n".join(map(printable, lines)) + "\n"

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from ovsmesh.dataplane.firewall_rules import IPTABLES, NFT
 from ovsmesh.dataplane.nft_syntax import iptables_rule, rules_of, table_script
 from ovsmesh.dataplane.types import COOKIE, KBR, MARK, OBR, PROTOCOL, Dataplane, Port
+from ovsmesh.text import printable
 
 _NEW = f"{MARK}-new"
 _BATCH = 50
@@ -63,8 +64,8 @@ def render(want: Dataplane, title: str, notes: Iterable[str] = (), run_dir: str 
     used = {"nft" if key[0] in NFT else key[0] for key in want.rules}
     tools = [tool for tool in ("nft", *IPTABLES) if tool in used]
     head = _HEAD.format(
-        title=_comment(title),
-        notes="".join(f"# Note: {_comment(note)}\n" for note in notes),
+        title=printable(title, instead=" "),
+        notes="".join(f"# Note: {printable(note, instead=' ')}\n" for note in notes),
         rundir=f"export OVS_RUNDIR={shlex.quote(run_dir)}\n" if run_dir else "",
     )
     parts = [
@@ -82,11 +83,6 @@ def render(want: Dataplane, title: str, notes: Iterable[str] = (), run_dir: str 
         _section("addresses; neighbour, FDB entry and route for each peer: no ARP crosses a tunnel", _kernel(want)),
     ]
     return "\n".join(part for part in parts if part)
-
-
-def _comment(text: str) -> str:
-    """Return the text as one line."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _section(title: str, lines: Iterable[str]) -> str:

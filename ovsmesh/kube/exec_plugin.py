@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.text import printable
 
 SECONDS, INTERACTIVE_SECONDS = 60.0, 300.0
 """How long a plugin may take; the second where someone sits at the terminal and may have to log in."""
@@ -126,5 +127,4 @@ def _parse(output: bytes, version: str, where: str) -> Credentials:
 
 def _words(data: bytes) -> str:
     """Return the end of what a plugin wrote, fit for one line."""
-    text = " ".join(data.decode(errors="replace").split())[-500:]
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return printable(" ".join(data.decode(errors="replace").split())[-500:])

@@ -20,6 +20,7 @@ from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.names import DEFAULT_MESH, MESH_LABEL, MESH_SLICES
 from ovsmesh.reasons import Reason
+from ovsmesh.text import listed
 
 GRACE = 0.5
 """Seconds that a start waits for an API server that says nothing; one that refuses is not waited for."""
@@ -50,8 +51,8 @@ def whole(slices: Mapping[str, MeshSlice], mesh: str) -> list[MeshSlice]:
     count = by_index[0].count
     missing = [str(index) for index in range(count) if index not in by_index]
     if missing:
-        some = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
-        raise _Incomplete(Reason.MeshSlicesIncomplete, f"{len(missing)} of {count} slices are missing: {some}")
+        text = f"{len(missing)} of {count} slices are missing: {listed(missing, 5)}"
+        raise _Incomplete(Reason.MeshSlicesIncomplete, text)
     found = [by_index[index] for index in range(max(count, 1))]
     for one in found:
         if one.problem:

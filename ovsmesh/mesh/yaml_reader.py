@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ovsmesh.mesh.types import MeshError
+from ovsmesh.text import printable
 
 MAX_BYTES = 16 << 20
 """Bytes of a mesh file; 5,000 nodes need about 0.5 MB."""
@@ -103,10 +104,10 @@ def load(data: str | bytes, where: str) -> Tree:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        why = _clean(", ".join(part for part in (error.context, error.problem) if part))
+        why = printable(", ".join(part for part in (error.context, error.problem) if part), 200)
         raise MeshError(f"{at}: not valid YAML, or cut off: {why}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise MeshError(f"{where}: not valid YAML: {_clean(str(error))}") from error
+        raise MeshError(f"{where}: not valid YAML: {printable(error, 200)}") from error
 
 
 def tree_of(value: object, where: str, depth: int = 0) -> Tree:
@@ -128,10 +129,6 @@ def tree_of(value: object, where: str, depth: int = 0) -> Tree:
     if isinstance(value, int):
         return Scalar("integer", str(value), value)
     return Scalar("number", repr(value), None) if isinstance(value, float) else str(value)
-
-
-def _clean(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)[:200]
 
 
 def _build(next_event: Any, where: str, text: str) -> Tree:

@@ -1,0 +1,26 @@
+"""Texts of others fit one line, and long lists are short."""
+
+from __future__ import annotations
+
+import pytest
+
+from ovsmesh.text import listed, printable, some
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("→ − ok", "→ − ok"), ("a\x1b[2J\nb\u2028", "a?[2J?b?"), ("x" * 99, "x" * 99), (7, "7")]
+)
+def test_what_could_steer_a_terminal_is_replaced(text: object, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_printable_is_cut_and_takes_another_substitute() -> None:
+    assert printable("a\nbcd", 3, " ") == "a b"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(0, ""), (1, "1"), (3, "1, 2, 3"), (4, "1, 2, 3, and 1 more"), (9, "1, 2, 3, and 6 more")]
+)
+def test_a_long_list_says_how_many_more(count: int, shown: str) -> None:
+    assert listed(range(1, count + 1), 3) == shown
+    assert ", ".join(some(iter(range(1, count + 1)), 3)) == shown
