@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import shutil
 import subprocess
@@ -90,6 +91,15 @@ def test_what_ls_shows_has_no_circle_and_few_levels() -> None:
 
 
 # contracts
+
+
+def test_the_contract_names_every_third_party_package() -> None:
+    graph = grimp.build_graph("ovsmesh", include_external_packages=True, cache_dir=None)
+    outside = {name for name in graph.modules if not name.startswith("ovsmesh")} - sys.stdlib_module_names
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / ".importlinter")
+    named = set(parser["importlinter:contract:third-party"]["forbidden_modules"].split())
+    assert len(outside) > 5 and outside <= named
 
 
 def lint_imports(folder: Path) -> dict[str, str]:
