@@ -6,9 +6,6 @@ It decides nothing: what to change comes as a Plan.
 from __future__ import annotations
 
 import contextlib
-import errno
-import socket
-import struct
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -23,16 +20,16 @@ from ovsmesh.dataplane.docker_config import DOCKER0
 from ovsmesh.dataplane.plan import Plan
 from ovsmesh.dataplane.types import KBR, OBR, Bridge, Dataplane, Facts, Observed, Port, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.linux.datapath import kernel_datapath
 from ovsmesh.linux.firewall import Firewall
-from ovsmesh.linux.netlink import Netlink, read_sysctls
+from ovsmesh.linux.netlink import Netlink
+from ovsmesh.linux.sysctl import read_sysctls
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.ovs.idl import run_dir, statistics
 from ovsmesh.ovs.openflow import FlowTable
 from ovsmesh.ovs.ovsdb import Ovs
 from ovsmesh.reasons import Reason
 
-_GENL_FAMILY = b"ovs_datapath"
-"""Name of the kernel datapath's generic netlink family (linux/openvswitch.h)."""
 OTHERS_GRACE = 5.0
 """Seconds that flow-restore-wait is left for whoever restores the flows of other bridges."""
 
@@ -167,7 +164,7 @@ class Driver:
 
     def pods(self) -> list[str]:
         """Return the ports of kbr0 but obr0."""
-        return [name for name in self.net.mirror.ports_of(KBR) if name != OBR]
+        return [name for name in self.net.cache.ports_of(KBR) if name != OBR]
 
     def sysctls(self, want: Dataplane) -> dict[str, str]:
         """Return the present values of the desired sysctls."""
@@ -178,14 +175,14 @@ class Driver:
     def observe(self, want: Dataplane) -> Observed:
         """Read back all that is managed, and what conflicts with it. `want` says which sysctls matter."""
         conflists, cni_unmanaged, cni_problems = self.cni.observe()
-        kernel, kernel_unmanaged = self.net.observe(want.sysctls, plugged=bool(conflists))
+        kernel, kernel_unmanaged = self.net.observe(cni=bool(conflists))
         rules, peers, filter_problems = self.firewall.observe(want.rules)
         switch = self._observe_switch()
         docker = self.docker.observe(want, self._bridge_state()) if self.docker else DockerObserved()
         have = Dataplane(
             bridges=switch.bridges,
             links=kernel["links"],
-            sysctls=kernel["sysctls"],
+            sysctls=read_sysctls(want.sysctls),
             addresses=kernel["addresses"],
             rules=rules,
             filter_peers=dict(peers),
@@ -237,7 +234,7 @@ class Driver:
             return None
 
     def _bridge_state(self) -> BridgeState:
-        cache = self.net.mirror
+        cache = self.net.cache
         return BridgeState(cache.index(KBR) or 0, cache.bridge_ports(DOCKER0), cache.addresses_of(KBR))
 
     def _restore_pending(self, waiting: bool) -> bool:
@@ -258,17 +255,3 @@ class Driver:
     def apply(self, todo: Plan, want: Dataplane) -> list[Problem]:
         """Carry a plan out, and return what could not be done."""
         return Apply(self, todo, want).run()
-
-
-def kernel_datapath() -> bool:
-    """Whether this kernel has Open vSwitch's datapath; asking loads the module where there is one."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 16) as asker:
-        asker.settimeout(5.0)
-        asker.bind((0, 0))
-        name = _GENL_FAMILY + b"\0"
-        attribute = struct.pack("=HH", 4 + len(name), 2) + name + b"\0" * (-len(name) % 4)
-        body = struct.pack("=BBH", 3, 1, 0) + attribute
-        asker.send(struct.pack("=IHHII", 16 + len(body), 16, 1, 1, 0) + body)
-        reply = asker.recv(8192)
-    kind = struct.unpack_from("=H", reply, 4)[0]
-    return kind != 2 or -struct.unpack_from("=i", reply, 16)[0] not in (errno.ENOENT, errno.EOPNOTSUPP)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 
-from ovsmesh.agent.driver import Driver, kernel_datapath
+from ovsmesh.agent.driver import Driver
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.agent.result import compare
 from ovsmesh.cli import inspect, preflight
@@ -15,6 +15,7 @@ from ovsmesh.cli.preflight import FAIL, OK, WARN, Check
 from ovsmesh.dataplane import desired, shell_script
 from ovsmesh.dataplane.types import Facts
 from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.linux.datapath import kernel_datapath
 from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.ovs.idl import run_dir

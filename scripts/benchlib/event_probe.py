@@ -16,19 +16,24 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from ipaddress import ip_address
 from types import TracebackType
 from typing import Any
 
+from pyroute2.netlink.nfnetlink import nfgen_msg
+
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.netns import LabError, within
-from ovsmesh.linux import rtnetlink
+from ovsmesh.linux import netlink_socket, rtnetlink
+from ovsmesh.linux import rtnetlink_parser as parser
+from ovsmesh.linux.netlink_socket import Message, NetlinkSocket
 
-_SOL_NETLINK, _ADD_MEMBERSHIP, _SO_RCVBUFFORCE = 270, 1, 33
 _RT_GROUPS = (1, 3, 5, 7, 8, 9, 11, 19, 24, 25)
 """RTNLGRP_ LINK, NEIGH, IPV4_ IFADDR ROUTE RULE, IPV6_ IFADDR ROUTE RULE, IPV4_NETCONF, IPV6_NETCONF."""
-_NETFILTER, _NFT_GROUP, _NFT_SUBSYSTEM = 12, 7, 10
+_REQUEST = 1
+_NFT_GROUP, _NFT_SUBSYSTEM = 7, 10
+_RECEIVE_BYTES = 64 << 20
 _NEWSETELEM, _DELSETELEM, _NEWGEN, _GETGEN = 12, 14, 15, 16
 _EVENT = re.compile(r"^ event=(ADDED|DELETED|MODIFIED) (?:reason=\S+ )?table=\d+ cookie=(\S+) ?(.*)$")
 
@@ -37,25 +42,15 @@ Event = tuple[str, ...]
 ("settled",) when ovs-vswitchd has taken over all, ("flow+", MATCH), ("flow-", MATCH), ("flow~", MATCH), …"""
 
 
-def _netlink(ns: str, protocol: int, groups: Iterable[int]) -> socket.socket:
-    def make() -> socket.socket:
-        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 64 << 20)
-        sock.bind((0, 0))
-        for group in groups:
-            sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
-        return sock
-
-    return within(ns, make)
-
-
 def generation(ns: str) -> int:
-    """The number of nft transactions in this namespace so far (NFT_MSG_GETGEN)."""
-    with _netlink(ns, _NETFILTER, ()) as sock:
-        sock.settimeout(5)
-        sock.send(struct.pack("=IHHIIBBH", 20, _NFT_SUBSYSTEM << 8 | _GETGEN, 1, 1, 0, 0, 0, 0))
-        reply = sock.recv(4096)
-    return int(struct.unpack_from("!I", reply, 24)[0])
+    """Return the number of nft transactions in this namespace so far."""
+    request = nfgen_msg()
+    request["header"].update(type=_NFT_SUBSYSTEM << 8 | _GETGEN, flags=_REQUEST)
+    request.encode()
+    found: list[Message] = []
+    with within(ns, lambda: NetlinkSocket(netlink_socket.NETFILTER)) as sock:
+        sock.request(bytes(request.data), found.append)
+    return int(struct.unpack_from("!I", found[0].payload, 8)[0])
 
 
 class EventProbe:
@@ -74,8 +69,8 @@ class EventProbe:
         self._uuids: dict[str, str] = {}
         self._cfg = (0, 0)
         self._poll = select.poll()
-        self._rt = _netlink(host.ns, 0, _RT_GROUPS)
-        self._nft = _netlink(host.ns, _NETFILTER, (_NFT_GROUP,))
+        self._rt = within(host.ns, lambda: NetlinkSocket(netlink_socket.ROUTE, _RT_GROUPS, _RECEIVE_BYTES))
+        self._nft = within(host.ns, lambda: NetlinkSocket(netlink_socket.NETFILTER, [_NFT_GROUP], _RECEIVE_BYTES))
         self._db: socket.socket | None = None
         self._text = ""
         self._decoder = json.JSONDecoder()
@@ -83,7 +78,7 @@ class EventProbe:
         self._tty = -1
         self._line = b""
         for sock in (self._rt, self._nft):
-            self._watch(sock)
+            self._poll.register(sock, select.POLLIN)
         if database:
             self._open_database(host)
         if flows:
@@ -193,33 +188,23 @@ class EventProbe:
         self.events.append((time.monotonic(), event))
 
     def _take_rt(self) -> None:
-        while True:
-            try:
-                data = self._rt.recv(1 << 20)
-            except BlockingIOError:
-                return
-            for message in rtnetlink.messages(data):
-                self._note(*_described(message))
+        for message in self._rt.notifications():
+            self._note(*_described(message))
 
     def _take_nft(self) -> None:
-        while True:
-            try:
-                data = self._nft.recv(1 << 20)
-            except BlockingIOError:
-                return
-            for message in rtnetlink.messages(data):
-                kind = message.type & 0xFF
-                if message.type >> 8 != _NFT_SUBSYSTEM:
-                    continue
-                if kind == _NEWGEN:
-                    self._note("gen")
-                elif kind in (_NEWSETELEM, _DELSETELEM):
-                    raw = bytes(message.payload)
-                    for address in self.addresses:
-                        if ip_address(address).packed in raw:
-                            self._note("nft+" if kind == _NEWSETELEM else "nft-", address)
-                else:
-                    self._note("nft", str(kind))
+        for message in self._nft.notifications():
+            kind = message.type & 0xFF
+            if message.type >> 8 != _NFT_SUBSYSTEM:
+                _check_overrun(message)
+            elif kind == _NEWGEN:
+                self._note("gen")
+            elif kind in (_NEWSETELEM, _DELSETELEM):
+                raw = bytes(message.payload)
+                for address in self.addresses:
+                    if ip_address(address).packed in raw:
+                        self._note("nft+" if kind == _NEWSETELEM else "nft-", address)
+            else:
+                self._note("nft", str(kind))
 
     def _take_flows(self) -> None:
         try:
@@ -299,13 +284,19 @@ _NAMES = {
 }
 
 
-def _described(message: rtnetlink.Message) -> Event:
+def _check_overrun(message: Message) -> None:
+    if message.type == netlink_socket.OVERRUN:
+        raise LabError("the kernel dropped notifications, so some events were not seen")
+
+
+def _described(message: Message) -> Event:
+    _check_overrun(message)
     if message.type in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
-        route = rtnetlink.parse_route(message.payload)
+        route = parser.parse_route(message.payload)
         sign = "+" if message.type == rtnetlink.NEWROUTE else "-"
         return (f"route{sign}", route.dst) if route else ("route?",)
     if message.type in (rtnetlink.NEWNEIGH, rtnetlink.DELNEIGH):
-        found = rtnetlink.parse_neighbour(message.payload)
+        found = parser.parse_neighbour(message.payload)
         if found is None:
             return ("neigh?",)
         sign = "-" if message.type == rtnetlink.DELNEIGH else "+"

@@ -14,7 +14,10 @@ from pathlib import Path
 from benchlib.event_probe import EventProbe
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.netns import within
-from ovsmesh.linux import rtnetlink
+from ovsmesh.linux import netlink_socket, rtnetlink
+from ovsmesh.linux import rtnetlink_encoder as encoder
+from ovsmesh.linux import rtnetlink_parser as parser
+from ovsmesh.linux.netlink_socket import Message, NetlinkSocket
 
 _PROC = Path("/proc/sys")
 _PORT = re.compile(r"(in_port=|output:)(\d+)")
@@ -25,32 +28,18 @@ class Kernel:
     """The kernel's part, read whole at each call."""
 
     def __init__(self, ns: str) -> None:
-        def make() -> socket.socket:
-            sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-            sock.bind((0, 0))
-            sock.settimeout(5)
-            return sock
-
-        self._sock = within(ns, make)
-        self._seq = 0
+        self._sock = within(ns, lambda: NetlinkSocket(netlink_socket.ROUTE))
 
     def close(self) -> None:
         self._sock.close()
 
-    def _dump(self, kind: int, family: int) -> list[rtnetlink.Message]:
-        self._seq += 1
-        self._sock.send(rtnetlink.dump(kind, self._seq, family))
-        found: list[rtnetlink.Message] = []
-        while True:
-            for message in rtnetlink.messages(self._sock.recv(1 << 18)):
-                if message.seq != self._seq:
-                    continue
-                if message.type in (rtnetlink.DONE, rtnetlink.ERROR):
-                    return found
-                found.append(message)
+    def _dump(self, kind: int, family: int) -> list[Message]:
+        found: list[Message] = []
+        self._sock.request(encoder.dump(kind, family), found.append)
+        return found
 
     def read(self) -> frozenset[Part]:
-        found = (rtnetlink.parse_link(m.payload) for m in self._dump(rtnetlink.GETLINK, 0))
+        found = (parser.parse_link(m.payload) for m in self._dump(rtnetlink.GETLINK, 0))
         links = {link.ifindex: link for link in found if link}
         names = {index: link.name for index, link in links.items()}
         parts: set[Part] = set()
@@ -59,17 +48,17 @@ class Kernel:
                 mac = link.mac if link.name == "kbr0" else ""
                 parts.add(("link", link.name, link.up, link.mtu, mac, names.get(link.master, ""), link.quiet))
         for message in self._dump(rtnetlink.GETADDR, 0):
-            address = rtnetlink.parse_address(message.payload)
+            address = parser.parse_address(message.payload)
             if address and names.get(address.ifindex) == "kbr0" and not address.address.startswith("fe80"):
                 parts.add(("address", address.address))
         for family in (int(socket.AF_INET), int(socket.AF_INET6)):
             for message in self._dump(rtnetlink.GETROUTE, family):
-                route = rtnetlink.parse_route(message.payload)
+                route = parser.parse_route(message.payload)
                 if route and route.protocol == 111:
                     parts.add(("route", *route[:4], names.get(route.oif, ""), route.mtu))
         for family in (int(socket.AF_INET), int(socket.AF_INET6), rtnetlink.AF_BRIDGE):
             for message in self._dump(rtnetlink.GETNEIGH, family):
-                entry = rtnetlink.parse_neighbour(message.payload)
+                entry = parser.parse_neighbour(message.payload)
                 if entry is None:
                     continue
                 device = names.get(entry.ifindex, "")

@@ -227,7 +227,7 @@ def test_an_unmanaged_route_to_a_peers_range_is_named_and_left(mesh: Lab, route:
     host.run(["ip", "route", "replace", *route.split()])
     unmanaged = [line for line in routes(host) if line not in before["routes"]]
     assert len(unmanaged) == 1
-    told(host, "route 10.97.2.0/24", "is not ours")
+    told(host, "route 10.97.2.0/24", "is not managed by ovsmesh")
     assert unmanaged[0] in routes(host)
     host.start_agent()
     wait_for("/readyz to say no", lambda: host.http("/readyz")[0] == 503, SOON)

@@ -1,20 +1,34 @@
-"""Netlink messages as the kernel would send them, of one host that is wired, for the tests of the cache."""
+"""Netlink messages as the kernel sends them, about one host that is wired, for the tests of the cache."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.ndmsg import ndmsg
+
 from ovsmesh.dataplane.types import KBR, MARK, OBR, Route
-from ovsmesh.linux import rtnetlink
+from ovsmesh.linux import netlink_socket, rtnetlink
+from ovsmesh.linux import rtnetlink_encoder as encoder
 
 ETH0, KBR_INDEX, OBR_INDEX, POD = 2, 4, 5, 6
 PEER_MAC = "0a:58:0a:61:02:01"
-OURS = Route("unicast", "10.97.2.1", KBR, 1462)
+PEER_ROUTE = Route("unicast", "10.97.2.1", KBR, 1462)
 DST = ("10.97.2.0/24", 111)
 
 
+def built(kind: Any, type_: int, fields: dict[str, int], *attributes: Any) -> bytes:
+    """A message as pyroute2 makes it."""
+    message = kind()
+    message.update(fields)
+    message["attrs"] = list(attributes)
+    message["header"]["type"] = type_
+    message.encode()
+    return bytes(message.data)
+
+
 def message(kind: Any, data: Any) -> Any:
-    (found,) = rtnetlink.messages(data)
+    (found,) = netlink_socket.messages(data)
     return found._replace(type=kind)
 
 
@@ -32,16 +46,19 @@ def link(
     family: Any = 0,
     hairpin: Any = False,
 ) -> Any:
-    attr = rtnetlink._attr
-    body = rtnetlink._IFINFO.pack(family, 1, index, int(up), 0) + attr(3, name.encode() + b"\0")
-    body += attr(4, mtu.to_bytes(4, "little")) + (attr(10, master.to_bytes(4, "little")) if master else b"")
-    body += attr(1, rtnetlink._mac(mac)) + attr(20, alias.encode())
-    info = attr(1, kind.encode() + b"\0")
+    info: list[Any] = [("IFLA_INFO_KIND", kind)]
+    attributes: list[Any] = [("IFLA_IFNAME", name), ("IFLA_MTU", mtu), ("IFLA_IFALIAS", alias)]
+    attributes += [("IFLA_ADDRESS", mac)] if mac else []
     if master:
-        port = b"".join(attr(flag, bytes([not quiet])) for flag in (8, 9, 27, 30)) + attr(4, bytes([hairpin]))
-        info += attr(5, port)
-        body += attr(12, port) if family else b""
-    return message(rtnetlink.DELLINK if gone else rtnetlink.NEWLINK, rtnetlink._pack(16, 0, 1, body + attr(18, info)))
+        noise = ("LEARNING", "UNICAST_FLOOD", "MCAST_FLOOD", "BCAST_FLOOD")
+        port: list[Any] = [(f"IFLA_BRPORT_{flag}", int(not quiet)) for flag in noise]
+        port.append(("IFLA_BRPORT_MODE", int(hairpin)))
+        info += [("IFLA_INFO_SLAVE_KIND", "bridge"), ("IFLA_INFO_SLAVE_DATA", {"attrs": port})]
+        attributes += [("IFLA_MASTER", master)]
+        attributes += [("IFLA_PROTINFO", {"attrs": port})] if family else []
+    attributes.append(("IFLA_LINKINFO", {"attrs": info}))
+    fields = {"family": family, "index": index, "flags": int(up)}
+    return message(rtnetlink.DELLINK if gone else rtnetlink.NEWLINK, built(ifinfmsg, 16, fields, *attributes))
 
 
 def kbr(index: Any = KBR_INDEX, **changes: Any) -> Any:
@@ -68,12 +85,12 @@ def route(
     flags: Any = rtnetlink.CREATE,
 ) -> Any:
     entry = rtnetlink.RouteEntry(dst, metric, type, via, oif, mtu, protocol, 254)
-    data = rtnetlink.route(rtnetlink.NEWROUTE, flags, 1, entry)
+    data = encoder.route(rtnetlink.NEWROUTE, flags, entry)
     return message(rtnetlink.DELROUTE if gone else rtnetlink.NEWROUTE, data)
 
 
 def replaced(**route_: Any) -> Any:
-    """As `ip route replace` is told: the new route, and by a flag alone that an old one went (Linux, measured)."""
+    """What the kernel sends for `ip route replace`: the new route, with a flag instead of the end of the old one."""
     return route(**route_, flags=rtnetlink.REPLACE)
 
 
@@ -86,9 +103,7 @@ def neighbour(
     protocol: Any = 111,
 ) -> Any:
     entry = rtnetlink.NeighbourEntry(0, dst, mac, index, state, protocol, 0)
-    return message(
-        rtnetlink.DELNEIGH if gone else rtnetlink.NEWNEIGH, rtnetlink.neighbour(rtnetlink.NEWNEIGH, 0, 1, entry)
-    )
+    return message(rtnetlink.DELNEIGH if gone else rtnetlink.NEWNEIGH, encoder.neighbour(rtnetlink.NEWNEIGH, 0, entry))
 
 
 def fdb(
@@ -98,15 +113,16 @@ def fdb(
     state: Any = rtnetlink.NOARP,
     master: Any = KBR_INDEX,
 ) -> Any:
-    attr = rtnetlink._attr
-    body = (
-        rtnetlink._NDMSG.pack(7, 0, index, state, 0, 0)
-        + attr(2, rtnetlink._mac(mac))
-        + attr(9, master.to_bytes(4, "little"))
+    data = built(
+        ndmsg,
+        28,
+        {"family": rtnetlink.AF_BRIDGE, "ifindex": index, "state": state},
+        ("NDA_LLADDR", mac),
+        ("NDA_MASTER", master),
     )
-    return message(rtnetlink.DELNEIGH if gone else rtnetlink.NEWNEIGH, rtnetlink._pack(28, 0, 1, body))
+    return message(rtnetlink.DELNEIGH if gone else rtnetlink.NEWNEIGH, data)
 
 
 def address(text: Any = "10.97.1.1/24", gone: Any = False, index: Any = KBR_INDEX, protocol: Any = 111) -> Any:
-    data = rtnetlink.address(rtnetlink.NEWADDR, 0, 1, rtnetlink.AddressEntry(text, index, protocol))
+    data = encoder.address(rtnetlink.NEWADDR, 0, rtnetlink.AddressEntry(text, index, protocol))
     return message(rtnetlink.DELADDR if gone else rtnetlink.NEWADDR, data)

@@ -331,7 +331,7 @@ def test_the_agent_carries_no_table_drawing_and_no_kubernetes() -> None:
     code = "import sys, json; import ovsmesh.cli.main, ovsmesh.agent.main; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
     loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}
-    assert not loaded & {"rich", "kubernetes", "pyroute2"}
+    assert not loaded & {"rich", "kubernetes"}
 
 
 def test_an_empty_plan_has_no_lines() -> None:
