@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from ovsmesh.errors import Problem
-from ovsmesh.mesh.conflicts import keep_last_good, settle
+from ovsmesh.mesh.conflicts import add_text, keep_last_good, settle
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.mesh.validation import validate_node
 from ovsmesh.reasons import Reason
@@ -146,7 +146,11 @@ _BY_NAME = attrgetter("name")
 _NONE: Mapping[str, Problem] = {}
 _FEW = 2
 """So many Nodes may all leave at once."""
-_CONFLICTS = (Reason.DuplicateName, Reason.AddressConflict, Reason.PodCIDRConflict)
+_ADVICE = {
+    Reason.DuplicateName: "rename one",
+    Reason.AddressConflict: "give this node another",
+    Reason.PodCIDRConflict: "make this node again with another (a Node's podCIDRs can't be changed)",
+}
 
 
 def membership_of(
@@ -162,8 +166,8 @@ def membership_of(
     gone = sum(bool(node.uid) for node in held)
     if not nodes and gone > _FEW:
         message = f"the API has no Node any more, while {gone} are in the mesh: slices are left as they are"
-        static = frozenset(node.name for node in held if not node.uid)
-        return Membership(tuple(sorted(held, key=_BY_NAME)), {}, (Problem(Reason.NodesVanished, message),), static)
+        others = frozenset(node.name for node in held if not node.uid)
+        return Membership(tuple(sorted(held, key=_BY_NAME)), {}, (Problem(Reason.NodesVanished, message),), others)
     clusters = tuple(map(str, mesh.cluster_cidrs))
     views = {view.name: view for view in nodes if not view.excluded}
     before = {node.name: node for node in held}
@@ -179,24 +183,18 @@ def membership_of(
     for place, node in enumerate(mesh.nodes):
         ages.append(((0 if before.get(node.name) == node else 2, f"{place:06d}", ""), node))
     ages.sort(key=lambda item: item[0])
-    good, conflicts = settle([node for _, node in ages], {})
+    good, conflicts = settle([node for _, node in ages])
     lost: list[Problem] = []
-    static_names = {node.name for node in mesh.nodes}
+    static = {node.name for node in mesh.nodes}
     for conflict in conflicts:
-        (age, *_), node = ages[conflict.loser]
-        why = ", which is older: rename one" if conflict.field == "name" else ", which is older: "
-        if conflict.field == "address":
-            why += "give this node another"
-        elif conflict.field != "name":
-            why += "make this node again with another (a Node's podCIDRs can't be changed)"
-        problem = conflict.problem(node.name, why)
-        if age == 1:
-            refused[node.name] = problem
+        problem = add_text(conflict.problem, f", which is older: {_ADVICE[conflict.problem.reason]}")
+        if ages[conflict.loser][0][0] == 1:
+            refused[problem.node] = problem
         else:
-            lost.append(replace(problem, message=f"{problem.message}; this static member is left out"))
-            static_names.discard(node.name)
+            lost.append(add_text(problem, "; this static member is left out"))
+            static.discard(problem.node)
     good, problems = _keep(good, refused, before, views, clusters)
-    return Membership(tuple(sorted(good, key=_BY_NAME)), problems, tuple(lost), frozenset(static_names))
+    return Membership(tuple(sorted(good, key=_BY_NAME)), problems, tuple(lost), frozenset(static))
 
 
 def _validated(
@@ -214,7 +212,7 @@ def _validated(
     found = validate_node(view.name, address, view.pod_cidrs, view.uid, zone, clusters)
     if isinstance(found, Problem) and found.field == "address" and view.asked:
         # said where the user wrote it
-        return replace(found, message=f"{found.message} (annotation {ADDRESS})")
+        return add_text(found, f" (annotation {ADDRESS})")
     return found
 
 
@@ -229,15 +227,14 @@ def _keep(
     again = [
         before[name]
         for name, problem in refused.items()
-        if name in before and before[name].uid == views[name].uid and problem.reason not in _CONFLICTS
+        if name in before and before[name].uid == views[name].uid and problem.reason not in _ADVICE
     ]
     kept = keep_last_good(good, again, clusters) if again else []
     names = {node.name for node in kept}
     problems: dict[str, Problem] = {}
     for name, problem in sorted(refused.items()):
         if name in names:
-            message = f"{problem.message}; keeping its last good entry"
-            problems[name] = replace(problem, message=message, node=name, fatal=False)
+            problems[name] = replace(add_text(problem, "; keeping its last good entry"), fatal=False)
         else:
-            problems[name] = replace(problem, message=f"{problem.message}; the node is left out of the mesh", node=name)
+            problems[name] = add_text(problem, "; the node is left out of the mesh")
     return good + kept, problems

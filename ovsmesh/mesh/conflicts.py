@@ -17,36 +17,26 @@ from ovsmesh.mesh.types import IPAddress, IPNetwork, Mesh, Node
 from ovsmesh.mesh.validation import range_of, validate_again
 from ovsmesh.reasons import Reason
 
-_REASONS = {"name": Reason.DuplicateName, "address": Reason.AddressConflict}
+_NONE: Mapping[str, Node] = {}
 
 
 class Conflict(NamedTuple):
-    """What one node wants and another one keeps. Nodes are places in the list that was settled."""
+    """What one node wants and another one keeps."""
 
     loser: int
     winner: int
-    field: str
-    """name, address or podCIDRs[i] of the loser."""
-    value: str
-    what: str
-    """What is wrong with the value, such as "overlaps 10.97.0.0/16 of node web1"."""
-    thing: IPAddress | IPNetwork | None = None
-    """What the winner has; None for a name."""
-    held: bool = False
+    """Places in the list that was settled."""
+    problem: Problem
+    """What is wrong with the loser, such as "overlaps 10.97.0.0/16 of node web1"."""
+    held: bool
     """Whether the winner had it before."""
-
-    def problem(self, name: str, why: str) -> Problem:
-        """Return the refusal of the loser, `name`; `why` says why it lost and what to do."""
-        return Problem(
-            _REASONS.get(self.field, Reason.PodCIDRConflict), f"{self.what}{why}", name, self.field, self.value
-        )
 
 
 class _Index:
     """Who has which address and which ranges. The ranges in it never overlap, so only the nearest can be met."""
 
-    def __init__(self, nodes: Sequence[Node]) -> None:
-        self._nodes = nodes
+    def __init__(self, nodes: Sequence[Node], held: Mapping[str, Node] = _NONE) -> None:
+        self._nodes, self._held = nodes, held
         self._addresses: dict[IPAddress, int] = {}
         self._ranges: list[tuple[int, int, int, int, int]] = []
         """Version, first and last address; place of the node, number of its pod CIDR."""
@@ -72,14 +62,21 @@ class _Index:
         node = self._nodes[place]
         winner = self._addresses.get(node.address, place)
         if winner != place:
-            what = f"is the address of node {self._nodes[winner].name} too"
-            return Conflict(place, winner, "address", str(node.address), what, node.address)
+            other = self._nodes[winner]
+            message, value = f"is the address of node {other.name} too", str(node.address)
+            problem = Problem(Reason.AddressConflict, message, node.name, "address", value)
+            old = self._held.get(other.name)
+            return Conflict(place, winner, problem, old is not None and old.address == node.address)
         for number, cidr in enumerate(node.pod_cidrs):
-            winner, other = self._near(cidr) or (place, 0)
+            winner, theirs = self._near(cidr) or (place, 0)
             if winner != place:
-                name, thing = self._nodes[winner].name, self._nodes[winner].pod_cidrs[other]
-                what = f"is the range of node {name} too" if thing == cidr else f"overlaps {thing} of node {name}"
-                return Conflict(place, winner, f"podCIDRs[{number}]", str(cidr), what, thing)
+                other = self._nodes[winner]
+                thing = other.pod_cidrs[theirs]
+                same = f"is the range of node {other.name} too"
+                message = same if thing == cidr else f"overlaps {thing} of node {other.name}"
+                problem = Problem(Reason.PodCIDRConflict, message, node.name, f"podCIDRs[{number}]", str(cidr))
+                old = self._held.get(other.name)
+                return Conflict(place, winner, problem, old is not None and thing in old.pod_cidrs)
         return None
 
 
@@ -91,7 +88,7 @@ def _disjoint(nodes: Sequence[Node]) -> bool:
     return all(a[0] != b[0] or a[2] < b[1] for a, b in pairwise(ranges))
 
 
-def settle(nodes: Sequence[Node], held: Mapping[str, Node]) -> tuple[list[Node], list[Conflict]]:
+def settle(nodes: Sequence[Node], held: Mapping[str, Node] = _NONE) -> tuple[list[Node], list[Conflict]]:
     """Return the nodes that stay, and a conflict for each that does not.
 
     `nodes` come in order of precedence. A node that has the same name, address or range in `held`, by its name,
@@ -104,25 +101,24 @@ def settle(nodes: Sequence[Node], held: Mapping[str, Node]) -> tuple[list[Node],
     for place, node in enumerate(nodes):
         winner = places.setdefault(node.name, place)
         if winner != place:
-            old = held.get(node.name)
-            loser = place
+            old, loser = held.get(node.name), place
             if node == old != nodes[winner]:
                 places[node.name], loser, winner = place, winner, place
-            what = "is the name of another node too"
-            conflicts.append(Conflict(loser, winner, "name", node.name, what, held=nodes[winner] == old))
-    index = _Index(nodes)
+            message = "is the name of another node too"
+            problem = Problem(Reason.DuplicateName, message, node.name, "name", node.name)
+            conflicts.append(Conflict(loser, winner, problem, nodes[winner] == old))
+    index = _Index(nodes, held)
     for name, place in places.items():
         if name in held:
             index.add(place, only=held[name])
     good: list[Node] = []
     for place in places.values():
-        found = index.conflict(place)
-        if found is None:
+        conflict = index.conflict(place)
+        if conflict is None:
             index.add(place)
             good.append(nodes[place])
         else:
-            old = held.get(nodes[found.winner].name)
-            conflicts.append(found._replace(held=old is not None and found.thing in (old.address, *old.pod_cidrs)))
+            conflicts.append(conflict)
     return good, conflicts
 
 
@@ -163,10 +159,11 @@ def settle_entries(
     good, conflicts = settle([node for node, _ in found], old)
     bad = list(refused)
     for conflict in conflicts:
-        node, line = found[conflict.loser]
         why = "which held it before" if conflict.held else "which comes first"
-        advice = "rename or remove one" if conflict.field == "name" else "give this node another"
-        bad.append((conflict.problem(node.name, f"{_line(found[conflict.winner][1])}, {why}: {advice}"), line))
+        duplicate = conflict.problem.reason is Reason.DuplicateName
+        advice = "rename or remove one" if duplicate else "give this node another"
+        text = f"{_line(found[conflict.winner][1])}, {why}: {advice}"
+        bad.append((add_text(conflict.problem, text), found[conflict.loser][1]))
     again = {problem.node: old[problem.node] for problem, _ in bad if problem.node in old}
     kept = keep_last_good(good, again.values(), clusters) if again else []
     used, names = {node.name for node in good}, {node.name for node in kept}
@@ -180,8 +177,13 @@ def settle_entries(
             end = "its last good entry can't be kept either: others have taken from it, or the cluster CIDRs changed"
         else:
             end = "the node is left out"
-        problems.append(replace(problem, message=f"{problem.message}{_line(line)}; {end}"))
+        problems.append(add_text(problem, f"{_line(line)}; {end}"))
     return tuple(sorted(good + kept, key=lambda node: node.name)), tuple(problems)
+
+
+def add_text(problem: Problem, text: str) -> Problem:
+    """Return `problem` with more text at the end of its message."""
+    return replace(problem, message=f"{problem.message}{text}")
 
 
 def _line(line: int) -> str:
