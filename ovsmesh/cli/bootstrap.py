@@ -27,6 +27,7 @@ _DEFAULT_RUN_DIRS = ("/var/run/openvswitch", "/run/openvswitch")
 _POLL = 0.5
 _FILTERS = (Reason.FilterUnavailable, Reason.FilterFailed)
 """Problems of the observation that the script has too."""
+_MTU = (Reason.MTUTooHigh, Reason.MTUTooLow)
 _COVERED = (Reason.TunnelAddressMissing, Reason.DatapathMissing)
 """Problems that other checks report."""
 
@@ -97,8 +98,8 @@ def _underlay(mesh: Mesh, me: Node, facts: Facts, refused: Iterable[Problem]) ->
     mtu = desired.pod_mtu(mesh, me, facts)
     yield Check(OK, "address", f"{me.address} is on this host")
     problems = [p for p in refused if p.reason not in _COVERED]
-    yield from (Check(FAIL if p.fatal else WARN, "mtu" if "MTU" in p.reason else "mesh", str(p)) for p in problems)
-    if not any("MTU" in p.reason for p in problems):
+    yield from (Check(FAIL if p.fatal else WARN, "mtu" if p.reason in _MTU else "mesh", str(p)) for p in problems)
+    if not any(p.reason in _MTU for p in problems):
         yield Check(OK, "mtu", f"{facts.underlay_mtu} on the underlay, {mtu} for containers")
 
 

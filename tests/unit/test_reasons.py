@@ -13,7 +13,7 @@ from ovsmesh.reasons import Reason
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "troubleshooting.md"
 # what makes something with a reason → the position of the reason in its arguments
-MAKERS = {"Problem": 0, "Refusal": 0, "_kept": 0, "Condition": 2, "ObjectCondition": 1, "_both": 1, "emit": 1}
+MAKERS = {"Problem": 0, "Refusal": 0, "_kept": 0, "Condition": 2, "ObjectCondition": 1, "_both": 1, "record": 1}
 
 
 def sources() -> Iterator[ast.Module]:
@@ -22,15 +22,23 @@ def sources() -> Iterator[ast.Module]:
             yield ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
+def called(node: ast.Call) -> str:
+    return str(getattr(node.func, "id", getattr(node.func, "attr", "")))
+
+
 def bare(module: ast.Module) -> list[str]:
-    """Reasons that are strings in this module: what stands where a reason does."""
+    """Strings in this module where a reason belongs: given to a maker, or compared with a reason."""
     found = []
     for node in ast.walk(module):
+        given: list[ast.expr] = []
         if isinstance(node, ast.Call):
-            place = MAKERS.get(getattr(node.func, "id", getattr(node.func, "attr", "")))
-            given = [node.args[place]] if place is not None and place < len(node.args) else []
+            place = MAKERS.get(called(node), len(node.args))
+            given = node.args[place : place + 1]
             given += [keyword.value for keyword in node.keywords if keyword.arg == "reason"]
-            found += [c.value for arg in given for c in ast.walk(arg) if isinstance(c, ast.Constant)]
+        elif isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            given = sides if any(getattr(side, "attr", "") == "reason" for side in sides) else []
+        found += [c.value for arg in given for c in ast.walk(arg) if isinstance(c, ast.Constant)]
     return [text for text in found if isinstance(text, str) and text[:1].isupper()]
 
 
@@ -55,12 +63,18 @@ def test_no_module_has_a_reason_of_its_own() -> None:
         'Problem("Odd", "text")',
         'validation.Refusal("Odd", "web1", "", "", "text")',
         'Condition("Degraded", "True", "Odd" if bad else Reason.Read)',
-        'self._events.emit(about, "Odd", "text")',
+        'self._events.record(about, "Odd", "text")',
         'Problem(message="text", reason="Odd")',
+        'problem.reason in ("Odd", Reason.Read)',
     ],
 )
 def test_a_planted_reason_is_found(source: str) -> None:
     assert bare(ast.parse(source)) == ["Odd"]
+
+
+def test_each_maker_is_called() -> None:
+    calls = {called(node) for module in sources() for node in ast.walk(module) if isinstance(node, ast.Call)}
+    assert calls >= MAKERS.keys()
 
 
 def test_each_reason_is_used() -> None:
