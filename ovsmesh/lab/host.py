@@ -40,7 +40,7 @@ class Pod:
     name: str
     addresses: tuple[IPv4Address | IPv6Address, ...]
 
-    def run(self, argv: list[str], timeout: float = 20.0, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(self, argv: list[str], timeout: float = 60.0, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command in the pod, as `netns.run` does."""
         return netns.run(argv, self.ns, timeout=timeout, check=check)
 
@@ -114,25 +114,25 @@ class Host:
         return {"OVS_RUNDIR": state, "OVS_LOGDIR": state, "OVS_DBDIR": state, "PYTHONPATH": path, **options}
 
     def run(
-        self, argv: list[str], timeout: float = 20.0, check: bool = True, text: str | None = None
+        self, argv: list[str], timeout: float = 60.0, check: bool = True, text: str | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on the host, as `netns.run` does."""
         return netns.run(argv, self.ns, timeout=timeout, check=check, env=self.env, text=text)
 
-    def ovs_vsctl(self, *args: str, timeout: float = 20.0) -> str:
+    def ovs_vsctl(self, *args: str, timeout: float = 60.0) -> str:
         """Run ovs-vsctl and return what it prints."""
         return self.run(["ovs-vsctl", f"--db={self.ovsdb}", *args], timeout).stdout
 
-    def ovs_ofctl(self, *args: str, timeout: float = 20.0) -> str:
+    def ovs_ofctl(self, *args: str, timeout: float = 60.0) -> str:
         """Run ovs-ofctl and return what it prints."""
         return self.run(["ovs-ofctl", *args], timeout).stdout
 
-    def ovs_appctl(self, *args: str, timeout: float = 20.0) -> str:
+    def ovs_appctl(self, *args: str, timeout: float = 60.0) -> str:
         """Run ovs-appctl on ovs-vswitchd and return what it prints."""
         pid = (self.state / "ovs-vswitchd.pid").read_text().strip()
         return self.run(["ovs-appctl", "-t", f"{self.state}/ovs-vswitchd.{pid}.ctl", *args], timeout).stdout
 
-    def ovsmesh(self, command: str, *args: str, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
+    def ovsmesh(self, command: str, *args: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Run `ovsmesh COMMAND` with the options that this host's agent has, whatever its exit status is."""
         return self.run([*self.command(command), *args], timeout, check=False)
 
@@ -267,7 +267,7 @@ class Host:
         """Return whether the agent runs."""
         return self.agent() is not None
 
-    def stop_agent(self, how: signal.Signals = signal.SIGTERM, timeout: float = 10.0) -> None:
+    def stop_agent(self, how: signal.Signals = signal.SIGTERM, timeout: float = 60.0) -> None:
         """End the agent, if it runs, by a signal. Raises LabError when it runs on for `timeout` seconds."""
         if process := self.agent():
             netns.end([process], how, timeout)

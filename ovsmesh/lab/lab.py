@@ -241,7 +241,7 @@ class Lab:
         """Write any text as the mesh file, good or bad, by an atomic rename."""
         write(self.mesh_file, text)
 
-    def converged(self, timeout: float = 30.0, hosts: Sequence[Host] | None = None, thorough: bool = False) -> float:
+    def converged(self, timeout: float = 60.0, hosts: Sequence[Host] | None = None, thorough: bool = False) -> float:
         """Wait until /readyz of every host's agent says 200, and return the seconds waited.
 
         An agent may not have noticed yet what was changed a moment ago: `thorough` also waits until

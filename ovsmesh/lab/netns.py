@@ -80,7 +80,7 @@ def run(
     argv: Sequence[str],
     ns: str = "",
     *,
-    timeout: float = 20.0,
+    timeout: float = 60.0,
     check: bool = True,
     env: Mapping[str, str] | None = None,
     text: str | None = None,
@@ -182,7 +182,7 @@ def inhabitants(names: Iterable[str]) -> dict[Process, str]:
     return found
 
 
-def end(processes: Iterable[Process], how: signal.Signals = signal.SIGKILL, timeout: float = 10.0) -> list[Process]:
+def end(processes: Iterable[Process], how: signal.Signals = signal.SIGKILL, timeout: float = 60.0) -> list[Process]:
     """Signal each process that is still the one meant, wait for all, and return those that ended.
 
     A pidfd is opened before the identity is compared, so a reused pid is never signalled.

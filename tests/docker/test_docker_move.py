@@ -14,7 +14,7 @@ from ovsmesh.lab import netns
 from ovsmesh.lab.lab import Lab
 from tests.support.dockerkit import SOON, Docker, links, rules, until
 
-pytestmark = [pytest.mark.docker, pytest.mark.lab, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.docker, pytest.mark.lab]
 
 Dockers = tuple[Lab, list[Docker]]
 FILE = (

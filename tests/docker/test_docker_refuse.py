@@ -14,7 +14,7 @@ import pytest
 from ovsmesh.lab.lab import Lab
 from tests.support.dockerkit import PLAIN, SOON, Docker, links, until
 
-pytestmark = [pytest.mark.docker, pytest.mark.lab, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.docker, pytest.mark.lab]
 
 Calm = tuple[Lab, Docker]
 

@@ -11,7 +11,7 @@ import pytest
 from ovsmesh.lab.host import Host
 from tests.support.labtools import Make
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.lab
 
 
 def once(host: Host, *capabilities: str, path: str = "") -> tuple[int, str]:

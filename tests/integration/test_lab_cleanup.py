@@ -198,7 +198,6 @@ def test_cleanup_leaves_an_unmanaged_port_and_says_so(used: tuple[Lab, list[Stat
     await_state(lambda: whole(host), before[0])
 
 
-@pytest.mark.timeout(90)
 def test_cleanup_without_open_vswitch_says_what_it_could_not_do(used: tuple[Lab, list[State]]) -> None:
     made, before = used
     host = made.host(1)
@@ -221,7 +220,6 @@ def test_cleanup_without_open_vswitch_says_what_it_could_not_do(used: tuple[Lab,
     await_state(lambda: whole(host), before[0])
 
 
-@pytest.mark.timeout(90)
 def test_cleanup_with_a_dead_switch_and_a_living_database(used: tuple[Lab, list[State]]) -> None:
     made, before = used
     host = made.host(1)

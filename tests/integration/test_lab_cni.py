@@ -85,7 +85,7 @@ def revive(lab: Lab) -> None:
     for host in lab.hosts:
         if not host.agent_alive():
             start(host)
-    lab.converged(2 * SOON)
+    lab.converged(SOON)
 
 
 @pytest.fixture

@@ -217,7 +217,7 @@ def test_everything_broken_at_once_on_every_host_comes_back(mesh: Lab) -> None:
         for name in names:
             FAULTS[name].does(host)
     for host, old in zip(mesh.hosts, before, strict=True):
-        await_state(lambda h=host: wiring(h), old, 2 * SOON)  # type: ignore[misc]
+        await_state(lambda h=host: wiring(h), old, SOON)  # type: ignore[misc]
     assert_reach(mesh)
 
 

@@ -244,7 +244,6 @@ def keys(wire: Sniffer, made: Lab) -> set[int]:
     return found
 
 
-@pytest.mark.timeout(120)
 def test_ten_hosts_with_three_pods(lab: Make) -> None:
     made = lab(10, 3)
     with ExitStack() as watching:

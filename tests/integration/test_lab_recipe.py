@@ -10,7 +10,7 @@ import pytest
 from ovsmesh.lab.host import Host
 from tests.support.labtools import Make, difference, wiring
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.lab
 
 
 def printed(host: Host) -> str:

@@ -291,7 +291,7 @@ def test_an_unmanaged_bridge_under_our_name_is_named_and_left(lab: Make, make: A
     else:
         host.ovs_vsctl("del-br", "obr0")
     made.host(2).start_agent()
-    made.converged(2 * SOON, thorough=True)
+    made.converged(SOON, thorough=True)
     for one in made.hosts:
         one.plug()
     assert_reach(made)

@@ -16,7 +16,7 @@ from tests.support.clusterlab import ClusterLab
 from tests.support.controlplane import APISERVER, ControlPlane
 from tests.support.kubekit import GROUP, eventually
 
-pytestmark = [pytest.mark.lab, pytest.mark.kube, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.lab, pytest.mark.kube]
 
 
 @pytest.fixture

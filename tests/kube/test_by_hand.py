@@ -73,7 +73,6 @@ SLICE: Edits = {
 }
 
 
-@pytest.mark.timeout(120)
 def test_a_slice_edited_by_hand(kube: Cluster) -> None:
     assert set(SLICE) - {"/metadata/labels"} == leaves("MeshSlice", "spec")
     kube.add(mesh("10.97.0.0/16"))
@@ -111,7 +110,7 @@ def test_a_slice_edited_by_hand(kube: Cluster) -> None:
             refused, repaired = refused + (status != 200), repaired + (status == 200)
             told = f"{field} = {value!r}: {status}"
             try:
-                eventually(right, 10)
+                eventually(right)
             except AssertionError:
                 pytest.fail(f"not put right: {told}: {now()[1]}")
     for name in ("default-000", "default-001"):
@@ -152,7 +151,6 @@ MESH_STATUS: Edits = {
 }
 
 
-@pytest.mark.timeout(120)
 def test_a_mesh_edited_by_hand(kube: Cluster) -> None:
     """Its spec is the user's: what is bad is refused. Its status is the controller's, who puts it right."""
     assert set(MESH) == leaves("Mesh", "spec")
@@ -184,7 +182,7 @@ def test_a_mesh_edited_by_hand(kube: Cluster) -> None:
             status = edit(kube, f"{path}/status", field, value)
             assert status in (200, 400, 422), (field, value, status)
             try:
-                eventually(lambda: now() == wanted, 10)
+                eventually(lambda: now() == wanted)
             except AssertionError:
                 pytest.fail(f"not put right: {field} = {value!r}: {status}: {now()}")
 
@@ -213,7 +211,6 @@ MESHNODE: Edits = {
 }
 
 
-@pytest.mark.timeout(120)
 def test_a_meshnode_edited_or_deleted_by_hand(kube: Cluster, state: Path) -> None:
     """Its own agent puts it right; with its token, which may write no other."""
     assert set(MESHNODE) == leaves("MeshNode", "status")
@@ -267,7 +264,7 @@ def test_a_node_made_again_gets_a_meshnode_of_its_own_soon(kube: Cluster, state:
         second = kube.add(node("n0", "192.0.2.1", "10.0.2.0/24"))["metadata"]["uid"]
         kube.plane.token_file("again").write_text(kube.plane.agent_token("n0"))
         writer.publish(published(uid=second))
-        eventually(lambda: joined(second), 25)
+        eventually(lambda: joined(second))
 
 
 def test_meshnodes_of_nobody_are_removed(kube: Cluster) -> None:

@@ -30,7 +30,6 @@ def add(kube: Cluster, *numbers: int) -> None:
         kube.add(node(f"web{number}", f"192.0.2.{number + 1}", f"10.97.{number}.0/24", f"fd00:97:0:{number:x}::/64"))
 
 
-@pytest.mark.timeout(120)
 def test_apply_k_alone_makes_a_mesh_and_delete_k_ends_it(own_plane: Callable[..., ControlPlane]) -> None:
     """As a newcomer does it, with kube-controller-manager giving the ranges, and with Nodes that come one by one."""
     plane = own_plane(pod_cidrs="10.97.0.0/16")
@@ -101,7 +100,7 @@ def test_where_none_can_be_made_it_is_said_and_one_that_is_deleted_is_not_replac
 ) -> None:
     """A Mesh that is gone may have said more than can be derived; what was joined by it stays joined."""
     kube.add(node("web0", "192.0.2.1"))
-    eventually(lambda: "MeshMissing" in kube.events("default"), 30)
+    eventually(lambda: "MeshMissing" in kube.events("default"))
     assert not has_mesh(kube)
     kube.api.patch("/api/v1/nodes/web0", {"spec": {"podCIDR": "10.97.0.0/24", "podCIDRs": ["10.97.0.0/24"]}})
     kube.until_members("web0")
@@ -112,7 +111,7 @@ def test_where_none_can_be_made_it_is_said_and_one_that_is_deleted_is_not_replac
         found = kube.items("/api/v1/namespaces/default/events")
         return any("are in use and stay" in event["message"] for event in found)
 
-    eventually(told, 30)
+    eventually(told)
     assert not has_mesh(kube)
     assert list(kube.members()) == ["web0"]
     kube.add(mesh("10.97.0.0/16", "fd00:97::/48"))

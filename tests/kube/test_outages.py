@@ -14,7 +14,7 @@ from tests.support.fault_proxy import FAULTS
 from tests.support.kubekit import eventually
 from tests.support.outagekit import Storm, storm
 
-pytestmark = [pytest.mark.lab, pytest.mark.kube, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.lab, pytest.mark.kube]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_node_s_address_changes_and_nobody_is_restarted(three: Storm) -> None:
             return all(f'"{address}"' in host.ovs_vsctl(*look) for host in (one, other))
 
         eventually(all_to)
-        eventually(lambda: lost(three) == [], 10)
+        eventually(lambda: lost(three) == [])
     eventually(three.converged)
     assert pids == [three.cluster.pid(host.name) for host in three.lab.hosts]
 
@@ -82,4 +82,4 @@ def test_a_node_leaves_and_comes_back_under_its_running_agent(three: Storm) -> N
     # the old token went with the old Node's pod
     three.new_token(gone)
     eventually(lambda: all(str(gone.pod_cidrs[0]) in three.routes(host) for host in stay))
-    eventually(lambda: lost(three) == [], 10)
+    eventually(lambda: lost(three) == [])

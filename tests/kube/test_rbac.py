@@ -168,7 +168,7 @@ def test_token_ends_with_its_node(nodes: ControlPlane) -> None:
     assert agent("GET", f"{GROUP}/meshslices").status == 200
     assert nodes.call("DELETE", f"{NODES}/{OTHER}").status == 200
     # The API server remembers for 10 s that a token was good.
-    eventually(lambda: agent("GET", f"{GROUP}/meshslices").status == 401, seconds=30, every=0.5)
+    eventually(lambda: agent("GET", f"{GROUP}/meshslices").status == 401, every=0.5)
 
 
 # ---------------------------------------------------------------- the controller

@@ -58,9 +58,9 @@ def test_what_may_have_lost_something_is_listed_again(stub: Stub, watch: Watch, 
     stub.faults = [fault]
     stub.put(f"{THINGS}/a", {"n": 1})
     reflector = watch()
-    eventually(lambda: reflector.collection().lists == 2 and reflector.collection().current, 20)
+    eventually(lambda: reflector.collection().lists == 2 and reflector.collection().current)
     stub.put(f"{THINGS}/b", {"n": 2})
-    eventually(lambda: items(reflector) == {"a": 1, "b": 2}, 20)
+    eventually(lambda: items(reflector) == {"a": 1, "b": 2})
 
 
 @pytest.mark.parametrize("fault", ["half", "cut", "end", "stall"])
@@ -68,9 +68,9 @@ def test_what_only_ended_is_watched_again_from_where_it_was(stub: Stub, watch: W
     stub.faults = [fault]
     stub.put(f"{THINGS}/a", {"n": 1})
     reflector = watch(silence=0.5)
-    eventually(lambda: stub.count("WATCH") >= 1, 20)
+    eventually(lambda: stub.count("WATCH") >= 1)
     stub.put(f"{THINGS}/b", {"n": 2})
-    eventually(lambda: items(reflector) == {"a": 1, "b": 2}, 20)
+    eventually(lambda: items(reflector) == {"a": 1, "b": 2})
     assert reflector.collection().lists == 1
 
 
@@ -92,7 +92,7 @@ def test_what_is_there_stays_while_the_server_is_away(stub: Stub, watch: Watch) 
     assert items(reflector) == {"a": 1}
     stub.put(f"{THINGS}/a", {"n": 7})
     stub.up()
-    eventually(lambda: items(reflector) == {"a": 7} and not reflector.collection().problem, 10)
+    eventually(lambda: items(reflector) == {"a": 7} and not reflector.collection().problem)
     assert reflector.collection().lists == 1
 
 
@@ -103,7 +103,7 @@ def test_an_empty_answer_in_place_of_a_list_removes_nothing(stub: Stub, watch: W
     eventually(lambda: reflector.collection().current)
     stub.answers = [(200, b"{}", {}), (200, b'{"items": [], "metadata": {}}', {}), (200, b'{"items": 3}', {})]
     stub.cut_all()
-    eventually(lambda: not stub.answers and reflector.collection().lists == 2, 30)
+    eventually(lambda: not stub.answers and reflector.collection().lists == 2)
     assert items(reflector) == {"a": 1}
 
 
@@ -121,7 +121,7 @@ def test_a_list_that_ends_between_two_pages_is_begun_again(stub: Stub, watch: Wa
         seen.append(len(items(reflector)))
         return reflector.collection().synced
 
-    eventually(synced, 20)
+    eventually(synced)
     assert set(seen) <= {0, 5}
     assert len(items(reflector)) == 5
 
@@ -147,7 +147,7 @@ def test_how_long_the_server_asks_to_wait_is_waited(stub: Stub, watch: Watch) ->
 def test_a_watch_that_the_server_ends_in_time_is_no_trouble(stub: Stub, watch: Watch, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "_HEALTHY", 0.5)
     reflector = watch(seconds=1)
-    eventually(lambda: stub.count("WATCH") == 3, 20)
+    eventually(lambda: stub.count("WATCH") == 3)
     assert not reflector.collection().problem
     assert reflector.collection().lists == 1
 
@@ -192,7 +192,6 @@ def test_a_real_server_is_listed_and_watched(real: Api) -> None:
 
 
 @pytest.mark.kube
-@pytest.mark.timeout(180)
 def test_a_real_server_that_goes_comes_back_or_stalls(cluster: ControlPlane, real: Api) -> None:
     api, bell = real, Wakeup()
     path = "/api/v1/nodes"
@@ -205,7 +204,7 @@ def test_a_real_server_that_goes_comes_back_or_stalls(cluster: ControlPlane, rea
     def follows() -> bool:
         name = f"after{next(add)}"
         api.create(path, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
-        eventually(lambda: name in reflector.collection().items, 20)
+        eventually(lambda: name in reflector.collection().items)
         return True
 
     cluster.kill(APISERVER)
@@ -215,13 +214,13 @@ def test_a_real_server_that_goes_comes_back_or_stalls(cluster: ControlPlane, rea
     cluster.start(APISERVER)
     assert follows()
     cluster.restart(ETCD)
-    eventually(follows, 30)
+    eventually(follows)
     cluster.pause(APISERVER)
     try:
-        eventually(lambda: reflector.collection().problem, 10)
+        eventually(lambda: reflector.collection().problem)
     finally:
         cluster.resume(APISERVER)
-    eventually(lambda: not reflector.collection().problem, 20)
+    eventually(lambda: not reflector.collection().problem)
     assert follows()
     reflector.close()
     bell.close()

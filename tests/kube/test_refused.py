@@ -12,7 +12,7 @@ from tests.support.clusterlab import ClusterLab
 from tests.support.controlplane import ControlPlane
 from tests.support.kubekit import eventually
 
-pytestmark = [pytest.mark.lab, pytest.mark.kube, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.lab, pytest.mark.kube]
 
 
 @pytest.fixture
@@ -73,5 +73,5 @@ def test_no_peer_s_error_delays_another(one: ClusterLab) -> None:
 
     host.ovs_vsctl("del-br", "other")
     host.run(["ip", "route", "del", "blackhole", "10.97.102.0/24", "metric", "111"])
-    eventually(lambda: error() == "[]" and in_the_way in routes(), 40)
-    eventually(host.ready, 40)
+    eventually(lambda: error() == "[]" and in_the_way in routes())
+    eventually(host.ready)

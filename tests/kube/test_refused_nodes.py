@@ -14,7 +14,7 @@ from tests.support.clusterlab import ClusterLab
 from tests.support.controlplane import ControlPlane
 from tests.support.kubekit import eventually
 
-pytestmark = [pytest.mark.lab, pytest.mark.kube, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.lab, pytest.mark.kube]
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_each_is_named_and_the_rest_converge(three: ClusterLab) -> None:
     for host in hosts:
         three.start_agent(host)
     # The two other hosts, v6only and dual.
-    eventually(lambda: three.converged() == {host.name: 4 for host in hosts}, 60)
+    eventually(lambda: three.converged() == {host.name: 4 for host in hosts})
     three.plug()
     assert not [track for track in three.lab.ping_matrix() if track.lost]
     for number, host in enumerate(hosts):

@@ -41,7 +41,6 @@ def admin(cluster: ControlPlane) -> Iterator[Api]:
         yield made
 
 
-@pytest.mark.timeout(180)
 def test_an_agent_s_own_token_is_enough_and_no_more(cluster: ControlPlane, admin: Api, state: Path) -> None:
     uid = admin.get("/api/v1/nodes/n0")["metadata"]["uid"]
     apply_slices(admin, spec(0, 2, node(0, uid=uid)), spec(1, 2, node(1)))

@@ -23,7 +23,7 @@ from tests.support.kubekit import GROUP, install
 
 CONTROLLER = "ovsmesh-controller"
 STRATEGIC = "application/strategic-merge-patch+json"
-_END_SECONDS = 20.0
+_END_SECONDS = 60.0
 
 
 class ClusterLab:

@@ -136,7 +136,7 @@ class Cluster:
         answer = self.plane.call("GET", LEASE)
         return str(answer.body.get("spec", {}).get("holderIdentity") or "")
 
-    def until_members(self, *names: str, seconds: float = 20.0) -> None:
+    def until_members(self, *names: str, seconds: float = 60.0) -> None:
         eventually(lambda: sorted(self.members()) == sorted(names), seconds)
 
     # ------------------------------------------------------------ processes

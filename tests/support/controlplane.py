@@ -29,7 +29,7 @@ ETCD, APISERVER, MANAGER = "etcd", "kube-apiserver", "kube-controller-manager"
 NAMES = (ETCD, APISERVER, MANAGER)
 
 _START_SECONDS = 60.0
-_STOP_SECONDS = 10.0
+_STOP_SECONDS = 60.0
 _POLL = 0.05
 _SERVICES = "10.96.0.0/16"
 _CONTROLLERS = (

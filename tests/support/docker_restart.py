@@ -25,7 +25,7 @@ _ENTER = (
     "mount --rbind /run/cg /sys/fs/cgroup; umount -l /run/cg; "
     '[ ! -d /etc/docker ] || mount -t tmpfs none /etc/docker; exec "$@"'
 )
-_UP, _DOWN = 20.0, 20.0
+_UP, _DOWN = 60.0, 60.0
 
 
 def running(directory: Path) -> int:

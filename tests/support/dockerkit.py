@@ -27,7 +27,7 @@ from ovsmesh.lab.netns import wait_for
 from tests.support import docker_restart as script
 from tests.support.needs import needs
 
-SOON = 45.0
+SOON = 60.0
 PLAIN = "{}\n"
 PLAIN_ARGV = 7
 """Words of a dockerd's command line without further options."""

@@ -43,7 +43,7 @@ def wipe(plane: ControlPlane) -> None:
         plane.call("DELETE", path)
 
 
-def eventually(check: Callable[[], object], seconds: float = 20.0, every: float = 0.05) -> None:
+def eventually(check: Callable[[], object], seconds: float = 60.0, every: float = 0.05) -> None:
     """Waits until `check()` is true; fails with what it was last, or raised last."""
     deadline = time.monotonic() + seconds
     while not (last := check()):

@@ -22,7 +22,7 @@ from ovsmesh.lab.netns import LabError, wait_for
 Make = Callable[..., Lab]
 State = dict[str, Any]
 
-SOON = 10.0
+SOON = 60.0
 """Seconds that anything may take on a busy machine; what it takes on a quiet one is for the benches."""
 VOLATILE = (
     *("next_cfg", "cur_cfg", "statistics", "status", "link_resets", "link_state", "admin_state", "mac_in_use"),
@@ -290,7 +290,7 @@ def revive(lab: Lab) -> None:
             host.start_vswitchd()
         if not host.agent_alive():
             host.start_agent()
-    at_rest(lab, 2 * SOON)
+    at_rest(lab)
 
 
 def guarded(lab: Lab, thorough: bool = True) -> Iterator[Lab]:

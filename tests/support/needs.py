@@ -197,6 +197,16 @@ def pytest_make_collect_report(
 
 # ---------------------------------------------------------------- before the first test
 
+_SECONDS = 600
+"""For a test with a marker, fixtures included: the longest takes 60 s on a quiet machine, and a busy one is ten times
+slower. Each wait in it has a deadline of its own, which says more."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("timeout") is None and any(mark.name in COVERS for mark in item.iter_markers()):
+            item.add_marker(pytest.mark.timeout(_SECONDS))
+
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.collectonly:

@@ -70,7 +70,7 @@ class Storm:
         self.controller()
         for host in hosts:
             self.cluster.start_agent(host, self.config(host))
-        eventually(self.converged, 30)
+        eventually(self.converged)
         self.cluster.plug()
 
     def converged(self) -> bool:
@@ -123,12 +123,12 @@ class Storm:
         node = {"kind": "Node", "metadata": {"name": name}, "spec": {"podCIDR": cidr, "podCIDRs": [cidr]}}
         node["status"] = {"addresses": [{"type": "InternalIP", "address": f"198.51.100.{number}"}]}
         began = time.monotonic()
-        eventually(lambda: self._call("POST", "/api/v1/nodes", node) in (201, 409), 30)
+        eventually(lambda: self._call("POST", "/api/v1/nodes", node) in (201, 409))
         eventually(lambda: all(cidr in self.routes(host) for host in self.lab.hosts), _SILENCE + 30)
         took = time.monotonic() - began
         self._call("DELETE", f"/api/v1/nodes/{name}")
-        eventually(lambda: not any(cidr in self.routes(host) for host in self.lab.hosts), 30)
-        eventually(self.converged, 60)
+        eventually(lambda: not any(cidr in self.routes(host) for host in self.lab.hosts))
+        eventually(self.converged)
         return took
 
     def _call(self, method: str, path: str, body: object = None) -> int:
@@ -169,7 +169,7 @@ class Storm:
         self.cluster.end(host.name, signal.SIGKILL)
         time.sleep(1)
         self.cluster.start_agent(host, config)
-        eventually(host.ready, 20)
+        eventually(host.ready)
         time.sleep(max(0.0, end - time.monotonic()))
         self.plane.start(APISERVER)
 
@@ -184,7 +184,7 @@ class Storm:
         self.plane.start(ETCD)
 
     def kill_leader(self) -> None:
-        eventually(self.leader, 30)
+        eventually(self.leader)
         dead = self.leader()
         self.cluster.end(dead, signal.SIGKILL)
         self._names.remove(dead)
@@ -192,12 +192,12 @@ class Storm:
     def leader_killed(self) -> None:
         """Until the other leads; then there are two again."""
         self.kill_leader()
-        eventually(self.leader, 60)
+        eventually(self.leader)
         self.controller()
 
     def leader_stalls(self) -> None:
         """In the midst of a burst, until the other leads; then it goes on from where it was."""
-        eventually(self.leader, 30)
+        eventually(self.leader)
         stalled = self.leader()
         names = []
         for number in range(12):

@@ -180,7 +180,7 @@ class Machine:
         log = (self.root.parent / "boot.log").open("ab")
         with log:
             self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        wait_for("systemd to be process 1", self._find_init, 20, every=0.02)
+        wait_for("systemd to be process 1", self._find_init, 60, every=0.02)
         wait_for(
             "systemd to answer", lambda: "State=" in self.run("systemctl", "show", check=False).stdout, 20, every=0.05
         )
@@ -203,12 +203,12 @@ class Machine:
             self._process.kill()
             self._process.wait(10)
             self._process = None
-        wait_for("the machine to be dead", lambda: not any(_pids(p) for p in self._cgroup.rglob("cgroup.procs")), 20)
+        wait_for("the machine to be dead", lambda: not any(_pids(p) for p in self._cgroup.rglob("cgroup.procs")), 60)
 
     def end(self) -> None:
         """Leaves nothing of it."""
         self.power_cut()
-        wait_for("its control groups to go", lambda: _removed(self._cgroup), 20)
+        wait_for("its control groups to go", lambda: _removed(self._cgroup), 60)
         shutil.rmtree(self.root)
 
     def argv(self, *argv: str) -> list[str]:
