@@ -243,7 +243,10 @@ def cleanup(state_dir: str, dry_run: bool, **options: Any) -> None:
 @_option("--print printed", "Print this host's part of the mesh as a shell script without ovsmesh.", is_flag=True)
 @_option("--wait waited", "Wait until the agent has converged, ping each peer.", metavar="SECONDS", type=_SECONDS)
 def bootstrap(state_dir: str, printed: bool, checked: bool, waited: float | None, **options: Any) -> None:
-    """Help to make this host a node. scripts/bootstrap.sh does all of it."""
+    """Check this host, print its part of the mesh, or wait for its agent.
+
+    scripts/bootstrap.sh makes a host a node with these three.
+    """
     from ovsmesh.cli.bootstrap import await_converged, check, script
 
     if [printed, checked, waited is not None].count(True) != 1:
