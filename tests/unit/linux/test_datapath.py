@@ -1,0 +1,15 @@
+"""Whether the kernel has Open vSwitch's datapath."""
+
+from __future__ import annotations
+
+import pytest
+
+from ovsmesh.linux import datapath
+
+
+@pytest.mark.parametrize(("family", "there"), [("nlctrl", True), ("ovsmesh_none", False)])
+def test_a_family_that_every_kernel_has_and_one_that_none_has(
+    monkeypatch: pytest.MonkeyPatch, family: str, there: bool
+) -> None:
+    monkeypatch.setattr(datapath, "_FAMILY", family)
+    assert datapath.kernel_datapath() is there

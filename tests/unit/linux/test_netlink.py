@@ -1,0 +1,184 @@
+"""The rtnetlink driver on a real kernel, with `ip` and `bridge` as its witnesses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from ovsmesh.dataplane.types import KBR, MARK, OBR, PROTOCOL, Link, Route
+from ovsmesh.errors import OvsmeshError
+from ovsmesh.linux.netlink import Netlink
+from tests.support.firewallkit import inside, namespaces, needs_root, sh
+
+__all__ = ["namespaces"]
+pytestmark = [pytest.mark.root, needs_root]
+
+MAC = "0a:58:0a:61:01:01"
+BRIDGE = Link("bridge", 1462, mac=MAC)
+PORT = Link("", 1462, master=KBR, quiet=True)
+PEERS = 200
+
+
+@pytest.fixture
+def net(namespaces: Callable[..., list[str]]) -> Iterator[Netlink]:
+    """A driver in a namespace that has a veth in the place of obr0, and no kbr0."""
+    (name,) = namespaces("net")
+    with inside(name):
+        sh("ip link set lo up", f"ip link add {OBR} type veth peer name other", "ip link set other up")
+        made = Netlink()
+        made.observe()
+        yield made
+        made.close()
+
+
+def printed(*command: str) -> Any:
+    """What `ip` or `bridge` prints, as JSON."""
+    return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout or "[]")
+
+
+def wire(net: Netlink) -> None:
+    net.set_link(KBR, BRIDGE, None)
+    net.set_link(OBR, PORT, None)
+    net.observe()
+
+
+def steps(mtu: int = 1462) -> dict[tuple[str, Any], Any]:
+    """(kind, key) → value, of addresses and of what there is for each peer, in IPv4 and IPv6."""
+    found: dict[tuple[str, Any], Any] = {("addresses", "10.97.1.1/24"): KBR, ("addresses", "fd00:97:1::1/64"): KBR}
+    for n in range(2, PEERS + 2):
+        mac = f"0a:58:0a:61:{n:02x}:01"
+        found["fdb", mac] = OBR
+        for gateway, cidr in ((f"10.97.{n}.1", f"10.97.{n}.0/24"), (f"fd00:97:{n}::1", f"fd00:97:{n}::/64")):
+            found["neighbours", gateway] = mac
+            found["routes", (cidr, 111)] = Route("unicast", gateway, KBR, mtu)
+    found["routes", ("10.97.0.0/16", 4278198272)] = Route("unreachable")
+    found["routes", ("fd00:97::/32", 4278198272)] = Route("unreachable")
+    return found
+
+
+def write(net: Netlink, op: str, entries: dict[tuple[str, Any], Any]) -> dict[Any, str]:
+    return net.batch([(at, net.message(op, *at, value)) for at, value in entries.items()])
+
+
+def test_kbr0_is_made_marked_and_up(net: Netlink) -> None:
+    net.set_link(KBR, BRIDGE, None)
+    (link,) = printed("ip", "-j", "-d", "link", "show", KBR)
+    assert (link["address"], link["mtu"], link["ifalias"], link["linkinfo"]["info_kind"]) == (MAC, 1462, MARK, "bridge")
+    assert "UP" in link["flags"]
+    assert net.observe()[0]["links"] == {KBR: BRIDGE}
+
+
+def test_obr0_is_enslaved_and_quiet(net: Netlink) -> None:
+    wire(net)
+    (port,) = printed("bridge", "-j", "-d", "link", "show", "dev", OBR)
+    assert (port["master"], port["mtu"]) == (KBR, 1462)
+    assert not [flag for flag in ("learning", "flood", "mcast_flood", "bcast_flood") if port[flag]]
+
+
+def test_only_what_differs_of_a_link_is_set(net: Netlink) -> None:
+    wire(net)
+    net.set_link(KBR, BRIDGE._replace(mtu=1400, up=False), BRIDGE)
+    (link,) = printed("ip", "-j", "link", "show", KBR)
+    assert link["mtu"] == 1400 and "UP" not in link["flags"] and link["address"] == MAC
+
+
+def test_a_stale_half_made_bridge_is_replaced(net: Netlink) -> None:
+    sh("ip link add ovsmesh-new type bridge")
+    net.set_link(KBR, BRIDGE, None)
+    assert {link["ifname"] for link in printed("ip", "-j", "link", "show", "type", "bridge")} == {KBR}
+
+
+def test_an_unmanaged_kbr0_is_an_error_and_stays(net: Netlink) -> None:
+    sh(f"ip link add {KBR} type bridge")
+    with pytest.raises(OvsmeshError, match=os.strerror(errno.EEXIST)):
+        net.set_link(KBR, BRIDGE, None)
+    (link,) = printed("ip", "-j", "link", "show", "type", "bridge")
+    assert link["ifname"] == KBR and "ifalias" not in link
+
+
+def test_entries_of_many_peers_are_as_ip_and_bridge_read_them(net: Netlink) -> None:
+    wire(net)
+    want = steps()
+    assert write(net, "+", want) == {}
+    routes = [
+        (route["dst"], route.get("gateway"), route["metric"], route["metrics"][0]["mtu"], route["flags"])
+        for version in "46"
+        for route in printed("ip", f"-{version}", "-j", "route", "show", "proto", str(PROTOCOL))
+        if route.get("type", "unicast") == "unicast"
+    ]
+    assert sorted(routes) == sorted(
+        (key[0], value.via, 111, 1462, ["onlink"])
+        for (kind, key), value in want.items()
+        if kind == "routes" and value.via
+    )
+    neighbours = {n["dst"]: n["lladdr"] for n in printed("ip", "-j", "neigh", "show", "dev", KBR, "nud", "permanent")}
+    assert neighbours == {key: value for (kind, key), value in want.items() if kind == "neighbours"}
+    static = {e["mac"] for e in printed("bridge", "-j", "fdb", "show", "brport", OBR, "static")}
+    fdb = {mac for mac in static if mac.startswith("0a:58:")}
+    assert fdb == {key for kind, key in want if kind == "fdb"}
+    found, unmanaged = net.observe()
+    assert {(kind, key): value for kind in found if kind != "links" for key, value in found[kind].items()} == want
+    assert not unmanaged
+
+
+def test_entries_are_changed_and_removed(net: Netlink) -> None:
+    wire(net)
+    write(net, "+", steps())
+    changed = {at: value for at, value in steps(mtu=1400).items() if at[0] == "routes" and value.via}
+    assert write(net, "~", changed) == {}
+    assert set(net.observe()[0]["routes"].values()) - {Route("unreachable")} == set(changed.values())
+    assert write(net, "-", dict(reversed(steps(mtu=1400).items()))) == {}
+    found, _ = net.observe()
+    assert not any(found[kind] for kind in found if kind != "links")
+    assert not printed("ip", "-j", "route", "show", "proto", str(PROTOCOL))
+
+
+def test_an_unmanaged_route_is_not_replaced_and_the_others_are_written(net: Netlink) -> None:
+    wire(net)
+    sh(f"ip route add 10.97.7.0/24 dev {KBR} metric 111 proto static")
+    at = ("routes", ("10.97.7.0/24", 111))
+    assert write(net, "+", steps()) == {at: os.strerror(errno.EEXIST)}
+    found, _ = net.observe()
+    assert len(found["routes"]) == len([1 for kind, _ in steps() if kind == "routes"]) - 1
+    (route,) = printed("ip", "-j", "route", "show", "10.97.7.0/24")
+    assert route["protocol"] == "static"
+
+
+def test_a_pods_port_is_enslaved_again_with_its_hairpin(net: Netlink) -> None:
+    wire(net)
+    sh(
+        "ip link add pod type veth peer name inside",
+        f"ip link set pod master {KBR}",
+        "bridge link set dev pod hairpin on",
+    )
+    net.observe()
+    sh(f"ip link del {KBR}")
+    assert net.drain()
+    net.observe()
+    wire(net)
+    (port,) = printed("bridge", "-j", "-d", "link", "show", "dev", "pod")
+    assert (port["master"], port["hairpin"]) == (KBR, True)
+    assert OBR in net.cache.ports_of(KBR)
+
+
+def test_changes_of_others_are_noticed_without_a_dump(net: Netlink) -> None:
+    wire(net)
+    write(net, "+", steps())
+    net.observe()
+    net.drain()
+    assert not net.drain()
+    sh(
+        "ip route del 10.97.9.0/24",
+        f"bridge fdb del 0a:58:0a:61:09:01 dev {OBR} master",
+        f"ip neigh del 10.97.9.1 dev {KBR}",
+    )
+    assert net.drain() and not net.cache.stale
+    found, _ = net.observe()
+    assert ("10.97.9.0/24", 111) not in found["routes"]
+    assert "0a:58:0a:61:09:01" not in found["fdb"] and "10.97.9.1" not in found["neighbours"]
