@@ -235,10 +235,6 @@ class Host:
         self.kill_ovsdb()
         self.start_ovsdb()
 
-    def restart_vswitchd(self, restore_wait: bool = True) -> None:
-        self.kill_vswitchd()
-        self.start_vswitchd(restore_wait)
-
     # --- the agent
 
     @property

@@ -37,7 +37,7 @@ class _Watch:
         self._api = Api(load(config))
         self.bytes = self.bookmark_bytes = self.bookmarks = self.events = 0
         self._stream: Stream | None = None
-        self._path, self._failed = path, ""
+        self._path = path
         self._thread = threading.Thread(target=self._run, daemon=True)
         netns.within(s.plane.ns, self._thread.start)
         netns.wait_for(f"a watch of {path}", lambda: self._stream, 30)

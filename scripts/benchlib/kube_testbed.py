@@ -33,7 +33,6 @@ NODES = "/api/v1/nodes"
 SLICES = f"{GROUP}/meshslices"
 STRATEGIC = "application/strategic-merge-patch+json"
 CLUSTER = "10.0.0.0/8"
-NODE_BYTES = 9000
 _FILLERS = 4
 _PATIENCE = 20.0
 Object = dict[str, Any]
