@@ -148,7 +148,7 @@ def peers_text(want: Dataplane) -> str:
 
 
 def report(
-    result: ReconcileResult, node: str, traffic: Mapping[str, reports.Traffic], context: reports.Context
+    result: ReconcileResult, node: str, traffic: Mapping[str, reports.Traffic], context: reports.ReportContext
 ) -> reports.Report:
     """Return the report that every reader is shown."""
     return reports.report(
@@ -182,7 +182,7 @@ class NodeStatus:
     def report(self) -> reports.Report:
         with self._making:
             if self._report is None:
-                context = reports.Context(
+                context = reports.ReportContext(
                     now=time.time(),
                     agent_since=self.counters.started,
                     agent_version=__version__,

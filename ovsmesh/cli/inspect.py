@@ -11,7 +11,7 @@ from ovsmesh.agent import result
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.cli.formats import serialize
-from ovsmesh.dataplane.report import Context, Traffic
+from ovsmesh.dataplane.report import ReportContext, Traffic
 from ovsmesh.dataplane.report_text import render_text
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.file_source import FileSource
@@ -60,7 +60,7 @@ def status(options: Options, output: str) -> str:
         known = {str(p) for p in found.problems}
         more = (problem for problem in _problems(stored.get("problems")) if problem.message not in known)
         found = dataclasses.replace(found, problems=(*found.problems, *more))
-    context = Context(
+    context = ReportContext(
         now=time.time(),
         agent_since=_number(stored.get("since")) if running else None,
         agent_version=str(stored.get("version") or "") if running else "",

@@ -27,7 +27,7 @@ class Traffic(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
+class ReportContext:
     """What only the process that asks knows. Times are seconds since the epoch; None: not known."""
 
     now: float
@@ -182,7 +182,7 @@ def report(
     problems: tuple[Problem, ...],
     converged: bool,
     traffic: Mapping[str, Traffic],
-    context: Context,
+    context: ReportContext,
 ) -> Report:
     """Return the report of one reconcile, or of one look at the system.
 
@@ -247,7 +247,7 @@ def _peers(
     kinds: list[str],
     problems: Iterable[Problem],
     traffic: Mapping[str, Traffic],
-    context: Context,
+    context: ReportContext,
 ) -> Iterator[Peer]:
     unmanaged = {(u.kind, u.key): u for u in have.unmanaged if u.blocks}
     known = [kind for kind in kinds if kind not in have.unknown]
@@ -275,7 +275,7 @@ def _peers(
         yield Peer(node.name, state, address, cidrs, port, traffic.get(port), when, how, missing)
 
 
-def _held(plan: Plan, have: Observed, traffic: Mapping[str, Traffic], context: Context) -> Iterator[Peer]:
+def _held(plan: Plan, have: Observed, traffic: Mapping[str, Traffic], context: ReportContext) -> Iterator[Peer]:
     for name in plan.held_peers:
         for port, row in have.dataplane.ports.items():
             if row.node == name:
@@ -293,7 +293,7 @@ def _mtu_from(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> str:
 
 
 def _self(
-    name: str, mesh: Mesh | None, facts: Facts | None, want: Dataplane | None, have: Observed, context: Context
+    name: str, mesh: Mesh | None, facts: Facts | None, want: Dataplane | None, have: Observed, context: ReportContext
 ) -> Self:
     found = Self(
         name,
@@ -330,7 +330,7 @@ def _conditions(
     peers: tuple[Peer, ...],
     problems: tuple[Problem, ...],
     converged: bool,
-    context: Context,
+    context: ReportContext,
 ) -> Iterator[Condition]:
     if mesh is None:
         yield Condition("Converged", "Unknown", Reason.NoMesh, "no mesh was read yet, so nothing is touched")

@@ -11,7 +11,7 @@ import pytest
 
 from ovsmesh.dataplane import desired
 from ovsmesh.dataplane.plan import Blocked, Plan, Step, in_sync, plan
-from ovsmesh.dataplane.report import Context, Traffic, age, report, unmanaged_beside
+from ovsmesh.dataplane.report import ReportContext, Traffic, age, report, unmanaged_beside
 from ovsmesh.dataplane.report_text import render_text
 from ovsmesh.dataplane.types import Dataplane, Facts, Observed, Unmanaged
 from ovsmesh.errors import Problem
@@ -28,7 +28,7 @@ WARNING, ERROR = Problem(Reason.MTUTooHigh, "is too high"), Problem(Reason.PodCI
 STEP = Step("+", "fdb", "0a:58:0a:61:02:01", "obr0", None)
 BLOCKED = Blocked(STEP, Unmanaged("fdb", STEP.key, "is in the way"))
 HELD = Plan(held=(STEP._replace(op="-", have="obr0"),), held_peers=("web8",))
-CONTEXT = Context(
+CONTEXT = ReportContext(
     NOW,
     agent_since=NOW - 3725,
     agent_version="0.1.0",
@@ -163,7 +163,7 @@ def test_unmanaged_objects_that_block_nothing_are_named() -> None:
 
 
 def test_no_mesh_yet() -> None:
-    found = report(None, "web1", None, None, None, Plan(), (), False, {}, Context(NOW))
+    found = report(None, "web1", None, None, None, Plan(), (), False, {}, ReportContext(NOW))
     assert "waits for a mesh" in render_text(found) and "not running" in render_text(found)
     assert found.to_dict()["conditions"][0]["status"] == "Unknown"
 
