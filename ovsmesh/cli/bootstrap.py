@@ -17,7 +17,7 @@ from ovsmesh.dataplane.types import Facts
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.linux.datapath import kernel_datapath
 from ovsmesh.mesh.source import Snapshot
-from ovsmesh.mesh.types import Mesh, Node
+from ovsmesh.mesh.types import Mesh, Node, gateway
 from ovsmesh.ovs.idl import run_dir
 from ovsmesh.probe import icmp
 from ovsmesh.reasons import Reason
@@ -120,7 +120,7 @@ def await_converged(options: Options, deadline: float) -> tuple[list[str], bool]
     _, wanted, me = _mesh(options)
     peers = [n for n in wanted.nodes if n.name != me.name]
     versions = {c.version for c in me.pod_cidrs}
-    gateways = {n.name: [str(desired.gateway(c)) for c in n.pod_cidrs if c.version in versions] for n in peers}
+    gateways = {n.name: [str(gateway(c)) for c in n.pod_cidrs if c.version in versions] for n in peers}
     answered = icmp.ping([g for found in gateways.values() for g in found])
     lines = [f"{me.name}: converged, {len(peers)} peer{'' if len(peers) == 1 else 's'}"]
     for peer in peers:

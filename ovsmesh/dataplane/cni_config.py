@@ -10,12 +10,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ovsmesh.dataplane.types import KBR, CniFacts, CniPlugin, Unmanaged
+from ovsmesh.dataplane.docker_config import docker_ranges
+from ovsmesh.dataplane.types import KBR, CniFacts, CniPlugin, Facts, Unmanaged
 from ovsmesh.errors import Problem
-from ovsmesh.mesh.types import IPNetwork
+from ovsmesh.mesh.types import IPNetwork, gateway
 from ovsmesh.reasons import Reason
 from ovsmesh.text import listed, printable
 
@@ -67,30 +67,23 @@ def writable(plugins: Sequence[CniPlugin]) -> bool:
     return not missing(plugins) and bool(versions(_used(plugins)))
 
 
-def wanted(
-    cni: CniFacts,
-    pod_cidrs: Sequence[IPNetwork],
-    gateways: Sequence[str],
-    mtu: int,
-    ends: Mapping[IPNetwork, str] = MappingProxyType({}),
-) -> dict[str, str]:
-    """Return the conflist by its file name; none where required plugins are missing. `ends`: see render().
+def desired(pod_cidrs: Sequence[IPNetwork], facts: Facts, mtu: int) -> dict[str, str]:
+    """Return the conflist by its file name; none where CNI is left alone, or required plugins are missing.
 
     Where they are missing, a file that exists stays: without a conflist no pod could even be deleted.
     """
-    if not writable(cni.plugins):
-        return {FILE: cni.kept} if cni.kept else {}
-    return {FILE: render(_used(cni.plugins), pod_cidrs, gateways, mtu, ends)}
+    if facts.cni is None:
+        return {}
+    if not writable(facts.cni.plugins):
+        return {FILE: facts.cni.kept} if facts.cni.kept else {}
+    docker = docker_ranges(pod_cidrs, facts)
+    return {FILE: _render(_used(facts.cni.plugins), pod_cidrs, docker, mtu)}
 
 
-def render(
-    plugins: Sequence[CniPlugin],
-    pod_cidrs: Sequence[IPNetwork],
-    gateways: Sequence[str],
-    mtu: int,
-    ends: Mapping[IPNetwork, str] = MappingProxyType({}),
+def _render(
+    plugins: Sequence[CniPlugin], pod_cidrs: Sequence[IPNetwork], docker: Mapping[IPNetwork, IPNetwork], mtu: int
 ) -> str:
-    """Return the conflist's text. `ends`: the last address that CNI may give out of a range whose rest is Docker's.
+    """Return the conflist's text. `docker`: see docker_ranges.
 
     The agent manages kbr0's address, its MAC and the masquerade: the plugin only plugs. A pod's default route goes to
     the gateway that host-local returns with each address, and host-local never gives that one out.
@@ -98,10 +91,10 @@ def render(
     common = versions(plugins)
     plain = [v for v in common if v <= _PLAIN]
     ranges: dict[int, list[dict[str, str]]] = {}
-    for cidr, gateway in zip(pod_cidrs, gateways, strict=True):
+    for cidr in pod_cidrs:
         # a pod gets one address out of each set: one of each family
-        end = {"rangeEnd": ends[cidr]} if cidr in ends else {}
-        ranges.setdefault(cidr.version, []).append({"subnet": str(cidr), "gateway": gateway, **end})
+        end = {"rangeEnd": str(docker[cidr].network_address - 1)} if cidr in docker else {}
+        ranges.setdefault(cidr.version, []).append({"subnet": str(cidr), "gateway": str(gateway(cidr)), **end})
     routes = [{"dst": "0.0.0.0/0" if family == 4 else "::/0"} for family in ranges]
     bridge = {
         "type": "bridge",

@@ -28,7 +28,7 @@ from ovsmesh.dataplane.types import (
     Route,
 )
 from ovsmesh.errors import OvsmeshError, Problem
-from ovsmesh.mesh.types import IPAddress, IPNetwork, Mesh, Node
+from ovsmesh.mesh.types import IPAddress, Mesh, Node, gateway
 from ovsmesh.reasons import Reason
 
 _PREFIX = {"gre": "gre-", "vxlan": "vx-", "geneve": "gnv-"}
@@ -41,11 +41,6 @@ _MIN_IPV6_MTU = 1280
 """RFC 8200 section 5: a link below it can't carry IPv6."""
 _NAME_MAX = 15
 """IFNAMSIZ - 1."""
-
-
-def gateway(cidr: IPNetwork) -> IPAddress:
-    """Return the first usable address of a pod CIDR: the node's own address on kbr0."""
-    return cidr.network_address + 1
 
 
 def mac(node: Node) -> str:
@@ -227,14 +222,6 @@ def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
     return found
 
 
-def _conflist(cidrs: list[IPNetwork], facts: Facts, mtu: int) -> dict[str, str]:
-    """Return the conflist; where Docker is on this node too, for the range that is not Docker's."""
-    assert facts.cni is not None
-    docker = docker_config.docker_ranges(cidrs, facts)
-    ends = {cidr: str(part.network_address - 1) for cidr, part in docker.items()}
-    return cni_config.wanted(facts.cni, cidrs, [str(gateway(c)) for c in cidrs], mtu, ends)
-
-
 def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tuple[Problem, ...]]:
     """Return the desired dataplane of `self_name`, and what in the mesh or on the host is not as it should be.
 
@@ -262,7 +249,7 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
         addresses={f"{gateway(c)}/{c.prefixlen}": KBR for c in cidrs},
         rules=rules,
         docker=docker_config.desired(me, facts, w.mtu),
-        cni=_conflist(cidrs, facts, w.mtu) if facts.cni else {},
+        cni=cni_config.desired(cidrs, facts, w.mtu),
         **grows,
     )
     return want, (*_problems(mesh, me, facts, w.mtu), *refused)

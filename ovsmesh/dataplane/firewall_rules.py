@@ -8,7 +8,7 @@ from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 from typing import NamedTuple
 
 from ovsmesh.dataplane.types import KBR, OBR, Facts, Rule, RuleKey
-from ovsmesh.mesh.types import IPNetwork, Mesh, Node
+from ovsmesh.mesh.types import IPNetwork, Mesh, Node, gateway
 
 IPTABLES = ("iptables", "ip6tables")
 NFT = ("inet", "bridge")
@@ -101,7 +101,7 @@ def _spoof(version: int, own: list[IPNetwork], cluster: list[IPNetwork], me: Nod
     container uses inside pass.
     """
     enters = f'{IN_KBR} iifname != "{OBR}"'
-    gateways = [ip_network(c.network_address + 1) for c in own]
+    gateways = [ip_network(gateway(c)) for c in own]
     sources = [(f"v{version}", f"{_ip(version)} saddr")] + ([("arp", "arp saddr ip")] if version == 4 else [])
     found = {}
     for name, field in sources:
@@ -110,9 +110,9 @@ def _spoof(version: int, own: list[IPNetwork], cluster: list[IPNetwork], me: Nod
             found[f"spoof-range-{name}"] = f"{enters} {field} {_set(cluster)}{other} drop"
         if own:
             found[f"spoof-gateway-{name}"] = f"{enters} {field} {_set(gateways)} drop"
-        for n, gateway in enumerate(gateways if version == 6 else ()):
+        for n, own_gateway in enumerate(gateways if version == 6 else ()):
             # the target of a neighbour advertisement: what ARP's sender is to IPv4
-            target = f"icmpv6 type nd-neighbor-advert @th,64,128 {int(gateway.network_address):#x}"
+            target = f"icmpv6 type nd-neighbor-advert @th,64,128 {int(own_gateway.network_address):#x}"
             found["spoof-gateway-nd" + (f"-{n + 1}" if n else "")] = f"{enters} {target} drop"
         if version == me.address.version:
             found[f"spoof-tunnel-{name}"] = f"{enters} {field} {me.address} drop"

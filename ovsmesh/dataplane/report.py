@@ -11,7 +11,7 @@ from ovsmesh.dataplane import cni_config, desired
 from ovsmesh.dataplane.plan import Plan, Step
 from ovsmesh.dataplane.types import KBR, PEER_KINDS, Dataplane, Facts, Observed, Unmanaged
 from ovsmesh.errors import Problem
-from ovsmesh.mesh.types import Mesh, Node
+from ovsmesh.mesh.types import Mesh, Node, gateway
 from ovsmesh.reasons import Reason
 from ovsmesh.text import listed
 
@@ -314,7 +314,7 @@ def _self(
         found,
         address=str(me.address),
         pod_cidrs=tuple(map(str, me.pod_cidrs)),
-        gateways=tuple(str(desired.gateway(cidr)) for cidr in me.pod_cidrs),
+        gateways=tuple(str(gateway(cidr)) for cidr in me.pod_cidrs),
         encapsulation=mesh.encapsulation,
         key=mesh.key,
         mtu=mtu,

@@ -13,6 +13,11 @@ IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
 
 
+def gateway(pod_cidr: IPNetwork) -> IPAddress:
+    """Return the first usable address of a pod CIDR: its node's own address on kbr0."""
+    return pod_cidr.network_address + 1
+
+
 class MeshError(OvsmeshError):
     """A mesh that can't be used as a whole: unreadable, not YAML, of the wrong kind, with an unknown key."""
 

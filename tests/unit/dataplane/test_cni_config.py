@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovsmesh.dataplane.cni_config import FILE, File, conflist_status, judge, problems, summary, wanted
+from ovsmesh.dataplane.cni_config import FILE, File, conflist_status, judge, problems, summary
 from ovsmesh.dataplane.desired import dataplane
 from ovsmesh.dataplane.plan import plan
 from ovsmesh.dataplane.types import CniFacts, CniPlugin, Dataplane, Observed
@@ -264,7 +264,7 @@ def test_the_conflist_status() -> None:
     assert conflist_status(cni(), full, {FILE: "{}"}).state == "differs"
     assert str(conflist_status(cni(bridge="away"), {}, {})) == f"{DIR}/{FILE} (none)"
     assert conflist_status(cni(kept=CONFLIST, bridge="away"), full, full).state == "kept"
-    assert wanted(cni(kept=CONFLIST, bridge="away"), [], [], 1) == full
+    assert made(kept=CONFLIST, bridge="away") == full
 
 
 def test_facts_are_compared_by_value() -> None:

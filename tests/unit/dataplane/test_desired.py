@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from ovsmesh.dataplane.desired import dataplane, gateway, mac, overhead, pod_mtu, port_name
+from ovsmesh.dataplane.desired import dataplane, mac, overhead, pod_mtu, port_name
 from ovsmesh.dataplane.types import FALLBACK_METRIC, KBR, OBR, PEER_KINDS, Facts
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.mesh.types import gateway
 from tests.support.meshkit import FACTS, first, golden, mesh_of, node, numbered, shown, want
 
 # names, addresses, MACs
