@@ -129,8 +129,8 @@ done <<<"$needs"
 if [ ${#packages[@]} -gt 0 ]; then
   apt_update
   if ! apt_install "${packages[@]}"; then
-    for name in "${names[@]}"; do
-      command -v "$name" >/dev/null || die "apt-get could not install the package of $name (see above)"
+    for n in "${!names[@]}"; do
+      command -v "${names[n]}" >/dev/null || die "apt-get could not install ${packages[n]}, which brings ${names[n]} (see above)"
     done
     say "a package's start script failed; its programs are installed, and nothing more is needed"
   fi
