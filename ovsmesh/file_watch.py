@@ -52,6 +52,7 @@ class FileWatch:
         return [] if self._handle < 0 else [self._handle]
 
     def close(self) -> None:
+        """Stop watching."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1

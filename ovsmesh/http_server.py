@@ -140,6 +140,7 @@ class HttpServer:
 
     @property
     def port(self) -> int:
+        """Return the port that the server listens on."""
         return self._server.server_port
 
     def close(self) -> None:

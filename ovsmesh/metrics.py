@@ -73,5 +73,6 @@ class MetricsCollector(Collector, Generic[S]):
         self._metrics, self._current = metrics, current
 
     def collect(self) -> Iterator[Family]:
+        """Yield the metrics as they are now."""
         snapshot = self._current()
         return (metric.family(snapshot) for metric in self._metrics)

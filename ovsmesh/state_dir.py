@@ -255,6 +255,7 @@ class StateDir:
         return text if _DIGEST.fullmatch(text) else None
 
     def clear_confirmation(self) -> None:
+        """Remove the confirmation, once it is used."""
         with contextlib.suppress(OSError):
             self.confirm_file.unlink()
 

@@ -1,0 +1,1 @@
+"""The agent of one node: its reconcile loop, and what that joins: driver, status, MeshNode, HTTP, systemd, cleanup."""

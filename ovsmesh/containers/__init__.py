@@ -1,0 +1,1 @@
+"""Drivers of what runs containers: Docker (daemon.json, its API, its restart) and CNI."""

@@ -60,6 +60,7 @@ class ControllerHttp(HttpServer):
         self._counts = counts
 
     def answer(self, path: str) -> Answer | None:
+        """Return the answer to a GET of `path`; None where there is no such path."""
         if path == "/readyz":
             counts = self._counts
             if counts.waiting:

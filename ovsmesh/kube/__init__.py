@@ -1,0 +1,1 @@
+"""Access to the Kubernetes API: kubeconfig and login, requests, reflector, leader election, Events."""

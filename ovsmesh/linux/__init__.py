@@ -1,0 +1,1 @@
+"""Drivers of the Linux kernel: rtnetlink through pyroute2, nftables and iptables, sysctls."""

@@ -1,0 +1,1 @@
+"""Packets to peers: whether a peer answers, and whether GRE and ICMP pass on the way."""
