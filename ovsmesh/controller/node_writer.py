@@ -104,8 +104,8 @@ class NodeWriter:
         """Write until `seconds` have passed; return whether some are left. Raises Unavailable, NotLeader."""
         end = time.monotonic() + seconds
         while self._wanted and time.monotonic() <= end:
-            name = next(iter(self._wanted))
-            self._try(*self._wanted.pop(name))
+            _, found = self._wanted.popitem()
+            self._try(*found)
         return bool(self._wanted)
 
     def _try(self, node: NodeView, wanted: Wanted) -> None:
