@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ovsmesh.controller.membership import NodeView, parse_node
+from ovsmesh.controller.membership import NODES, NodeView, parse_node
 from ovsmesh.controller.mesh_writer import MeshView, parse_mesh
 from ovsmesh.controller.node_conditions import AgentReport, parse_meshnode
 from ovsmesh.kube.client import Api
@@ -17,7 +17,6 @@ from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
 
 log = logging.getLogger("ovsmesh")
 
-NODES = "/api/v1/nodes"
 _CATCH_UP = 5.0
 """Seconds that the watch of Nodes may be behind a list; then it is started again."""
 

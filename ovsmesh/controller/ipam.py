@@ -12,11 +12,10 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 from ovsmesh.controller.membership import NodeView
 from ovsmesh.mesh.types import IPNetwork, MeshError
-from ovsmesh.mesh.validation import range_of
+from ovsmesh.mesh.validation import LONGEST_PREFIX, range_of
 
 DEFAULT_LENGTH = {4: 24, 6: 64}
 """Prefix length of a node's range, as in kube-controller-manager."""
-_LONGEST = {4: 30, 6: 126}
 _DENSITY = 256
 """At least one address in this many of a derived range must belong to a Node: a /16 around one /24 is derived."""
 
@@ -126,10 +125,9 @@ def lengths(clusters: Sequence[IPNetwork], asked: int | None) -> dict[int, int]:
         found[min(found)] = asked
     for version, length in found.items():
         shortest = min(cluster.prefixlen for cluster in clusters if cluster.version == version)
-        if not shortest <= length <= _LONGEST[version]:
-            raise ValueError(
-                f"nodeSubnetLength {length} does not fit: wanted {shortest} to {_LONGEST[version]} for IPv{version}"
-            )
+        longest = LONGEST_PREFIX[version]
+        if not shortest <= length <= longest:
+            raise ValueError(f"nodeSubnetLength {length} does not fit: wanted {shortest} to {longest} for IPv{version}")
     return found
 
 

@@ -15,14 +15,17 @@ from ovsmesh.errors import Problem
 from ovsmesh.mesh.conflicts import add_text, keep_last_good, settle
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.mesh.validation import validate_node
+from ovsmesh.names import GROUP
 from ovsmesh.reasons import Reason
 
-ADDRESS = "ovsmesh.io/tunnel-address"
+NODES = "/api/v1/nodes"
+"""Path of the Nodes on an API server."""
+ADDRESS = f"{GROUP}/tunnel-address"
 """Annotation on a Node: its tunnel address, where it is not its InternalIP."""
-EXCLUDE = "ovsmesh.io/exclude"
+EXCLUDE = f"{GROUP}/exclude"
 """Label on a Node: "true" leaves it out of the mesh."""
-TAINT = "node.ovsmesh.io/agent-not-ready"
-READY = "ovsmesh.io/MeshReady"
+TAINT = f"node.{GROUP}/agent-not-ready"
+READY = f"{GROUP}/MeshReady"
 NETWORK = "NetworkUnavailable"
 _ZONE = "topology.kubernetes.io/zone"
 

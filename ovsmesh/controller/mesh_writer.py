@@ -20,12 +20,12 @@ from ovsmesh.kube.client import JSON, Api, Conflict, Forbidden, Invalid, NotFoun
 from ovsmesh.kube.events import EventRecorder, ObjectReference
 from ovsmesh.mesh.manifest import parse_object
 from ovsmesh.mesh.types import Mesh, MeshError
-from ovsmesh.names import API_VERSION, DEFAULT_MESH, MESH, MESHES
+from ovsmesh.names import API_VERSION, DEFAULT_MESH, GROUP, MESH, MESHES
 from ovsmesh.reasons import Reason
 
 log = logging.getLogger("ovsmesh")
 
-DERIVED = "ovsmesh.io/derived-cluster-cidrs"
+DERIVED = f"{GROUP}/derived-cluster-cidrs"
 """Annotation on a Mesh: the clusterCIDRs that the controller wrote. It widens them as long as the two are equal."""
 _PATIENCE = 10.0
 """Seconds without a Mesh before an Event says that none can be made: Nodes get their podCIDRs some time after them."""

@@ -9,7 +9,15 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from ovsmesh.controller.membership import NETWORK, READY, Membership, NodeView, ObjectCondition, parse_condition
+from ovsmesh.controller.membership import (
+    EXCLUDE,
+    NETWORK,
+    READY,
+    Membership,
+    NodeView,
+    ObjectCondition,
+    parse_condition,
+)
 from ovsmesh.dataplane.report import timestamp
 from ovsmesh.errors import Problem
 from ovsmesh.reasons import Reason
@@ -148,7 +156,7 @@ def judge(node: NodeView, membership: Membership, report: AgentReport | None, no
     | its agent has been silent for 15 min   | as it is           | Unknown |
     """
     if node.excluded:
-        left = ObjectCondition("False", Reason.Excluded, "left out of the mesh by its label ovsmesh.io/exclude")
+        left = ObjectCondition("False", Reason.Excluded, f"left out of the mesh by its label {EXCLUDE}")
         return Wanted(None, left if node.ready else None)
     problem = membership.problems.get(node.name)
     if problem is not None and problem.fatal:

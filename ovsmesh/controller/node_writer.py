@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ovsmesh.controller.membership import TAINT, Membership, NodeView
+from ovsmesh.controller.membership import NODES, TAINT, Membership, NodeView
 from ovsmesh.controller.node_conditions import AgentReport, Wanted, changes, judge
 from ovsmesh.errors import Problem
 from ovsmesh.kube.client import JSON, Api, Conflict, Forbidden, Invalid, NotFound, path_of
@@ -123,7 +123,7 @@ class NodeWriter:
             self._sent[node.name] = _Sent(node, time.monotonic() + _ECHO)
 
     def _write(self, node: NodeView, wanted: Wanted) -> None:
-        path = path_of("/api/v1/nodes", node.name)
+        path = path_of(NODES, node.name)
         made = changes(node, wanted, time.time())
         if made:
             body: dict[str, Any] = {"metadata": {"uid": node.uid}, "status": {"conditions": made}}

@@ -13,15 +13,16 @@ import time
 from collections.abc import Iterable, Mapping
 
 from ovsmesh.controller.ipam import allocate, lengths, network
-from ovsmesh.controller.membership import NodeView
+from ovsmesh.controller.membership import NODES, NodeView
 from ovsmesh.errors import Problem
 from ovsmesh.kube.client import Api, Conflict, Invalid, NotFound, NotLeader, path_of
 from ovsmesh.mesh.types import IPNetwork
+from ovsmesh.names import GROUP
 from ovsmesh.reasons import Reason
 
 log = logging.getLogger("ovsmesh")
 
-LEDGER = "ovsmesh.io/allocating"
+LEDGER = f"{GROUP}/allocating"
 """Annotation on the Lease: {uid of a Node: its pod CIDRs}, for those that may not have them yet."""
 _BATCH = 50
 """Nodes that get theirs in one go, so that slices do not wait."""
@@ -91,7 +92,7 @@ class PodCidrAllocator:
         self._sent[node.uid] = now
         spec = {"podCIDR": cidrs[0], "podCIDRs": list(cidrs)}
         try:
-            self._api.patch(path_of("/api/v1/nodes", node.name), {"metadata": {"uid": node.uid}, "spec": spec})
+            self._api.patch(path_of(NODES, node.name), {"metadata": {"uid": node.uid}, "spec": spec})
         except (Conflict, Invalid, NotFound) as error:
             # It is gone, was made again, or got others from someone else: the watch brings it.
             log.info("node %s: podCIDRs %s not given: %s", node.name, ", ".join(cidrs), error)

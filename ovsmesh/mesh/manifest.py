@@ -270,14 +270,14 @@ def parse_entry(entry: Any, index: int, clusters: tuple[str, ...]) -> Node | Pro
 
 def _misfit(entry: Any, here: str) -> Problem:
     """Return why an entry has not the shape of a node's."""
+    message = "has not the shape of a node's entry"
     try:
-        tree = tree_of(entry, here)
-        _check_shape(tree, here)
+        _check_shape(tree_of(entry, here), here)
     except MeshError as error:
-        return Problem(Reason.NodeInvalid, str(error), here)
+        message = str(error)
     except Refusal as refusal:
         return refusal.problem
-    raise AssertionError(f"{here} has the right shape")
+    return Problem(Reason.NodeInvalid, message, here)
 
 
 def _check_shape(entry: Tree, here: str) -> None:

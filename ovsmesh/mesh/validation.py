@@ -21,7 +21,7 @@ _NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?")
 _LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?)?")
 _ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}")
 _CIDR = re.compile(r"[0-9A-Fa-f.:]{2,45}/(0|[1-9][0-9]{0,2})")
-_LONGEST = {4: 30, 6: 126}
+LONGEST_PREFIX = {4: 30, 6: 126}
 """Longest prefix with room for the network address, the gateway and one pod."""
 _SPECIAL_NETWORKS = (
     ("0.0.0.0/8", "unspecified"),
@@ -132,8 +132,8 @@ def _node(name: str, address: str, cidrs: tuple[str, ...], uid: str, zone: str, 
         field = f"podCIDRs[{index}]"
         network = _network(text, Reason.PodCIDRInvalid, name, field)
         _inside(name, field, text, range_of(network), clusters)
-        if network.prefixlen > _LONGEST[network.version]:
-            message = f"has no room for a gateway and a pod: wanted /{_LONGEST[network.version]} or shorter"
+        if network.prefixlen > LONGEST_PREFIX[network.version]:
+            message = f"has no room for a gateway and a pod: wanted /{LONGEST_PREFIX[network.version]} or shorter"
             raise Refusal(Reason.PodCIDRInvalid, name, field, show(text), message)
         for before, other in enumerate(networks):
             if network.overlaps(other):

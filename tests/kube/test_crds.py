@@ -82,7 +82,7 @@ def test_limits_of_a_node(kind: str) -> None:
     assert schema(kind, "nodes", "[]", "podCIDRs")["maxItems"] == manifest.MAX_CIDRS
     assert schema(kind, "nodes", "[]", "name")["pattern"] == f"^{validation._NAME.pattern}$"
     longest = schema(kind, "nodes", "[]", "podCIDRs", "[]")["x-kubernetes-validations"][-1]["rule"]
-    assert f"? {validation._LONGEST[4]} : {validation._LONGEST[6]}" in longest
+    assert f"? {validation.LONGEST_PREFIX[4]} : {validation.LONGEST_PREFIX[6]}" in longest
 
 
 def test_both_say_the_same_of_a_node() -> None:
