@@ -12,6 +12,7 @@ from ovsmesh.agent.driver import Driver
 from ovsmesh.containers.docker import Docker
 from ovsmesh.containers.docker_migration import DockerOptions
 from ovsmesh.names import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_STATE
+from ovsmesh.ovs.idl import run_dir
 from ovsmesh.state_dir import DOCKER_FILES, StateDir
 
 _FIRST_LOOK = 5.0
@@ -47,6 +48,7 @@ class Options:
 
     def driver(self, state: StateDir, *, acting: bool = False, removing: bool = False) -> Driver:
         """Return the driver that these options describe. `acting`: for an agent; `removing`: for cleanup."""
+        run_dir(self.ovsdb)  # refuses a wrong one before Docker's thread runs
         docker = None
         # cleanup restores what an earlier agent changed in Docker, also if the last agent left Docker alone
         if self.docker != "off" or (removing and (state.path / DOCKER_FILES[0]).exists()):

@@ -274,6 +274,8 @@ def _temporary(item: pytest.Item) -> str:
 
 
 def _address(item: pytest.Item, address: object) -> str:
+    if address in ("/run/docker.sock", "/var/run/docker.sock") and "docker" not in _allowed(item):
+        return f"speaks to this machine's Docker, at {address}"
     if not isinstance(address, tuple) or not address or not isinstance(address[0], str):
         return ""
     try:
