@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,7 +133,7 @@ class Driver:
             cni=self.cni.facts(),
             docker=self.docker.wanted() if self.docker else "",
         )
-        missing = self.firewall.missing(firewall_rules.rules(mesh, me, facts), probe_firewall)
+        missing = self.firewall.missing(partial(firewall_rules.rules, mesh, me, facts), probe_firewall)
         return replace(facts, firewall_missing=missing)
 
     def _carried(self, link: str) -> bool:

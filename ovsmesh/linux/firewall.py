@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -260,16 +260,19 @@ class Firewall:
 
     # What this system can do
 
-    def missing(self, wanted: Mapping[RuleKey, Rule], probe: bool = True) -> tuple[str, ...]:
+    def missing(self, rules: Callable[[], Mapping[RuleKey, Rule]], probe: bool = True) -> tuple[str, ...]:
         """Return what this system is known not to have, in the words of firewall_rules.supported.
 
-        `wanted`: all rules that the node should have. With `probe`, those that are neither in the kernel
-        nor known are tried out (`nft -c`, 0.02 s a table); without, a refused apply() finds out.
+        `rules` returns all rules that the node should have; it is called unless they are known to be
+        supported. With `probe`, those that are not in the kernel are tried out (`nft -c`, 0.02 s a table);
+        without, a refused apply() finds out.
         """
         self._refresh()
-        for family in NFT:
+        unknown = [family for family in NFT if family not in self._supported and "nft" not in self._missing]
+        wanted = rules() if unknown else {}
+        for family in unknown:
             of_family = rules_of(family, wanted)
-            if not of_family or family in self._supported or "nft" in self._missing:
+            if not of_family:
                 continue
             if self._in_place(family, of_family):
                 self._supported.add(family)

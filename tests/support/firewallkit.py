@@ -60,7 +60,7 @@ def desired(mesh: Any = MESH, facts: Any = None, peers: Any = (PEER,)) -> Any:
 
 def possible(firewall: Any, want: Any, probe: bool = True) -> Any:
     """What is left of the desired rules and set elements on this system, as desired.dataplane computes it."""
-    rules = firewall_rules.supported(want.rules, firewall.missing(want.rules, probe))
+    rules = firewall_rules.supported(want.rules, firewall.missing(lambda: want.rules, probe))
     return replace(
         want, rules=rules, filter_peers=want.filter_peers if sets_used(r.text for r in rules.values()) else {}
     )
