@@ -1,7 +1,7 @@
-"""The CNI directory of this host: reads it and what the plugins answer, writes and removes our conflist.
+"""Read the CNI directory and ask the CNI plugins of this host; write and remove the managed conflist.
 
-Decides nothing: what the file is to hold is conflist's. Imports neither ovs nor pyroute2. What lies in the
-directory is anyone's: only regular files are read, and not more than a conflist can have.
+Decides nothing: dataplane.cni_config says what the conflist holds. Files in the directory may be hostile: only regular
+files of limited size are read.
 """
 
 from __future__ import annotations
@@ -39,39 +39,38 @@ class Cni:
     def __init__(self, directory: str = "", bin_dir: str = "") -> None:
         self._directory = directory
         self._bins = [os.path.abspath(p) for p in bin_dir.split(":") if p] if directory else []
-        self._bell = FileWatch(directory, *self._bins, entries=True) if directory else None
+        self._watch = FileWatch(directory, *self._bins, entries=True) if directory else None
         self._known: CniFacts | None = None
-        """What was told last to who wants a conflist; cleanup wants none."""
+        """The facts as last returned; cleanup asks for none."""
         self._answers: dict[tuple[str, int, int, int], _Copy] = {}
-        """What a copy of a plugin answered, for as long as it is the same file."""
+        """Path and identity of a plugin's copy → its answer."""
 
     def close(self) -> None:
-        if self._bell:
-            self._bell.close()
+        if self._watch:
+            self._watch.close()
 
     def fds(self) -> list[int]:
-        return self._bell.fds() if self._bell else []
+        return self._watch.fds() if self._watch else []
 
     def drain(self) -> bool:
-        """Takes in what the bells brought; True if the directory or a plugin may be another."""
-        return self._bell is not None and self._bell.drain()
+        """Read all events. Return whether the directory or a plugin may have changed."""
+        return self._watch is not None and self._watch.drain()
 
-    # what the file depends on
+    # facts
 
     def facts(self) -> CniFacts | None:
-        """What plugins there are and what they support; None where CNI is left alone."""
+        """Return which plugins there are and what they support; None if CNI is left alone."""
         if not self._directory:
             return None
         plugins = tuple(self._plugin(name) for name in cni_config.PLUGINS)
         kept = ""
         if not cni_config.writable(plugins):
-            ours, _, _ = self.observe()
-            kept = ours.get(cni_config.FILE, "")
+            kept = self.observe()[0].get(cni_config.FILE, "")
         self._known = CniFacts(self._directory, plugins, kept)
         return self._known
 
     def _plugin(self, name: str) -> CniPlugin:
-        """All copies count, as nobody tells which of the directories the runtime looks in."""
+        """Ask every copy: it is not known which of the directories the runtime uses."""
         copies = [self._ask(f"{directory}/{name}") for directory in self._bins]
         there = [copy for copy in copies if copy is not None]
         good = [set(versions) for versions, why in there if not why]
@@ -81,7 +80,7 @@ class Cni:
         return CniPlugin(name, (), why)
 
     def _ask(self, path: str) -> _Copy | None:
-        """What the plugin answers to VERSION, or why it does not; None when it is not there."""
+        """Return what a plugin answers to VERSION, or why it does not; None if there is no such file."""
         try:
             found = os.stat(path)
         except OSError as error:
@@ -94,15 +93,15 @@ class Cni:
         try:
             answer = _version(path)
         except OSError as error:
-            # not kept: it may be in the midst of being written
+            # not remembered: the file may be half written
             return (), f"{path} can't be run here: {error.strerror}"
         self._answers = {k: v for k, v in self._answers.items() if k[0] != path} | {key: answer}
         return answer
 
-    # what is there
+    # observing
 
     def observe(self) -> tuple[dict[str, str], list[Unmanaged], list[Problem]]:
-        """Our conflist by its name, what is in its place, and what the other files there mean."""
+        """Return the managed conflist by its name, what conflicts with it, and problems with the other files."""
         if not self._directory:
             return {}, [], []
         files: dict[str, cni_config.File] = {}
@@ -115,16 +114,16 @@ class Cni:
             return {}, [], [Problem(Reason.CNIUnreadable, why)]
         for name in names[:_MOST_FILES]:
             path = os.path.join(self._directory, name)
-            # a runtime passes over directories, and over nothing else
+            # a runtime ignores directories, and nothing else
             if not os.path.isdir(path) or os.path.islink(path):
                 files[printable(name, 255)] = _read(path, name == cni_config.FILE)
-        ours, unmanaged, problems = cni_config.judge(self._directory, files)
-        return ours, unmanaged, [*cni_config.problems(self._known), *problems] if self._known else []
+        managed, unmanaged, problems = cni_config.judge(self._directory, files)
+        return managed, unmanaged, [*cni_config.problems(self._known), *problems] if self._known else []
 
-    # changing
+    # applying
 
     def apply(self, steps: Iterable[Step]) -> None:
-        """Writes or removes our file. Raises OvsmeshError when it can't."""
+        """Write or remove the conflist. Raise OvsmeshError."""
         for step in steps:
             path = Path(self._directory, step.key)
             if step.op == "-":
@@ -136,8 +135,8 @@ class Cni:
         try:
             if not os.path.isdir(self._directory):
                 os.makedirs(self._directory, 0o755)
-                log.info("made the CNI directory %s, which was not there", self._directory)
-            # beside its place and renamed: what comes from another directory a runtime may not notice
+                log.info("made the CNI directory %s", self._directory)
+            # renamed within the directory: a runtime may not notice a file that is moved in from another one
             write_atomic(path, text, 0o644)
         except OSError as error:
             raise OvsmeshError(f"{path}: can't be written: {error.strerror}; is it the runtime's directory?") from error
@@ -154,9 +153,9 @@ class Cni:
 
 
 def _read(path: str, own: bool) -> cni_config.File:
-    """A file as the runtime would read it, without waiting for anyone. What is at our own name is no link."""
+    """Return a file as the runtime would read it. Never wait for a writer. The managed conflist is no link."""
     if own and os.path.islink(path):
-        return cni_config.File(b"", "is a symbolic link, not ours")
+        return cni_config.File(b"", "is an unmanaged symbolic link")
     try:
         return cni_config.File(read_regular(path, _MAX_BYTES)[0])
     except OSError as error:
@@ -164,7 +163,7 @@ def _read(path: str, own: bool) -> cni_config.File:
 
 
 def _version(path: str) -> _Copy:
-    """Asks a plugin what it supports. Raises OSError when it can't be started."""
+    """Ask a plugin which versions it supports. Raise OSError if it can't be started."""
     env = {"CNI_COMMAND": "VERSION", "CNI_PATH": os.path.dirname(path), "PATH": os.defpath}
     try:
         done = subprocess.run(
@@ -182,5 +181,5 @@ def _version(path: str) -> _Copy:
         return (), f"{path} did not answer VERSION within {_TIMEOUT:g} s"
     except (ValueError, KeyError, TypeError, RecursionError):
         said = printable((done.stderr or done.stdout).decode(errors="replace").strip(), 120)
-        return (), f"{path} gave no answer to VERSION (exit {done.returncode}): {said or 'silence'}"
+        return (), f"{path} gave no answer to VERSION (exit {done.returncode}): {said or 'no output'}"
     return (versions, "") if versions else ((), f"{path} supports no version")

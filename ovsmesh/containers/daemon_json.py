@@ -1,7 +1,7 @@
-"""Docker's daemon.json as text: its settings, and changing some of them without touching another byte.
+"""Docker's daemon.json as text: read its settings, and change some of them without touching another byte.
 
-Pure; imports model only. Whatever the file holds is its owner's: order, indentation and line ends stay, and a
-text that two readers could understand differently (a key twice, no object) is refused.
+Pure. Order, indentation and line ends of the user's file stay. A text that two readers could understand differently (a
+key twice, no object) is refused.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ovsmesh.errors import OvsmeshError
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BOM = "\ufeff"
 _DEPTH = 64
-"""Levels of nesting: dockerd's own settings need three."""
+"""Levels of nesting that are read; dockerd's settings need three."""
 
 
 class _Member(NamedTuple):
-    """A member of the outermost object, by its places in the text."""
+    """A member of the outermost object, by its positions in the text."""
 
     key: str
     start: int
@@ -33,22 +33,22 @@ class _Member(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class _Outline:
     opened: int
-    """Behind the opening brace; 0 for a text of nothing but white space."""
+    """Position after the opening brace; 0 for a text of white space only."""
     closed: int
-    """At the closing brace."""
+    """Position of the closing brace."""
     members: tuple[_Member, ...]
 
 
 def settings(data: bytes) -> dict[str, Any]:
-    """What the file sets; {} for an empty one. Raises OvsmeshError."""
+    """Return what the file sets; {} for an empty file. Raise OvsmeshError."""
     text = _text(data)
     return {m.key: json.loads(text[m.value_start : m.end]) for m in _outline(text).members}
 
 
 def edit(data: bytes, changes: Mapping[str, Any]) -> bytes:
-    """The file with these settings; None takes one out. All else stays as it is, byte for byte.
+    """Return the file with these settings changed; None removes one. All else stays byte for byte.
 
-    A new setting comes last, indented as the last one there is. Raises OvsmeshError.
+    A new setting comes last, indented as the last one. Raise OvsmeshError.
     """
     text = _text(data)
     for key, value in changes.items():
@@ -70,7 +70,7 @@ def _with(text: str, outline: _Outline, key: str, value: str) -> str:
         before, after = text[: outline.opened], text[outline.closed :]
         return f"{before}\n  {key}: {value}\n{after}"
     last = outline.members[-1]
-    # what stands between the last key and the comma or brace before it: how this file indents
+    # the text between the last key and the comma or brace before it is how this file indents
     gap = text[outline.members[-2].end if len(outline.members) > 1 else outline.opened : last.start]
     gap = gap[gap.rfind(",") + 1 :]
     colon = text[last.key_end : last.value_start]
@@ -93,7 +93,7 @@ def _text(data: bytes) -> str:
 
 
 def _outline(text: str) -> _Outline:
-    """Where what stands. Raises OvsmeshError with the line and what is wrong there."""
+    """Return the positions of the members. Raise OvsmeshError with the line and what is wrong there."""
     decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
     here = _skip(text, 1 if text.startswith(_BOM) else 0)
     if here == len(text):
@@ -113,7 +113,7 @@ def _outline(text: str) -> _Outline:
     except RecursionError:
         raise OvsmeshError("is nested too deep") from None
     except ValueError as error:
-        # a number of thousands of digits
+        # a number with thousands of digits
         raise OvsmeshError(f"is not JSON: {error}") from None
     members = []
     opened = here + 1
@@ -140,7 +140,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise _Wrong(f"has the key {twice!a} more than once: which one counts is not certain")
+        raise _Wrong(f"has the key {twice!a} more than once, so its value is not certain")
     return found
 
 

@@ -1,7 +1,6 @@
-"""A Docker daemon as its API shows it, over its unix socket; a thread follows it and rings when it changes.
+"""Read a Docker daemon through its API. A thread follows the daemon and hands over immutable snapshots.
 
-Only reads. The thread hands over whole, immutable snapshots, so that a daemon that hangs or restarts keeps nobody
-waiting. Never imports ovs, pyroute2 or kubernetes.
+So a daemon that hangs or restarts never delays the loop.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ from ovsmesh.file_watch import FileWatch
 _ANSWER = 20.0
 """Seconds for one answer of a daemon that is up."""
 _START = 120.0
-"""Seconds that a daemon may hold its socket without answering; it listens long before it is ready."""
+"""Seconds that a daemon may take to answer: it listens long before it is ready."""
 _SOON = 0.5
 _PAUSE = (0.05, 5.0)
 _LATE = 30.0
-"""Seconds between looks for a socket that is not there, should a notification be lost."""
+"""Seconds between looks for an absent socket, in case a notification is lost."""
 _DORMANT_POLL = 1.0
 _COALESCE = 0.1
 _MOST = 4 << 20
 """Bytes of one answer."""
 _EVENTS = {"type": ["container", "daemon"], "event": ["start", "die", "reload"]}
 _INSPECTED = 50
-"""Containers whose restart policy is asked for."""
+"""Most containers whose restart policy is read."""
 _NAME = re.compile(r"[^\w.-]")
 
 
@@ -53,38 +52,38 @@ class _Connection(http.client.HTTPConnection):
 
 
 class DaemonWatch:
-    """Follows the daemon behind a socket. `daemon` is None until it was looked for once."""
+    """An event source: the daemon behind a socket. `daemon` is None until the first look."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self.daemon: Daemon | None = None
-        self._rings, self._ring = _pipe()
-        self._told, self._tell = _pipe()
-        self._bell = FileWatch(path)
+        self._wakeup, self._wake = _pipe()
+        self._poked, self._poke = _pipe()
+        self._file = FileWatch(path)
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="docker", daemon=True)
         self._thread.start()
 
     def fds(self) -> list[int]:
-        return [self._rings]
+        return [self._wakeup]
 
     def drain(self) -> bool:
-        """Whether `daemon` was replaced since the last time."""
-        return _take(self._rings)
+        """Return whether there is a new snapshot."""
+        return _take(self._wakeup)
 
     def poke(self) -> None:
-        """Has it looked at now; the snapshot that follows has a later read_at."""
+        """Have the daemon read again now; the next snapshot has a later read_at."""
         with contextlib.suppress(BlockingIOError):
-            os.write(self._tell, b"p")
+            os.write(self._poke, b"p")
 
     def close(self) -> None:
         self._ending = True
         self.poke()
         self._thread.join(_SOON * 4)
         if self._thread.is_alive():
-            return  # in a daemon's hands until its answer is due; the process ends without it
-        self._bell.close()
-        for fd in (self._rings, self._ring, self._told, self._tell):
+            return  # it waits for an answer, and ends with the process
+        self._file.close()
+        for fd in (self._wakeup, self._wake, self._poked, self._poke):
             os.close(fd)
 
     # the thread
@@ -113,41 +112,41 @@ class DaemonWatch:
                     pause = _PAUSE[0]
             if self._over():
                 return
-            ready, _, _ = select.select([self._told, *self._bell.fds()], [], [], _DORMANT_POLL if dormant else pause)
-            _take(self._told)
-            self._bell.drain()
+            ready, _, _ = select.select([self._poked, *self._file.fds()], [], [], _DORMANT_POLL if dormant else pause)
+            _take(self._poked)
+            self._file.drain()
             pause = _PAUSE[0] if ready else min(pause * 2, _PAUSE[1])
 
     def _publish(self, daemon: Daemon) -> None:
         old, self.daemon = self.daemon, daemon
-        # one that is up was read because something happened, or because somebody asked
+        # a daemon that is up was read after an event or a poke
         if old != daemon or daemon.state == "up":
             with contextlib.suppress(BlockingIOError):
-                os.write(self._ring, b"r")
+                os.write(self._wake, b"r")
 
     def _follow(self, started: float) -> None:
-        """Reads and publishes whenever something happens in the daemon; raises when it ends."""
+        """Read and publish at every event of the daemon. Raise when the daemon ends."""
         with contextlib.closing(_Connection(self._path)) as events:
             events.connect()
             self._await(events.sock, started)
             what = json.dumps(_EVENTS).replace(" ", "").replace('"', "%22")
             sock = events.sock
             events.request("GET", f"/events?filters={what}")
-            # the stream is read by hand from here on
+            # the stream is read from the socket from here on
             stream = events.getresponse()
             while not self._over():
                 began = time.monotonic()
                 self._publish(_read(self._path, began))
-                select.select([sock, self._told], [], [])
-                _take(self._told)
+                select.select([sock, self._poked], [], [])
+                _take(self._poked)
                 if select.select([sock], [], [], 0.0)[0]:
-                    # what it says does not matter: all is read again
+                    # the event itself does not matter: everything is read again
                     if stream.isclosed() or not sock.recv(1 << 16):
                         raise OSError("dockerd has ended")
-                    select.select([self._told], [], [], _COALESCE)
+                    select.select([self._poked], [], [], _COALESCE)
 
     def _await(self, sock: socket.socket, started: float) -> None:
-        """Returns when the daemon answers."""
+        """Wait until the daemon answers. Raise OSError."""
         sock.sendall(b"GET /_ping HTTP/1.1\r\nHost: docker\r\n\r\n")
         if not select.select([sock], [], [], _SOON)[0]:
             self._publish(Daemon("starting", f"{self._path}: dockerd does not answer yet", read_at=started))
@@ -155,18 +154,18 @@ class DaemonWatch:
             while not select.select([sock], [], [], 0.0)[0]:
                 if self._over() or time.monotonic() > end:
                     raise OSError("dockerd does not answer")
-                select.select([sock.fileno(), self._told], [], [], max(0.0, end - time.monotonic()))
-                _take(self._told)
+                select.select([sock.fileno(), self._poked], [], [], max(0.0, end - time.monotonic()))
+                _take(self._poked)
         answer = b""
         while not (body := answer.partition(b"\r\n\r\n")[2]).startswith(b"OK"):
             more = sock.recv(4096) if body in (b"", b"O") else b""
             if not more or len(answer) > 1 << 16:
-                raise OSError("what answers is no Docker")
+                raise OSError("the answer is not Docker's")
             answer += more
 
 
 def look(path: str) -> Daemon:
-    """The daemon now. Raises OSError, HTTPException or ValueError."""
+    """Return the daemon now. Raise OSError, HTTPException or ValueError."""
     return _read(path, time.monotonic())
 
 
@@ -201,14 +200,14 @@ def _read(path: str, began: float) -> Daemon:
         live_restore=info.get("LiveRestoreEnabled") is True,
         running=tuple(sorted(names)),
         returning=tuple(sorted(returning)),
-        instance=(found, _start_time(found)) if found else (0, 0),
+        instance=(found, start_time(found)) if found else (0, 0),
         flags=_command_line(found) if found else (),
         read_at=began,
     )
 
 
 def _get(api: _Connection, path: str, absent: Any) -> Any:
-    """The answer; `absent` for a 404. Raises OSError, HTTPException or ValueError."""
+    """Return the answer, `absent` for a 404. Raise OSError, HTTPException or ValueError."""
     api.request("GET", path)
     answer = api.getresponse()
     data = answer.read(_MOST + 1)
@@ -250,7 +249,7 @@ def _take(fd: int) -> bool:
 
 
 def _daemons() -> Iterator[int]:
-    """Every dockerd of this network namespace that can be seen."""
+    """Return every visible dockerd of this network namespace."""
     own = os.stat("/proc/self/ns/net").st_ino
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError):
@@ -263,7 +262,7 @@ def _daemons() -> Iterator[int]:
 
 
 def _process(listener: int) -> int:
-    """The daemon's process: who listens, or, where systemd listens for it, the only dockerd here; 0 for unknown."""
+    """Return the daemon's process: the listener or, if systemd listens for it, the only dockerd; 0 for unknown."""
     with contextlib.suppress(OSError):
         if listener > 1 and Path(f"/proc/{listener}/comm").read_text().strip() == "dockerd":
             return listener
@@ -271,9 +270,11 @@ def _process(listener: int) -> int:
     return found[0] if len(found) == 1 else 0
 
 
-def _start_time(pid: int) -> int:
+def start_time(pid: int) -> int:
+    """Return when a process started, in clock ticks after boot; 0 if it has ended."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 0 if words[0] == "Z" else int(words[19])
     return 0
 
 
@@ -285,7 +286,7 @@ def _command_line(pid: int) -> tuple[str, ...]:
 
 
 def _dormant(path: str) -> bool:
-    """Whether systemd listens at this socket for a dockerd that does not run: connecting would start it."""
+    """Return whether systemd listens for a dockerd that does not run: a connection would start it."""
     with contextlib.suppress(OSError):
         inodes = set()
         for line in Path("/proc/net/unix").read_text(errors="replace").splitlines():

@@ -1,7 +1,6 @@
-"""A restart of Docker under way: the command as a child process, then the daemon's answer, each with a deadline.
+"""Restart Docker: run the command as a child process, then wait for the daemon's answer, each with a deadline.
 
-Never blocks: the loop goes on, and asks when the child's pidfd or the daemon's watch has rung, or time has passed.
-Never imports ovs, pyroute2 or kubernetes.
+Never blocks: the loop asks after an event of the child's pidfd or of the daemon's watch, and when time has passed.
 """
 
 from __future__ import annotations
@@ -14,19 +13,18 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from ovsmesh.containers.docker_api import DaemonWatch
+from ovsmesh.containers.docker_api import DaemonWatch, start_time
 from ovsmesh.dataplane.docker_config import daemon_text
 from ovsmesh.dataplane.types import Daemon
 from ovsmesh.errors import OvsmeshError
 
 _TOLD = 400
-"""Characters of what the command said."""
+"""Characters of the command's output in a message."""
 
 
 def command(text: str) -> list[str]:
-    """The restart command as argv. Raises OvsmeshError when there is no such program."""
+    """Return the restart command as argv. Raise OvsmeshError if there is no such program."""
     try:
         argv = shlex.split(text)
     except ValueError as error:
@@ -38,19 +36,8 @@ def command(text: str) -> list[str]:
     return argv
 
 
-def start_time(pid: int) -> int:
-    """Clock ticks after boot; 0 for a process that has ended."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return 0 if words[0] == "Z" else int(words[19])
-    return 0
-
-
 class Restart:
-    """One run of the restart command, or one that an agent before us began, and what comes of it.
-
-    `good` tells whether the daemon is as it should be, then.
-    """
+    """One run of the restart command, or a run that an earlier agent began. `good`: whether the daemon is as wanted."""
 
     def __init__(self, argv: list[str], watch: DaemonWatch, good: Callable[[Daemon], bool], timeout: float) -> None:
         self._watch, self._good, self._timeout = watch, good, timeout
@@ -58,14 +45,14 @@ class Restart:
         self._argv = argv
         self._child: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
-        # in memory, as the disk may be full; open for as long as this is, close() ends it
+        # in memory, as the disk may be full; close() closes it
         self._said = open(os.memfd_create("docker-restart"), "w+b", buffering=0)  # noqa: SIM115
         self.identity = (0, 0)
         self._ended = 0.0
         self._deadline = 0.0
 
     def begin(self, adopt: tuple[int, int] = (0, 0)) -> None:
-        """Starts the command, or takes over one that still runs. Raises OvsmeshError."""
+        """Start the command, or take over one that still runs. Raise OvsmeshError."""
         self._deadline = time.monotonic() + self._timeout
         if adopt[0] and start_time(adopt[0]) == adopt[1]:
             with contextlib.suppress(OSError):
@@ -84,13 +71,13 @@ class Restart:
         return [self._pidfd] if self._pidfd >= 0 else []
 
     def close(self) -> None:
-        """Lets it go; what still runs goes on."""
+        """Release it. What still runs goes on."""
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
         self._said.close()
         if self._child is not None and self._child.returncode is None:
-            # else Python would complain of a child that nobody waited for; the next agent takes it over
+            # without this Python warns of a child that is not waited for; the next agent takes it over
             self._child.returncode = 0
 
     def text(self) -> str:
@@ -98,7 +85,7 @@ class Restart:
         return f"waiting for {what}, {self._timeout:.0f} s at most"
 
     def outcome(self) -> str | None:
-        """None while it is under way; "" when the daemon is as it should be; else why it is not."""
+        """Return None while it is under way, "" if the daemon is as wanted, else why it is not."""
         if not self._ended:
             ended, why = self._command_ended()
             if why:
@@ -115,7 +102,7 @@ class Restart:
         if self._child is not None:
             code = self._child.poll()
             if code:
-                return True, f"{shown} ended with {code}: {self._output() or 'it said nothing'}"
+                return True, f"{shown} ended with {code}: {self._output() or 'no output'}"
             if code == 0:
                 self._let_go()
                 return True, ""

@@ -1,7 +1,7 @@
-"""The iptables rules that dockerd makes for a bridge and leaves behind when it moves to another one.
+"""Find the iptables rules that dockerd leaves behind when it moves from one bridge to another.
 
-Pure: texts of `iptables -S` in, lines for iptables-restore out. Imports nothing of ours. Left behind, a masquerade rule
-of docker0's range would hit the mesh where that has the same range, and nobody else ever removes it.
+Pure: output of `iptables -S` in, lines for iptables-restore out. A masquerade rule left for docker0's range would apply
+to the mesh if that has the same range, and no other program removes it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _CONNECTED = r"-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
 
 
 def _shapes(bridge: str) -> re.Pattern[str]:
-    """Rules outside of Docker's own chains, as dockerd 20 to 28 writes them."""
+    """Match rules outside of Docker's own chains, as dockerd 20 to 28 writes them."""
     b = re.escape(bridge)
     forward = rf"-A FORWARD (-o {b} ({_CONNECTED}|-j DOCKER)|-i {b} ! -o {b} -j ACCEPT|-i {b} -o {b} -j (ACCEPT|DROP))"
     nat = rf"-A POSTROUTING -s \S+ ! -o {b} -j MASQUERADE"
@@ -23,7 +23,7 @@ def _shapes(bridge: str) -> re.Pattern[str]:
 
 
 def left(listings: Mapping[str, str], bridge: str) -> list[str]:
-    """The rules for this bridge, as "TABLE RULE" in their order. DOCKER-USER is its users' own."""
+    """Return the rules for this bridge, as "TABLE RULE" in their order. The chain DOCKER-USER is the user's."""
     shapes, mentions = _shapes(bridge), re.compile(rf"(^| )-[io] {re.escape(bridge)}( |$)")
     rules = []
     for table, text in listings.items():
@@ -36,7 +36,7 @@ def left(listings: Mapping[str, str], bridge: str) -> list[str]:
 
 
 def removal(rules: Iterable[str]) -> str:
-    """What iptables-restore --noflush reads to delete them, each table in one transaction."""
+    """Return the input of `iptables-restore --noflush` that deletes the rules, in one transaction a table."""
     tables: dict[str, list[str]] = {}
     for rule in rules:
         table, _, text = rule.partition(" ")

@@ -1,7 +1,6 @@
-"""daemon.json on disk, how it was before ovsmesh, and how far a change of it has come: all that survives a crash.
+"""Keep on disk what survives a crash: daemon.json, how it was before ovsmesh, and how far a change of it has come.
 
-Knows the state directory's three Docker files. What to write is daemonjson's and docker's. Never imports ovs, pyroute2
-or kubernetes.
+Uses three files of the state directory. docker.py decides what is written.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from ovsmesh.errors import OvsmeshError
 from ovsmesh.state_dir import DOCKER_FILES, StateDir, read_regular, write_atomic
 
 LIMIT = 1 << 20
-"""Bytes of a daemon.json."""
+"""Most bytes of a daemon.json."""
 _MODE = 0o644
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonConfig:
-    """daemon.json as it is on disk. `digest` is "" where there is none."""
+    """daemon.json as it is on disk. `digest` is "" if there is none."""
 
     data: bytes = b""
     exists: bool = False
@@ -43,15 +42,15 @@ class DaemonConfig:
 
 @dataclass(frozen=True, slots=True)
 class MigrationRecord:
-    """What ovsmesh has done with daemon.json; there is one exactly while the file is changed by it."""
+    """What ovsmesh has changed in daemon.json. It exists exactly while the file holds a change of ovsmesh."""
 
     config: str
     old: str
-    """Digest of the file before ovsmesh; "" where there was none."""
+    """Digest of the file before ovsmesh; "" if there was none."""
     last: str = ""
-    """Digest before the last change."""
+    """Digest of the file before the last change."""
     new: str = ""
-    """Digest of what was written last."""
+    """Digest of what ovsmesh wrote last."""
     mode: int = _MODE
     owner: tuple[int, int] = (0, 0)
     step: str = ""
@@ -59,27 +58,27 @@ class MigrationRecord:
     child: tuple[int, int] = (0, 0)
     """Process id and start time of the restart command under way."""
     seen: str = ""
-    """The kbr0 (boot and index) on which dockerd was seen up."""
+    """The kbr0 (boot, namespace and index) on which dockerd was seen up."""
     made_dir: bool = False
     mixed: bool = False
-    """Whether somebody else has changed the file after ovsmesh had."""
+    """Whether someone else has changed the file after ovsmesh."""
     why: str = ""
     refused: str = ""
     """Digest of what was wanted when dockerd did not come back."""
     stamp: str = ""
-    """The old file's, since that refusal."""
+    """That of the old file since the refusal."""
     times: int = 0
     at: float = 0.0
     """When that was, in seconds since the epoch."""
 
 
 class DockerFile:
-    """One daemon.json, and the state directory's memory of it. Every method raises OvsmeshError."""
+    """One daemon.json, and its record in the state directory. Every method raises OvsmeshError."""
 
     def __init__(self, path: str, state: StateDir) -> None:
         self.path = path
         self.real = os.path.realpath(path)
-        self._mark, self._old, self._last = (state.path / name for name in DOCKER_FILES)
+        self._record, self._old, self._last = (state.path / name for name in DOCKER_FILES)
         self._state = state
 
     # reading
@@ -99,11 +98,11 @@ class DockerFile:
         try:
             return daemon_json.settings(config.data)
         except OvsmeshError as error:
-            raise OvsmeshError(f"{self.path} {error}; mend it (nothing was changed)") from None
+            raise OvsmeshError(f"{self.path} {error}; repair it (nothing was changed)") from None
 
-    def mark(self) -> MigrationRecord | None:
+    def record(self) -> MigrationRecord | None:
         try:
-            data, _ = read_regular(self._mark)
+            data, _ = read_regular(self._record)
             told = json.loads(data)
             known = {f.name: type(getattr(_BLANK, f.name)) for f in fields(MigrationRecord)}
             told = {k: tuple(v) if known.get(k) is tuple else v for k, v in told.items()}
@@ -113,80 +112,82 @@ class DockerFile:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise OvsmeshError(f"{self._mark}: can't be read: {error.strerror}") from error
+            raise OvsmeshError(f"{self._record}: can't be read: {error.strerror}") from error
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise OvsmeshError(
-                f"{self._mark}: was cut off or changed by hand; {self._old} holds the old {self.path}, if any: "
+                f"{self._record}: was cut off or changed by hand; {self._old} holds the old {self.path}, if any: "
                 f"put that back, remove both"
             ) from error
 
     # writing
 
-    def save(self, mark: MigrationRecord) -> MigrationRecord:
-        self._write(self._mark, (json.dumps(asdict(mark), indent=1) + "\n").encode(), 0o600)
-        return mark
+    def save(self, record: MigrationRecord) -> MigrationRecord:
+        self._write(self._record, (json.dumps(asdict(record), indent=1) + "\n").encode(), 0o600)
+        return record
 
     def change(
-        self, config: DaemonConfig, changes: Mapping[str, Any], mark: MigrationRecord | None, step: str
+        self, config: DaemonConfig, changes: Mapping[str, Any], record: MigrationRecord | None, step: str
     ) -> MigrationRecord:
-        """Edits the file, after all that is needed to undo it is safely on disk."""
+        """Edit the file, once all that is needed to undo the edit is on disk."""
         new = daemon_json.edit(config.data, changes)
-        fresh = mark is None or (mark.new != config.digest and self.settings(config).get("bridge") != KBR)
+        fresh = record is None or (record.new != config.digest and self.settings(config).get("bridge") != KBR)
         self._state.ensure()
-        if fresh or mark is None:
+        if fresh or record is None:
             self._write(self._old, config.data, config.mode, config.owner)
             made = not config.exists and not os.path.isdir(os.path.dirname(self.real))
-            kept = mark or MigrationRecord(self.real, "")
+            kept = record or MigrationRecord(self.real, "")
             made = made or kept.made_dir
-            mark = replace(kept, old=config.digest, mode=config.mode, owner=config.owner, made_dir=made)
-            mark = replace(mark, mixed=False)
-        elif config.digest != mark.new:
-            mark = replace(mark, mixed=True)
+            record = replace(kept, old=config.digest, mode=config.mode, owner=config.owner, made_dir=made)
+            record = replace(record, mixed=False)
+        elif config.digest != record.new:
+            record = replace(record, mixed=True)
         self._write(self._last, config.data, config.mode, config.owner)
-        mark = self.save(replace(mark, config=self.real, last=config.digest, new=digest(new), step=step, child=(0, 0)))
-        if mark.made_dir:
+        record = self.save(
+            replace(record, config=self.real, last=config.digest, new=digest(new), step=step, child=(0, 0))
+        )
+        if record.made_dir:
             with contextlib.suppress(OSError):
                 os.mkdir(os.path.dirname(self.real), 0o755)
         self._write(Path(self.real), new, config.mode, config.owner)
-        return mark
+        return record
 
-    def roll_back(self, mark: MigrationRecord) -> None:
-        """The file as it was before the last change, unless someone else has changed it since then."""
-        if self.read().digest == mark.new:
-            self._put(self._last, mark.last, mark)
+    def roll_back(self, record: MigrationRecord) -> None:
+        """Put back the file from before the last change, unless someone else has changed it since."""
+        if self.read().digest == record.new:
+            self._put(self._last, record.last, record)
 
-    def restore(self, mark: MigrationRecord) -> None:
-        """The file as it was before ovsmesh; what someone else has changed in it since then stays changed."""
+    def restore(self, record: MigrationRecord) -> None:
+        """Put back the file from before ovsmesh. What someone else has changed in it since stays changed."""
         config = self.read()
-        if config.digest == mark.old or (config.digest == mark.new and not mark.mixed):
-            self._put(self._old, mark.old, mark)
+        if config.digest == record.old or (config.digest == record.new and not record.mixed):
+            self._put(self._old, record.old, record)
             return
-        edited = daemon_json.edit(config.data, self.back(config, mark))
-        if mark.old and daemon_json.settings(edited) == daemon_json.settings(self._saved(self._old, mark.old)):
-            self._put(self._old, mark.old, mark)
+        edited = daemon_json.edit(config.data, self.back(config, record))
+        if record.old and daemon_json.settings(edited) == daemon_json.settings(self._saved(self._old, record.old)):
+            self._put(self._old, record.old, record)
         else:
             self._write(Path(self.real), edited, config.mode, config.owner)
 
-    def back(self, config: DaemonConfig, mark: MigrationRecord | None) -> dict[str, Any]:
-        """The changes that bring our settings to what they were before ovsmesh; None takes one out."""
-        before = daemon_json.settings(self._saved(self._old, mark.old)) if mark and mark.old else {}
-        ours = self.settings(config)
-        return {key: before.get(key) for key in sorted(FILE_KEYS) if key in before or key in ours}
+    def back(self, config: DaemonConfig, record: MigrationRecord | None) -> dict[str, Any]:
+        """Return the changes that restore the settings from before ovsmesh; None removes one."""
+        before = daemon_json.settings(self._saved(self._old, record.old)) if record and record.old else {}
+        now = self.settings(config)
+        return {key: before.get(key) for key in sorted(FILE_KEYS) if key in before or key in now}
 
-    def forget(self, mark: MigrationRecord) -> None:
-        """Removes the memory of it, once the file is as it was."""
-        if mark.made_dir:
+    def forget(self, record: MigrationRecord) -> None:
+        """Remove the record, once the file is as it was."""
+        if record.made_dir:
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.dirname(self.real))
-        for path in (self._mark, self._last, self._old):
+        for path in (self._record, self._last, self._old):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 
-    def _put(self, saved: Path, wanted: str, mark: MigrationRecord) -> None:
+    def _put(self, saved: Path, wanted: str, record: MigrationRecord) -> None:
         if wanted:
             data = self._saved(saved, wanted)
             if self.read().digest != wanted:
-                self._write(Path(self.real), data, mark.mode, mark.owner)
+                self._write(Path(self.real), data, record.mode, record.owner)
             return
         try:
             os.unlink(self.real)

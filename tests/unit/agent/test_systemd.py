@@ -1,4 +1,4 @@
-"""What systemd is told, on real datagram sockets, and that a hostile NOTIFY_SOCKET is no one's concern."""
+"""What systemd is told, on real datagram sockets, and that a hostile NOTIFY_SOCKET is ignored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ovsmesh.reasons import Reason
 from tests.support.meshkit import FACTS, first, seen, want
 
 
-def turn(*problems: Any, have: Any = None) -> Any:
+def result(*problems: Any, have: Any = None) -> Any:
     mesh = first(3)
     wanted = want(mesh)
     todo = plan(wanted, seen(wanted if have is None else have))
@@ -64,23 +64,25 @@ def heard(systemd: Any) -> Any:
             return found
 
 
-def test_ready_with_the_first_turn_however_it_ended_and_stopping_at_the_end(systemd: Any, notifier_of: Any) -> None:
+def test_ready_with_the_first_reconcile_however_it_ended_and_stopping_at_the_end(
+    systemd: Any, notifier_of: Any
+) -> None:
     environ = {"NOTIFY_SOCKET": systemd.name, "PATH": "/bin"}
     notifier = notifier_of(environ)
     assert environ == {"PATH": "/bin"}
     notifier.idle()
     assert heard(systemd) == []
-    notifier.publish(NodeStatus(turn(Problem(Reason.TunnelAddressMissing, "is on no link")), AgentCounters()))
+    notifier.publish(NodeStatus(result(Problem(Reason.TunnelAddressMissing, "is on no link")), AgentCounters()))
     assert heard(systemd) == ["READY=1", "STATUS=2 peers, not converged; is on no link"]
-    notifier.publish(NodeStatus(turn(), AgentCounters()))
-    notifier.publish(NodeStatus(turn(), AgentCounters()))
+    notifier.publish(NodeStatus(result(), AgentCounters()))
+    notifier.publish(NodeStatus(result(), AgentCounters()))
     assert heard(systemd) == ["STATUS=2 peers, converged"]
     notifier.close()
     notifier.close()
     assert heard(systemd) == ["STOPPING=1", "STATUS=stopping; what is in place stays"]
 
 
-def test_the_watchdog_is_fed_at_half_its_time_by_whoever_turns(
+def test_the_watchdog_is_fed_at_half_its_time_by_the_loop(
     systemd: Any, monkeypatch: pytest.MonkeyPatch, notifier_of: Any
 ) -> None:
     now = [100.0]
@@ -108,7 +110,7 @@ def test_a_watchdog_of_another_process_or_none_is_not_fed(systemd: Any, more: An
 )
 def test_a_socket_that_is_nobodys_is_ignored(address: Any, notifier_of: Any) -> None:
     notifier = notifier_of({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "1"})
-    notifier.publish(NodeStatus(turn(), AgentCounters()))
+    notifier.publish(NodeStatus(result(), AgentCounters()))
     notifier.idle()
     notifier.close()
 
@@ -120,25 +122,25 @@ def test_what_did_not_fit_is_said_again(systemd: Any, notifier_of: Any) -> None:
         with pytest.raises(BlockingIOError):
             while True:
                 flood.sendto(b"X=1", systemd.name.replace("@", "\0"))
-    notifier.publish(NodeStatus(turn(), AgentCounters()))
+    notifier.publish(NodeStatus(result(), AgentCounters()))
     assert "READY=1" not in heard(systemd)
-    notifier.publish(NodeStatus(turn(), AgentCounters()))
+    notifier.publish(NodeStatus(result(), AgentCounters()))
     assert heard(systemd) == ["READY=1", "STATUS=2 peers, converged"]
 
 
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        (turn(), "2 peers, converged"),
-        (turn(have=Dataplane()), "2 peers, not converged"),
+        (result(), "2 peers, converged"),
+        (result(have=Dataplane()), "2 peers, not converged"),
         (
-            turn(Problem(Reason.TurnFailed, "bad\nREADY=1\x00 name", fatal=True)),
+            result(Problem(Reason.TurnFailed, "bad\nREADY=1\x00 name", fatal=True)),
             "2 peers, not converged; bad READY=1  name",
         ),
         (ReconcileResult(problems=(Problem(Reason.TurnFailed, "no file"),)), "no mesh yet; no file"),
         (
             ReconcileResult(first(2), problems=(Problem(Reason.TurnFailed, 999 * "y"),)),
-            "the last turn failed; yyy",
+            "the last reconcile failed; yyy",
         ),
     ],
 )

@@ -103,7 +103,7 @@ def test_all_copies_count(net: Path, bins: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("exit 3", "gave no answer to VERSION (exit 3): silence"),
+        ("exit 3", "gave no answer to VERSION (exit 3): no output"),
         ("echo no such thing >&2; exit 1", "no such thing"),
         ("echo '[]'", "gave no answer"),
         ("echo '{\"supportedVersions\": 7}'", "gave no answer"),
