@@ -72,6 +72,7 @@ class Steps:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Show the step `name` while the context lasts."""
         start, mark = time.monotonic(), "[red]✗[/]"
         try:
             with self.out.status(name):

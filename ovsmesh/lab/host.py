@@ -56,22 +56,27 @@ class Host:
 
     @property
     def name(self) -> str:
+        """The name of its node."""
         return f"h{self.index}"
 
     @property
     def ns(self) -> str:
+        """Its network namespace."""
         return f"{self.settings.name}-{self.name}"
 
     @property
     def state(self) -> Path:
+        """Its directory, with the state of Open vSwitch and the agent."""
         return self.lab_state / self.name
 
     @property
     def mesh(self) -> Path:
+        """The mesh file of all hosts."""
         return self.lab_state / "mesh.yaml"
 
     @property
     def ovsdb(self) -> str:
+        """The address of its Open vSwitch database."""
         return f"unix:{self.state}/db.sock"
 
     @property
@@ -81,6 +86,7 @@ class Host:
 
     @property
     def pod_cidrs(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The ranges of its pods, one for each address family."""
         v4 = ip_network(f"10.97.{self.index}.0/24")
         return (v4, ip_network(f"fd00:97:{self.index}::/64")) if self.settings.dual_stack else (v4,)
 
@@ -98,6 +104,7 @@ class Host:
 
     @property
     def pods(self) -> list[Pod]:
+        """All of its pods."""
         return [self.pod(n) for n in range(1, self.settings.pods + 1)]
 
     # --- running things
@@ -232,6 +239,7 @@ class Host:
         netns.end([process], how)
 
     def restart_ovsdb(self) -> None:
+        """Kill ovsdb-server and start it again."""
         self.kill_ovsdb()
         self.start_ovsdb()
 
@@ -239,6 +247,7 @@ class Host:
 
     @property
     def agent_log(self) -> Path:
+        """The log of its agent."""
         return self.state / "agent.log"
 
     def start_agent(self, *options: str, mesh: Path | None = None) -> Process:

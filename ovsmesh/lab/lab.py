@@ -115,14 +115,17 @@ class Lab:
 
     @property
     def name(self) -> str:
+        """The name of the lab."""
         return self.settings.name
 
     @property
     def state(self) -> Path:
+        """The state directory."""
         return self._base / self.settings.name
 
     @property
     def mesh_file(self) -> Path:
+        """The mesh file of all hosts."""
         return self.state / "mesh.yaml"
 
     @property
@@ -141,6 +144,7 @@ class Lab:
 
     @property
     def hosts(self) -> list[Host]:
+        """All hosts."""
         return [self._host(index) for index in self.settings.hosts]
 
     def pod(self, host: int, pod: int) -> Pod:
@@ -149,6 +153,7 @@ class Lab:
 
     @property
     def pods(self) -> list[Pod]:
+        """All pods of all hosts."""
         return [pod for host in self.hosts for pod in host.pods]
 
     # --- up

@@ -67,6 +67,7 @@ class Track:
 
     @property
     def lost(self) -> int:
+        """How many packets were not answered."""
         return len(self.sent) - len(self.received)
 
     @property
@@ -117,6 +118,7 @@ class Outage(NamedTuple):
 
     @property
     def seconds(self) -> float:
+        """How long it lasted."""
         return self.end - self.start
 
 

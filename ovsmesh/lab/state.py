@@ -60,6 +60,7 @@ class Proof:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing is left."""
         return not self.left
 
     def __str__(self) -> str:
