@@ -84,7 +84,7 @@ def test_rules_of_docker_are_let_through_and_what_was_broken_is_mended(lab: Make
     assert [track.pair for track in made.ping_matrix() if track.lost] == []
 
 
-def test_what_is_not_ours_is_refused_and_left_alone(lab: Make) -> None:
+def test_unmanaged_bridges_are_refused_and_left_alone(lab: Make) -> None:
     made = lab(2, 0, agents=False)
     first, second = made.hosts
     scripts = {host.name: printed(host) for host in made.hosts}
@@ -135,7 +135,7 @@ def test_the_preflight_reports_every_problem_at_once(lab: Make) -> None:
     for words in (
         "FAIL  ranges",
         "10.97.2.128/25 dev br-phy (of h2)",
-        "bridge kbr0 is there and not ours",
+        "bridge kbr0 is not managed by ovsmesh",
         "warn  firewall     table ip f refuses input by default",
         "FAIL  gre          1 of 2 peers: h2 192.0.2.12: a filter on the way",
     ):
