@@ -55,16 +55,18 @@ exec "$@"
 
 
 def cache() -> Path:
+    """Return the folder in which root file systems are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(os.environ.get("OVSMESH_CACHE") or f"{home}/ovsmesh")
 
 
 def say(text: str) -> None:
+    """Print a line of progress."""
     print(f"fresh root: {text}", file=sys.stderr, flush=True)
 
 
 def bare(suite: str) -> Path:
-    """The kept tar file of the bare root file system, made first where it is missing or a week old."""
+    """Return the tar file of the bare root file system. Make it if it is missing or a week old."""
     archive = cache() / f"root-{suite}.tar"
     if not archive.exists() or time.time() - archive.stat().st_mtime > 7 * 86400:
         say(f"making a root file system of {suite} with mmdebstrap (about a minute), kept in {archive}")
@@ -105,6 +107,7 @@ def run(suite: str, targets: list[str]) -> int:
 
 
 def main() -> int:
+    """Run the command line; return its exit status."""
     if len(sys.argv) < 3:
         print(__doc__, file=sys.stderr)
         return 2

@@ -126,7 +126,7 @@ class EventProbe:
     # --- taking in
 
     def look(self, timeout: float) -> None:
-        """Waits up to `timeout` seconds for something, and takes in all that is there."""
+        """Wait up to `timeout` seconds for an event, and take in all that has come."""
         for fd, _ in self._poll.poll(max(0.0, timeout) * 1000):
             if fd == self._rt.fileno():
                 self._take_rt()
@@ -138,7 +138,7 @@ class EventProbe:
                 self._take_database()
 
     def quiet(self, seconds: float, most: float = 30.0) -> None:
-        """Takes in events until none came for so long."""
+        """Take in events until none came for `seconds`, or for `most` seconds."""
         until = time.monotonic() + most
         while time.monotonic() < until:
             before = len(self.events)
@@ -147,7 +147,7 @@ class EventProbe:
                 return
 
     def clear(self) -> None:
-        """Take in what is there, and forget all events."""
+        """Take in what has come, and forget all events."""
         self.look(0)
         self.events.clear()
 

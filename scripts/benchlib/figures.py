@@ -38,6 +38,7 @@ class Figure:
 
     @property
     def p50(self) -> float:
+        """The median."""
         return statistics.median(self.samples)
 
     @property
@@ -57,6 +58,7 @@ class Figure:
         return all(checks) if checks else None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the figure as JSON has it."""
         return {
             "bench": self.bench,
             "name": self.name,

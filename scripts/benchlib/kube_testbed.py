@@ -149,6 +149,7 @@ class SliceWatch:
         return int(found["metadata"]["resourceVersion"])
 
     def close(self) -> None:
+        """End the watch."""
         self.watch.close()
         self._api.close()
         self._wakeup.close()
@@ -172,9 +173,11 @@ class KubeTestbed(Testbed):
         self.until_members(len(peers) + 1)
 
     def until_members(self, count: int, timeout: float = 60.0) -> None:
+        """Wait until `count` nodes are in slices."""
         netns.wait_for(f"{count} members in slices", lambda: self.admin.members() == count, timeout, every=0.05)
 
     def ready(self, timeout: float = 60.0) -> None:
+        """Wait until the agent is ready."""
         try:
             super().ready(timeout)
         except LabError as error:
@@ -186,6 +189,7 @@ class KubeTestbed(Testbed):
         self.cluster.clean(self.host)
 
     def pid(self, name: str = "") -> int:
+        """Return the pid of a process of the cluster, the agent unless named."""
         return self.cluster.pid(name or self.host.name)
 
 

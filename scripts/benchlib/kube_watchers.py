@@ -59,6 +59,7 @@ class Watchers:
         return found
 
     def close(self) -> None:
+        """End the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:

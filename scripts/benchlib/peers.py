@@ -21,18 +21,22 @@ class Peer(NamedTuple):
 
     @property
     def gateway(self) -> str:
+        """The gateway of its pod CIDR."""
         return str(IPv4Network(self.cidr).network_address + 1)
 
     @property
     def mac(self) -> str:
+        """The MAC of its gateway."""
         return "0a:58:" + IPv4Address(self.gateway).packed.hex(":")
 
     @property
     def port(self) -> str:
+        """The name of the tunnel port to it."""
         return f"gre-{self.name}"
 
     @property
     def text(self) -> str:
+        """Its entry of a mesh file."""
         return f"  - name: {self.name}\n    address: {self.address}\n    podCIDRs: [{self.cidr}]\n"
 
 

@@ -66,6 +66,7 @@ def instrument() -> None:
 
 
 def main() -> None:
+    """Run the agent once and print the seconds of each part."""
     start, *options = sys.argv[1:]
     began = time.monotonic()
     seconds["python"] = began - float(start)

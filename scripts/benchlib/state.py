@@ -31,6 +31,7 @@ class Kernel:
         self._sock = within(ns, lambda: NetlinkSocket(netlink_socket.ROUTE))
 
     def close(self) -> None:
+        """Close the socket."""
         self._sock.close()
 
     def _dump(self, kind: int, family: int) -> list[Message]:
@@ -39,6 +40,7 @@ class Kernel:
         return found
 
     def read(self) -> frozenset[Part]:
+        """Return all parts that belong to the mesh."""
         found = (parser.parse_link(m.payload) for m in self._dump(rtnetlink.GETLINK, 0))
         links = {link.ifindex: link for link in found if link}
         names = {index: link.name for index, link in links.items()}
@@ -85,7 +87,7 @@ def sysctls(ns: str, paths: Iterable[str]) -> dict[str, str]:
 
 
 def switch(probe: EventProbe) -> frozenset[Part]:
-    """The switch's part, from what was told of it: ports that have a number, flows with names for numbers."""
+    """Return the switch's part, from its events: ports that have a number, flows with names for numbers."""
     names = {str(number): name for name, number in probe.ports.items() if number > 0 and name.startswith("gre-")}
 
     def named(text: str) -> str:

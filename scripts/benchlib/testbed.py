@@ -48,6 +48,7 @@ class Testbed:
 
     @property
     def mesh(self) -> Path:
+        """The mesh file."""
         return self.host.mesh
 
     def mesh_text(self, peers: Sequence[Peer]) -> str:
