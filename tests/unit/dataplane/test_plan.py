@@ -283,22 +283,22 @@ def test_the_guard_holds_when_ports_are_unknown() -> None:
 
 
 def test_unmanaged_kbr0_blocks_everything() -> None:
-    found = plan(FULL, seen(without(EMPTY, "links"), Unmanaged("links", KBR, "bridge kbr0 is not ours")))
+    found = plan(FULL, seen(without(EMPTY, "links"), Unmanaged("links", KBR, "bridge kbr0 is unmanaged")))
     assert found.steps == ()
-    assert str(found) == "! link kbr0 blocked: bridge kbr0 is not ours"
+    assert str(found) == "! link kbr0 blocked: bridge kbr0 is unmanaged"
 
 
 def test_unmanaged_obr0_blocks_everything_of_both_sides() -> None:
     have = replace(EMPTY, links={KBR: FULL.links[KBR]}, routes={("10.97.9.0/24", 111): Route("unicast", "10.97.9.1")})
-    found = plan(FULL, seen(have, Unmanaged("bridges", OBR, "OVS bridge obr0 is not ours")))
+    found = plan(FULL, seen(have, Unmanaged("bridges", OBR, "OVS bridge obr0 is unmanaged")))
     assert found.steps == () and found.held == ()
-    assert str(found) == "! bridge obr0 blocked: OVS bridge obr0 is not ours"
+    assert str(found) == "! bridge obr0 blocked: OVS bridge obr0 is unmanaged"
 
 
 def test_cleanup_is_not_stopped_by_an_unmanaged_bridge() -> None:
-    # someone put a kbr0 of theirs in the place of ours; the rest of ours is still there and still ours
+    # someone put a kbr0 of theirs in its place; the rest is still there and still managed
     have = without(FULL, "links", KBR)
-    found = plan(EMPTY, seen(have, Unmanaged("links", KBR, "bridge kbr0 is not ours")), confirmed=True)
+    found = plan(EMPTY, seen(have, Unmanaged("links", KBR, "bridge kbr0 is unmanaged")), confirmed=True)
     assert {(step.kind, step.key) for step in found.steps} >= {
         ("bridges", OBR),
         ("routes", ("10.97.0.0/16", FALLBACK_METRIC)),
@@ -308,28 +308,28 @@ def test_cleanup_is_not_stopped_by_an_unmanaged_bridge() -> None:
 
 def test_an_unmanaged_route_blocks_its_own_and_nothing_else() -> None:
     have = without(FULL, "routes", *FULL.routes)
-    found = plan(FULL, seen(have, Unmanaged("routes", "10.97.2.0/24", "route 10.97.2.0/24 via 192.0.2.1 is not ours")))
+    found = plan(FULL, seen(have, Unmanaged("routes", "10.97.2.0/24", "route 10.97.2.0/24 via 192.0.2.1 is unmanaged")))
     assert [str(b) for b in found.blocked] == [
-        "! route 10.97.2.0/24 blocked: route 10.97.2.0/24 via 192.0.2.1 is not ours"
+        "! route 10.97.2.0/24 blocked: route 10.97.2.0/24 via 192.0.2.1 is unmanaged"
     ]
     assert {step.key for step in found.steps} == set(FULL.routes) - {("10.97.2.0/24", 111)}
 
 
 def test_an_unmanaged_route_to_a_cluster_range_does_not_take_the_fallback_away() -> None:
     have = without(FULL, "routes", ("10.97.0.0/16", FALLBACK_METRIC))
-    found = plan(FULL, seen(have, Unmanaged("routes", "10.97.0.0/16", "is not ours")))
+    found = plan(FULL, seen(have, Unmanaged("routes", "10.97.0.0/16", "is unmanaged")))
     assert [step.key for step in found.steps] == [("10.97.0.0/16", FALLBACK_METRIC)]
 
 
-def test_an_unmanaged_route_beside_ours_is_named_and_both_stay() -> None:
-    found = plan(FULL, seen(FULL, Unmanaged("routes", "10.97.2.0/24", "is not ours")))
+def test_an_unmanaged_route_beside_a_managed_one_is_named_and_both_stay() -> None:
+    found = plan(FULL, seen(FULL, Unmanaged("routes", "10.97.2.0/24", "is unmanaged")))
     assert not found.steps
-    assert str(found) == "! route 10.97.2.0/24 blocked: is not ours"
+    assert str(found) == "! route 10.97.2.0/24 blocked: is unmanaged"
 
 
 def test_an_unmanaged_port_blocks_its_name_only() -> None:
     have = without(FULL, "ports", "gre-web2", "gre-web3")
-    found = plan(FULL, seen(have, Unmanaged("ports", "gre-web2", "port gre-web2 is not ours")))
+    found = plan(FULL, seen(have, Unmanaged("ports", "gre-web2", "port gre-web2 is unmanaged")))
     assert [step.key for step in found.steps] == ["gre-web3"]
     assert [b.step.key for b in found.blocked] == ["gre-web2"]
 
