@@ -120,10 +120,9 @@ def _address(listen: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
 class HttpServer:
     """Answers GET requests in threads of its own. /healthz says whether the process's loop calls `beat`."""
 
-    def __init__(self, listen: str, deadline: float = LOOP_DEADLINE) -> None:
+    def __init__(self, listen: str) -> None:
         """Listen at once. Raise OvsmeshError where that is not possible."""
         family, address = _address(listen)
-        self._deadline = deadline
         self._beat = time.monotonic()
         self.registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=self.registry)
@@ -167,7 +166,7 @@ class HttpServer:
 
     def _healthz(self) -> Answer:
         silent = time.monotonic() - self._beat
-        if silent > self._deadline:
-            text = f"the loop has not run for {silent:.0f} s (deadline {self._deadline:.0f} s)\n"
+        if silent > LOOP_DEADLINE:
+            text = f"the loop has not run for {silent:.0f} s (deadline {LOOP_DEADLINE:.0f} s)\n"
             return HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", text
         return HTTPStatus.OK, "text/plain", "ok\n"

@@ -16,7 +16,7 @@ from ovsmesh.agent.metrics import METRICS
 from ovsmesh.agent.result import RETRIED, AgentCounters, NodeStatus, ReconcileResult
 from ovsmesh.dataplane import report_html
 from ovsmesh.errors import OvsmeshError
-from ovsmesh.http_server import LOOP_DEADLINE, Answer, HttpServer
+from ovsmesh.http_server import Answer, HttpServer
 from ovsmesh.metrics import MetricsCollector
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
@@ -32,10 +32,10 @@ _LISTEN_AGAIN = 5.0
 class AgentHttp(HttpServer):
     """The agent's HTTP endpoints. `publish` and `beat` belong to the loop's thread."""
 
-    def __init__(self, listen: str, deadline: float = LOOP_DEADLINE) -> None:
+    def __init__(self, listen: str) -> None:
         """Listen at once. Raise OvsmeshError where that is not possible."""
         self._status = NodeStatus(ReconcileResult(), AgentCounters())
-        super().__init__(listen, deadline)
+        super().__init__(listen)
         self.registry.register(MetricsCollector(METRICS, lambda: self._status))
 
     def publish(self, status: NodeStatus) -> None:

@@ -10,7 +10,7 @@ import logging
 import random
 import select
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -32,6 +32,7 @@ from ovsmesh.mesh.source import Snapshot, Source
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
+from ovsmesh.text import listed, some
 
 log = logging.getLogger("ovsmesh")
 
@@ -47,6 +48,7 @@ _ROUNDS = 3
 _ONCE_TRIES = 4
 _BACKOFF = (0.2, 30.0)
 _LOG_LINES = 20
+"""Lines about one thing: to log all parts of a thousand peers takes longer than to make them."""
 _NEVER = float("inf")
 
 
@@ -171,7 +173,7 @@ class Reconciler:
             self.counters.operations[step.kind, step.op] += 1
             if step.kind == "ports":
                 self.counters.last_change[(step.want or step.have).node] = (now, str(step))
-        for line in _first(todo.steps):
+        for line in some(todo.steps, _LOG_LINES):
             log.info("%s", line)
 
     def _count(self, result: ReconcileResult) -> None:
@@ -192,7 +194,7 @@ class Reconciler:
         """Log what is new: drift, problems that came and went, that the node is in sync."""
         took = f"{now.duration * 1000:.0f} ms"
         if now.drift.steps:
-            parts = ", ".join(_first(plan_text.name(step.kind, step.key) for step in now.drift.steps))
+            parts = listed((plan_text.name(step.kind, step.key) for step in now.drift.steps), _LOG_LINES)
             log.warning(
                 "drift: someone changed %s; %s", parts, f"restored after {took}" if now.converged else "not restored"
             )
@@ -291,19 +293,12 @@ def held_digest(todo: Plan) -> str:
 def _held(todo: Plan) -> tuple[Problem, ...]:
     if not todo.held:
         return ()
-    names = ", ".join(_first(todo.held_peers, 5))
+    names = listed(todo.held_peers, 5)
     text = (
         f"{len(todo.held_peers)} of this node's peers are missing from the mesh at once ({names}); their removal is "
         f"held for {REMOVAL_HOLD:.0f} s: `ovsmesh confirm {held_digest(todo)}` carries it out now"
     )
     return (Problem(Reason.MassRemovalHeld, text),)
-
-
-def _first(things: Iterable[object], most: int = _LOG_LINES) -> list[str]:
-    """Return the first of them as texts: to log all parts of a thousand peers takes longer than to make them."""
-    every = list(things)
-    more = [f"and {len(every) - most} more"] if len(every) > most else []
-    return [*map(str, every[:most]), *more]
 
 
 def readable(fds: Sequence[int], timeout: float = 0.0) -> bool:

@@ -13,6 +13,7 @@ import time
 from collections.abc import MutableMapping
 
 from ovsmesh.agent.result import NodeStatus, ReconcileResult, peers_text
+from ovsmesh.text import printable
 
 _TEXT = 200
 """Characters of a status line."""
@@ -75,4 +76,4 @@ def status_line(result: ReconcileResult) -> str:
     problem = next((str(p) for p in result.problems if p.fatal), "") or next(map(str, result.plan.blocked), "")
     text = f"{said}; {problem}" if problem else said
     # a line end in a name could begin READY=1
-    return "".join(c if c.isprintable() else " " for c in text)[:_TEXT]
+    return printable(text, _TEXT, " ")

@@ -81,7 +81,7 @@ def test_containers_move_into_the_mesh_and_back(fresh: Dockers) -> None:
     # a container and a pod of another host are neighbours as any two
     assert one.ping("keeps", str(lab.host(2).pod_cidrs[0].network_address + 1), MTU - 28)
 
-    # the old rules are gone, what is dropped by default still is, and nobody is masqueraded on the way
+    # the old rules are gone, what is dropped by default still is, and nothing is masqueraded on the way
     for docker in dockers:
         text = rules(docker.host)
         assert "docker0" not in text and ":FORWARD DROP" in text, text
@@ -229,7 +229,7 @@ def test_changes_that_others_made_to_the_file_stay(fresh: Dockers) -> None:
     docker.again('{"mtu": 1400, "debug": false}')
     replace(docker)
     settled(lab, [docker])
-    # somebody adds a setting, and takes one of ours
+    # someone adds a setting, and removes one that ovsmesh wrote
     text = docker.config.read_text().replace('"debug": false', '"debug": true, "max-concurrent-uploads": 3')
     docker.configure(re.sub(r',\s*"ipv6": true', "", text))
     count = docker.restarts()
@@ -327,7 +327,7 @@ def test_a_dockerd_that_came_before_the_address_is_put_right(fresh: Dockers) -> 
 
 
 def test_a_node_that_is_renumbered_takes_its_docker_along(fresh: Dockers) -> None:
-    """dockerd remembers the range it had on a bridge, and at its next start puts it there in place of ours."""
+    """dockerd remembers the range it had on a bridge, and at its next start uses it in place of the pod CIDR."""
     lab, (docker, _) = fresh
     nodes = [host.node for host in lab.hosts]
     replace(docker)

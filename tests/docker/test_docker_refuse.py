@@ -123,7 +123,7 @@ def test_a_dockerd_that_refuses_the_new_file_has_the_old_one_again(calm: Calm) -
     assert docker.on("kbr0")
 
 
-def test_a_dockerd_that_dies_amid_the_switch(calm: Calm) -> None:
+def test_a_dockerd_that_dies_during_the_migration(calm: Calm) -> None:
     _, docker = calm
     docker.misbehave("die")
     refused(docker, "did not come back", "does not answer", "Tried again at", options=("--docker-timeout", "6"))
@@ -150,7 +150,7 @@ def test_the_mesh_is_kept_up_while_docker_restarts(calm: Calm) -> None:
     until("the restart", lambda: docker.restarts() == 1)
     host.run(["ip", "route", "del", "10.97.2.0/24"])
     until("the repair", lambda: "10.97.2.0/24 via" in host.run(["ip", "route"]).stdout, 5.0)
-    assert "amid a switch" in host.ovsmesh("status").stdout
+    assert "moves to another bridge" in host.ovsmesh("status").stdout
     assert host.ready() is False
     until("the way back", lambda: docker.config.read_text() == PLAIN)
     until("the reason", lambda: "did not end in 8 s" in host.ovsmesh("status").stdout)

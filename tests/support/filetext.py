@@ -18,7 +18,7 @@ def text_of(*names: str, first: int = 1) -> str:
     return f"{HEAD}  nodes: {'[]' if not nodes else ''}\n{''.join(nodes)}"
 
 
-def rings(watch: FileWatch | FileSource, within: float = 2.0) -> bool:
+def wakes(watch: FileWatch | FileSource, within: float = 2.0) -> bool:
     """Return whether the watch wakes, within `within` seconds."""
     until = time.monotonic() + within
     while (left := until - time.monotonic()) > 0:
@@ -28,7 +28,7 @@ def rings(watch: FileWatch | FileSource, within: float = 2.0) -> bool:
 
 
 def silent(watch: FileWatch | FileSource) -> bool:
-    return not rings(watch, within=0.05)
+    return not wakes(watch, within=0.05)
 
 
 def members(snapshot: Snapshot) -> str:

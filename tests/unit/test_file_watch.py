@@ -1,4 +1,4 @@
-"""The bell of a file: it rings for each way in which a file can change, again and again, and for nothing else."""
+"""A file watch: each way in which a file can change is an event, again and again, and nothing else is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from ovsmesh.file_watch import FileWatch
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.state_dir import StateDir
-from tests.support.filetext import by_rename, members, rings, silent, text_of
+from tests.support.filetext import by_rename, members, silent, text_of, wakes
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ CHANGES: list[Callable[[Path], None]] = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__)
-def test_each_way_to_change_rings_again_and_again(
+def test_each_way_to_change_is_an_event_again_and_again(
     source: FileSource, mesh: Path, change: Callable[[Path], None]
 ) -> None:
     first = source.snapshot()
@@ -83,14 +83,14 @@ def test_each_way_to_change_rings_again_and_again(
     assert silent(source)
     fds = source.fds()
     change(mesh)
-    assert rings(source)
+    assert wakes(source)
     assert members(source.snapshot()) == "abc"
-    # And what came in that way is watched as well.
+    # what came in that way is watched too
     mesh.write_text(text_of("a"))
-    assert rings(source)
+    assert wakes(source)
     assert members(source.snapshot()) == "a"
     by_rename(mesh)
-    assert rings(source)
+    assert wakes(source)
     assert members(source.snapshot()) == "abc"
     source.drain()
     assert silent(source) and source.fds() == fds
@@ -112,7 +112,7 @@ def test_config_map(tmp_path: Path, state: Path) -> None:
     assert members(source.snapshot()) == "a"
     for number, names in enumerate(["ab", "abc", "ac"], 2):
         publish(f"..2026_{number}", text_of(*names))
-        assert rings(source)
+        assert wakes(source)
         assert members(source.snapshot()) == names
     source.close()
 
@@ -124,27 +124,27 @@ def test_the_directory_comes_later(tmp_path: Path, state: Path) -> None:
     assert snapshot.mesh is None and snapshot.problems[0].reason == "MeshFileUnreadable"
     assert str(path) in snapshot.problems[0].message and "nothing is touched" in snapshot.problems[0].message
     path.parent.parent.mkdir()
-    assert rings(source)
+    assert wakes(source)
     path.parent.mkdir()
-    assert rings(source)
+    assert wakes(source)
     path.write_text(text_of("a"))
-    assert rings(source)
+    assert wakes(source)
     assert members(source.snapshot()) == "a"
     source.close()
 
 
-def test_a_dangling_link_is_mended(tmp_path: Path, state: Path) -> None:
+def test_a_dangling_link_that_is_repaired(tmp_path: Path, state: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "mesh.yaml").symlink_to("far/../far/real.yaml")
     source = FileSource(tmp_path / "mesh.yaml", state, "a")
     assert source.snapshot().problems[0].reason == "MeshFileUnreadable"
     (tmp_path / "far" / "real.yaml").write_text(text_of("a"))
-    assert rings(source)
+    assert wakes(source)
     assert members(source.snapshot()) == "a"
     source.close()
 
 
-def test_neighbours_do_not_ring(source: FileSource, mesh: Path) -> None:
+def test_neighbours_are_no_event(source: FileSource, mesh: Path) -> None:
     source.snapshot()
     (mesh.parent / "log").write_text("x")
     (mesh.parent / "mesh.yaml.swp").write_text("x")
@@ -152,13 +152,13 @@ def test_neighbours_do_not_ring(source: FileSource, mesh: Path) -> None:
     assert silent(source)
 
 
-def test_links_in_a_ring(tmp_path: Path) -> None:
+def test_links_in_a_circle(tmp_path: Path) -> None:
     (tmp_path / "x").symlink_to("y")
     (tmp_path / "y").symlink_to("x")
-    bell = FileWatch(tmp_path / "x")
+    watch = FileWatch(tmp_path / "x")
     (tmp_path / "y").unlink()
-    assert rings(bell)
-    bell.close()
+    assert wakes(watch)
+    watch.close()
 
 
 def test_no_inotify_is_named(mesh: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from ovsmesh import http_server
 from ovsmesh.agent import result as module
 from ovsmesh.agent.publisher import AgentHttp, StatusPublisher
 from ovsmesh.agent.result import AgentCounters, NodeStatus, ReconcileResult
@@ -112,10 +113,14 @@ def test_before_the_first_reconcile(served: Any) -> None:
     assert "ovsmesh_build_info" in get(served, "/metrics")[1]
 
 
-def test_healthz_needs_a_loop_that_runs() -> None:
-    served = AgentHttp("127.0.0.1:0", deadline=0.05)
+def test_healthz_needs_a_loop_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(http_server, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    served = AgentHttp("127.0.0.1:0")
     try:
-        time.sleep(0.1)
+        now[0] += http_server.LOOP_DEADLINE
+        assert get(served, "/healthz")[0] == 200
+        now[0] += 1
         status, text, _ = get(served, "/healthz")
         assert status == 503 and "has not run" in text
         served.beat()

@@ -326,7 +326,7 @@ def test_rules_in_order_are_converged(agent: Any, driver: Any) -> None:
     assert agent.reconcile().converged and agent.counters.drift == Counter(rules=1)
 
 
-# what is told
+# the log and a look
 
 
 def test_the_log_says_what_drifted_and_what_became_of_it(

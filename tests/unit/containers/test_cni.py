@@ -1,4 +1,4 @@
-"""The room of the CNI directory: what it makes of real files and real processes that answer as plugins do."""
+"""The CNI driver on real files, with real processes that answer as plugins do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ovsmesh.containers.cni import Cni
 from ovsmesh.dataplane.cni_config import FILE, PLUGINS
 from ovsmesh.dataplane.plan import Step
 from ovsmesh.errors import OvsmeshError
-from tests.support.filetext import rings, silent
+from tests.support.filetext import silent, wakes
 
 TEXT = '{"name": "ovsmesh", "cniVersion": "1.0.0", "plugins": [{"type": "bridge"}]}\n'
 WRITE, REMOVE = Step("+", "cni", FILE, TEXT, None), Step("-", "cni", FILE, None, TEXT)
@@ -39,7 +39,7 @@ def bins(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def room(net: Path, bins: Path) -> Iterator[Cni]:
+def cni(net: Path, bins: Path) -> Iterator[Cni]:
     made = Cni(str(net), str(bins))
     yield made
     made.close()
@@ -57,14 +57,14 @@ def script(directory: Path, name: str, body: str) -> Path:
 def plugin(directory: Path, name: str, *versions: str) -> Path:
     """A plugin that answers VERSION as the specification says, and counts how often it was asked."""
     said = json.dumps({"cniVersion": "1.0.0", "supportedVersions": versions})
-    # not in the directory, whose bell it would ring
+    # not in the directory, where it would be an event
     asked = directory.parent / f"{name}.asked"
     body = f"[ \"$CNI_COMMAND\" = VERSION ] || exit 1\ncat >/dev/null\necho >>{asked}\necho '{said}'"
     return script(directory, name, body)
 
 
-def versions(room: Cni, name: str = "bridge") -> tuple[tuple[str, ...], str]:
-    facts = room.facts()
+def versions(cni: Cni, name: str = "bridge") -> tuple[tuple[str, ...], str]:
+    facts = cni.facts()
     assert facts is not None
     return next((p.versions, p.why) for p in facts.plugins if p.name == name)
 
@@ -72,21 +72,21 @@ def versions(room: Cni, name: str = "bridge") -> tuple[tuple[str, ...], str]:
 # the plugins
 
 
-def test_each_plugin_is_asked_once_for_as_long_as_it_is_the_same(room: Cni, bins: Path) -> None:
-    assert versions(room) == (DEBIAN, "")
-    assert room.facts() == room.facts()
+def test_each_plugin_is_asked_once_for_as_long_as_it_is_the_same(cni: Cni, bins: Path) -> None:
+    assert versions(cni) == (DEBIAN, "")
+    assert cni.facts() == cni.facts()
     assert (bins.parent / "bridge.asked").read_text() == "\n"
     plugin(bins, "bridge", "0.3.1")
-    assert versions(room) == (("0.3.1",), "")
+    assert versions(cni) == (("0.3.1",), "")
 
 
-def test_a_plugin_that_comes_rings(room: Cni, bins: Path) -> None:
+def test_a_plugin_that_comes_is_an_event(cni: Cni, bins: Path) -> None:
     (bins / "portmap").unlink()
-    assert rings(room)  # type: ignore[arg-type]
-    assert versions(room, "portmap") == ((), f"not in {bins}")
+    assert wakes(cni)  # type: ignore[arg-type]
+    assert versions(cni, "portmap") == ((), f"not in {bins}")
     plugin(bins, "portmap", "1.0.0")
-    assert rings(room)  # type: ignore[arg-type]
-    assert versions(room, "portmap") == (("1.0.0",), "")
+    assert wakes(cni)  # type: ignore[arg-type]
+    assert versions(cni, "portmap") == (("1.0.0",), "")
 
 
 def test_all_copies_count(net: Path, bins: Path, tmp_path: Path) -> None:
@@ -94,10 +94,10 @@ def test_all_copies_count(net: Path, bins: Path, tmp_path: Path) -> None:
     other.mkdir()
     plugin(other, "bridge", "0.4.0", "1.0.0", "1.1.0")
     script(other, "host-local", "exit 1")
-    room = Cni(str(net), f"{bins}:/nowhere::{other}")
-    assert versions(room) == (("0.4.0", "1.0.0"), "")
-    assert versions(room, "host-local") == (DEBIAN, ""), "one that works is enough"
-    room.close()
+    cni = Cni(str(net), f"{bins}:/nowhere::{other}")
+    assert versions(cni) == (("0.4.0", "1.0.0"), "")
+    assert versions(cni, "host-local") == (DEBIAN, ""), "one that works is enough"
+    cni.close()
 
 
 @pytest.mark.parametrize(
@@ -111,133 +111,133 @@ def test_all_copies_count(net: Path, bins: Path, tmp_path: Path) -> None:
         ("yes | head -c 100000", "gave no answer"),
     ],
 )
-def test_a_plugin_that_does_not_answer_is_named(room: Cni, bins: Path, body: str, says: str) -> None:
+def test_a_plugin_that_does_not_answer_is_named(cni: Cni, bins: Path, body: str, says: str) -> None:
     script(bins, "bridge", body)
-    found, why = versions(room)
+    found, why = versions(cni)
     assert found == () and says in why and f"{bins}/bridge" in why and len(why) < 400
 
 
-def test_a_plugin_that_hangs_is_left(room: Cni, bins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_that_hangs_is_not_waited_for(cni: Cni, bins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ovsmesh.containers.cni._TIMEOUT", 0.2)
     script(bins, "bridge", "exec sleep 60")
     start = time.monotonic()
-    assert "did not answer VERSION within 0.2 s" in versions(room)[1]
-    room.facts()
+    assert "did not answer VERSION within 0.2 s" in versions(cni)[1]
+    cni.facts()
     assert time.monotonic() - start < 10
 
 
-def test_what_is_no_program(room: Cni, bins: Path) -> None:
+def test_a_file_that_is_no_program_is_named(cni: Cni, bins: Path) -> None:
     (bins / "bridge").chmod(0o644)
     (bins / "host-local").unlink()
     (bins / "host-local").mkdir()
     (bins / "portmap").write_bytes(b"\x7fELF, but not really")
-    assert "not an executable file" in versions(room)[1]
-    assert "not an executable file" in versions(room, "host-local")[1]
-    assert "can't be run here" in versions(room, "portmap")[1]
-    assert versions(room, "loopback") == (DEBIAN, "")
+    assert "not an executable file" in versions(cni)[1]
+    assert "not an executable file" in versions(cni, "host-local")[1]
+    assert "can't be run here" in versions(cni, "portmap")[1]
+    assert versions(cni, "loopback") == (DEBIAN, "")
 
 
-def test_what_lacks_is_a_problem_of_who_wants_a_conflist_only(room: Cni, bins: Path) -> None:
+def test_missing_plugins_are_a_problem_only_where_a_conflist_is_wanted(cni: Cni, bins: Path) -> None:
     (bins / "bridge").unlink()
-    assert room.observe() == ({}, [], [])
-    assert room.facts() is not None
-    assert [p.reason for p in room.observe()[2]] == ["CNIPluginsMissing"]
+    assert cni.observe() == ({}, [], [])
+    assert cni.facts() is not None
+    assert [p.reason for p in cni.observe()[2]] == ["CNIPluginsMissing"]
 
 
-def test_ours_is_kept_while_plugins_lack(room: Cni, net: Path, bins: Path) -> None:
+def test_the_conflist_is_kept_while_plugins_are_missing(cni: Cni, net: Path, bins: Path) -> None:
     (net / FILE).write_text(TEXT)
-    assert room.facts().kept == ""  # type: ignore[union-attr]
+    assert cni.facts().kept == ""  # type: ignore[union-attr]
     plugin(bins, "bridge", "0.1.0")
-    assert room.facts().kept == TEXT  # type: ignore[union-attr]
+    assert cni.facts().kept == TEXT  # type: ignore[union-attr]
     (bins / "bridge").unlink()
-    assert room.facts().kept == TEXT  # type: ignore[union-attr]
+    assert cni.facts().kept == TEXT  # type: ignore[union-attr]
 
 
 # the file
 
 
-def test_written_read_back_and_removed(room: Cni, net: Path) -> None:
-    room.apply([WRITE])
+def test_written_read_back_and_removed(cni: Cni, net: Path) -> None:
+    cni.apply([WRITE])
     assert (net / FILE).read_text() == TEXT and stat.S_IMODE((net / FILE).stat().st_mode) == 0o644
     assert [p.name for p in net.iterdir()] == [FILE]
-    assert room.observe()[0] == {FILE: TEXT}
-    room.apply([REMOVE])
-    assert list(net.iterdir()) == [] and room.observe()[0] == {}
-    room.apply([REMOVE])
+    assert cni.observe()[0] == {FILE: TEXT}
+    cni.apply([REMOVE])
+    assert list(net.iterdir()) == [] and cni.observe()[0] == {}
+    cni.apply([REMOVE])
 
 
 def test_a_directory_that_is_not_there_is_made(tmp_path: Path, bins: Path) -> None:
-    room = Cni(str(tmp_path / "a" / "b"), str(bins))
-    assert room.observe() == ({}, [], [])
-    room.apply([WRITE])
+    cni = Cni(str(tmp_path / "a" / "b"), str(bins))
+    assert cni.observe() == ({}, [], [])
+    cni.apply([WRITE])
     assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o755
-    room.drain()
+    cni.drain()
     (tmp_path / "a" / "b" / FILE).unlink()
-    assert rings(room)  # type: ignore[arg-type]
-    room.close()
+    assert wakes(cni)  # type: ignore[arg-type]
+    cni.close()
 
 
 def test_a_directory_behind_a_link_is_the_runtime_s_too(tmp_path: Path, net: Path, bins: Path) -> None:
     (tmp_path / "link").symlink_to(net)
-    room = Cni(str(tmp_path / "link"), str(bins))
-    room.apply([WRITE])
-    assert room.observe()[0] == {FILE: TEXT} and (net / FILE).exists()
-    room.close()
+    cni = Cni(str(tmp_path / "link"), str(bins))
+    cni.apply([WRITE])
+    assert cni.observe()[0] == {FILE: TEXT} and (net / FILE).exists()
+    cni.close()
 
 
 @pytest.mark.parametrize("hold", ["file", "dangling"])
 def test_what_is_no_directory_is_said(tmp_path: Path, bins: Path, hold: str) -> None:
     path = tmp_path / "x"
     path.write_text("") if hold == "file" else path.symlink_to("nowhere")
-    room = Cni(str(path), str(bins))
-    assert hold == "dangling" or [p.reason for p in room.observe()[2]] == ["CNIUnreadable"]
+    cni = Cni(str(path), str(bins))
+    assert hold == "dangling" or [p.reason for p in cni.observe()[2]] == ["CNIUnreadable"]
     with pytest.raises(OvsmeshError, match="can't be written"):
-        room.apply([WRITE])
-    room.close()
+        cni.apply([WRITE])
+    cni.close()
 
 
-def test_another_network_is_not_removed(room: Cni, net: Path) -> None:
+def test_another_network_is_not_removed(cni: Cni, net: Path) -> None:
     (net / FILE).write_text('{"name": "theirs", "plugins": [{"type": "x"}]}')
-    room.apply([REMOVE])
+    cni.apply([REMOVE])
     assert (net / FILE).exists()
 
 
-def test_what_is_at_our_name_is_never_followed(room: Cni, net: Path, tmp_path: Path) -> None:
+def test_a_link_in_place_of_the_conflist_is_not_followed(cni: Cni, net: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text(TEXT)
     (net / FILE).symlink_to(tmp_path / "elsewhere")
-    ours, (unmanaged,), _ = room.observe()
-    assert not ours and "symbolic link" in unmanaged.detail
+    managed, (unmanaged,), _ = cni.observe()
+    assert not managed and "symbolic link" in unmanaged.detail
 
 
-def test_nobody_is_waited_for_and_nothing_large_is_read(room: Cni, net: Path) -> None:
+def test_no_writer_is_waited_for_and_nothing_large_is_read(cni: Cni, net: Path) -> None:
     os.mkfifo(net / FILE)
     os.mkfifo(net / "00.conf")
     (net / "01.conf").write_bytes(b" " * (2 << 20))
     (net / "02.conf").symlink_to("nowhere")
     (net / "03.conf").mkdir()
     (net / "04.conf").symlink_to(net)
-    assert room.facts() is not None
-    _, (unmanaged,), said = room.observe()
+    assert cni.facts() is not None
+    _, (unmanaged,), said = cni.observe()
     assert "FIFO" in unmanaged.detail
     told = " ".join(map(str, said))
     assert all(text in told for text in ("00.conf", "FIFO", "01.conf", "02.conf", "04.conf", "a directory"))
-    assert "03.conf" not in told, "a runtime passes over directories"
+    assert "03.conf" not in told, "a runtime ignores directories"
 
 
-def test_a_name_that_is_no_text(room: Cni, net: Path) -> None:
+def test_a_name_that_is_not_text(cni: Cni, net: Path) -> None:
     (net / os.fsdecode(b"00\xff.conf")).write_text("{}")
-    assert room.facts() is not None
-    (problem,) = room.observe()[2]
+    assert cni.facts() is not None
+    (problem,) = cni.observe()[2]
     str(problem).encode()
 
 
 def test_left_alone(tmp_path: Path) -> None:
-    room = Cni()
-    assert room.facts() is None and room.observe() == ({}, [], []) and room.fds() == [] and not room.drain()
-    room.close()
+    cni = Cni()
+    assert cni.facts() is None and cni.observe() == ({}, [], []) and cni.fds() == [] and not cni.drain()
+    cni.close()
 
 
-# the bell
+# events
 
 
 @pytest.mark.parametrize(
@@ -251,19 +251,19 @@ def test_left_alone(tmp_path: Path) -> None:
         lambda net: net.rename(net.parent / "gone"),
     ],
 )
-def test_a_change_of_the_directory_rings(room: Cni, net: Path, does: Callable[[Path], object]) -> None:
+def test_a_change_of_the_directory_is_an_event(cni: Cni, net: Path, does: Callable[[Path], object]) -> None:
     (net / "other").write_text("{}")
-    room.apply([WRITE])
-    while not silent(room):  # type: ignore[arg-type]
+    cni.apply([WRITE])
+    while not silent(cni):  # type: ignore[arg-type]
         pass
     does(net)
-    assert rings(room)  # type: ignore[arg-type]
+    assert wakes(cni)  # type: ignore[arg-type]
 
 
-def test_reading_rings_not(room: Cni, net: Path) -> None:
-    room.apply([WRITE])
-    while not silent(room):  # type: ignore[arg-type]
+def test_reading_is_no_event(cni: Cni, net: Path) -> None:
+    cni.apply([WRITE])
+    while not silent(cni):  # type: ignore[arg-type]
         pass
-    room.facts()
-    room.observe()
-    assert silent(room)  # type: ignore[arg-type]
+    cni.facts()
+    cni.observe()
+    assert silent(cni)  # type: ignore[arg-type]

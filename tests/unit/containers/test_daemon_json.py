@@ -1,4 +1,4 @@
-"""daemon.json is changed as a careful hand would: what is not ours keeps each of its bytes."""
+"""daemon.json is changed as a careful person would: every byte of other settings stays."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ovsmesh.mesh import file_source, last_good
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.mesh.manifest import parse
 from ovsmesh.state_dir import StateDir
-from tests.support.filetext import HEAD, by_rename, members, rings, silent, text_of
+from tests.support.filetext import HEAD, by_rename, members, silent, text_of, wakes
 
 BAD = "kind: [\n"
 
@@ -51,7 +51,7 @@ def test_a_file_in_the_middle_of_being_written_is_not_read(source: FileSource, m
         assert silent(source)
         assert source.snapshot() is before
         file.write(text[text.index("  - {name: b") :])
-    assert rings(source)
+    assert wakes(source)
     assert members(source.snapshot()) == "abc"
 
 
@@ -150,7 +150,7 @@ def test_the_last_good_mesh_is_kept(source: FileSource, mesh: Path, state: Path,
     assert source.commit() == ()
     saved = (state / "mesh.json").read_bytes()
     spoil(mesh)
-    assert rings(source)
+    assert wakes(source)
     kept = source.snapshot()
     assert kept.mesh is good.mesh and not kept.confirmed and kept.since == good.since
     (problem,) = kept.problems
@@ -174,7 +174,7 @@ def test_the_last_good_mesh_is_kept(source: FileSource, mesh: Path, state: Path,
     else:
         mesh.unlink(missing_ok=True)
     mesh.write_text(text_of("a", "b"))
-    assert rings(source)
+    assert wakes(source)
     repaired = source.snapshot()
     assert repaired.mesh is good.mesh and repaired.confirmed and repaired.problems == ()
 
@@ -183,7 +183,7 @@ def test_unreadable(source: FileSource, mesh: Path, monkeypatch: pytest.MonkeyPa
     """Root reads what mode 0 forbids, so the refusal itself is played; the event for it is real."""
     good = source.snapshot()
     mesh.chmod(0)
-    assert rings(source)
+    assert wakes(source)
 
     def refuse(path: object, limit: int = 0) -> tuple[bytes, os.stat_result]:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
@@ -194,7 +194,7 @@ def test_unreadable(source: FileSource, mesh: Path, monkeypatch: pytest.MonkeyPa
     assert kept.mesh is good.mesh and kept.problems[0].reason == "MeshFileUnreadable"
     assert "Permission denied" in kept.problems[0].message
     mesh.chmod(0o600)
-    assert rings(source)
+    assert wakes(source)
     assert source.snapshot().problems == ()
 
 
@@ -203,7 +203,7 @@ def test_others_bad_entries_do_not_stop_this_node(source: FileSource, mesh: Path
     mesh.write_text(
         text_of("a", "b", "c").replace("10.1.98.0/24", "10.1.98.1/24").replace("10.1.99.0/24", "10.1.9.9/24")
     )
-    assert rings(source)
+    assert wakes(source)
     snapshot = source.snapshot()
     assert members(snapshot) == "ab" and snapshot.confirmed
     assert [(p.node, p.field, p.value, p.fatal) for p in snapshot.problems] == [
@@ -237,7 +237,7 @@ def test_only_commit_writes_and_only_when_changed(source: FileSource, mesh: Path
     assert saved.stat().st_mode & 0o777 == 0o600
     stamp = saved.stat().st_ino
     mesh.write_text("# a comment\n" + text_of("b", "a"))
-    assert rings(source)
+    assert wakes(source)
     source.snapshot()
     source.commit()
     assert saved.stat().st_ino == stamp
