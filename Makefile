@@ -22,7 +22,7 @@ ROOTLY = @command -v sudo >/dev/null || { echo 'make: this part makes network na
 	echo 'make: not root, and this part makes network namespaces: using sudo' >&2
 endif
 
-.PHONY: help demo test test-unit test-fresh test-kube test-lab test-e2e test-kernel image bench docs lint setup setup-dev dist clean
+.PHONY: help demo test test-unit test-fresh test-kube test-lab test-e2e test-kernel image bench docs lint setup setup-dev dist constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -91,8 +91,12 @@ setup-dev:
 
 dist: setup ## dist/: bootstrap.sh and the wheels that it needs on a host that reaches no package index
 	rm -rf build dist
-	$(BIN)/pip wheel -q --disable-pip-version-check -w dist/wheels .
+	$(BIN)/python -m venv build/venv
+	scripts/pip.sh build/venv wheel --wheel-dir dist/wheels
 	cp scripts/bootstrap.sh scripts/ovsmesh-agent.service dist/
+
+constraints: ## constraints.txt: the versions and hashes of all libraries, for bootstrap.sh, make dist and the image
+	scripts/constraints.sh
 
 clean: ## removes caches and build results of this checkout
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

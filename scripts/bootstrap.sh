@@ -204,7 +204,7 @@ sources_hash() { # the version: a hash of the wheel or of the sources
   if [ -n "$from" ]; then
     sha256sum <"$wheel"
   else
-    (cd "$here/.." && find ovsmesh -name '*.py' -print0 | sort -z | xargs -0 sha256sum setup.cfg) | sha256sum
+    (cd "$here/.." && find ovsmesh -name '*.py' -print0 | sort -z | xargs -0 sha256sum setup.cfg constraints.txt) | sha256sum
   fi | cut -c1-12
 }
 
@@ -269,7 +269,7 @@ if [ ! -e "$venv/whole" ]; then
       "$venv/bin/pip" install -q --disable-pip-version-check --no-input --no-index --find-links "$from" "$wheel" >&2 9>&- ||
         die "pip could not install $wheel and what it needs from $from alone (see above)"
     else
-      "$venv/bin/pip" install -q --disable-pip-version-check --no-input "$here/.." >&2 9>&- ||
+      "$here/pip.sh" "$venv" install >&2 9>&- ||
         die "pip could not install ovsmesh (see above); where no package index is reached, use --from DIR"
     fi
     "$venv/bin/ovsmesh" --version >/dev/null || die "ovsmesh in $venv does not start (see above)"

@@ -19,7 +19,7 @@ done
 
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' ovsmesh/__init__.py)
 revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
-[ -z "$(git status --porcelain -- Dockerfile ovsmesh setup.cfg 2>/dev/null)" ] || revision=$revision-dirty
+[ -z "$(git status --porcelain -- Dockerfile constraints.txt ovsmesh setup.cfg 2>/dev/null)" ] || revision=$revision-dirty
 arguments=(--build-arg "BASE=$base" --build-arg "VERSION=$version" --build-arg "REVISION=$revision" --tag "$tag")
 for name in HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy; do
   [ -z "${!name:-}" ] || arguments+=(--build-arg "$name=${!name}")

@@ -111,7 +111,8 @@ def image() -> Path:
 
 def dist() -> Path:
     """Return a folder in the cache with what `make dist` makes of this checkout, made first where it is missing."""
-    names = ("ovsmesh", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+    names = ["ovsmesh", "scripts", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"]
+    names += ["constraints.txt", "constraints-build.txt"]
     with tempfile.TemporaryDirectory(prefix="ovsmesh-dist-") as folder:
         source, made = Path(folder, "source"), Path(folder, "dist")
         source.mkdir()
@@ -126,8 +127,9 @@ def dist() -> Path:
         kept = CACHE / f"dist-{key.hexdigest()[:12]}"
         with _once(kept) as needed:
             if needed:
-                pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "wheel"]
-                netns.run([*pip, "-w", str(made / "wheels"), str(source)], timeout=600)
+                netns.run([sys.executable, "-m", "venv", f"{folder}/venv"], timeout=60)
+                pip = [str(source / "scripts/pip.sh"), f"{folder}/venv", "wheel"]
+                netns.run([*pip, "--wheel-dir", str(made / "wheels")], timeout=600)
                 for name in ("bootstrap.sh", "ovsmesh-agent.service"):
                     shutil.copy(ROOT / "scripts" / name, made)
                 for old in CACHE.glob("dist-*"):
