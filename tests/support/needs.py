@@ -29,7 +29,7 @@ COVERS = {
     "lab": {"lab", "root"},
     "docker": {"docker"},
     "kube": {"kube", "root"},
-    "kernel": {"kernel"},
+    "kernel": {"kernel", "lab", "root"},
     "e2e": {"e2e", "lab", "docker", "kube", "root"},
 }
 """Each marker, and what a test that carries it may use."""
