@@ -120,17 +120,17 @@ class StatusPublisher:
     def _write(self, status: NodeStatus) -> None:
         """Write what `ovsmesh status` can't see itself into the state directory, if it has changed."""
         counters = status.counters
-        told = {
+        facts = {
             "since": counters.started,
             "version": __version__,
             "lastChange": counters.last_change,
             "drift": counters.drift,
             "problems": [[p.reason, str(p)] for p in status.result.problems if p.reason in _OWN_REASONS],
         }
-        if told == self._written:
+        if facts == self._written:
             return
-        self._written = told
+        self._written = facts
         try:
-            self._state.write_status(told)
+            self._state.write_status(facts)
         except OSError as error:
             log.warning("status file in %s: %s", self._state.path, error.strerror)

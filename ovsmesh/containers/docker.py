@@ -186,8 +186,8 @@ class Docker:
                 return DockerObserved(
                     {}, (), (Problem(Reason.DockerStarting, daemon.why),), known=False, note=daemon.why
                 )
-            have[DAEMON], told = self._daemon(daemon, wanted[DAEMON], record, file)
-            problems += told
+            have[DAEMON], found = self._daemon(daemon, wanted[DAEMON], record, file)
+            problems += found
         elif daemon.state == "up" and (daemon.bridge != KBR or str(daemon.mtu) != wanted["mtu"]):
             text = f"dockerd still runs {daemon_text(daemon)}: restart Docker when its containers may stop"
             problems.append(Problem(Reason.DockerStale, text))

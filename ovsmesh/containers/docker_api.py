@@ -164,11 +164,6 @@ class DaemonWatch:
             answer += more
 
 
-def look(path: str) -> Daemon:
-    """Return the daemon now. Raise OSError, HTTPException or ValueError."""
-    return _read(path, time.monotonic())
-
-
 def _read(path: str, began: float) -> Daemon:
     with contextlib.closing(_Connection(path)) as api:
         api.connect()
@@ -186,8 +181,8 @@ def _read(path: str, began: float) -> Daemon:
                 if policy in ("always", "unless-stopped"):
                     returning.append(name)
     options = _dict(bridge.get("Options"))
-    told = _dict(bridge.get("IPAM")).get("Config")
-    configs = [c for c in told if isinstance(c, dict)] if isinstance(told, list) else []
+    ranges = _dict(bridge.get("IPAM")).get("Config")
+    configs = [c for c in ranges if isinstance(c, dict)] if isinstance(ranges, list) else []
     found = _process(pid)
     mtu = str(options.get("com.docker.network.driver.mtu", "0"))
     return Daemon(

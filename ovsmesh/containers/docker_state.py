@@ -103,12 +103,14 @@ class DockerFile:
     def record(self) -> MigrationRecord | None:
         try:
             data, _ = read_regular(self._record)
-            told = json.loads(data)
+            stored = json.loads(data)
             known = {f.name: type(getattr(_BLANK, f.name)) for f in fields(MigrationRecord)}
-            told = {k: tuple(v) if known.get(k) is tuple else v for k, v in told.items()}
-            if not all(isinstance(told.get(name, getattr(_BLANK, name)), (kind, int)) for name, kind in known.items()):
+            stored = {k: tuple(v) if known.get(k) is tuple else v for k, v in stored.items()}
+            if not all(
+                isinstance(stored.get(name, getattr(_BLANK, name)), (kind, int)) for name, kind in known.items()
+            ):
                 raise ValueError
-            return MigrationRecord(**told)
+            return MigrationRecord(**stored)
         except FileNotFoundError:
             return None
         except OSError as error:
