@@ -112,9 +112,11 @@ class MeshNodeWriter:
             self._wake.notify()
 
     def idle(self) -> None:
+        """Do nothing: a thread of its own writes."""
         return
 
     def close(self, timeout: float = 2.0) -> None:
+        """End the thread, within `timeout` seconds."""
         with self._wake:
             self._stopping = True
             self._wake.notify()

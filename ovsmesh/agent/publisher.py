@@ -44,6 +44,7 @@ class AgentHttp(HttpServer):
         self._status = status
 
     def answer(self, path: str) -> Answer | None:
+        """Answer /, /readyz and /status.json; the rest is HttpServer's."""
         status = self._status
         first = not status.counters.reconciles
         if path == "/":
@@ -100,10 +101,12 @@ class StatusPublisher:
             self._http.publish(self._status)
 
     def close(self) -> None:
+        """Stop listening."""
         if self._http is not None:
             self._http.close()
 
     def publish(self, status: NodeStatus) -> None:
+        """Show this status; write it too if whether the node converged has changed."""
         before, self._status = self._status, status
         if self._http is not None:
             self._http.publish(status)
@@ -111,6 +114,7 @@ class StatusPublisher:
             self.idle()
 
     def idle(self) -> None:
+        """Try again to listen, say that the loop is alive, and write the status file."""
         self._open()
         if self._http is not None:
             self._http.beat()

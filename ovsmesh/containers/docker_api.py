@@ -65,6 +65,7 @@ class DaemonWatch:
         self._thread.start()
 
     def fds(self) -> list[int]:
+        """Return the file descriptors that are readable when there is a new snapshot."""
         return [self._wakeup]
 
     def drain(self) -> bool:
@@ -77,6 +78,7 @@ class DaemonWatch:
             os.write(self._poke, b"p")
 
     def close(self) -> None:
+        """End the thread, within two seconds unless it waits for an answer."""
         self._ending = True
         self.poke()
         self._thread.join(_SOON * 4)

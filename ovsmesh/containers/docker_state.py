@@ -84,6 +84,7 @@ class DockerFile:
     # reading
 
     def read(self) -> DaemonConfig:
+        """Read daemon.json."""
         try:
             data, about = read_regular(self.real, LIMIT)
         except FileNotFoundError:
@@ -95,12 +96,14 @@ class DockerFile:
         return DaemonConfig(data, True, stat.S_IMODE(about.st_mode), owner, digest(data), stamp)
 
     def settings(self, config: DaemonConfig) -> dict[str, Any]:
+        """Return what daemon.json sets."""
         try:
             return daemon_json.settings(config.data)
         except OvsmeshError as error:
             raise OvsmeshError(f"{self.path} {error}; repair it (nothing was changed)") from None
 
     def record(self) -> MigrationRecord | None:
+        """Read the record; None if there is none."""
         try:
             data, _ = read_regular(self._record)
             stored = json.loads(data)
@@ -124,6 +127,7 @@ class DockerFile:
     # writing
 
     def save(self, record: MigrationRecord) -> MigrationRecord:
+        """Write the record and return it."""
         self._write(self._record, (json.dumps(asdict(record), indent=1) + "\n").encode(), 0o600)
         return record
 
@@ -216,6 +220,7 @@ class DockerFile:
 
 
 def digest(data: bytes) -> str:
+    """Return a short digest of a file."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 
