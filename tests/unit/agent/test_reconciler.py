@@ -225,7 +225,7 @@ def test_what_could_not_be_seen_for_a_while_is_not_drift(agent: Any, driver: Any
 # failing
 
 
-def test_back_off_grows_to_its_limit_and_starts_anew_after_success(agent: Any, driver: Any, clock: Any) -> None:
+def test_back_off_grows_to_its_limit_and_starts_again_after_success(agent: Any, driver: Any, clock: Any) -> None:
     driver.fails = 10**6
     waits = []
     for _ in range(12):
