@@ -14,7 +14,7 @@ from tests.support.generated_docs import GENERATED
 
 ROOT = Path(__file__).parents[2]
 _WITH_COMMENTS = (
-    *("manifests/**/*.yaml", "ovsmesh/**/*.py", "scripts/**/*.*", "tests/support/*.py"),
+    *("manifests/**/*.yaml", "ovsmesh/**/*.py", "scripts/**/*.py", "scripts/*.s*", "tests/support/*.py"),
     *("Makefile", "Dockerfile", "setup.cfg", "ruff.toml", ".importlinter", ".ci/run"),
 )
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -9,7 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PLACES = (
-    *("ovsmesh/**/*.py", "scripts/**/*.*", "tests/**/*.py", "docs/*.md", "*.md", "manifests/**/*.yaml"),
+    *(
+        "ovsmesh/**/*.py",
+        "scripts/**/*.py",
+        "scripts/*.s*",
+        "tests/**/*.py",
+        "docs/*.md",
+        "*.md",
+        "manifests/**/*.yaml",
+    ),
     *("Makefile", "Dockerfile", "setup.cfg", "ruff.toml", ".importlinter"),
 )
 PRIVATE = {
@@ -35,7 +43,7 @@ def words(text: str) -> set[str]:
 def private(line: str) -> list[str]:
     """Return what a line has of the private vocabulary, each with the word to use in its place."""
     forms = {form: word for word in PRIVATE for form in (word, f"{word}s", f"{word}ed", f"{word.rstrip('e')}ing")}
-    forms |= {"braked": "brake", "bell": "bell"}
+    forms["braked"] = "brake"
     found = [f"{word}: {PRIVATE[forms[word]]}" for word in sorted(words(line) & forms.keys())]
     return found + [f"{phrase}: {plain}" for phrase, plain in PHRASES.items() if re.search(phrase, line)]
 
