@@ -30,7 +30,7 @@ def two(lab: Callable[..., Lab], own_plane: Callable[..., ControlPlane]) -> Iter
 
 
 def write_slice(cluster: ClusterLab, *hosts: Host, extra: int = 0) -> None:
-    """What the controller would say of these hosts; `extra` more that are nowhere."""
+    """Write the slice that the controller would write for these hosts and for `extra` more that do not exist."""
     nodes = []
     for host in hosts:
         uid = cluster.plane.call("GET", f"/api/v1/nodes/{host.name}").body["metadata"]["uid"]
@@ -91,11 +91,11 @@ def test_an_agent_follows_slices_and_starts_without_the_api(two: ClusterLab) -> 
     assert not [track for track in two.lab.ping_matrix() if track.lost]
     two.plane.start(APISERVER)
     write_slice(two, one, other, extra=30)
-    assert took(lambda: "10.97.129.0/24" in routes(one)) < 20
+    eventually(lambda: "10.97.129.0/24" in routes(one))
 
 
 def start_again(cluster: ClusterLab, host: Host) -> None:
-    """With the token that it has: there is no one to give it another."""
+    """Start the agent with the token that it has, as the API server is away."""
     config = cluster.plane.folder / f"agent-{host.name}.kubeconfig"
     options = [f"--kubeconfig={config}", f"--node={host.name}", f"--ovsdb={host.ovsdb}"]
     state = f"--state-dir={cluster.state(host)}"
