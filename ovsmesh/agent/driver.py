@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from ovsmesh.agent.apply import Apply
 from ovsmesh.containers.cni import Cni
@@ -19,7 +18,7 @@ from ovsmesh.containers.docker import BridgeState, Docker, DockerObserved
 from ovsmesh.dataplane import firewall_rules
 from ovsmesh.dataplane.docker_config import DOCKER0
 from ovsmesh.dataplane.plan import Plan
-from ovsmesh.dataplane.types import KBR, OBR, Bridge, Dataplane, Facts, Observed, Port, Unmanaged
+from ovsmesh.dataplane.types import KBR, OBR, Dataplane, Facts, Observed, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.linux.datapath import kernel_datapath
 from ovsmesh.linux.firewall import Firewall
@@ -28,23 +27,11 @@ from ovsmesh.linux.sysctl import read_sysctls
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.ovs.idl import run_dir, statistics
 from ovsmesh.ovs.openflow import FlowTable
-from ovsmesh.ovs.ovsdb import Ovs
+from ovsmesh.ovs.ovsdb import Ovs, OvsObserved
 from ovsmesh.reasons import Reason
 
 OTHERS_GRACE = 5.0
 """Seconds that flow-restore-wait is left for whoever restores the flows of other bridges."""
-
-
-class _Switch(NamedTuple):
-    """What OVSDB and the flow table say. Values of kinds that are in `unknown` mean nothing."""
-
-    bridges: dict[str, Bridge]
-    ports: dict[str, Port]
-    flows: dict[str, str]
-    restore_wait: dict[str, bool]
-    unmanaged: tuple[Unmanaged, ...]
-    problems: tuple[Problem, ...]
-    unknown: frozenset[str]
 
 
 class Driver:
@@ -181,7 +168,7 @@ class Driver:
         conflists, cni_unmanaged, cni_problems = self.cni.observe()
         kernel, kernel_unmanaged = self.net.observe(cni=bool(conflists))
         rules, peers, filter_problems = self.firewall.observe(want.rules)
-        switch = self._observe_switch()
+        switch, flows, unknown = self._observe_switch()
         docker = self.docker.observe(want, self._bridge_state()) if self.docker else DockerObserved()
         have = Dataplane(
             bridges=switch.bridges,
@@ -191,7 +178,7 @@ class Driver:
             rules=rules,
             filter_peers=dict(peers),
             ports=switch.ports,
-            flows=switch.flows,
+            flows=flows,
             neighbours=kernel["neighbours"],
             fdb=kernel["fdb"],
             routes=kernel["routes"],
@@ -206,11 +193,12 @@ class Driver:
             have,
             (*links, *cni_unmanaged, *switch.unmanaged, *docker.unmanaged),
             (*cni_problems, *filter_problems, *switch.problems, *docker.problems),
-            switch.unknown | (frozenset() if docker.known else {"docker"}),
+            unknown | (frozenset() if docker.known else {"docker"}),
             docker.note,
         )
 
-    def _observe_switch(self) -> _Switch:
+    def _observe_switch(self) -> tuple[OvsObserved, dict[str, str], frozenset[str]]:
+        """Return what the database holds, the flows, and which kinds are unknown."""
         problems: list[Problem] = []
         if not self.ovs.synced:
             # a switch without its database may not answer: what is known of its flows has to do
@@ -219,16 +207,17 @@ class Driver:
             text = f"ovsdb-server does not answer at {self.ovs.remote}, so ports can't be kept; is it running?"
             problems.append(Problem(Reason.DatabaseDown, text))
             unknown = frozenset({"bridges", "ports", "restore_wait"} | (set() if found else {"flows"}))
-            return _Switch({}, {}, found[0] if found else {}, {}, (), tuple(problems), unknown)
-        bridges, ports, restore, unmanaged, ovs_problems = self.ovs.observe()
-        found = self._observe_flows(problems) if bridges else ({}, ())
+            return OvsObserved({}, {}, {}, [], problems), found[0] if found else {}, unknown
+        database = self.ovs.observe()
+        found = self._observe_flows(problems) if database.bridges else ({}, ())
         self._switch_up = found is not None
-        unknown = frozenset({"restore_wait"} if self._restore_pending(bool(restore)) else ())
+        unknown = frozenset({"restore_wait"} if self._restore_pending(bool(database.restore_wait)) else ())
         if found is None:
             text = f"ovs-vswitchd does not answer on {OBR}, so its flows can't be kept; is it running?"
             problems.append(Problem(Reason.SwitchDown, text))
             found, unknown = ({}, ()), unknown | {"flows"}
-        return _Switch(bridges, ports, found[0], restore, (*unmanaged, *found[1]), (*ovs_problems, *problems), unknown)
+        unmanaged = [*database.unmanaged, *found[1]]
+        return database._replace(unmanaged=unmanaged, problems=[*database.problems, *problems]), found[0], unknown
 
     def _observe_flows(self, problems: list[Problem]) -> tuple[dict[str, str], tuple[Unmanaged, ...]] | None:
         try:

@@ -43,11 +43,8 @@ _GONE = 4.0
 _CONDITIONS = ("Converged", "Degraded")
 
 
-class _Published:
-    """A status, and the slices that its mesh was made of."""
-
-    def __init__(self, status: NodeStatus, slices: Mapping[str, str]) -> None:
-        self.status, self.slices = status, dict(slices)
+_Published = tuple[NodeStatus, dict[str, str]]
+"""A status, and the slices that its mesh was made of."""
 
 
 class MeshNodeWriter:
@@ -108,7 +105,7 @@ class MeshNodeWriter:
         if status.result.mesh is None and any(p.reason == Reason.MeshWaiting for p in status.result.problems):
             return
         with self._wake:
-            self._published = _Published(status, self._observed())
+            self._published = status, dict(self._observed())
             self._wake.notify()
 
     def idle(self) -> None:
@@ -148,7 +145,7 @@ class MeshNodeWriter:
         return max(0.0, min(times) - self._clock()) if times else None
 
     def _write_if_due(self, now: _Published) -> None:
-        result = now.status.result
+        result = now[0].result
         me = result.mesh.node(self._node) if result.mesh else None
         if me is not None and me.uid != self._uid:
             # a Node made again under this name: the MeshNode of the earlier one goes with it
@@ -163,7 +160,7 @@ class MeshNodeWriter:
                 self._write()
 
     def _make(self, now: _Published) -> None:
-        self._body, self._body_of, self._states = _body(now), now, _states_of(now.status.result)
+        self._body, self._body_of, self._states = _body(now), now, _states_of(now[0].result)
 
     def _routine(self) -> float:
         """Return when a change that flips nothing may be written (monotonic seconds)."""
@@ -259,7 +256,8 @@ class MeshNodeWriter:
 
 def _body(published: _Published) -> Object:
     """Return the status of the MeshNode, without times."""
-    result, report, ovs = published.status.result, published.status.report, published.status.counters.ovs_version
+    status, slices = published
+    result, report, ovs = status.result, status.report, status.counters.ovs_version
     conditions = [
         {"type": c.type, "status": c.status, "reason": c.reason, "message": c.message[:1000]}
         for c in report.conditions
@@ -272,7 +270,7 @@ def _body(published: _Published) -> Object:
     have = {port.node for port in ports.values()}
     installed = sum(peer.name in have for peer in report.peers if peer.state not in ("refused", "held"))
     return {
-        "observedSlices": published.slices,
+        "observedSlices": slices,
         "peers": {"wanted": report.count("wanted"), "installed": installed, "up": report.count("ok")},
         "mtu": report.self.mtu,
         "versions": {"agent": __version__, "ovs": ovs, "kernel": platform.release()[:128]},
