@@ -188,6 +188,8 @@ class Reason(StrEnum):
     Blocked = (auto(), _ERROR, "An unmanaged object stands where a managed one belongs.",
         "Move it. The agent then goes on by itself.")
     RemovalHeld = auto(), _ERROR, "Only held removals are left to do.", "See `MassRemovalHeld`."
+    PeersUnreachable = (auto(), _ERROR, "Packets to some peers are lost, though the wiring is in place.",
+        "Run `ovsmesh check` on that node: it names the peers and the likely cause.")
     PeersMissing = (auto(), _ERROR, "Some peers are not joined, or their state is unknown.",
         "Run `ovsmesh status` on that node.")
     Read = auto(), _OK, "The mesh in use is what its source says now.", "Nothing."

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ovsmesh.agent import result
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.cli.formats import serialize
-from ovsmesh.dataplane.report import ReportContext, Traffic
+from ovsmesh.dataplane.report import Report, ReportContext, Traffic
 from ovsmesh.dataplane.report_text import render_text
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.file_source import FileSource
@@ -52,15 +53,23 @@ def status(options: Options, output: str) -> str:
     with opened(options, state) as driver:
         found = result.look(driver, source, options.node)
         counted, version = driver.traffic(), driver.ovs_version
+    made = report(options, found, counted, context(options, source, version))
+    return render_text(made).rstrip() if output == "table" else serialize(made.to_dict(), output)
+
+
+def _stored(options: Options) -> tuple[dict[str, Any], bool]:
+    """Return what an agent has left for this command, and whether it runs."""
+    state = StateDir(options.state_dir)
     stored: dict[str, Any] = {}
     with contextlib.suppress(OvsmeshError):
         stored = state.status() or {}
-    running = state.held()
-    if running:
-        known = {str(p) for p in found.problems}
-        more = (problem for problem in _problems(stored.get("problems")) if problem.message not in known)
-        found = dataclasses.replace(found, problems=(*found.problems, *more))
-    context = ReportContext(
+    return stored, state.held()
+
+
+def context(options: Options, source: Snapshot, version: str) -> ReportContext:
+    """Return what a report depends on besides the system itself. `version` is Open vSwitch's."""
+    stored, running = _stored(options)
+    return ReportContext(
         now=time.time(),
         agent_since=_number(stored.get("since")) if running else None,
         agent_version=str(stored.get("version") or "") if running else "",
@@ -70,8 +79,18 @@ def status(options: Options, output: str) -> str:
         mesh_current=source.confirmed,
         last_change=_changes(stored.get("lastChange")),
     )
-    made = result.report(found, options.node, {port: _traffic(counters) for port, counters in counted.items()}, context)
-    return render_text(made).rstrip() if output == "table" else serialize(made.to_dict(), output)
+
+
+def report(
+    options: Options, found: ReconcileResult, counted: Mapping[str, dict[str, int]], about: ReportContext
+) -> Report:
+    """Return the report of what was found, with the problems that only a running agent knows."""
+    stored, running = _stored(options)
+    if running:
+        known = {str(p) for p in found.problems}
+        more = (problem for problem in _problems(stored.get("problems")) if problem.message not in known)
+        found = dataclasses.replace(found, problems=(*found.problems, *more))
+    return result.report(found, options.node, {port: _traffic(counters) for port, counters in counted.items()}, about)
 
 
 # The status file is a hint: what is not of the expected shape is left out.

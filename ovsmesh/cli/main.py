@@ -222,6 +222,25 @@ def status(state_dir: str, output: str, cluster: bool, kubeconfig: str | None, *
 
 @cli.command()
 @_with(*_NODE, *_CONTAINERS)
+@_option("--peer", "Check this peer only.", usual="all", metavar="NAME")
+@_option("-o --output", "Format of the output.", "table", type=click.Choice(["table", "json", "yaml"]))
+def check(state_dir: str, peer: str | None, output: str, **options: Any) -> None:
+    """Send packets of full size to every peer and say which ones get through.
+
+    Exit status: 0 all do, 2 some do not or something is missing, 1 it can't be told.
+    """
+    from ovsmesh.cli.check import check as run
+    from ovsmesh.cli.formats import serialize
+    from ovsmesh.dataplane.report_text import render_text
+
+    _root()
+    report = run(_options(state_dir, options), peer or "")
+    click.echo(render_text(report).rstrip() if output == "table" else serialize(report.to_dict(), output))
+    sys.exit(0 if report.well else 2)
+
+
+@cli.command()
+@_with(*_NODE, *_CONTAINERS)
 @click.option("--dry-run", is_flag=True, help="Print what would be removed and restored, change nothing.")
 def cleanup(state_dir: str, dry_run: bool, **options: Any) -> None:
     """Remove everything that ovsmesh made and nothing else, and restore what it changed.

@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 
 from ovsmesh.dataplane import cni_config, desired
 from ovsmesh.dataplane.plan import Plan, Step
-from ovsmesh.dataplane.types import KBR, PEER_KINDS, Dataplane, Facts, Observed, Unmanaged
+from ovsmesh.dataplane.types import KBR, PEER_KINDS, Dataplane, Facts, Observed, Reach, State, Unmanaged
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import Mesh, Node, gateway
+from ovsmesh.names import ENCAPSULATIONS
 from ovsmesh.reasons import Reason
 from ovsmesh.text import listed
+
+NOT_REACHED = frozenset({State.UNREACHABLE, State.LOSSY, State.SMALL})
+"""States of a peer that is wired as wanted, and to which packets are lost all the same."""
 
 
 class Traffic(NamedTuple):
@@ -43,6 +47,8 @@ class ReportContext:
     """False: its source can't be used now, and the last known good mesh is in use."""
     last_change: Mapping[str, tuple[float, str]] = field(default_factory=dict)
     """Peer → when and how a part of it was changed last."""
+    reach: Mapping[str, Reach] | None = None
+    """Peer → what the probes found; None where nobody probes, so the report tells of the wiring alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,10 @@ class Peer:
 
     name: str
     state: str
-    """"ok", "missing", "held" (left the mesh, removal held), "refused" or "unknown" (can't be observed now)."""
+    """"ok", "missing", "held" (left the mesh, removal held), "refused" or "unknown" (can't be observed now).
+
+    Where the wiring is in place and the peer is probed: what the probes found, see reach.State.
+    """
     address: str = ""
     pod_cidrs: tuple[str, ...] = ()
     port: str = ""
@@ -94,7 +103,8 @@ class Peer:
     last_change: float | None = None
     last_change_text: str = ""
     missing: tuple[str, ...] = ()
-    """Which parts are not as wanted, and why."""
+    """Which parts are not as wanted, and why; or why packets do not get through."""
+    reach: Reach | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +121,11 @@ class Report:
     """The plan's lines: what is still to be done, is blocked or is held."""
     unmanaged: tuple[str, ...]
     problems: tuple[Problem, ...]
+
+    @property
+    def well(self) -> bool:
+        """Whether the node is in sync, an agent keeps it so, and packets get through to every peer."""
+        return self.converged and self.self.agent_running and all(peer.state == "ok" for peer in self.peers)
 
     def count(self, state: str) -> int:
         """Return how many peers are in a state; "wanted" counts all but the held and the refused."""
@@ -132,7 +147,7 @@ def _camel(name: str) -> str:
 
 _JSON_NAMES = {"unmanaged": "foreign"}
 """Field → its key in JSON, where it has had another name since the first release."""
-_TIMES = frozenset({"time", "agent_since", "mesh_since", "last_change"})
+_TIMES = frozenset({"time", "agent_since", "mesh_since", "last_change", "since"})
 
 
 def _plain(value: Any) -> Any:
@@ -169,6 +184,33 @@ def age(seconds: float) -> str:
     return f"{left // 86400}d"
 
 
+_CARRIED_BY = dict(
+    zip(ENCAPSULATIONS, ("GRE (IP protocol 47)", "VXLAN (UDP port 4789)", "Geneve (UDP port 6081)"), strict=True)
+)
+
+
+def cause(reach: Reach, mtu: int, encapsulation: str, own: str, peer: str) -> str:
+    """Return the likely cause of what the probes found, and what to look at; "" where all is well or nothing is known.
+
+    `mtu` is the pods' MTU in bytes; `own` and `peer` are the two tunnel addresses.
+    """
+    if reach.state is State.UNREACHABLE:
+        if reach.error:
+            return f"probes to {reach.destination} can't be sent: {reach.error}"
+        carried = _CARRIED_BY[encapsulation]
+        if reach.heard:
+            return f"its packets arrive here, and ours are not answered: is {carried} blocked from {own} to {peer}?"
+        return f"nothing arrives from it: is the host down, or {carried} blocked between {own} and {peer}?"
+    if reach.state is State.SMALL:
+        return (
+            f"packets above {reach.path_mtu} bytes are lost, and pods send up to {mtu}: "
+            f"raise the MTU between {own} and {peer}, or set the mesh's `mtu` to {reach.path_mtu}"
+        )
+    if reach.state is State.LOSSY:
+        return f"{reach.loss or 0:.0%} of the probes are lost between {own} and {peer}"
+    return ""
+
+
 # From the parts to the report
 
 
@@ -196,8 +238,9 @@ def report(
     if mesh is not None:
         me = mesh.node(self_name)
         joined = desired.peers(mesh, me, desired.wiring(mesh, me, facts))[0] if me and facts else {}
+        mtu = desired.pod_mtu(mesh, me, facts) if me and facts else 0
         peers = (
-            *_peers(mesh, self_name, joined, have, kinds, problems, traffic, context),
+            *_peers(mesh, self_name, joined, mtu, have, kinds, problems, traffic, context),
             *_held(plan, have, traffic, context),
         )
     conditions = tuple(_conditions(mesh, plan, peers, problems, converged, context))
@@ -243,6 +286,7 @@ def _peers(
     mesh: Mesh,
     self_name: str,
     joined: Mapping[str, Dataplane],
+    mtu: int,
     have: Observed,
     kinds: list[str],
     problems: Iterable[Problem],
@@ -250,6 +294,8 @@ def _peers(
     context: ReportContext,
 ) -> Iterator[Peer]:
     unmanaged = {(u.kind, u.key): u for u in have.unmanaged if u.blocks}
+    me = mesh.node(self_name)
+    own = str(me.address) if me else ""
     known = [kind for kind in kinds if kind not in have.unknown]
     unknown = sorted(have.unknown & set(PEER_KINDS))
     why_unknown = next((f": {p.message}" for p in have.problems if p.fatal), "")
@@ -270,9 +316,13 @@ def _peers(
             state = "missing"
         elif unknown:
             state, missing = "unknown", (f"{', '.join(unknown)} can't be observed{why_unknown}",)
+        reach = None if context.reach is None else context.reach.get(node.name, Reach())
+        if reach is not None and state == "ok":
+            state, why_not = str(reach.state), cause(reach, mtu, mesh.encapsulation, own, address)
+            missing = (why_not,) if why_not else ()
         port = next(iter(parts.ports), "")
         when, how = context.last_change.get(node.name, (None, ""))
-        yield Peer(node.name, state, address, cidrs, port, traffic.get(port), when, how, missing)
+        yield Peer(node.name, state, address, cidrs, port, traffic.get(port), when, how, missing, reach)
 
 
 def _held(plan: Plan, have: Observed, traffic: Mapping[str, Traffic], context: ReportContext) -> Iterator[Peer]:
@@ -343,6 +393,7 @@ def _conditions(
         yield Condition("Converged", "False", reason, text)
     reasons = [problem.reason for problem in problems if problem.fatal]
     reasons += [Reason.PeersMissing] * any(peer.state in ("missing", "unknown", "refused") for peer in peers)
+    reasons += [Reason.PeersUnreachable] * any(peer.state in NOT_REACHED for peer in peers)
     reasons += [Reason.Blocked] * bool(plan.blocked)
     if reasons:
         yield Condition("Degraded", "True", reasons[0], ", ".join(dict.fromkeys(reasons)))
@@ -365,6 +416,12 @@ def _headline(
     if mesh is None:
         return f"{name} waits for a mesh: nothing was read yet, so nothing is touched"
     wanted = [peer for peer in peers if peer.state != "held"]
+    dead = [peer.name for peer in wanted if peer.state == State.UNREACHABLE]
+    if dead:
+        return f"{name}: {len(dead)} of {len(wanted)} peers not reachable: {listed(dead, 3)}"
+    poor = [peer.name for peer in wanted if peer.state in NOT_REACHED]
+    if poor:
+        return f"{name}: packets to {len(poor)} of {len(wanted)} peers are lost: {listed(poor, 3)}"
     bad = sum(peer.state != "ok" for peer in wanted)
     if bad:
         return f"{name} is degraded: {bad} of {len(wanted)} peers not converged"

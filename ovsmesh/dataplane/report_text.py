@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from ovsmesh.dataplane.report import Peer, Report, Self, age, timestamp
+from ovsmesh.dataplane.report import NOT_REACHED, Peer, Report, Self, age, timestamp
 from ovsmesh.text import listed, printable, some
 
 _MOST = 8
@@ -29,7 +29,7 @@ def _problems(report: Report) -> Iterator[str]:
     lines = [f"! {problem}" for problem in sorted(report.problems, key=lambda p: not p.fatal)]
     yield from _some(lines)
     named = " ".join(lines)
-    bad = [peer for peer in report.peers if peer.state in ("missing", "unknown")]
+    bad = [peer for peer in report.peers if peer.state in ("missing", "unknown") or peer.state in NOT_REACHED]
     causes: dict[tuple[str, ...], list[str]] = {}
     for peer in bad:
         causes.setdefault(peer.missing, []).append(peer.name)
@@ -68,9 +68,19 @@ def _row(peer: Peer, now: float) -> list[str]:
     traffic = peer.traffic
     numbers = [str(n) for n in (traffic.rx_packets, traffic.tx_packets, traffic.errors)] if traffic else ["-"] * 3
     changed = age(now - peer.last_change) if peer.last_change is not None else "-"
-    state = peer.state if not peer.missing else f"{peer.state}: {_first(peer.missing)}"
+    state = peer.state if not peer.missing or peer.state in NOT_REACHED else f"{peer.state}: {_first(peer.missing)}"
     cidrs = ",".join(peer.pod_cidrs) or "-"
-    return [peer.name, peer.address or "-", cidrs, peer.port or "-", *numbers, changed, state]
+    return [peer.name, peer.address or "-", cidrs, peer.port or "-", *numbers, changed, *_reach(peer), state]
+
+
+def _reach(peer: Peer) -> list[str]:
+    """Return round trip, loss and path MTU; nothing where nobody probes."""
+    found = peer.reach
+    if found is None:
+        return []
+    trip = "-" if found.round_trip is None else f"{found.round_trip * 1000:.1f} ms"
+    loss = "-" if found.loss is None else f"{found.loss:.0%}"
+    return [trip, loss, "-" if found.path_mtu is None else str(found.path_mtu)]
 
 
 def _first(missing: tuple[str, ...]) -> str:
@@ -84,7 +94,8 @@ def render_text(report: Report) -> str:
     conditions = [(c.type, c.status, c.reason, c.message) for c in report.conditions]
     lines += ["", *table([("CONDITION", "STATUS", "REASON", "MESSAGE"), *conditions])]
     if report.peers:
-        head = ["PEER", "ADDRESS", "POD CIDRS", "PORT", "RX", "TX", "ERRORS", "CHANGED", "STATE"]
+        reach = ["RTT", "LOSS", "PATH MTU"] if any(peer.reach for peer in report.peers) else []
+        head = ["PEER", "ADDRESS", "POD CIDRS", "PORT", "RX", "TX", "ERRORS", "CHANGED", *reach, "STATE"]
         rows = [head, *(_row(peer, report.time) for peer in report.peers)]
-        lines += ["", *table(rows, right=frozenset({4, 5, 6, 7}))]
+        lines += ["", *table(rows, right=frozenset(range(4, len(head) - 1)))]
     return "\n".join(map(printable, lines)) + "\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -217,3 +218,40 @@ class Observed:
     """Kinds that can't be observed now, so nothing is planned for them."""
     docker: str = ""
     """Where Docker's containers are plugged in, for the reader; "" where there is no Docker."""
+
+
+class State(StrEnum):
+    """What is known of a path."""
+
+    UNPROBED = "not probed yet"
+    OK = "ok"
+    LOSSY = "lossy"
+    SMALL = "small packets only"
+    UNREACHABLE = "unreachable"
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What is known of a peer, or of one path to it, at one moment.
+
+    `since` is on the clock of whoever made it: the probes' own while it is one path's, seconds since the epoch once it
+    is a peer's. All other times are in seconds.
+    """
+
+    state: State = State.UNPROBED
+    since: float = 0.0
+    round_trip: float | None = None
+    """Exponentially weighted mean (1/8, as TCP's in RFC 6298) of the answered ones."""
+    round_trip_p99: float | None = None
+    loss: float | None = None
+    """Lost of the last hundred, 0 to 1."""
+    path_mtu: int | None = None
+    """Bytes of the largest IP packet that is known to pass; None where full size does or nothing is known."""
+    sent: int = 0
+    lost: int = 0
+    heard: bool = False
+    """Whether packets of the peer itself arrived here lately."""
+    error: str = ""
+    """Why probes can't be sent, where that is the case."""
+    destination: str = ""
+    """Address of the peer that this is about."""

@@ -1,0 +1,69 @@
+"""`ovsmesh check`: the wiring of this node, and packets to every peer, now. It changes nothing and needs no agent."""
+
+from __future__ import annotations
+
+import dataclasses
+import select
+import time
+from collections.abc import Mapping
+
+from ovsmesh.agent import result
+from ovsmesh.agent.options import Options, opened
+from ovsmesh.cli import inspect
+from ovsmesh.dataplane.report import Report
+from ovsmesh.dataplane.types import Reach, State
+from ovsmesh.errors import OvsmeshError
+from ovsmesh.probe.sender import Prober
+from ovsmesh.probe.targets import Target, targets
+from ovsmesh.state_dir import StateDir
+from ovsmesh.text import listed
+
+_RATE = 200.0
+"""Probes a second: a thousand peers in some five seconds."""
+_DEADLINE = 30.0
+"""Seconds after which a peer that is still undecided is shown so."""
+_LEAST = 3.0
+"""Seconds of probing at least: one lost packet of a few shows up then."""
+
+
+def check(options: Options, peer: str = "") -> Report:
+    """Probe every peer, or the one that is named, and return the report of this node.
+
+    Raises OvsmeshError where the mesh, the switch or the raw sockets can't be used: then nothing can be told.
+    """
+    source = inspect.snapshot(options)
+    if source.mesh is None:
+        raise OvsmeshError("; ".join(map(str, source.problems)))
+    if peer and (peer == options.node or source.mesh.node(peer) is None):
+        names = [node.name for node in source.mesh.nodes if node.name != options.node]
+        raise OvsmeshError(f"--peer {peer}: the mesh has no such peer; it has {listed(names, 10)}")
+    with opened(options, StateDir(options.state_dir)) as driver:
+        found = result.look(driver, source, options.node)
+        traffic, version = driver.traffic(), driver.ovs_version
+    if found.mesh is None or found.facts is None:
+        raise OvsmeshError("; ".join(map(str, found.problems)))
+    wanted = targets(found.mesh, options.node, found.facts)
+    reach = _probe({name: paths for name, paths in wanted.items() if peer in ("", name)})
+    context = dataclasses.replace(inspect.context(options, source, version), reach=reach)
+    report = inspect.report(options, found, traffic, context)
+    return dataclasses.replace(report, peers=tuple(p for p in report.peers if peer in ("", p.name)))
+
+
+def _probe(wanted: Mapping[str, tuple[Target, ...]]) -> dict[str, Reach]:
+    try:
+        prober = Prober(_RATE)
+    except OSError as error:
+        raise OvsmeshError(f"no probe can be sent, as raw sockets can't be used: {error.strerror}") from None
+    try:
+        prober.update(wanted)
+        start = time.monotonic()
+        least = start + _LEAST + len(wanted) / _RATE
+        while (now := time.monotonic()) < start + _DEADLINE:
+            undecided = any(one.state is State.UNPROBED for one in prober.results().values())
+            if now >= least and not undecided:
+                break
+            select.select([prober.fd], [], [], 0.5 if undecided else max(0.0, least - now))
+            prober.drain()
+        return prober.results()
+    finally:
+        prober.close()

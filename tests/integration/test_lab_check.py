@@ -1,0 +1,106 @@
+"""`ovsmesh check` tells what packets do: each fault of the underlay is named with its peer and its likely cause."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from ovsmesh.lab import netns, underlay
+from ovsmesh.lab.host import Host
+from ovsmesh.lab.lab import Lab
+from tests.support.labtools import Make, at_rest
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture(scope="module")
+def three(module_lab: Make) -> Lab:
+    made = module_lab(3, 1, dual_stack=True)
+    at_rest(made)
+    return made
+
+
+def check(host: Host, *options: str) -> tuple[int, dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the exit status, the report, and its peers by name."""
+    done = host.ovsmesh("check", "-o", "json", *options, timeout=120)
+    assert done.returncode in (0, 2), done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    return done.returncode, report, {peer["name"]: peer for peer in report["peers"]}
+
+
+@contextmanager
+def fault(lab: Lab, *rules: str) -> Iterator[None]:
+    """Have the underlay do this to packets that cross it."""
+    hub = underlay.hub(lab.settings)
+    chain = "type filter hook forward priority 0; policy accept;"
+    netns.run(["nft", "-f", "-"], hub, text=f"table bridge fault {{ chain c {{ {chain} {'; '.join(rules)}; }}; }}\n")
+    try:
+        yield
+    finally:
+        netns.run(["nft", "delete table bridge fault"], hub)
+
+
+def tunnel(source: Host, target: Host) -> str:
+    """Return a match of the tunnel's packets from one host to another."""
+    return f"ip saddr {source.address} ip daddr {target.address} ip protocol gre"
+
+
+def test_all_is_well_and_each_family_has_answered(three: Lab) -> None:
+    code, report, peers = check(three.host(1))
+    assert (code, {name: peer["state"] for name, peer in peers.items()}) == (0, {"h2": "ok", "h3": "ok"})
+    assert all(peer["reach"]["roundTrip"] > 0 and peer["reach"]["loss"] == 0 for peer in peers.values())
+    assert "all 2 peers ok" in report["headline"]
+
+
+def test_a_cut_names_the_peer_and_the_blocked_protocol(three: Lab) -> None:
+    one, _, third = three.hosts
+    with fault(three, f"{tunnel(one, third)} drop", f"{tunnel(third, one)} drop"):
+        code, report, peers = check(one)
+        assert (code, peers["h2"]["state"], peers["h3"]["state"]) == (2, "ok", "unreachable")
+        assert report["headline"] == "h1: 1 of 2 peers not reachable: h3"
+        (why,) = peers["h3"]["missing"]
+        assert all(word in why for word in ("nothing arrives", "GRE", str(one.address), str(third.address)))
+        degraded = next(c for c in report["conditions"] if c["type"] == "Degraded")
+        assert (degraded["status"], degraded["reason"]) == ("True", "PeersUnreachable")
+    assert check(one)[0] == 0
+
+
+def test_one_direction_is_told_from_both(three: Lab) -> None:
+    one, _, third = three.hosts
+    # nothing else sends probes yet, so the other end's own check is what is heard
+    with fault(three, f"{tunnel(one, third)} drop"):
+        code, _, peers = check(third, "--peer", "h1")
+        assert (code, list(peers)) == (2, ["h1"])
+        assert "nothing arrives" in peers["h1"]["missing"][0]
+
+
+@pytest.mark.parametrize("limit", [1400, 1300])
+def test_a_path_that_carries_only_small_packets_is_measured_to_the_byte(three: Lab, limit: int) -> None:
+    one, second, _ = three.hosts
+    # an outer packet of `limit` bytes carries 38 bytes less
+    with fault(three, f"{tunnel(one, second)} ip length > {limit} drop"):
+        code, report, peers = check(one)
+        assert (code, peers["h2"]["state"], peers["h3"]["state"]) == (2, "small packets only", "ok")
+        assert peers["h2"]["reach"]["pathMtu"] == limit - 38
+        assert str(limit - 38) in peers["h2"]["missing"][0]
+        assert "h2" in report["headline"]
+
+
+def test_a_peer_that_is_down_is_named_and_its_agent_is_not_needed(three: Lab) -> None:
+    third = three.host(3)
+    third.stop_agent()
+    try:
+        assert check(three.host(1))[0] == 0
+        with fault(three, f"ip saddr {third.address} drop", f"ip daddr {third.address} drop"):
+            assert check(three.host(1))[2]["h3"]["state"] == "unreachable"
+    finally:
+        third.start_agent()
+
+
+def test_what_can_not_be_told_is_exit_1(three: Lab) -> None:
+    done = three.host(1).ovsmesh("check", "--peer", "h9")
+    assert done.returncode == 1 and "h9" in done.stderr and "h2" in done.stderr

@@ -1,0 +1,189 @@
+"""What is concluded from answers and losses, on simulated links: detection, recovery, path MTU, and no flapping."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable, Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ovsmesh.dataplane.types import State
+from ovsmesh.probe.scheduler import RATE, Scheduler
+
+FULL = 1462
+Link = Callable[[float, int], bool]
+"""(time, size of the packet) → whether it is answered."""
+
+
+class Network:
+    """Peers behind simulated links, probed by a scheduler on a simulated clock."""
+
+    def __init__(self, links: dict[str, Link], trip: float = 0.001) -> None:
+        self.links, self.trip = links, trip
+        self.now = 1000.0
+        self.scheduler: Scheduler[str] = Scheduler(self.now)
+        self.scheduler.update({name: {name: FULL} for name in links}, self.now)
+        self.sent: list[tuple[float, str]] = []
+        self.changes: dict[str, list[tuple[float, State]]] = {name: [] for name in links}
+        self._answers: list[tuple[float, str, int]] = []
+        self._shown: dict[str, State] = {}
+        self._watch(links)
+
+    def run(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            touched = set(self.scheduler._busy)
+            for due in self.scheduler.due(self.now):
+                self.sent.append((self.now, due.key))
+                touched.add(due.key)
+                if self.links[due.key](self.now, due.probe.size):
+                    heapq.heappush(self._answers, (self.now + self.trip, due.key, due.probe.sequence))
+            wake = self.scheduler.wake_at(self.now)
+            if self._answers and self._answers[0][0] <= wake:
+                self.now, key, sequence = heapq.heappop(self._answers)
+                self.scheduler.answered(key, sequence, self.now)
+                touched.add(key)
+            else:
+                assert wake > self.now, "a wake-up in the past would spin"
+                self.now = wake
+            self._watch(touched)
+        self.now = max(self.now, end)
+
+    def _watch(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            state = self.state(key)
+            if self._shown.get(key) is not state:
+                self._shown[key] = state
+                self.changes[key].append((self.now, state))
+
+    def state(self, name: str) -> State:
+        return self.scheduler._paths[name].state
+
+    def until(self, name: str, state: State, limit: float) -> float:
+        """Run until a path is in a state; return after how many seconds."""
+        start = self.now
+        while self.state(name) is not state:
+            assert self.now - start < limit, f"{self.state(name)} after {limit} s, wanted {state}"
+            self.run(0.05)
+        return self.now - start
+
+
+class Faulty:
+    """A link whose behaviour a test changes."""
+
+    def __init__(self) -> None:
+        self.up, self.mtu, self.loss = True, FULL, 0.0
+        self._random = random.Random(7)
+
+    def __call__(self, now: float, size: int) -> bool:
+        return self.up and size <= self.mtu and self._random.random() >= self.loss
+
+
+def one(peers: int = 1) -> tuple[Network, Faulty]:
+    link = Faulty()
+    links: dict[str, Link] = {"web1": link}
+    links |= {f"other{n}": lambda now, size: True for n in range(peers - 1)}
+    return Network(links), link
+
+
+def test_a_peer_is_not_well_before_it_has_answered() -> None:
+    network, link = one()
+    link.up = False
+    assert network.state("web1") is State.UNPROBED
+    assert network.until("web1", State.UNREACHABLE, 5) > 0
+    assert [state for _, state in network.changes["web1"]][-2:] == [State.UNPROBED, State.UNREACHABLE]
+
+
+@pytest.mark.parametrize("peers", [1, 3, 100])
+def test_a_cut_is_seen_and_cleared_within_ten_seconds(peers: int) -> None:
+    network, link = one(peers)
+    network.run(30)
+    assert network.state("web1") is State.OK
+    link.up = False
+    assert network.until("web1", State.UNREACHABLE, 10) < 10
+    network.run(60)
+    link.up = True
+    assert network.until("web1", State.OK, 10) < 10
+
+
+@pytest.mark.parametrize("peers", [1, 100])
+@pytest.mark.parametrize("mtu", [1362, 1280, 576, 1461, 100])
+def test_the_path_mtu_is_found_to_the_byte_and_its_end_too(peers: int, mtu: int) -> None:
+    network, link = one(peers)
+    network.run(20)
+    link.mtu = mtu
+    network.until("web1", State.SMALL, 20)
+    assert network.scheduler.results()["web1"].path_mtu == mtu
+    network.run(120)
+    assert network.state("web1") is State.SMALL
+    assert network.scheduler.results()["web1"].loss is not None
+    link.mtu = FULL
+    network.until("web1", State.OK, 30)
+    assert network.scheduler.results()["web1"].path_mtu is None
+
+
+def test_losses_are_seen_as_losses_and_not_as_a_small_path_mtu() -> None:
+    network, link = one(3)
+    network.run(20)
+    link.loss = 0.3
+    network.until("web1", State.LOSSY, 60)
+    network.run(120)
+    reach = network.scheduler.results()["web1"]
+    assert reach.state is State.LOSSY and reach.loss is not None and 0.15 < reach.loss < 0.45
+    assert reach.path_mtu is None
+    link.loss = 0.0
+    network.until("web1", State.OK, 120)
+
+
+def test_one_lost_packet_changes_nothing() -> None:
+    network, link = one(3)
+    network.run(20)
+    link.up = False
+    network.run(1.05)
+    link.up = True
+    network.run(30)
+    assert [state for _, state in network.changes["web1"]] == [State.UNPROBED, State.OK]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    loss=st.floats(0.0, 1.0),
+    period=st.floats(0.1, 40.0),
+    share=st.floats(0.0, 1.0),
+    mtu=st.integers(60, FULL),
+    seed=st.integers(0, 2**32),
+)
+def test_no_pattern_of_losses_makes_a_state_flap(loss: float, period: float, share: float, mtu: int, seed: int) -> None:
+    dice = random.Random(seed)
+
+    def link(now: float, size: int) -> bool:
+        bad = (now % period) < period * share
+        return not (bad and (dice.random() < loss or size > mtu))
+
+    network = Network({"web1": link})
+    network.run(600)
+    # the wait doubles with each change for the worse, so there is room for nine of them in ten minutes
+    assert len(network.changes["web1"]) <= 24
+
+
+@settings(max_examples=10, deadline=None)
+@given(dead=st.integers(0, 30), lossy=st.integers(0, 30), good=st.integers(1, 60), seed=st.integers(0, 2**32))
+def test_the_budget_is_kept_and_nobody_is_starved(dead: int, lossy: int, good: int, seed: int) -> None:
+    dice = random.Random(seed)
+    links: dict[str, Link] = {f"dead{n}": lambda now, size: False for n in range(dead)}
+    links |= {f"lossy{n}": lambda now, size: dice.random() < 0.7 for n in range(lossy)}
+    links |= {f"good{n}": lambda now, size: True for n in range(good)}
+    network = Network(links)
+    network.run(60)
+    first = network.sent[0][0]
+    for start in range(58):
+        assert sum(start <= at - first < start + 1 for at, _ in network.sent) <= 2 * RATE
+    assert len(network.sent) <= RATE * 61
+    for name in links:
+        times = [at for at, key in network.sent if key == name]
+        gaps = [b - a for a, b in zip([first, *times], [*times, network.now], strict=True)]
+        assert max(gaps) <= 2 * max(5.0, len(links) / RATE * 2) + 1.5, f"{name}: {max(gaps):.1f} s without a probe"
+    assert all(network.state(name) is State.OK for name in links if name.startswith("good"))
