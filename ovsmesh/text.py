@@ -1,4 +1,4 @@
-"""Make texts of others fit for one line, and long lists short."""
+"""Make texts of others fit for one line, long lists short, and numbers agree with their nouns."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def some(items: Iterable[object], most: int = 10) -> list[str]:
 def listed(items: Iterable[object], most: int = 10, separator: str = ", ") -> str:
     """Return the first items as one text, and how many more there are."""
     return separator.join(some(items, most))
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, as "1 peer" or "2 peers"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

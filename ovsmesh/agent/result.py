@@ -19,6 +19,7 @@ from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.metrics import Histogram
 from ovsmesh.reasons import Reason
+from ovsmesh.text import counted
 
 if TYPE_CHECKING:
     from ovsmesh.agent.driver import Driver
@@ -144,7 +145,7 @@ def look(driver: Driver, snapshot: Snapshot, node: str) -> ReconcileResult:
 
 def peers_text(want: Dataplane) -> str:
     """Return the number of peers that the node is to have tunnels to, as in "3 peers"."""
-    return f"{len(want.ports)} peer{'' if len(want.ports) == 1 else 's'}"
+    return counted(len(want.ports), "peer")
 
 
 def report(

@@ -22,6 +22,7 @@ from ovsmesh.ovs.idl import run_dir
 from ovsmesh.probe import icmp
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
+from ovsmesh.text import counted
 
 _DEFAULT_RUN_DIRS = ("/var/run/openvswitch", "/run/openvswitch")
 _POLL = 0.5
@@ -122,7 +123,7 @@ def await_converged(options: Options, deadline: float) -> tuple[list[str], bool]
     versions = {c.version for c in me.pod_cidrs}
     gateways = {n.name: [str(gateway(c)) for c in n.pod_cidrs if c.version in versions] for n in peers}
     answered = icmp.ping([g for found in gateways.values() for g in found])
-    lines = [f"{me.name}: converged, {len(peers)} peer{'' if len(peers) == 1 else 's'}"]
+    lines = [f"{me.name}: converged, {counted(len(peers), 'peer')}"]
     for peer in peers:
         for address in gateways[peer.name]:
             ms = answered[address]

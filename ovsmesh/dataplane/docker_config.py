@@ -13,7 +13,7 @@ from typing import Any
 
 from ovsmesh.dataplane.types import KBR, Daemon, Facts
 from ovsmesh.mesh.types import IPNetwork, Node
-from ovsmesh.text import listed
+from ovsmesh.text import counted, listed
 
 DOCKER0 = "docker0"
 DAEMON = "daemon"
@@ -197,4 +197,4 @@ def stops(daemon: Daemon) -> str:
     left = [name for name in daemon.running if name not in daemon.returning]
     texts = [f"{listed(daemon.returning)} come back with new addresses"] if daemon.returning else []
     texts += [f"{listed(left)} stay stopped until you start them"] if left else []
-    return f"restarting Docker stops {len(daemon.running)} containers: {'; '.join(texts)}"
+    return f"restarting Docker stops {counted(len(daemon.running), 'container')}: {'; '.join(texts)}"

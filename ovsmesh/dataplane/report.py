@@ -14,7 +14,7 @@ from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import Mesh, Node, gateway
 from ovsmesh.names import ENCAPSULATIONS
 from ovsmesh.reasons import Reason
-from ovsmesh.text import listed
+from ovsmesh.text import counted, listed
 
 NOT_REACHED = frozenset({State.UNREACHABLE, State.LOSSY, State.SMALL})
 """States of a peer that is wired as wanted, and to which packets are lost all the same."""
@@ -389,7 +389,7 @@ def _conditions(
     else:
         only_held = plan.held and not plan.steps
         reason = Reason.Blocked if plan.blocked else Reason.RemovalHeld if only_held else Reason.Pending
-        text = f"{len(plan.steps)} changes to do, {len(plan.blocked)} blocked, {len(plan.held)} held"
+        text = f"{counted(len(plan.steps), 'change')} to do, {len(plan.blocked)} blocked, {len(plan.held)} held"
         yield Condition("Converged", "False", reason, text)
     reasons = [problem.reason for problem in problems if problem.fatal]
     reasons += [Reason.PeersMissing] * any(peer.state in ("missing", "unknown", "refused") for peer in peers)
@@ -400,7 +400,7 @@ def _conditions(
     else:
         yield Condition("Degraded", "False", Reason.AsWanted)
     if plan.held:
-        text = f"{len(plan.held_peers)} peers: {listed(plan.held_peers, 8)}"
+        text = f"{counted(len(plan.held_peers), 'peer')}: {listed(plan.held_peers, 8)}"
         yield Condition("RemovalHeld", "True", Reason.MassRemovalHeld, text)
     if mesh is not None and context.mesh_current:
         source = f"from {context.mesh_from}" if context.mesh_from else ""
@@ -426,10 +426,10 @@ def _headline(
     if bad:
         return f"{name} is degraded: {bad} of {len(wanted)} peers not converged"
     if plan.blocked or (degraded and not converged):
-        what = f"{len(plan.blocked)} parts blocked" if plan.blocked else "see below"
+        what = f"{counted(len(plan.blocked), 'part')} blocked" if plan.blocked else "see below"
         return f"{name} is degraded: {what}"
     if plan.held:
-        return f"{name} holds back the removal of {len(plan.held_peers)} peers"
+        return f"{name} holds back the removal of {counted(len(plan.held_peers), 'peer')}"
     if plan.steps:
-        return f"{name} is not converged: {len(plan.steps)} changes to do"
-    return f"{name} is {'converged, with problems' if degraded else 'converged'}: all {len(wanted)} peers ok"
+        return f"{name} is not converged: {counted(len(plan.steps), 'change')} to do"
+    return f"{name} is {'converged, with problems' if degraded else 'converged'}: all {counted(len(wanted), 'peer')} ok"

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from ovsmesh.dataplane.types import COOKIE, OBR, Unmanaged
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.text import counted
 
 TIMEOUT = 10.0
 """Seconds for one ovs-ofctl call; 0.1 s is usual for 3,000 flows."""
@@ -276,7 +277,7 @@ class FlowTable:
         if done.returncode:
             self._raw = None
             detail = " / ".join(done.stderr.strip().splitlines()[:3])
-            raise OvsmeshError(f"the switch refused {len(lines)} flow changes on {OBR}: {detail}")
+            raise OvsmeshError(f"the switch refused {counted(len(lines), 'flow change')} on {OBR}: {detail}")
         if self._raw is not None:
             self._raw = {k: v for k, v in self._raw.items() if k not in set(deletes)} | adds
             # an unmanaged flow of the same key was replaced

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ovsmesh.text import listed, printable, some
+from ovsmesh.text import counted, listed, printable, some
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,7 @@ def test_printable_is_cut_and_takes_another_substitute() -> None:
 def test_a_long_list_says_how_many_more(count: int, shown: str) -> None:
     assert listed(range(1, count + 1), 3) == shown
     assert ", ".join(some(iter(range(1, count + 1)), 3)) == shown
+
+
+def test_a_number_agrees_with_its_noun() -> None:
+    assert [counted(n, "peer") for n in (0, 1, 2)] == ["0 peers", "1 peer", "2 peers"]

@@ -92,7 +92,7 @@ def test_golden_degraded() -> None:
         "route 10.97.3.0/24 via 10.97.3.1 dev kbr0 mtu 1462 missing: "
         "an unmanaged route 10.97.3.0/24 via 192.0.2.254 dev eth0",
     ]
-    assert "Converged    False   Blocked       1 changes to do, 1 blocked, 0 held" in lines
+    assert "Converged    False   Blocked       1 change to do, 1 blocked, 0 held" in lines
     assert "Degraded     True    PeersMissing  PeersMissing, Blocked" in lines
     assert lines[-1].endswith("missing: port gre-web3 remote 192.0.2.13 missing (+1)")
 
@@ -143,9 +143,9 @@ def test_held_removals_and_last_known_good() -> None:
         (Plan(), (WARNING,), True, "web1 is converged: all 2 peers ok", ["AsWanted", "AsWanted"]),
         (Plan(), (ERROR,), True, "web1 is converged, with problems: all 2 peers ok", ["AsWanted", "PodCIDRInvalid"]),
         (Plan(), (ERROR,), False, "web1 is degraded: see below", ["Pending", "PodCIDRInvalid"]),
-        (Plan((STEP,)), (), False, "web1 is not converged: 1 changes to do", ["Pending", "AsWanted"]),
-        (Plan((STEP,), (BLOCKED,)), (), False, "web1 is degraded: 1 parts blocked", ["Blocked", "Blocked"]),
-        (HELD, (), False, "web1 holds back the removal of 1 peers", ["RemovalHeld", "AsWanted", "MassRemovalHeld"]),
+        (Plan((STEP,)), (), False, "web1 is not converged: 1 change to do", ["Pending", "AsWanted"]),
+        (Plan((STEP,), (BLOCKED,)), (), False, "web1 is degraded: 1 part blocked", ["Blocked", "Blocked"]),
+        (HELD, (), False, "web1 holds back the removal of 1 peer", ["RemovalHeld", "AsWanted", "MassRemovalHeld"]),
         (replace(HELD, steps=(STEP,)), (), False, "web1 holds back the", ["Pending", "AsWanted", "MassRemovalHeld"]),
     ],
 )

@@ -301,7 +301,7 @@ def test_a_refusal_is_told_and_the_table_read_again(switch: Any, table: Any) -> 
     table.observe(OFPORTS)
     (switch.run / "status").write_text("1")
     (switch.run / "refusal").write_text("OFPT_ERROR (OF1.4) (xid=0x6): OFPBFC_MSG_FAILED\nmore\n")
-    with pytest.raises(OvsmeshError, match=r"the switch refused 1 flow changes on obr0: OFPT_ERROR .* / more"):
+    with pytest.raises(OvsmeshError, match=r"the switch refused 1 flow change on obr0: OFPT_ERROR .* / more"):
         table.apply({"0 ": "drop"}, [], OFPORTS)
     (switch.run / "status").write_text("0")
     table.observe(OFPORTS)
