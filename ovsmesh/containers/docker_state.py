@@ -214,6 +214,7 @@ class DockerFile:
 
 
 def digest(data: bytes) -> str:
+    """Return 16 hex digits that tell one text from another."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 

@@ -71,7 +71,7 @@ class Page(NamedTuple):
 
 
 def path_of(*parts: str) -> str:
-    """Return a path; the first part is taken as it is: path_of("/api/v1/nodes", name, "status")."""
+    """Join the parts of a path, such as "/api/v1/nodes", a name and "status"; all but the first are quoted."""
     return "/".join((parts[0], *(quote(part, safe="") for part in parts[1:])))
 
 

@@ -68,7 +68,7 @@ class ApiError(OvsmeshError):
 
 
 class NotFound(ApiError):
-    """404"""
+    """404: the object is not there."""
 
 
 class Conflict(ApiError):
@@ -336,7 +336,7 @@ class Stream:
         """Bytes of events so far."""
 
     def __iter__(self) -> Iterator[tuple[str, Object]]:
-        """Raises Unavailable (cut, silent), Garbage."""
+        """Yield the events. Raises Unavailable (cut, silent), Garbage."""
         for line in self._lines():
             if not line.strip():
                 continue

@@ -52,7 +52,7 @@ class Wakeup:
                 os.eventfd_write(self.fd, 1)
 
     def clear(self) -> bool:
-        """Return whether wake() was called since the last clear()."""
+        """Forget the calls of wake(), and return whether there was one."""
         with self._lock, contextlib.suppress(BlockingIOError):
             return self._open and os.eventfd_read(self.fd) > 0
         return False
