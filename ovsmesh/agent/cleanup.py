@@ -85,13 +85,13 @@ def _restore_docker(driver: Driver) -> list[Problem]:
         return []
     if why := docker.stays():
         raise OvsmeshError(why)
-    told = [Problem(Reason.Docker, text) for text in docker.restore()]
+    notes = [Problem(Reason.Docker, text) for text in docker.restore()]
     while driver.busy:
         # a restart has its own deadlines
         driver.wait((), _STEP)
         driver.drain()
     why = docker.restored()
-    return [Problem(Reason.DockerNotRestored, why), *told] if why else told
+    return [Problem(Reason.DockerNotRestored, why), *notes] if why else notes
 
 
 def _settle(driver: Driver, want: Dataplane) -> tuple[Observed, Plan]:

@@ -38,6 +38,7 @@ class UninstallWatch:
 
     @property
     def fd(self) -> int:
+        """The file descriptor that is readable once the deletion was seen."""
         return self._wakeup.fd
 
     def _take(self, found: Object) -> bool:
@@ -65,6 +66,7 @@ class UninstallWatch:
         return self._deleted.is_set()
 
     def close(self) -> None:
+        """Stop watching."""
         self._reflector.close()
         for wakeup in (self._wakeup, self._unused):
             wakeup.close()
@@ -82,6 +84,7 @@ class KubernetesBackend:
         """None outside of a pod: the agent belongs to no Namespace."""
 
     def close(self) -> None:
+        """Close all of it; the MeshNode stays."""
         if self.uninstall:
             self.uninstall.close()
         self.writer.close()

@@ -55,6 +55,7 @@ class Driver:
         self.ovs.connect()
 
     def close(self) -> None:
+        """Close all drivers; what they made stays."""
         for driver in (self.flows, self.ovs, self.net, self.firewall, self.cni):
             driver.close()
         if self.docker:
@@ -131,6 +132,7 @@ class Driver:
 
     @property
     def database_up(self) -> bool:
+        """Whether the database has answered, and the connection stands."""
         return self.ovs.synced
 
     @property
@@ -144,6 +146,7 @@ class Driver:
         return self.ovs.synced and not self._switch_up
 
     def switch_answers(self) -> bool:
+        """Return whether ovs-vswitchd answers on obr0."""
         return self.flows.answers()
 
     def traffic(self) -> dict[str, dict[str, int]]:

@@ -75,8 +75,8 @@ def _locked(options: Options) -> Iterator[StateDir]:
     state.lock()
     try:
         # other commands read the last mesh that was whole and applied in place of MeshSlices
-        told = {**dataclasses.asdict(options), "mesh": options.mesh or str(state.mesh_file)}
-        state.write_agent({**told, "pid": os.getpid(), "version": __version__})
+        running = {**dataclasses.asdict(options), "mesh": options.mesh or str(state.mesh_file)}
+        state.write_agent({**running, "pid": os.getpid(), "version": __version__})
         yield state
     except OSError as error:
         raise OvsmeshError(f"state directory {options.state_dir}: {error.strerror}") from error

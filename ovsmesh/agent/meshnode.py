@@ -109,9 +109,11 @@ class MeshNodeWriter:
             self._wake.notify()
 
     def idle(self) -> None:
+        """Do nothing: a thread of its own writes."""
         return
 
     def close(self, timeout: float = 2.0) -> None:
+        """End the thread, within `timeout` seconds."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -293,9 +295,9 @@ def _condition_states(body: Mapping[str, Any]) -> dict[str, str]:
 
 def _same(body: Object, before: Object) -> bool:
     """Return whether two statuses differ in nothing but times."""
-    told = ("type", "status", "reason", "message")
-    new = [tuple(c[key] for key in told) for c in body["conditions"]]
-    old = [tuple(c.get(key, "") for key in told) for c in before.get("conditions", ())]
+    keys = ("type", "status", "reason", "message")
+    new = [tuple(c[key] for key in keys) for c in body["conditions"]]
+    old = [tuple(c.get(key, "") for key in keys) for c in before.get("conditions", ())]
     return new == old and all(body[key] == before.get(key) for key in body if key != "conditions")
 
 

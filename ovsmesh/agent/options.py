@@ -52,8 +52,8 @@ class Options:
         docker = None
         # cleanup restores what an earlier agent changed in Docker, also if the last agent left Docker alone
         if self.docker != "off" or (removing and (state.path / DOCKER_FILES[0]).exists()):
-            told = (self.docker, self.docker_config, self.docker_socket, self.docker_restart, self.docker_timeout)
-            docker = Docker(DockerOptions(*told), state, removing, acting)
+            values = (self.docker, self.docker_config, self.docker_socket, self.docker_restart, self.docker_timeout)
+            docker = Docker(DockerOptions(*values), state, removing, acting)
         return Driver(self.ovsdb, self.cni_dir, self.cni_bin_dir, docker)
 
 
@@ -63,9 +63,11 @@ def remembered(state_dir: str, chosen: Mapping[str, object]) -> Options:
     So `ovsmesh status` needs no option. A recorded value of another type is ignored.
     """
     plain = Options(state_dir=state_dir)
-    told = {**StateDir(state_dir).agent(), "state_dir": state_dir}
+    recorded = {**StateDir(state_dir).agent(), "state_dir": state_dir}
     kinds = {f.name: type(getattr(plain, f.name)) for f in dataclasses.fields(Options)}
-    found = {name: told[name] for name, kind in kinds.items() if isinstance(told.get(name), kind) and told[name]}
+    found = {
+        name: recorded[name] for name, kind in kinds.items() if isinstance(recorded.get(name), kind) and recorded[name]
+    }
     return dataclasses.replace(plain, **{**found, **chosen})
 
 

@@ -44,6 +44,7 @@ class AgentHttp(HttpServer):
         self._status = status
 
     def answer(self, path: str) -> Answer | None:
+        """Answer /, /readyz and /status.json; the rest is HttpServer's."""
         status = self._status
         first = not status.counters.reconciles
         if path == "/":
@@ -100,10 +101,12 @@ class StatusPublisher:
             self._http.publish(self._status)
 
     def close(self) -> None:
+        """Stop listening."""
         if self._http is not None:
             self._http.close()
 
     def publish(self, status: NodeStatus) -> None:
+        """Show this status; write it too if whether the node converged has changed."""
         before, self._status = self._status, status
         if self._http is not None:
             self._http.publish(status)
@@ -111,6 +114,7 @@ class StatusPublisher:
             self.idle()
 
     def idle(self) -> None:
+        """Try again to listen, say that the loop is alive, and write the status file."""
         self._open()
         if self._http is not None:
             self._http.beat()
@@ -120,17 +124,17 @@ class StatusPublisher:
     def _write(self, status: NodeStatus) -> None:
         """Write what `ovsmesh status` can't see itself into the state directory, if it has changed."""
         counters = status.counters
-        told = {
+        facts = {
             "since": counters.started,
             "version": __version__,
             "lastChange": counters.last_change,
             "drift": counters.drift,
             "problems": [[p.reason, str(p)] for p in status.result.problems if p.reason in _OWN_REASONS],
         }
-        if told == self._written:
+        if facts == self._written:
             return
-        self._written = told
+        self._written = facts
         try:
-            self._state.write_status(told)
+            self._state.write_status(facts)
         except OSError as error:
             log.warning("status file in %s: %s", self._state.path, error.strerror)

@@ -181,6 +181,7 @@ class NodeStatus:
 
     @property
     def report(self) -> reports.Report:
+        """The report. It is made at the first access."""
         with self._making:
             if self._report is None:
                 context = reports.ReportContext(

@@ -38,6 +38,7 @@ class SystemdNotifier:
         self._line = ""
 
     def publish(self, status: NodeStatus) -> None:
+        """Say that the agent is ready, and what it does."""
         # ready after the first attempt, whether it succeeded or not: units that are ordered after the agent must
         # start also while it waits for an address
         line = status_line(status.result)
@@ -47,6 +48,7 @@ class SystemdNotifier:
         self.idle()
 
     def idle(self) -> None:
+        """Feed the watchdog when that is due."""
         if self._beat and time.monotonic() - self._beaten >= self._beat and self._send("WATCHDOG=1"):
             self._beaten = time.monotonic()
 

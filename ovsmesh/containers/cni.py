@@ -46,10 +46,12 @@ class Cni:
         """Path and identity of a plugin's copy → its answer."""
 
     def close(self) -> None:
+        """Stop watching; what was written stays."""
         if self._watch:
             self._watch.close()
 
     def fds(self) -> list[int]:
+        """Return the file descriptors that are readable after an event."""
         return self._watch.fds() if self._watch else []
 
     def drain(self) -> bool:

@@ -81,11 +81,13 @@ class Docker:
         self._poke_at = time.monotonic() + _POKES
 
     def close(self) -> None:
+        """Stop watching; a restart that runs goes on."""
         self._migration.close()
         self._watch.close()
         self._file_watch.close()
 
     def fds(self) -> list[int]:
+        """Return the file descriptors that are readable after an event."""
         return [*self._watch.fds(), *self._file_watch.fds(), *self._migration.fds()]
 
     def drain(self) -> bool:
@@ -97,6 +99,7 @@ class Docker:
         return any(woken)
 
     def dirty(self) -> None:
+        """Have the next observation read the file and the rules again, and poke the daemon from time to time."""
         self._cached = None
         self._rules.clear()
         if time.monotonic() >= self._poke_at:
@@ -137,6 +140,7 @@ class Docker:
         return "keep" if KBR in (daemon.bridge if daemon else "", says) else ""
 
     def observe(self, want: Dataplane, kernel: BridgeState) -> DockerObserved:
+        """Read back Docker's settings. `kernel` says which bridges there are."""
         daemon = self._watch.daemon
         if daemon is None:
             return DockerObserved(known=False)
@@ -186,8 +190,8 @@ class Docker:
                 return DockerObserved(
                     {}, (), (Problem(Reason.DockerStarting, daemon.why),), known=False, note=daemon.why
                 )
-            have[DAEMON], told = self._daemon(daemon, wanted[DAEMON], record, file)
-            problems += told
+            have[DAEMON], found = self._daemon(daemon, wanted[DAEMON], record, file)
+            problems += found
         elif daemon.state == "up" and (daemon.bridge != KBR or str(daemon.mtu) != wanted["mtu"]):
             text = f"dockerd still runs {daemon_text(daemon)}: restart Docker when its containers may stop"
             problems.append(Problem(Reason.DockerStale, text))

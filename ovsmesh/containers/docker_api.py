@@ -65,6 +65,7 @@ class DaemonWatch:
         self._thread.start()
 
     def fds(self) -> list[int]:
+        """Return the file descriptors that are readable when there is a new snapshot."""
         return [self._wakeup]
 
     def drain(self) -> bool:
@@ -77,6 +78,7 @@ class DaemonWatch:
             os.write(self._poke, b"p")
 
     def close(self) -> None:
+        """End the thread, within two seconds unless it waits for an answer."""
         self._ending = True
         self.poke()
         self._thread.join(_SOON * 4)
@@ -164,11 +166,6 @@ class DaemonWatch:
             answer += more
 
 
-def look(path: str) -> Daemon:
-    """Return the daemon now. Raise OSError, HTTPException or ValueError."""
-    return _read(path, time.monotonic())
-
-
 def _read(path: str, began: float) -> Daemon:
     with contextlib.closing(_Connection(path)) as api:
         api.connect()
@@ -186,8 +183,8 @@ def _read(path: str, began: float) -> Daemon:
                 if policy in ("always", "unless-stopped"):
                     returning.append(name)
     options = _dict(bridge.get("Options"))
-    told = _dict(bridge.get("IPAM")).get("Config")
-    configs = [c for c in told if isinstance(c, dict)] if isinstance(told, list) else []
+    ranges = _dict(bridge.get("IPAM")).get("Config")
+    configs = [c for c in ranges if isinstance(c, dict)] if isinstance(ranges, list) else []
     found = _process(pid)
     mtu = str(options.get("com.docker.network.driver.mtu", "0"))
     return Daemon(

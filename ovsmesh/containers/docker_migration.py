@@ -53,14 +53,17 @@ class DockerMigration:
         self._resume_at = 0.0
 
     def close(self) -> None:
+        """Release a restart that runs."""
         if self._job:
             self._job.close()
 
     def fds(self) -> list[int]:
+        """Return the file descriptors that are readable when the restart command has ended."""
         return self._job.fds() if self._job else []
 
     @property
     def busy(self) -> bool:
+        """Whether a restart runs."""
         return self._job is not None
 
     def text(self) -> str:

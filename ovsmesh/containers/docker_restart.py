@@ -68,6 +68,7 @@ class Restart:
         self._pidfd = os.pidfd_open(self._child.pid)
 
     def fds(self) -> list[int]:
+        """Return the file descriptors that are readable when the command has ended."""
         return [self._pidfd] if self._pidfd >= 0 else []
 
     def close(self) -> None:
@@ -81,6 +82,7 @@ class Restart:
             self._child.returncode = 0
 
     def text(self) -> str:
+        """Return what is waited for."""
         what = "dockerd to answer" if self._ended else f"`{shlex.join(self._argv)}`"
         return f"waiting for {what}, {self._timeout:.0f} s at most"
 

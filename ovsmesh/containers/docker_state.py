@@ -84,6 +84,7 @@ class DockerFile:
     # reading
 
     def read(self) -> DaemonConfig:
+        """Read daemon.json."""
         try:
             data, about = read_regular(self.real, LIMIT)
         except FileNotFoundError:
@@ -95,20 +96,24 @@ class DockerFile:
         return DaemonConfig(data, True, stat.S_IMODE(about.st_mode), owner, digest(data), stamp)
 
     def settings(self, config: DaemonConfig) -> dict[str, Any]:
+        """Return what daemon.json sets."""
         try:
             return daemon_json.settings(config.data)
         except OvsmeshError as error:
             raise OvsmeshError(f"{self.path} {error}; repair it (nothing was changed)") from None
 
     def record(self) -> MigrationRecord | None:
+        """Read the record; None if there is none."""
         try:
             data, _ = read_regular(self._record)
-            told = json.loads(data)
+            stored = json.loads(data)
             known = {f.name: type(getattr(_BLANK, f.name)) for f in fields(MigrationRecord)}
-            told = {k: tuple(v) if known.get(k) is tuple else v for k, v in told.items()}
-            if not all(isinstance(told.get(name, getattr(_BLANK, name)), (kind, int)) for name, kind in known.items()):
+            stored = {k: tuple(v) if known.get(k) is tuple else v for k, v in stored.items()}
+            if not all(
+                isinstance(stored.get(name, getattr(_BLANK, name)), (kind, int)) for name, kind in known.items()
+            ):
                 raise ValueError
-            return MigrationRecord(**told)
+            return MigrationRecord(**stored)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -122,6 +127,7 @@ class DockerFile:
     # writing
 
     def save(self, record: MigrationRecord) -> MigrationRecord:
+        """Write the record and return it."""
         self._write(self._record, (json.dumps(asdict(record), indent=1) + "\n").encode(), 0o600)
         return record
 
@@ -214,7 +220,7 @@ class DockerFile:
 
 
 def digest(data: bytes) -> str:
-    """Return 16 hex digits that tell one text from another."""
+    """Return a short digest of a file."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 

@@ -1,6 +1,6 @@
 """Run the exec plugin of a kubeconfig user (EKS, GKE, AKS and others) and return the credentials that it prints.
 
-Instead of the library's, which logs a failure and goes on without credentials, waits for ever, and forgets when a
+Instead of the library's, which logs a failure and goes on without credentials, has no deadline, and forgets when a
 client certificate ends. The protocol: https://kubernetes.io/docs/reference/access-authn-authz/authentication/
 """
 

@@ -1,6 +1,6 @@
 """Refresh the id-token of a kubeconfig user with `auth-provider: oidc`, through the `kubernetes` library.
 
-Around its faults: it asks the issuer without checking its certificate where none is given, waits for ever, and keeps
+Around its faults: it asks the issuer without checking its certificate where none is given, has no deadline, and keeps
 the new tokens to itself, so that the next kubectl finds a refresh token that was used already.
 """
 

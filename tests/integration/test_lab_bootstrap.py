@@ -281,7 +281,7 @@ try mknod mknod /var/lib/ovsmesh/null c 1 3
 """
 
 
-def test_a_loop_that_stands_still_is_ended_and_begun_anew(stage: Stage) -> None:
+def test_a_loop_that_makes_no_progress_is_killed_and_started_again(stage: Stage) -> None:
     machine = stage.machine
     drop_in = "mkdir -p /run/systemd/system/ovsmesh-agent.service.d; printf '[Service]\\nWatchdogSec=2\\n'"
     machine.run("sh", "-c", f"{drop_in} >/run/systemd/system/ovsmesh-agent.service.d/test.conf")

@@ -62,7 +62,7 @@ def test_the_recipe_alone_joins_all_pods_and_leaves_the_agent_nothing_to_do(lab:
     assert done.returncode == 0 and "nothing of ovsmesh is left" in done.stdout, done.stdout
 
 
-def test_rules_of_docker_are_let_through_and_what_was_broken_is_mended(lab: Make) -> None:
+def test_rules_of_docker_are_let_through_and_what_was_broken_is_repaired(lab: Make) -> None:
     made = lab(2, 1, agents=False)
     first = made.host(1)
     first.run(["iptables", "-P", "FORWARD", "DROP"])

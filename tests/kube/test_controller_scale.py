@@ -46,14 +46,14 @@ def test_a_thousand_nodes(kube: Cluster, record_property: pytest.RecordProperty)
     # One by one (closer together they wait for each other, 0.1 s at most): from the request that makes a Node
     # to its entry in a watch of the slices.
     seen: dict[str, float] = {}
-    bell = Wakeup()
+    wakeup = Wakeup()
 
     def note(found: Object) -> int:
         for entry in found["spec"]["nodes"]:
             seen.setdefault(entry["name"], time.monotonic())
         return 0
 
-    watch = Reflector(kube.api, f"{GROUP}/meshslices", note, bell)
+    watch = Reflector(kube.api, f"{GROUP}/meshslices", note, wakeup)
     watch.start()
     eventually(lambda: watch.collection().synced)
     times = []
@@ -79,7 +79,7 @@ def test_a_thousand_nodes(kube: Cluster, record_property: pytest.RecordProperty)
     figures["500 Nodes in slices, s"] = max(seen.values()) - began
     figures["500 Nodes, slice writes"] = kube.slice_writes() - writes
     watch.close()
-    bell.close()
+    wakeup.close()
 
     # Heartbeats.
     time.sleep(8)

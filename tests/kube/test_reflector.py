@@ -40,7 +40,7 @@ def test_what_changes_is_followed(stub: Stub, watch: Watch) -> None:
     assert reflector.collection().lists == 1
 
 
-def test_an_object_that_changes_nothing_that_is_kept_rings_no_bell(stub: Stub, watch: Watch) -> None:
+def test_an_object_that_changes_nothing_that_is_kept_wakes_nobody(stub: Stub, watch: Watch) -> None:
     stub.put(f"{THINGS}/a", {"n": 1})
     reflector = watch()
     eventually(lambda: reflector.collection().current)
@@ -157,11 +157,11 @@ def test_a_watch_that_the_server_ends_in_time_is_no_trouble(stub: Stub, watch: W
 
 @pytest.mark.kube
 def test_a_real_server_is_listed_and_watched(real: Api) -> None:
-    api, bell = real, Wakeup()
+    api, wakeup = real, Wakeup()
     path = "/api/v1/nodes"
     for n in range(7):
         api.create(path, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"n{n}"}})
-    reflector: Reflector[str] = Reflector(api, path, lambda found: found["metadata"]["uid"], bell, limit=3)
+    reflector: Reflector[str] = Reflector(api, path, lambda found: found["metadata"]["uid"], wakeup, limit=3)
     reflector.start()
     eventually(lambda: len(reflector.collection().items) == 7 and reflector.collection().current)
     times = []
@@ -186,17 +186,17 @@ def test_a_real_server_is_listed_and_watched(real: Api) -> None:
     with pytest.raises(client.Conflict):
         api.patch(f"{path}/n4", {"metadata": {"resourceVersion": "1", "labels": {"a": "b"}}})
     reflector.close()
-    bell.close()
+    wakeup.close()
     print(f"create → seen: median {sorted(times)[10] * 1000:.1f} ms, worst {max(times) * 1000:.1f} ms")
     assert sorted(times)[10] < 2.0
 
 
 @pytest.mark.kube
 def test_a_real_server_that_goes_comes_back_or_stalls(cluster: ControlPlane, real: Api) -> None:
-    api, bell = real, Wakeup()
+    api, wakeup = real, Wakeup()
     path = "/api/v1/nodes"
     api.create(path, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "before"}})
-    reflector: Reflector[str] = Reflector(api, path, lambda f: f["metadata"]["uid"], bell, silence=3.0, seconds=30)
+    reflector: Reflector[str] = Reflector(api, path, lambda f: f["metadata"]["uid"], wakeup, silence=3.0, seconds=30)
     reflector.start()
     eventually(lambda: "before" in reflector.collection().items and reflector.collection().current)
     add = iter(range(100))
@@ -223,4 +223,4 @@ def test_a_real_server_that_goes_comes_back_or_stalls(cluster: ControlPlane, rea
     eventually(lambda: not reflector.collection().problem)
     assert follows()
     reflector.close()
-    bell.close()
+    wakeup.close()

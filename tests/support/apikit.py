@@ -70,17 +70,17 @@ def make_watch(api: Api) -> Iterator[Watch]:
     made: list[tuple[Reflector[int], Wakeup]] = []
 
     def make(**options: Any) -> Reflector[int]:
-        bell = Wakeup()
-        reflector = Reflector(api, THINGS, spec_of, bell, **{"silence": 2.0, "seconds": 30, **options})
-        made.append((reflector, bell))
+        wakeup = Wakeup()
+        reflector = Reflector(api, THINGS, spec_of, wakeup, **{"silence": 2.0, "seconds": 30, **options})
+        made.append((reflector, wakeup))
         reflector.start()
         return reflector
 
     yield make
-    for reflector, bell in made:
+    for reflector, wakeup in made:
         reflector.close()
         assert not reflector._thread.is_alive()
-        bell.close()
+        wakeup.close()
 
 
 def items(reflector: Reflector[int]) -> dict[str, int]:

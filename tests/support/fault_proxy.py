@@ -114,25 +114,25 @@ class _Way:
     def __init__(self, client: ssl.SSLSocket, server: ssl.SSLSocket) -> None:
         self._client, self._server = client, server
         self._told: list[str] = []
-        self._bell = os.eventfd(0)
+        self._wakeup = os.eventfd(0)
         self.stalled = False
         self.watches = False
 
     def tell(self, fault: str) -> None:
         self._told.append(fault)
-        os.eventfd_write(self._bell, 1)
+        os.eventfd_write(self._wakeup, 1)
 
     def close(self) -> None:
-        os.close(self._bell)
+        os.close(self._wakeup)
 
     def run(self) -> None:
         poll = select.poll()
-        for fd in (self._client.fileno(), self._server.fileno(), self._bell):
+        for fd in (self._client.fileno(), self._server.fileno(), self._wakeup):
             poll.register(fd, select.POLLIN)
         while True:
             for fd, _ in poll.poll():
-                if fd == self._bell:
-                    os.eventfd_read(self._bell)
+                if fd == self._wakeup:
+                    os.eventfd_read(self._wakeup)
                     if not self._do(self._told.pop(0)):
                         return
                 elif not self._pass(self._client if fd == self._client.fileno() else self._server):

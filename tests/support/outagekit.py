@@ -103,8 +103,8 @@ class Storm:
     def _watched(self) -> Iterator[Reflector[int]]:
         """Notes how many members each version of the slices has."""
         self._members = [len(self.lab.hosts)]
-        with closing(Api(load(str(self.plane.kubeconfig())))) as api, closing(Wakeup()) as bell:
-            watch: Reflector[int] = Reflector(api, SLICES, self._note, bell)
+        with closing(Api(load(str(self.plane.kubeconfig())))) as api, closing(Wakeup()) as wakeup:
+            watch: Reflector[int] = Reflector(api, SLICES, self._note, wakeup)
             with closing(watch):
                 netns.within(self.plane.ns, watch.start)
                 eventually(lambda: watch.collection().synced)

@@ -80,7 +80,7 @@ def reasons(snapshot: Snapshot) -> list[str]:
 
 
 def becomes(source: SliceSource, names: str, confirmed: bool = True, within: float = 20.0) -> Snapshot:
-    """Waits at the bell, as the loop does, until the snapshot is this."""
+    """Wait for the source to wake, as the loop does, until the snapshot is this."""
     end = time.monotonic() + within
     while True:
         found = source.snapshot()

@@ -163,10 +163,10 @@ def test_what_is_wrong_with_others_does_not_keep_this_node_from_converging(agent
 
 
 def test_unmanaged_things_are_named_each_way(agent: Any, driver: Any) -> None:
-    driver.unmanaged = (Unmanaged("flows", "1 ", "flow x is not ours", blocks=False),)
+    driver.unmanaged = (Unmanaged("flows", "1 ", "flow x is unmanaged", blocks=False),)
     result = agent.reconcile()
-    assert result.converged and [str(p) for p in result.problems] == ["flow x is not ours"]
-    driver.unmanaged = (Unmanaged("routes", "10.97.2.0/24", "route x is not ours"),)
+    assert result.converged and [str(p) for p in result.problems] == ["flow x is unmanaged"]
+    driver.unmanaged = (Unmanaged("routes", "10.97.2.0/24", "route x is unmanaged"),)
     driver.lose("routes", ("10.97.2.0/24", 111))
     result = agent.reconcile()
     assert not result.converged and len(result.plan.blocked) == 1
@@ -225,7 +225,7 @@ def test_what_could_not_be_seen_for_a_while_is_not_drift(agent: Any, driver: Any
 # failing
 
 
-def test_back_off_grows_to_its_limit_and_starts_anew_after_success(agent: Any, driver: Any, clock: Any) -> None:
+def test_back_off_grows_to_its_limit_and_starts_again_after_success(agent: Any, driver: Any, clock: Any) -> None:
     driver.fails = 10**6
     waits = []
     for _ in range(12):
@@ -245,7 +245,7 @@ def test_back_off_grows_to_its_limit_and_starts_anew_after_success(agent: Any, d
 
 
 def test_a_conflict_waits_for_its_event(agent: Any, driver: Any, clock: Any) -> None:
-    driver.unmanaged = (Unmanaged("links", "kbr0", "bridge kbr0 is not ours"),)
+    driver.unmanaged = (Unmanaged("links", "kbr0", "bridge kbr0 is unmanaged"),)
     result = agent.reconcile()
     assert not result.converged and agent._retry_at == float("inf") and agent.counters.failures == 0
 

@@ -97,7 +97,7 @@ def test_a_flipped_sysctl_needs_no_event(agent: Any, driver: Any, clock: Any, st
 def test_a_sysctl_that_can_not_be_set_does_not_wake_the_loop_without_end(
     agent: Any, driver: Any, clock: Any, stop: Any
 ) -> None:
-    driver.unmanaged = (Unmanaged("links", "kbr0", "bridge kbr0 is not ours"),)
+    driver.unmanaged = (Unmanaged("links", "kbr0", "bridge kbr0 is unmanaged"),)
     driver.dataplane = Dataplane(sysctls=dict.fromkeys(want(first(4)).sysctls, "9"))
     shown = run(agent, driver, clock, stop, 20)
     assert len(shown.results) <= 2
@@ -199,7 +199,7 @@ def test_once_gives_up(agent: Any, driver: Any, clock: Any) -> None:
 def test_once_does_not_wait_for_what_only_someone_else_can_repair(
     agent: Any, driver: Any, source: Any, clock: Any
 ) -> None:
-    driver.unmanaged = (Unmanaged("links", "kbr0", "bridge kbr0 is not ours"),)
+    driver.unmanaged = (Unmanaged("links", "kbr0", "bridge kbr0 is unmanaged"),)
     result = agent.once([Shown()])
     assert not result.converged and driver.waits == [] and result.plan.blocked
 

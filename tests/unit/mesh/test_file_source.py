@@ -168,7 +168,7 @@ def test_the_last_good_mesh_is_kept(source: FileSource, mesh: Path, state: Path,
     fresh = FileSource(mesh, state / "none", "a")
     assert fresh.snapshot().mesh is None and "nothing is touched" in fresh.snapshot().problems[0].message
     fresh.close()
-    # Mended: as if nothing had been.
+    # Repaired: as if nothing had happened.
     if mesh.is_dir():
         mesh.rmdir()
     else:
