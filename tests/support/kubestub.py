@@ -165,7 +165,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.fail(401, "Unauthorized")
         elif api.answers and "watch" not in query:
             code, data, headers = api.answers.pop(0)
-            self.answer(code, data, headers)
+            if code:
+                self.answer(code, data, headers)
+            else:
+                self.close_connection = True  # without a word
         elif "watch" in query:
             self.watch(target.path, query)
         else:

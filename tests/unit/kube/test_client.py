@@ -178,6 +178,22 @@ def test_a_kept_connection_that_the_server_ended_is_replaced(stub: Stub, api: Ap
     assert stub.count("POST") == 1
 
 
+def test_a_connection_that_ends_in_place_of_an_answer_is_tried_once_more(stub: Stub, api: Api) -> None:
+    """The server ended it while the request was on its way. A create may have been carried out all the same."""
+    stub.put(f"{THINGS}/a", {"n": 1})
+    ended = (0, b"", {})
+    stub.answers = [ended]
+    assert api.get(f"{THINGS}/a")["spec"] == {"n": 1}
+    stub.answers = [ended, ended]
+    with pytest.raises(client.Unavailable):
+        api.get(f"{THINGS}/a")
+    assert not stub.answers
+    stub.answers = [ended]
+    with pytest.raises(client.Unavailable):
+        api.create(THINGS, {"metadata": {"name": "b"}})
+    assert stub.count("POST") == 1
+
+
 def test_a_connection_reset_before_tls_leaves_nothing_open(stub: Stub, api: Api, monkeypatch: Any) -> None:
     """As where the server ends while a connection waits to be accepted: a leak would be an unraisable warning."""
     with socket.create_server(("127.0.0.1", 0)) as door:

@@ -6,6 +6,8 @@ import base64
 import json
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -160,8 +162,15 @@ def test_an_encrypted_key_does_not_ask_the_terminal(stub: Stub) -> None:
     locked = stub.folder / "locked.key"
     pki._openssl("ec", "-in", str(key), "-aes256", "-passout", "pass:secret", "-out", str(locked))
     path = stub.kubeconfig({"client-certificate": str(cert), "client-key": str(locked)})
-    with pytest.raises(OvsmeshError, match="a certificate or key cannot be used"):
-        Api(load(path)).get("/x")
+    code = f"from ovsmesh.kube.config import load; load({str(path)!r}).session()"
+    leader, terminal = os.openpty()
+    try:
+        argv = ["setsid", "--wait", "--ctty", sys.executable, "-c", code]
+        done = subprocess.run(argv, stdin=terminal, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    finally:
+        os.close(terminal)
+        os.close(leader)
+    assert "OvsmeshError" in done.stderr and "a certificate or key cannot be used" in done.stderr
 
 
 # ---------------------------------------------------------------- clusters
