@@ -181,7 +181,7 @@ def test_a_kept_connection_that_the_server_ended_is_replaced(stub: Stub, api: Ap
 def test_a_connection_that_ends_in_place_of_an_answer_is_tried_once_more(stub: Stub, api: Api) -> None:
     """The server ended it while the request was on its way. A create may have been carried out all the same."""
     stub.put(f"{THINGS}/a", {"n": 1})
-    ended = (0, b"", {})
+    ended: tuple[int, bytes, dict[str, str]] = (0, b"", {})
     stub.answers = [ended]
     assert api.get(f"{THINGS}/a")["spec"] == {"n": 1}
     stub.answers = [ended, ended]
