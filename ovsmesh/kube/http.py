@@ -45,7 +45,8 @@ SOCKET_OPTIONS = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 25000),
 ]
-KEPT_CONNECTIONS = 4
+KEPT_CONNECTIONS = 16
+"""More than the threads that ask at a time: urllib3 logs a warning for each connection that it cannot keep."""
 
 _MAX_LINE = 8 << 20
 """Bytes of one watch event; etcd takes objects of 1.5 MB."""
