@@ -67,7 +67,8 @@ def find(kubeconfig: str | None = None) -> Transport:
         return load(*named)
     account = ServiceAccount.find()
     if account is not None:
-        cluster = {"server": account.server, "certificate-authority": account.ca}
+        # No proxy, whatever the environment names: the server is inside the cluster.
+        cluster = {"server": account.server, "certificate-authority": account.ca, "proxy-url": ""}
         inside = Context("", cluster, {"tokenFile": account.token}, account.namespace, "service account")
         return _transport(inside, lambda: inside)
     home = Path.home() / ".kube" / "config"

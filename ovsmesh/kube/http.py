@@ -53,6 +53,7 @@ _MAX_LINE = 8 << 20
 _MAX_ANSWER = 64 << 20
 """Bytes of one answer: 500 Nodes have 3–6 MB."""
 _MAX_TOKEN = 1 << 20
+_CLOSE_SECONDS = 1.0
 _MAX_SECONDS = 60.0
 """Seconds from the first byte of an answer to its last."""
 
@@ -262,8 +263,12 @@ class Transport:
 
     def close(self) -> None:
         """Close the kept connections. The transport can be used again."""
-        with self._lock:
-            self._drop()
+        # A login may hold the lock for a minute; then the connections end with the process.
+        if self._lock.acquire(timeout=_CLOSE_SECONDS):
+            try:
+                self._drop()
+            finally:
+                self._lock.release()
 
     def _drop(self) -> None:
         session, self._session = self._session, None

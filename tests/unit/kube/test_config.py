@@ -204,6 +204,15 @@ def test_a_proxy_is_used(stub: Stub, scheme: str) -> None:
     assert set(proxy.targets) == {f"127.0.0.1:{stub.port}"} and len(proxy.targets) == 2
 
 
+@pytest.mark.parametrize("excepted", ["", "127.0.0.1", "127.0.0.0/8"])
+def test_the_environments_proxy_is_used(stub: Stub, excepted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", excepted)
+    with LoopbackProxy() as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy.address}")
+        get(stub.kubeconfig())
+    assert bool(proxy.targets) == (not excepted)
+
+
 def test_the_proxy_resolves_the_servers_name(stub: Stub) -> None:
     with LoopbackProxy() as proxy:
         path = change(stub.kubeconfig(), "cluster", proxy_url=f"socks5://{proxy.address}")
@@ -317,11 +326,13 @@ def test_the_way_is_found_as_kubectl_finds_it(stub: Stub, tmp_path: Path, monkey
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr("ovsmesh.kube.service_account.DIRECTORY", folder)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
     inside = find()
     assert (inside.server, inside.namespace) == (f"https://127.0.0.1:{stub.port}", "ovsmesh")
     stub.authorization = "Bearer t"
     assert Api(inside, timeout=3.0).get(f"{THINGS}/a")["spec"] == {"n": 1}
     inside.close()
+    monkeypatch.delenv("HTTPS_PROXY")
     monkeypatch.setenv("KUBECONFIG", f"/absent:{write(tmp_path / 'one', 'one')}:{write(tmp_path / 'two', 'two')}")
     assert find().host == "one.test"
     assert find(write(tmp_path / "three", "three")).host == "three.test"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -179,6 +180,26 @@ def _alive(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
+
+
+def test_a_plugin_that_hangs_does_not_hold_up_the_end(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exec_plugin, "SECONDS", 8.0)
+    api = api_of(stub, "touch started; exec sleep 600")
+    failed: list[OvsmeshError] = []
+
+    def ask() -> None:
+        try:
+            api.get("/x")
+        except OvsmeshError as error:
+            failed.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    eventually(lambda: (stub.folder / "started").exists())
+    api.close()
+    assert asking.is_alive() and not failed
+    asking.join(30)
+    assert failed
 
 
 def test_a_plugin_at_a_terminal_may_ask_there(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
