@@ -121,6 +121,7 @@ class Api:
     # ------------------------------------------------------------ what can be asked
 
     def get(self, path: str, **query: str) -> Object:
+        """Return one object. Raises NotFound."""
         return self._ask("GET", path, query)
 
     def pages(self, path: str, limit: int = 500, **query: str) -> Iterator[Page]:

@@ -61,6 +61,7 @@ class EventRecorder:
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def record(self, about: ObjectReference, reason: str, message: str, warning: bool = True) -> None:

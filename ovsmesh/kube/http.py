@@ -371,6 +371,7 @@ class Stream:
             raise Unavailable(f"{self._path}: the watch was cut: {error}") from error
 
     def close(self) -> None:
+        """End the watch, from any thread."""
         if self._sock is not None:
             # Wakes a thread that reads; SSLSocket's own shutdown would pull the TLS away under it.
             with contextlib.suppress(OSError):

@@ -64,6 +64,7 @@ class LeaderElector:
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def close(self, timeout: float = 5.0) -> None:

@@ -47,6 +47,7 @@ class Wakeup:
         self._open = True
 
     def wake(self) -> None:
+        """Make `fd` readable; does nothing after close()."""
         with self._lock:
             if self._open:
                 os.eventfd_write(self.fd, 1)
@@ -58,6 +59,7 @@ class Wakeup:
         return False
 
     def close(self) -> None:
+        """Close `fd`."""
         with self._lock:
             if self._open:
                 self._open = False
@@ -122,6 +124,7 @@ class Reflector(Generic[T]):
         self._thread = threading.Thread(target=self._run, name=f"watch {path}", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def close(self, timeout: float = 2.0) -> None:
