@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from ovsmesh.lab.lab import Lab
-from tests.support.dockerkit import PLAIN, SOON, Docker, links, until
+from tests.support.dockerkit import PLAIN, SOON, Docker, links, until, without_kbr0
 
 pytestmark = [pytest.mark.docker, pytest.mark.lab]
 
@@ -123,6 +123,7 @@ def test_a_dockerd_that_refuses_the_new_file_has_the_old_one_again(calm: Calm) -
     assert docker.on("kbr0")
 
 
+@without_kbr0
 def test_a_dockerd_that_dies_during_the_migration(calm: Calm) -> None:
     _, docker = calm
     docker.misbehave("die")

@@ -201,6 +201,6 @@ def test_a_mass_removal_is_held_until_it_is_confirmed(mesh: Lab, good: list[Stat
     await_state(lambda: wiring(host), good[0])
     # each host confirms for itself, what it holds by then
     for other in mesh.hosts[1:]:
-        await_problem(other, "MassRemovalHeld", "lacks 7 of")
+        await_problem(other, "MassRemovalHeld", "7 of")
     confirm_all(mesh)
     at_rest(mesh)

@@ -26,6 +26,12 @@ _CLIENT = re.compile(r"(?i)(https?|all|no)_proxy|PIP_(?!FIND_LINKS).+|SSL_CERT_(
 """How this machine's clients reach what they download from; a folder of wheels of its own is not part of that."""
 
 
+def own() -> str:
+    """Return the release of this machine, for which its Python makes wheels; elsewhere than on Debian the oldest."""
+    release = platform.freedesktop_os_release()
+    return release.get("VERSION_CODENAME", OLDEST) if release.get("ID") == "debian" else OLDEST
+
+
 class DebianError(Exception):
     """No root file system could be made; the text ends with what apt or mmdebstrap said."""
 

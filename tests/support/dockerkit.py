@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ovsmesh.lab import netns
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.netns import wait_for
@@ -28,6 +30,23 @@ from tests.support import docker_restart as script
 from tests.support.needs import needs
 
 SOON = 60.0
+
+
+def version() -> tuple[int, int]:
+    """Return the major and minor version of this machine's dockerd; (0, 0) without one."""
+    if not shutil.which("dockerd"):
+        return (0, 0)
+    said = subprocess.run(["dockerd", "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    found = re.search(r"version (\d+)\.(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+without_kbr0 = pytest.mark.skipif(
+    version() > (20, 10),
+    reason="not solved: a Docker newer than 20.10 whose start kbr0 has failed once keeps a note of that network, and"
+    " refuses to start on kbr0 from then on: networks have same bridge name",
+)
+"""For a test in which dockerd starts before kbr0 is there, or ends while it starts."""
 PLAIN = "{}\n"
 PLAIN_ARGV = 7
 """Words of a dockerd's command line without further options."""

@@ -101,11 +101,11 @@ def image() -> Path:
         " echo force-unsafe-io >$1/etc/dpkg/dpkg.cfg.d/test"
     )
     key = hashlib.sha256(f"{_INSTALLED} {download}".encode()).hexdigest()[:12]
-    made = CACHE / f"machine-{debian.OLDEST}-{key}.tar"
+    made = CACHE / f"machine-{debian.own()}-{key}.tar"
     with _once(made) as needed:
         if needed:
             options = ["--skip=cleanup/apt", f"--customize-hook={download}"]
-            debian.bootstrap(debian.OLDEST, made, variant="apt", include=_INSTALLED, options=options)
+            debian.bootstrap(debian.own(), made, variant="apt", include=_INSTALLED, options=options)
     return made
 
 
