@@ -120,7 +120,7 @@ def reached(function: object) -> frozenset[object]:
         if not isinstance(one, FunctionType | type) or one in found:
             continue
         found.add(one)
-        if one in _needs or one in _builders or _path(one) in _ELSEWHERE:
+        if one in _builders or _path(one) in _ELSEWHERE:
             continue
         if isinstance(one, type):
             left += [getattr(part, "__func__", getattr(part, "fget", part)) for part in vars(one).values()]
@@ -170,13 +170,14 @@ def _reached(item: pytest.Function) -> set[object]:
 
 def missing(item: pytest.Function) -> list[str]:
     """Return, for each thing that the test needs and has no marker for, a line that says so."""
-    allowed = _allowed(item)
     wanted = {need: thing for thing in _reached(item) if (need := _needs.get(thing) or _ELSEWHERE.get(_path(thing)))}
+    lacking = wanted.keys() - _allowed(item)
+    # one marker may stand for another
+    lacking -= {need for other in lacking for need in COVERS[other] - {other}}
     return [
-        f"{item.nodeid} uses {getattr(thing, '__qualname__', thing)}, which needs {WHAT[need]}:"
+        f"{item.nodeid} uses {getattr(wanted[need], '__qualname__', wanted[need])}, which needs {WHAT[need]}:"
         f" mark it with @pytest.mark.{need}"
-        for need, thing in sorted(wanted.items())
-        if need not in allowed
+        for need in sorted(lacking)
     ]
 
 
