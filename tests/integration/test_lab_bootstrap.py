@@ -55,7 +55,7 @@ class Stage(NamedTuple):
     machine: Machine
 
     def bootstrap(self, *args: str) -> subprocess.CompletedProcess[str]:
-        done = self.machine.run(SCRIPT, *(args or ARGS), check=False, timeout=180)
+        done = self.machine.run(SCRIPT, *(args or ARGS), check=False, timeout=500)
         if done.returncode:
             print(self.machine.journal())
         return done

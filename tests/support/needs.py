@@ -198,7 +198,7 @@ def pytest_make_collect_report(
 
 # ---------------------------------------------------------------- before the first test
 
-_SECONDS = 600
+_SECONDS = 900
 """For a test with a marker, fixtures included: the longest takes 60 s on a quiet machine, and a busy one is ten times
 slower. Each wait in it has a deadline of its own, which says more."""
 
