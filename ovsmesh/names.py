@@ -6,6 +6,8 @@ OBR = "obr0"
 """The Open vSwitch bridge that holds the tunnel ports."""
 ENCAPSULATIONS = ("gre", "vxlan", "geneve")
 """Tunnel protocols that a mesh can use. Each is also the type of an Open vSwitch interface."""
+PROBE_MAGIC = b"ovsmesh\x01"
+"""The first bytes of each probe's data and of its answer's, so that a probe is told from anyone else's ping."""
 GROUP = "ovsmesh.io"
 """API group; also the prefix of our labels and annotations."""
 API_VERSION = f"{GROUP}/v1alpha1"

@@ -24,6 +24,7 @@ from ovsmesh.errors import OvsmeshError
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.mesh.source import Source
 from ovsmesh.ovs.idl import run_dir
+from ovsmesh.probe.sender import Prober
 from ovsmesh.state_dir import StateDir
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class _Agent(NamedTuple):
 
 
 @contextlib.contextmanager
-def _agent(options: Options, state: StateDir, patience: float) -> Iterator[_Agent]:
+def _agent(options: Options, state: StateDir, patience: float, probing: bool = False) -> Iterator[_Agent]:
     """Open what an agent needs. Wait `patience` seconds at most for the first answer of a cluster."""
     with contextlib.ExitStack() as ending:
         driver = options.driver(state, acting=True)
@@ -64,8 +65,15 @@ def _agent(options: Options, state: StateDir, patience: float) -> Iterator[_Agen
             cluster = connect(options.kubeconfig, options.state_dir, options.node, patience)
             ending.callback(cluster.close)
             source, publishers, uninstall = cluster.source, (cluster.writer,), cluster.uninstall
+        prober = None
+        if probing:
+            try:
+                prober = Prober()
+            except OSError as error:
+                raise OvsmeshError(f"the agent needs raw sockets to probe its peers: {error.strerror}") from None
+            ending.callback(prober.close)
         driver.connect()
-        reconciler = Reconciler(options.node, source, driver, state, options.mesh or "MeshSlices")
+        reconciler = Reconciler(options.node, source, driver, state, options.mesh or "MeshSlices", prober)
         yield _Agent(reconciler, publishers, uninstall)
 
 
@@ -94,7 +102,7 @@ def serve(options: Options, stop_fd: int) -> None:
             status = StatusPublisher(options.listen, state)
             ending.callback(status.close)
             notifier = SystemdNotifier()
-            agent = ending.enter_context(_agent(options, state, 1.0))
+            agent = ending.enter_context(_agent(options, state, 1.0, probing=True))
             ending.callback(notifier.close)
             folder, uninstall = run_dir(options.ovsdb), agent.uninstall
             _mark(folder, "")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ovsmesh import __version__
-from ovsmesh.agent.result import NodeStatus, ReconcileResult
+from ovsmesh.agent.result import NodeStatus
 from ovsmesh.dataplane.report import timestamp
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import AlreadyExists, Api, Conflict, NotFound, Object, path_of
@@ -151,7 +151,7 @@ class MeshNodeWriter:
             # a Node made again under this name: the MeshNode of the earlier one goes with it
             self._uid, self._exists, self._written, self._states = me.uid, False, {}, None
         # the report takes long, so it is asked for only where a write may be due
-        if now is not self._body_of and (_states_of(result) != self._states or self._clock() >= self._routine()):
+        if now is not self._body_of and (_states_of(now[0]) != self._states or self._clock() >= self._routine()):
             self._make(now)
         if self._body and self._clock() >= self._due():
             if now is not self._body_of:
@@ -160,7 +160,7 @@ class MeshNodeWriter:
                 self._write()
 
     def _make(self, now: _Published) -> None:
-        self._body, self._body_of, self._states = _body(now), now, _states_of(now[0].result)
+        self._body, self._body_of, self._states = _body(now), now, _states_of(now[0])
 
     def _routine(self) -> float:
         """Return when a change that flips nothing may be written (monotonic seconds)."""
@@ -284,9 +284,10 @@ def _is_of_another(found: Object, uid: str) -> bool:
     return bool(uid and owners) and all(owner.get("uid") != uid for owner in owners if isinstance(owner, dict))
 
 
-def _states_of(result: ReconcileResult) -> tuple[bool, ...]:
+def _states_of(status: NodeStatus) -> tuple[bool, ...]:
     """Return what decides the conditions' states."""
-    return result.mesh is None, result.converged, any(p.fatal for p in result.problems)
+    result = status.result
+    return result.mesh is None, result.converged, any(p.fatal for p in result.problems), status.peers_lost
 
 
 def _condition_states(body: Mapping[str, Any]) -> dict[str, str]:

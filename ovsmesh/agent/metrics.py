@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from ovsmesh import __version__
 from ovsmesh.agent.result import NodeStatus
-from ovsmesh.dataplane.types import KINDS
+from ovsmesh.dataplane.types import KINDS, State
 from ovsmesh.metrics import Metric
 
 _OPERATIONS = {"+": "add", "~": "change", "-": "remove"}
-_PEER_STATES = ("wanted", "ok", "missing", "held")
+_PEER_STATES = ("wanted", "ok", "missing", "held", "refused", "unknown", *(s for s in State if s is not State.OK))
 
 
 def _problems(status: NodeStatus) -> Iterator[tuple[tuple[str], float]]:

@@ -30,6 +30,8 @@ from ovsmesh.dataplane.types import Dataplane, Observed
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.source import Snapshot, Source
 from ovsmesh.mesh.types import Mesh
+from ovsmesh.probe.sender import Prober
+from ovsmesh.probe.targets import targets
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 from ovsmesh.text import listed, some
@@ -99,9 +101,18 @@ class RemovalGuard:
 class Reconciler:
     """One node's agent. `run` returns when it is told to stop, `once` when there is nothing left to do."""
 
-    def __init__(self, node: str, source: Source, driver: Driver, state: StateDir, mesh_from: str = "") -> None:
+    def __init__(
+        self,
+        node: str,
+        source: Source,
+        driver: Driver,
+        state: StateDir,
+        mesh_from: str = "",
+        prober: Prober | None = None,
+    ) -> None:
         self._node, self._mesh_from = node, mesh_from
         self._source, self._driver, self._state = source, driver, state
+        self._prober = prober
         self._guard = RemovalGuard(state)
         self.counters = AgentCounters(started=time.time())
         self.last = ReconcileResult()
@@ -219,7 +230,8 @@ class Reconciler:
             pause = min(resync, poll, self._retry_at, self._guard.until) - time.monotonic()
             if polled or self._driver.switch_lost:
                 pause = min(pause, SWITCH_POLL)
-            self._driver.wait([*stop_fds, *self._source.fds()], 0.0 if self._outdated else max(0.0, pause))
+            probes = [self._prober.fd] if self._prober else []
+            self._driver.wait([*stop_fds, *self._source.fds(), *probes], 0.0 if self._outdated else max(0.0, pause))
             if readable(stop_fds):
                 return
             now = time.monotonic()
@@ -240,12 +252,20 @@ class Reconciler:
             woken |= self._outdated or polled or now >= self._guard.until
             if woken or (self._driver.switch_lost and self._driver.switch_answers()):
                 self._reconcile_and_publish(publishers)
+            elif self._prober and self._prober.drain():
+                self._publish(publishers)
+
+    def _publish(self, publishers: Sequence[Publisher]) -> None:
+        reach = self._prober.results if self._prober else None
+        status = NodeStatus(self.last, self.counters, self._node, self._mesh_from, reach)
+        for publisher in publishers:
+            publisher.publish(status)
 
     def _reconcile_and_publish(self, publishers: Sequence[Publisher]) -> None:
         result = self.reconcile()
-        status = NodeStatus(result, self.counters, self._node, self._mesh_from)
-        for publisher in publishers:
-            publisher.publish(status)
+        if self._prober and result.mesh is not None and result.facts is not None:
+            self._prober.update(targets(result.mesh, self._node, result.facts))
+        self._publish(publishers)
         if result.converged:
             for problem in self._source.commit():
                 log.warning("%s", problem)

@@ -13,7 +13,7 @@ from ovsmesh import __version__
 from ovsmesh.dataplane import desired
 from ovsmesh.dataplane import report as reports
 from ovsmesh.dataplane.plan import Plan, in_sync, plan
-from ovsmesh.dataplane.types import Dataplane, Facts, Observed
+from ovsmesh.dataplane.types import Dataplane, Facts, Observed, Reach
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh
@@ -29,6 +29,9 @@ RETRIED = (Reason.ApplyFailed, Reason.PortError, Reason.NotConverged, Reason.Tur
 
 _DURATIONS = Histogram((0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0))
 """Seconds: an unchanged mesh takes a few milliseconds, the first reconcile with a thousand peers a second or two."""
+
+_REPORT_AGE = 1.0
+"""Seconds for which a report is good: the figures of the probes change all the time."""
 
 
 @dataclass
@@ -167,23 +170,38 @@ def report(
 
 
 class NodeStatus:
-    """What the agent publishes after a reconcile. Immutable; may be read from any thread.
+    """What the agent publishes after a reconcile, or when a peer became reachable or not. Any thread may read it.
 
     The report of a thousand peers takes longer to make than a reconcile that changes nothing, so it is made when
-    somebody first asks for it, and once.
+    somebody asks for it, and again a second later at the earliest. `reach` returns what the probes found by then.
     """
 
-    def __init__(self, result: ReconcileResult, counters: AgentCounters, node: str = "", mesh_from: str = "") -> None:
+    def __init__(
+        self,
+        result: ReconcileResult,
+        counters: AgentCounters,
+        node: str = "",
+        mesh_from: str = "",
+        reach: Callable[[], Mapping[str, Reach]] | None = None,
+    ) -> None:
         self.result, self.counters = result, counters.copy()
+        self._reach = reach
+        self._made_at = float("-inf")
         self._node, self._mesh_from = node, mesh_from
         self._making = threading.Lock()
         self._report: reports.Report | None = None
 
     @property
+    def peers_lost(self) -> bool:
+        """Whether packets to a peer are lost."""
+        return self._reach is not None and any(one.state in reports.NOT_REACHED for one in self._reach().values())
+
+    @property
     def report(self) -> reports.Report:
         """The report. It is made at the first access."""
         with self._making:
-            if self._report is None:
+            if self._report is None or (self._reach and time.monotonic() - self._made_at > _REPORT_AGE):
+                self._made_at = time.monotonic()
                 context = reports.ReportContext(
                     now=time.time(),
                     agent_since=self.counters.started,
@@ -193,6 +211,7 @@ class NodeStatus:
                     mesh_since=self.result.mesh_since or None,
                     mesh_current=self.result.mesh_current,
                     last_change=self.counters.last_change,
+                    reach=self._reach() if self._reach else None,
                 )
                 self._report = report(self.result, self._node, {}, context)
             return self._report

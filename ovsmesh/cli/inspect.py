@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import http.client
+import json
 import time
+import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
 from ovsmesh.agent import result
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.agent.result import ReconcileResult
-from ovsmesh.cli.formats import serialize
+from ovsmesh.controller.node_conditions import seconds
 from ovsmesh.dataplane.report import Report, ReportContext, Traffic
-from ovsmesh.dataplane.report_text import render_text
+from ovsmesh.dataplane.types import Reach, State
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.mesh.source import Snapshot
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
+
+_AGENT_TIMEOUT, _AGENT_MOST = 2.0, 64 * 1024 * 1024
+"""Seconds and bytes for the answer of the agent on this host."""
 
 
 def snapshot(options: Options) -> Snapshot:
@@ -46,15 +52,14 @@ def look(options: Options) -> tuple[ReconcileResult, bool]:
     return found, bool(found.plan.blocked) or unclear or not source.confirmed
 
 
-def status(options: Options, output: str) -> str:
-    """Return the report of this node as a table, JSON or YAML. Raises OvsmeshError where no file is known."""
+def status(options: Options) -> Report:
+    """Return the report of this node. Raises OvsmeshError where no file is known."""
     state = StateDir(options.state_dir)
     source = snapshot(options)
     with opened(options, state) as driver:
         found = result.look(driver, source, options.node)
         counted, version = driver.traffic(), driver.ovs_version
-    made = report(options, found, counted, context(options, source, version))
-    return render_text(made).rstrip() if output == "table" else serialize(made.to_dict(), output)
+    return report(options, found, counted, context(options, source, version))
 
 
 def _stored(options: Options) -> tuple[dict[str, Any], bool]:
@@ -78,6 +83,43 @@ def context(options: Options, source: Snapshot, version: str) -> ReportContext:
         mesh_since=source.since or None,
         mesh_current=source.confirmed,
         last_change=_changes(stored.get("lastChange")),
+        reach=_reach(options.listen) if running else None,
+    )
+
+
+def _reach(listen: str) -> dict[str, Reach]:
+    """Return what the running agent's probes found; {} where it does not answer, so that no peer counts as well."""
+    host, _, port = listen.rpartition(":")
+    local = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}.get(host, host)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://{local}:{port}/status.json", timeout=_AGENT_TIMEOUT) as answer:
+            peers = json.loads(answer.read(_AGENT_MOST)).get("peers")
+    except (OSError, ValueError, AttributeError, http.client.HTTPException):
+        return {}
+    return {str(peer.get("name")): _one_reach(peer["reach"]) for peer in peers or () if _has_reach(peer)}
+
+
+def _has_reach(peer: object) -> bool:
+    return isinstance(peer, dict) and isinstance(peer.get("reach"), dict)
+
+
+def _one_reach(found: dict[str, Any]) -> Reach:
+    number = {key: value for key, value in found.items() if isinstance(value, (int, float))}
+    state, mtu = found.get("state"), found.get("pathMtu")
+    return Reach(
+        State(state) if state in set(State) else State.UNPROBED,
+        seconds(str(found.get("since"))) or 0.0,
+        number.get("roundTrip"),
+        number.get("roundTripP99"),
+        number.get("loss"),
+        mtu if isinstance(mtu, int) else None,
+        int(number.get("sent", 0)),
+        int(number.get("lost", 0)),
+        seconds(str(found.get("silentSince"))),
+        found.get("heard") is True,
+        str(found.get("error", "")),
+        str(found.get("destination", "")),
     )
 
 

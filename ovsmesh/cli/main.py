@@ -22,6 +22,7 @@ from ovsmesh.names import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_ST
 
 if TYPE_CHECKING:
     from ovsmesh.agent.options import Options
+    from ovsmesh.dataplane.report import Report
 
 CONTROLLER_LISTEN = "127.0.0.1:9475"
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
@@ -208,7 +209,10 @@ def plan(state_dir: str, **options: Any) -> None:
 @click.option("--cluster", is_flag=True, help="Show all nodes, as the Kubernetes API has them. Does not need root.")
 @_kubeconfig("Cluster to ask, with --cluster.")
 def status(state_dir: str, output: str, cluster: bool, kubeconfig: str | None, **options: Any) -> None:
-    """Show this node and each peer: what is in place, what is missing and why."""
+    """Show this node and each peer: what is in place, whether packets arrive, what is missing and why.
+
+    Exit status: 0 all is well, 2 it is not, 1 it can't be told.
+    """
     if cluster:
         from ovsmesh.cli import cluster_status
 
@@ -217,7 +221,7 @@ def status(state_dir: str, output: str, cluster: bool, kubeconfig: str | None, *
     from ovsmesh.cli import inspect
 
     _root()
-    click.echo(inspect.status(_options(state_dir, options), output))
+    _show(inspect.status(_options(state_dir, options)), output)
 
 
 @cli.command()
@@ -230,11 +234,16 @@ def check(state_dir: str, peer: str | None, output: str, **options: Any) -> None
     Exit status: 0 all do, 2 some do not or something is missing, 1 it can't be told.
     """
     from ovsmesh.cli.check import check as run
+
+    _root()
+    _show(run(_options(state_dir, options), peer or ""), output)
+
+
+def _show(report: Report, output: str) -> None:
+    """Print a report and exit: 0 all is well, 2 it is not."""
     from ovsmesh.cli.formats import serialize
     from ovsmesh.dataplane.report_text import render_text
 
-    _root()
-    report = run(_options(state_dir, options), peer or "")
     click.echo(render_text(report).rstrip() if output == "table" else serialize(report.to_dict(), output))
     sys.exit(0 if report.well else 2)
 

@@ -147,7 +147,7 @@ def _camel(name: str) -> str:
 
 _JSON_NAMES = {"unmanaged": "foreign"}
 """Field → its key in JSON, where it has had another name since the first release."""
-_TIMES = frozenset({"time", "agent_since", "mesh_since", "last_change", "since"})
+_TIMES = frozenset({"time", "agent_since", "mesh_since", "last_change", "since", "silent_since"})
 
 
 def _plain(value: Any) -> Any:

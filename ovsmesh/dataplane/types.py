@@ -249,8 +249,10 @@ class Reach:
     """Bytes of the largest IP packet that is known to pass; None where full size does or nothing is known."""
     sent: int = 0
     lost: int = 0
+    silent_since: float | None = None
+    """When the first of the probes was sent that were not answered since the last answer; None after an answer."""
     heard: bool = False
-    """Whether packets of the peer itself arrived here lately."""
+    """Whether probes of the peer itself have arrived here since then."""
     error: str = ""
     """Why probes can't be sent, where that is the case."""
     destination: str = ""

@@ -10,6 +10,7 @@ from collections import Counter
 from types import TracebackType
 
 from ovsmesh.lab.netns import within
+from ovsmesh.names import PROBE_MAGIC
 
 _ETH_P_ALL = 3
 _SO_RCVBUFFORCE = 33
@@ -51,14 +52,15 @@ def inner_frame(frame: bytes) -> bytes | None:
 class Capture:
     """Counts frames until `close()` or the end of its context; the counts may be read at any time.
 
-    `frames` and `encapsulated` count all frames; `broadcast` and `multicast` count inner frames to a group address.
+    `frames` counts all frames, `probes` the agents' own probes and their answers in tunnels, `encapsulated` all else
+    in tunnels; `broadcast` and `multicast` count inner frames to a group address.
     `inner` counts inner EtherTypes. `flooded` keeps the first group frames, `kept` the first inner frames.
     `missed`, set by `close()`, counts what the kernel dropped. No frame sent after the constructor returns is missed
     otherwise.
     """
 
     def __init__(self, ns: str, device: str) -> None:
-        self.frames = self.encapsulated = self.broadcast = self.multicast = self.missed = 0
+        self.frames = self.probes = self.encapsulated = self.broadcast = self.multicast = self.missed = 0
         self.inner: Counter[int] = Counter()
         self.flooded: list[bytes] = []
         self.kept: list[bytes] = []
@@ -111,6 +113,9 @@ class Capture:
             self.frames += 1
             inner = inner_frame(frame)
             if inner is None or len(inner) < 14:
+                continue
+            if PROBE_MAGIC in inner[14:80]:
+                self.probes += 1
                 continue
             self.encapsulated += 1
             self.inner[int.from_bytes(inner[12:14], "big")] += 1

@@ -83,6 +83,7 @@ class Path:
         """The last outcomes; since the first answer where the path was unreachable."""
         self._trips: deque[float] = deque(maxlen=WINDOW)
         self._mean: float | None = None
+        self._silent_since: float | None = None
         self._clean = 0
         self._clean_since = now
         self._relapses: deque[float] = deque(maxlen=16)
@@ -134,6 +135,7 @@ class Path:
         size, sent, _ = found
         trip = max(0.0, now - sent)
         self._trips.append(trip)
+        self._silent_since = None
         self._mean = trip if self._mean is None else self._mean + (trip - self._mean) / 8
         self._round.answered.append(size)
         self._judge(now)
@@ -151,9 +153,11 @@ class Path:
 
     def expire(self, now: float) -> None:
         """Count the probes that are overdue as lost."""
-        for sequence, (size, _, end) in list(self._under_way.items()):
+        for sequence, (size, sent, end) in list(self._under_way.items()):
             if end <= now:
                 del self._under_way[sequence]
+                if self._silent_since is None:
+                    self._silent_since = sent
                 self._round.lost.append(size)
         self._judge(now)
 
@@ -292,4 +296,6 @@ class Path:
         trips = sorted(self._trips)
         p99 = trips[min(len(trips) - 1, int(len(trips) * 0.99))] if trips else None
         loss = self._outcomes.count(False) / len(self._outcomes) if self._outcomes else None
-        return Reach(self.state, self.since, self._mean, p99, loss, self.path_mtu, self.sent, self.lost)
+        return Reach(
+            self.state, self.since, self._mean, p99, loss, self.path_mtu, self.sent, self.lost, self._silent_since
+        )

@@ -24,13 +24,12 @@ from ipaddress import ip_address
 from ovsmesh.checksum import internet_checksum
 from ovsmesh.dataplane.types import Reach, State
 from ovsmesh.mesh.types import IPAddress
+from ovsmesh.names import PROBE_MAGIC
 from ovsmesh.probe.scheduler import RATE, Scheduler
 from ovsmesh.probe.targets import Target
 
 log = logging.getLogger("ovsmesh")
 
-_MAGIC = b"ovsmesh\x01"
-"""The first bytes of each probe's data, so that a probe is told from anyone else's ping."""
 _HEADER = 8
 _BATCH = 64
 """Packets that are read before probes that are due are sent: a flood of answers holds nobody up."""
@@ -38,6 +37,9 @@ _REST = 0.01
 """Seconds of pause after a full batch, which bounds what a flood costs."""
 _HEARD = 15.0
 """Seconds for which a packet from a peer counts as sign of life: three of its own intervals in a mesh of a hundred."""
+_MARGIN = 0.2
+"""Seconds: a probe of the peer may have been under way when the first of ours was lost."""
+_NEVER = float("-inf")
 _SO_ATTACH_FILTER, _SO_TIMESTAMPNS = 26, 35
 _IP_PMTUDISC_PROBE = 3
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER = 10, 23
@@ -111,7 +113,9 @@ class Prober:
             one = replace(
                 reach,
                 since=reach.since + epoch - now,
-                heard=now - heard.get(name, float("-inf")) < _HEARD,
+                silent_since=None if reach.silent_since is None else reach.silent_since + epoch - now,
+                # what came before the first loss came before the fault
+                heard=heard.get(name, _NEVER) > max(now - _HEARD, (reach.silent_since or _NEVER) + _MARGIN),
                 error=errors.get(key, ""),
                 destination=str(key[1]),
             )
@@ -164,7 +168,7 @@ class Prober:
     def _send(self, target: Target, sequence: int, size: int) -> None:
         version = target.destination.version
         kind, header = (8, 20) if version == 4 else (128, 40)
-        data = (_MAGIC + self._token).ljust(max(0, size - header - _HEADER), b"\0")
+        data = (PROBE_MAGIC + self._token).ljust(max(0, size - header - _HEADER), b"\0")
         packet = struct.pack("!BBHHH", kind, 0, 0, self._identifier, sequence) + data
         if version == 4:
             packet = packet[:2] + struct.pack("!H", internet_checksum(packet)) + packet[4:]
@@ -190,7 +194,7 @@ class Prober:
                     # when the kernel took it in: the thread may have had to wait since
                     now -= min(max(0.0, time.time() - seconds - nanoseconds / 1e9), 1.0)
             body = data[(data[0] & 15) * 4 :] if version == 4 and data else data
-            if len(body) >= 24 and body[8:16] == _MAGIC:
+            if len(body) >= 24 and body[8:16] == PROBE_MAGIC:
                 self._take(body, ip_address(str(sender[0]).partition("%")[0]), now)
         time.sleep(_REST)
 
@@ -201,7 +205,6 @@ class Prober:
         if body[0] in (0, 129):
             if body[16:24] == self._token:
                 with self._lock:
-                    self._heard[key[0]] = now
                     self._scheduler.answered(key, int.from_bytes(body[6:8]), now)
         else:
             self._heard[key[0]] = now
@@ -241,9 +244,9 @@ def _attach(sock: socket.socket, version: int, identifier: int) -> None:
     program = [(0xB1, 0, 0, 0)] if version == 4 else [(0x01, 0, 0, 0)]
     program += [
         (0x40, 0, 0, 8),  # A = word at X+8
-        (0x15, 0, 7, int.from_bytes(_MAGIC[:4])),
+        (0x15, 0, 7, int.from_bytes(PROBE_MAGIC[:4])),
         (0x40, 0, 0, 12),
-        (0x15, 0, 5, int.from_bytes(_MAGIC[4:])),
+        (0x15, 0, 5, int.from_bytes(PROBE_MAGIC[4:])),
         (0x50, 0, 0, 0),  # A = byte at X
         (0x15, 4, 0, request),
         (0x15, 0, 2, answer),

@@ -1,4 +1,4 @@
-"""`ovsmesh check` tells what packets do: each fault of the underlay is named with its peer and its likely cause."""
+"""`ovsmesh check` and `status` tell what packets do: each fault is named with its peer and its likely cause."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from ovsmesh.lab import netns, underlay
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.lab import Lab
-from tests.support.labtools import Make, at_rest
+from ovsmesh.lab.netns import wait_for
+from tests.support.labtools import SOON, Make, at_rest, drift, live, metrics, turns
 
 pytestmark = pytest.mark.lab
 
@@ -104,3 +105,58 @@ def test_a_peer_that_is_down_is_named_and_its_agent_is_not_needed(three: Lab) ->
 def test_what_can_not_be_told_is_exit_1(three: Lab) -> None:
     done = three.host(1).ovsmesh("check", "--peer", "h9")
     assert done.returncode == 1 and "h9" in done.stderr and "h2" in done.stderr
+
+
+def states(host: Host) -> dict[str, str]:
+    """Return the states of the peers as the running agent shows them."""
+    return {peer["name"]: peer["state"] for peer in live(host)["peers"]}
+
+
+def cause(host: Host, peer: str) -> str:
+    """Return what the running agent says of a peer to which packets are lost."""
+    return str(next(found for found in live(host)["peers"] if found["name"] == peer)["missing"][0])
+
+
+def all_ok(lab: Lab) -> None:
+    wait_for("all peers to be ok", lambda: all(set(states(h).values()) == {"ok"} for h in lab.hosts), SOON)
+
+
+def test_status_metrics_and_conditions_tell_of_a_cut_and_of_its_end(three: Lab) -> None:
+    all_ok(three)
+    one, _, third = three.hosts
+    assert one.ovsmesh("status").returncode == 0
+    with fault(three, f"{tunnel(one, third)} drop", f"{tunnel(third, one)} drop"):
+        wait_for("h3 to be unreachable", lambda: states(one) == {"h2": "ok", "h3": "unreachable"}, SOON)
+        done = one.ovsmesh("status")
+        assert done.returncode == 2
+        assert done.stdout.startswith("h1: 1 of 2 peers not reachable: h3\n"), done.stdout
+        assert "! h3: nothing arrives from it" in done.stdout, done.stdout
+        assert metrics(one)['ovsmesh_peers{state="unreachable"}'] == 1
+        assert metrics(one)['ovsmesh_peers{state="ok"}'] == 1
+        reasons = {c["type"]: c["reason"] for c in live(one)["conditions"]}
+        assert (reasons["Converged"], reasons["Degraded"]) == ("AsWanted", "PeersUnreachable")
+        wait_for("the other end to say so too", lambda: states(third)["h1"] == "unreachable", SOON)
+    all_ok(three)
+    assert one.ovsmesh("status").returncode == 0
+
+
+def test_one_direction_is_named_by_the_end_that_hears_the_other(three: Lab) -> None:
+    all_ok(three)
+    one, _, third = three.hosts
+    with fault(three, f"{tunnel(one, third)} drop"):
+        wait_for("both to say so", lambda: states(one)["h3"] == states(third)["h1"] == "unreachable", SOON)
+        # h3's next probe tells
+        wait_for("h1 to hear h3", lambda: "its packets arrive here" in cause(one, "h3"), SOON)
+        assert f"from {one.address} to {third.address}" in cause(one, "h3")
+        assert "nothing arrives from it" in cause(third, "h1")
+    all_ok(three)
+
+
+def test_probes_are_no_drift_and_wake_no_reconcile(three: Lab) -> None:
+    all_ok(three)
+    host = three.host(1)
+    before, sent = turns(host), next(peer["reach"]["sent"] for peer in live(host)["peers"])
+    wait_for("ten more probes", lambda: next(p["reach"]["sent"] for p in live(host)["peers"]) > sent + 10, SOON)
+    assert not any(drift(host).values())
+    # the routine look at the whole system may fall into this time
+    assert turns(host) <= before + 1

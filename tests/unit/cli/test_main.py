@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from ovsmesh import __version__
@@ -21,7 +23,8 @@ from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.cli import inspect
 from ovsmesh.cli import main as cli
 from ovsmesh.dataplane.plan import Plan, plan
-from ovsmesh.dataplane.types import Dataplane, Unmanaged
+from ovsmesh.dataplane.report import Peer, Report, Self
+from ovsmesh.dataplane.types import Dataplane, State, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.names import DEFAULT_OVSDB
 from ovsmesh.reasons import Reason
@@ -222,10 +225,34 @@ def test_exit_code_of_cleanup(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (found.exit_code, found.stdout) == (code, "- port gre-web2\nproof\n")
 
 
-@pytest.mark.parametrize(("argv", "output"), [([], "table"), (["-o", "json"], "json"), (["--output", "yaml"], "yaml")])
-def test_status_is_printed_as_asked(monkeypatch: pytest.MonkeyPatch, argv: Any, output: Any) -> None:
-    monkeypatch.setattr(inspect, "status", lambda _, output: f"as {output}")
-    assert invoke("status", *argv).stdout == f"as {output}\n"
+STATUS = Report(0.0, "all is well", True, Self("web1", agent_running=True), (), (), (), (), ())
+
+
+@pytest.mark.parametrize(
+    ("argv", "read"), [([], str.splitlines), (["-o", "json"], json.loads), (["--output", "yaml"], yaml.safe_load)]
+)
+def test_status_is_printed_as_asked(monkeypatch: pytest.MonkeyPatch, argv: Any, read: Any) -> None:
+    monkeypatch.setattr(inspect, "status", lambda _: STATUS)
+    found = read(invoke("status", *argv).stdout)
+    assert found[0] == "all is well" if isinstance(found, list) else found["headline"] == "all is well"
+
+
+@pytest.mark.parametrize(
+    ("report", "code"),
+    [
+        (STATUS, 0),
+        (replace(STATUS, converged=False), 2),
+        (replace(STATUS, self=Self("web1")), 2),
+        (replace(STATUS, peers=(Peer("web2", "ok"), Peer("web3", "ok"))), 0),
+        *((replace(STATUS, peers=(Peer("web2", "ok"), Peer("web3", str(bad)))), 2) for bad in set(State) - {State.OK}),
+        (replace(STATUS, peers=(Peer("web3", "missing"),)), 2),
+    ],
+)
+def test_exit_status_of_status_is_0_only_when_an_agent_runs_and_packets_arrive(
+    monkeypatch: pytest.MonkeyPatch, report: Report, code: int
+) -> None:
+    monkeypatch.setattr(inspect, "status", lambda _: report)
+    assert invoke("status").exit_code == code
 
 
 def test_confirm_leaves_the_digest_for_the_agent(tmp_path: Path) -> None:
