@@ -10,7 +10,7 @@ import logging
 import random
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -25,8 +25,10 @@ from ovsmesh.agent.result import (
     peers_text,
 )
 from ovsmesh.dataplane import plan_text
+from ovsmesh.dataplane.desired import pod_mtu
 from ovsmesh.dataplane.plan import Plan, due, plan
-from ovsmesh.dataplane.types import Dataplane, Observed
+from ovsmesh.dataplane.report import NOT_REACHED, cause
+from ovsmesh.dataplane.types import Dataplane, Observed, Reach, State
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.source import Snapshot, Source
 from ovsmesh.mesh.types import Mesh
@@ -113,6 +115,7 @@ class Reconciler:
         self._node, self._mesh_from = node, mesh_from
         self._source, self._driver, self._state = source, driver, state
         self._prober = prober
+        self._reached: dict[str, State] = {}
         self._guard = RemovalGuard(state)
         self.counters = AgentCounters(started=time.time())
         self.last = ReconcileResult()
@@ -218,6 +221,24 @@ class Reconciler:
         if now.converged and not before.converged and now.want is not None:
             log.info("in sync with %s (%s)", peers_text(now.want), took)
 
+    def _log_reach(self, found: Mapping[str, Reach]) -> None:
+        """Log which peers are not reachable any more, with the likely cause, and which are again."""
+        mesh, facts = self.last.mesh, self.last.facts
+        me = mesh.node(self._node) if mesh else None
+        lines = []
+        for name, reach in found.items():
+            before, peer = self._reached.get(name), mesh.node(name) if mesh else None
+            if mesh is None or me is None or facts is None or peer is None or reach.state is before:
+                continue
+            why = cause(reach, pod_mtu(mesh, me, facts), mesh.encapsulation, str(me.address), str(peer.address))
+            if reach.state in NOT_REACHED:
+                lines.append(f"{name} {reach.state}: {why}")
+            elif before in NOT_REACHED:
+                lines.append(f"{name} is reachable again")
+        self._reached = {name: reach.state for name, reach in found.items()}
+        for line in some(lines, _LOG_LINES):
+            log.warning("%s", line)
+
     # the loop
 
     def run(self, stop_fds: Sequence[int], publishers: Sequence[Publisher]) -> None:
@@ -253,6 +274,7 @@ class Reconciler:
             if woken or (self._driver.switch_lost and self._driver.switch_answers()):
                 self._reconcile_and_publish(publishers)
             elif self._prober and self._prober.drain():
+                self._log_reach(self._prober.results())
                 self._publish(publishers)
 
     def _publish(self, publishers: Sequence[Publisher]) -> None:

@@ -137,6 +137,8 @@ def test_status_metrics_and_conditions_tell_of_a_cut_and_of_its_end(three: Lab) 
         assert (reasons["Converged"], reasons["Degraded"]) == ("AsWanted", "PeersUnreachable")
         wait_for("the other end to say so too", lambda: states(third)["h1"] == "unreachable", SOON)
     all_ok(three)
+    log = one.agent_log.read_text()
+    assert "h3 unreachable: " in log and log.rindex("h3 is reachable again") > log.rindex("h3 unreachable: ")
     assert one.ovsmesh("status").returncode == 0
 
 
