@@ -180,7 +180,7 @@ class Cluster:
 
     def underlay(self, node: KubeNode) -> None:
         """Gives eth0 to the node's switch, and the tunnel address to br-phy, once there is a switch."""
-        eventually(lambda: Path(node.root, "run/openvswitch/db.sock").is_socket(), 30, f"the switch of {node.name}")
+        eventually(lambda: Path(node.root, "run/openvswitch/db.sock").is_socket(), 90, f"the switch of {node.name}")
         netns.run(["nft", "-f", "-"], node.ns, text=_RULES)
         netns.tx_checksum_off(node.ns, "eth0")
         bridge = ["add-br", "br-phy", "--", "set", "bridge", "br-phy", "datapath_type=netdev"]
