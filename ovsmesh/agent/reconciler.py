@@ -10,7 +10,7 @@ import logging
 import random
 import select
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from ovsmesh.dataplane import plan_text
 from ovsmesh.dataplane.desired import pod_mtu
 from ovsmesh.dataplane.plan import Plan, due, plan
 from ovsmesh.dataplane.report import NOT_REACHED, cause
-from ovsmesh.dataplane.types import Dataplane, Observed, Reach, State
+from ovsmesh.dataplane.types import Dataplane, Observed, State
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.source import Snapshot, Source
 from ovsmesh.mesh.types import Mesh
@@ -221,21 +221,23 @@ class Reconciler:
         if now.converged and not before.converged and now.want is not None:
             log.info("in sync with %s (%s)", peers_text(now.want), took)
 
-    def _log_reach(self, found: Mapping[str, Reach]) -> None:
+    def _log_reach(self, prober: Prober) -> None:
         """Log which peers are not reachable any more, with the likely cause, and which are again."""
-        mesh, facts = self.last.mesh, self.last.facts
+        before, self._reached = self._reached, prober.states()
+        changed = [name for name, state in self._reached.items() if state is not before.get(name)]
+        lost = [name for name in changed if self._reached[name] in NOT_REACHED]
+        found, mesh, facts = prober.results() if lost else {}, self.last.mesh, self.last.facts
+        lines = [
+            f"{name} is reachable again" for name in changed if name not in lost and before.get(name) in NOT_REACHED
+        ]
         me = mesh.node(self._node) if mesh else None
-        lines = []
-        for name, reach in found.items():
-            before, peer = self._reached.get(name), mesh.node(name) if mesh else None
-            if mesh is None or me is None or facts is None or peer is None or reach.state is before:
-                continue
-            why = cause(reach, pod_mtu(mesh, me, facts), mesh.encapsulation, str(me.address), str(peer.address))
-            if reach.state in NOT_REACHED:
-                lines.append(f"{name} {reach.state}: {why}")
-            elif before in NOT_REACHED:
-                lines.append(f"{name} is reachable again")
-        self._reached = {name: reach.state for name, reach in found.items()}
+        if mesh is not None and me is not None and facts is not None:
+            mtu, peers = pod_mtu(mesh, me, facts), {peer.name: peer for peer in mesh.nodes}
+            for name in lost:
+                if name in found and name in peers:
+                    own, address = str(me.address), str(peers[name].address)
+                    why = cause(found[name], mtu, mesh.encapsulation, own, address)
+                    lines.append(f"{name} {found[name].state}: {why}")
         for line in some(lines, _LOG_LINES):
             log.warning("%s", line)
 
@@ -274,12 +276,14 @@ class Reconciler:
             if woken or (self._driver.switch_lost and self._driver.switch_answers()):
                 self._reconcile_and_publish(publishers)
             elif self._prober and self._prober.drain():
-                self._log_reach(self._prober.results())
+                self._log_reach(self._prober)
                 self._publish(publishers)
 
     def _publish(self, publishers: Sequence[Publisher]) -> None:
-        reach = self._prober.results if self._prober else None
-        status = NodeStatus(self.last, self.counters, self._node, self._mesh_from, reach)
+        reach, lost = None, False
+        if self._prober:
+            reach, lost = self._prober.results, not NOT_REACHED.isdisjoint(self._prober.states().values())
+        status = NodeStatus(self.last, self.counters, self._node, self._mesh_from, reach, lost)
         for publisher in publishers:
             publisher.publish(status)
 

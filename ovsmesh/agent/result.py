@@ -183,18 +183,16 @@ class NodeStatus:
         node: str = "",
         mesh_from: str = "",
         reach: Callable[[], Mapping[str, Reach]] | None = None,
+        peers_lost: bool = False,
     ) -> None:
         self.result, self.counters = result, counters.copy()
+        self.peers_lost = peers_lost
+        """Whether packets to a peer are lost."""
         self._reach = reach
         self._made_at = float("-inf")
         self._node, self._mesh_from = node, mesh_from
         self._making = threading.Lock()
         self._report: reports.Report | None = None
-
-    @property
-    def peers_lost(self) -> bool:
-        """Whether packets to a peer are lost."""
-        return self._reach is not None and any(one.state in reports.NOT_REACHED for one in self._reach().values())
 
     @property
     def report(self) -> reports.Report:

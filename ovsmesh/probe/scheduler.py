@@ -8,11 +8,12 @@ Times are seconds on a monotonic clock and come as arguments; nothing is sent he
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
-from ovsmesh.dataplane.types import Reach
+from ovsmesh.dataplane.types import Reach, State
 from ovsmesh.probe.path import Path, Probe
 
 RATE = 20.0
@@ -20,6 +21,8 @@ RATE = 20.0
 SHORTEST, LONGEST_OF_FEW = 1.0, 5.0
 """Seconds between two regular probes of a peer: with few peers, and with a hundred."""
 _BURST = 20.0
+_TICK = 0.25
+"""Seconds between wake-ups for regular probes."""
 _ONE = 1.0 - 1e-6
 """A whole token, as far as floating point tells."""
 
@@ -148,9 +151,15 @@ class Scheduler(Generic[Key]):
         busy = [self._paths[key] for key in self._busy if key in self._paths]
         times = [at for path in busy for at in (path.quick_at(), path.expires_at()) if at is not None]
         if self._heap:
-            times.append(self._heap[0][0])
-        token = now + max(0.0, 1.0 - self._tokens) / self._rate
+            # regular probes go out a few at a time: a wake-up costs more than a probe
+            times.append(math.ceil(self._heap[0][0] / _TICK) * _TICK)
+        # without a token, wait for those of a whole tick
+        token = now + max(0.0, max(1.0, _TICK * self._rate) - self._tokens) / self._rate
         return max(min(times, default=now + LONGEST_OF_FEW), token if self._tokens < _ONE else now)
+
+    def states(self) -> dict[Key, State]:
+        """Return the state of each path: cheaper than `results`."""
+        return {key: path.state for key, path in self._paths.items()}
 
     def results(self) -> dict[Key, Reach]:
         """Return what is known of each path."""

@@ -37,6 +37,8 @@ _REST = 0.01
 """Seconds of pause after a full batch, which bounds what a flood costs."""
 _HEARD = 15.0
 """Seconds for which a packet from a peer counts as sign of life: three of its own intervals in a mesh of a hundred."""
+_NOTE = 1.0
+"""Seconds between two words of changed states."""
 _MARGIN = 0.2
 """Seconds: a probe of the peer may have been under way when the first of ours was lost."""
 _NEVER = float("-inf")
@@ -72,6 +74,7 @@ class Prober:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         """Readable after the state of a peer has changed, until `drain`."""
+        self._noted = float("-inf")
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="probe", daemon=True)
         self._thread.start()
@@ -100,6 +103,15 @@ class Prober:
         except BlockingIOError:
             return False
         return True
+
+    def states(self) -> dict[str, State]:
+        """Return the state of each peer, its worst path's."""
+        with self._lock:
+            states = self._scheduler.states()
+        found: dict[str, State] = {}
+        for (name, _), state in states.items():
+            found[name] = min(state, found.get(name, state), key=_WORST.index)
+        return found
 
     def results(self) -> dict[str, Reach]:
         """Return what is known of each peer now."""
@@ -145,8 +157,11 @@ class Prober:
             with self._lock:
                 now = time.monotonic()
                 self._send_due(now)
-                self._note_changes()
-                pause = max(0.0, self._scheduler.wake_at(now) - time.monotonic())
+                self._note_changes(now)
+                wake = self._scheduler.wake_at(now)
+                if self._scheduler.changed:
+                    wake = min(wake, self._noted + _NOTE)
+                pause = max(0.0, wake - time.monotonic())
             for fd, _ in poll.poll(min(pause, 5.0) * 1000 + 1):
                 if fd == self._wake:
                     with contextlib.suppress(BlockingIOError):
@@ -209,9 +224,10 @@ class Prober:
         else:
             self._heard[key[0]] = now
 
-    def _note_changes(self) -> None:
-        if self._scheduler.changed:
-            self._scheduler.changed = False
+    def _note_changes(self, now: float) -> None:
+        """Wake the readers of changes, once in _NOTE seconds: a thousand new peers change one after the other."""
+        if self._scheduler.changed and now - self._noted >= _NOTE:
+            self._scheduler.changed, self._noted = False, now
             os.eventfd_write(self.fd, 1)
 
 
