@@ -225,15 +225,15 @@ class Reconciler:
         """Log which peers are not reachable any more, with the likely cause, and which are again."""
         before, self._reached = self._reached, prober.states()
         changed = [name for name, state in self._reached.items() if state is not before.get(name)]
-        lost = [name for name in changed if self._reached[name] in NOT_REACHED]
-        found, mesh, facts = prober.results() if lost else {}, self.last.mesh, self.last.facts
+        lost = {name for name in changed if self._reached[name] in NOT_REACHED}
+        found, mesh, facts = prober.results(lost) if lost else {}, self.last.mesh, self.last.facts
         lines = [
             f"{name} is reachable again" for name in changed if name not in lost and before.get(name) in NOT_REACHED
         ]
         me = mesh.node(self._node) if mesh else None
         if mesh is not None and me is not None and facts is not None:
             mtu, peers = pod_mtu(mesh, me, facts), {peer.name: peer for peer in mesh.nodes}
-            for name in lost:
+            for name in sorted(lost):
                 if name in found and name in peers:
                     own, address = str(me.address), str(peers[name].address)
                     why = cause(found[name], mtu, mesh.encapsulation, own, address)

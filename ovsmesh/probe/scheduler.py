@@ -161,6 +161,6 @@ class Scheduler(Generic[Key]):
         """Return the state of each path: cheaper than `results`."""
         return {key: path.state for key, path in self._paths.items()}
 
-    def results(self) -> dict[Key, Reach]:
-        """Return what is known of each path."""
-        return {key: path.reach() for key, path in self._paths.items()}
+    def results(self, chosen: Callable[[Key], bool] = lambda _: True) -> dict[Key, Reach]:
+        """Return what is known of each path that is `chosen`."""
+        return {key: path.reach() for key, path in self._paths.items() if chosen(key)}

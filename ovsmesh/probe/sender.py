@@ -17,7 +17,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -113,10 +113,10 @@ class Prober:
             found[name] = min(state, found.get(name, state), key=_WORST.index)
         return found
 
-    def results(self) -> dict[str, Reach]:
-        """Return what is known of each peer now."""
+    def results(self, peers: Container[str] | None = None) -> dict[str, Reach]:
+        """Return what is known now of these peers, or of all."""
         with self._lock:
-            reaches = self._scheduler.results()
+            reaches = self._scheduler.results(lambda key: peers is None or key[0] in peers)
             heard, errors = dict(self._heard), dict(self._errors)
         now, epoch = time.monotonic(), time.time()
         found: dict[str, Reach] = {}
