@@ -20,7 +20,6 @@ TIMEOUT = 1.0
 """Seconds after which an unanswered probe counts as lost."""
 SMALL_SIZE = 68
 """Bytes of a small probe's IP packet: the smallest MTU that IPv4 allows (RFC 791)."""
-SMALL_SIZE_V6 = 128
 WINDOW = 100
 """Outcomes and round trips that are kept: loss and p99 are of these."""
 _QUICK_GAP = 0.15
@@ -66,9 +65,8 @@ class _Round:
 class Path:
     """The state machine of one path. `full` is the size of a full packet in bytes: the pods' MTU."""
 
-    def __init__(self, full: int, now: float, small: int = SMALL_SIZE) -> None:
+    def __init__(self, full: int, now: float) -> None:
         self.full = full
-        self._small = small
         self.state = State.UNPROBED
         self.since = now
         self.path_mtu: int | None = None
@@ -87,7 +85,7 @@ class Path:
         self._clean = 0
         self._clean_since = now
         self._relapses: deque[float] = deque(maxlen=16)
-        self._range = (small, full)
+        self._range = (SMALL_SIZE, full)
         self._rechecked = now
 
     # What to send
@@ -198,7 +196,7 @@ class Path:
                 # full size passes again: three more must, before that is believed
                 self._start("verify", [size] * 3, now)
         elif done.lost and self.state is not State.UNREACHABLE:
-            self._start("quick", [self._small, self.usable] * 3, now)
+            self._start("quick", [SMALL_SIZE, self.usable] * 3, now)
         else:
             self._recover(now)
 
