@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -25,3 +26,20 @@ def listed(items: Iterable[object], most: int = 10, separator: str = ", ") -> st
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, as "1 peer" or "2 peers"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return the one of `names` that `name` is most likely a misspelling of; "" where none is like it."""
+    known = {each.lower(): each for each in sorted(names)}
+    found = difflib.get_close_matches(name.lower(), known, n=1)
+    return known[found[0]] if found else ""
+
+
+def instead(name: str, names: Iterable[str], most: int = 10) -> str:
+    """Return what to offer in place of a wrong name, as "did you mean web2? There are web1, web2, web3"."""
+    known = sorted(names)
+    like = nearest(name, known)
+    there = f"there is {known[0]} only" if len(known) == 1 else f"there are {listed(known, most)}"
+    if not known:
+        return "there is none"
+    return f"did you mean {like}? T{there[1:]}" if like else there

@@ -16,7 +16,7 @@ from ovsmesh.errors import OvsmeshError
 from ovsmesh.probe.sender import Prober
 from ovsmesh.probe.targets import Target, targets
 from ovsmesh.state_dir import StateDir
-from ovsmesh.text import listed
+from ovsmesh.text import instead
 
 _RATE = 200.0
 """Probes a second: a thousand peers in some five seconds."""
@@ -36,7 +36,7 @@ def check(options: Options, peer: str = "") -> Report:
         raise OvsmeshError("; ".join(map(str, source.problems)))
     if peer and (peer == options.node or source.mesh.node(peer) is None):
         names = [node.name for node in source.mesh.nodes if node.name != options.node]
-        raise OvsmeshError(f"--peer {peer}: the mesh has no such peer; it has {listed(names, 10)}")
+        raise OvsmeshError(f"--peer {peer}: this node has no such peer; {instead(peer, names)}")
     with opened(options, StateDir(options.state_dir)) as driver:
         found = result.look(driver, source, options.node)
         traffic, version = driver.traffic(), driver.ovs_version

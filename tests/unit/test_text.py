@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ovsmesh.text import counted, listed, printable, some
+from ovsmesh.text import counted, instead, listed, nearest, printable, some
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,25 @@ def test_a_long_list_says_how_many_more(count: int, shown: str) -> None:
 
 def test_a_number_agrees_with_its_noun() -> None:
     assert [counted(n, "peer") for n in (0, 1, 2)] == ["0 peers", "1 peer", "2 peers"]
+
+
+@pytest.mark.parametrize(("name", "like"), [("wbe2", "web2"), ("WEB1", "web1"), ("db", ""), ("", ""), ("web2", "web2")])
+def test_the_nearest_name_is_offered_for_a_misspelt_one(name: str, like: str) -> None:
+    assert nearest(name, ["web2", "web1"]) == like
+
+
+def test_the_nearest_of_names_that_differ_in_case_keeps_its_own_spelling() -> None:
+    assert nearest("hostone", ["HostOne", "other"]) == "HostOne"
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ((), "there is none"),
+        (("web1",), "did you mean web1? There is web1 only"),
+        (("db", "web1"), "did you mean web1? There are db, web1"),
+        (("a", "b", "c", "d"), "there are a, b, c, and 1 more"),
+    ],
+)
+def test_a_wrong_name_gets_the_nearest_and_the_list(names: tuple[str, ...], text: str) -> None:
+    assert instead("wbe1", names, 3) == text
