@@ -11,6 +11,7 @@ from ovsmesh.dataplane import cni_config, desired
 from ovsmesh.dataplane.plan import Plan, Step
 from ovsmesh.dataplane.types import KBR, PEER_KINDS, Dataplane, Facts, Observed, Reach, State, Unmanaged
 from ovsmesh.errors import Problem
+from ovsmesh.mesh.manifest import digest
 from ovsmesh.mesh.types import Mesh, Node, gateway
 from ovsmesh.names import ENCAPSULATIONS
 from ovsmesh.reasons import Reason
@@ -82,6 +83,8 @@ class Self:
     mesh_from: str = ""
     mesh_since: float | None = None
     mesh_current: bool = True
+    mesh_digest: str = ""
+    """See manifest.digest: hosts with the same mesh have the same."""
     docker: str = ""
     """Where Docker's containers are plugged in; "" where there is no Docker, or it is left alone."""
 
@@ -355,6 +358,7 @@ def _self(
         mesh_from=context.mesh_from,
         mesh_since=context.mesh_since,
         mesh_current=context.mesh_current,
+        mesh_digest=digest(mesh) if mesh else "",
     )
     me = mesh.node(name) if mesh else None
     if mesh is None or me is None or facts is None:

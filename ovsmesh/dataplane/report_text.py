@@ -61,7 +61,8 @@ def _about(me: Self, now: float) -> Iterator[tuple[str, str]]:
     old = f", read {age(now - me.mesh_since)} ago" if me.mesh_since is not None else ""
     good = "" if me.mesh_current else " (the last known good one: its source can't be used now)"
     if me.mesh_from or old:
-        yield "mesh", f"{me.mesh_from or 'mesh'}{old}{good}"
+        digest = f", digest {me.mesh_digest}" if me.mesh_digest else ""
+        yield "mesh", f"{me.mesh_from or 'mesh'}{digest}{old}{good}"
 
 
 def _row(peer: Peer, now: float) -> list[str]:

@@ -7,6 +7,7 @@ converge. Does no I/O and asks no clock.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -106,6 +107,15 @@ def dump(mesh: Mesh) -> str:
     if not mesh.nodes:
         return head + "\n"
     return head[:-3] + "\n" + ",\n".join(json.dumps(dump_node(node)) for node in mesh.nodes) + "\n]}}\n"
+
+
+def digest(mesh: Mesh) -> str:
+    """Return 12 hexadecimal digits that two meshes share only if all their settings and nodes are the same.
+
+    The same on every host and for every source. The order of nodes and of cluster CIDRs does not matter.
+    """
+    ordered = replace(mesh, cluster_cidrs=tuple(sorted(mesh.cluster_cidrs, key=str)))
+    return hashlib.sha256(dump(ordered).encode()).hexdigest()[:12]
 
 
 def dump_settings(settings: MeshSettings) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_golden_converged() -> None:
         "  MTU           1462 (underlay 1500 − 38 of gre)",
         "  Open vSwitch  3.1.0, datapath system",
         "  agent         0.1.0 running for 1h2m (since 2027-01-15T06:57:55Z)",
-        "  mesh          /etc/ovsmesh/mesh.yaml, read 3m5s ago",
+        "  mesh          /etc/ovsmesh/mesh.yaml, digest ce6fb1abe2d0, read 3m5s ago",
         "",
         "CONDITION    STATUS  REASON    MESSAGE",
         "Converged    True    AsWanted",

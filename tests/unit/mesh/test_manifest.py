@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from ipaddress import ip_network
 
 import pytest
 import yaml
 
-from ovsmesh.mesh.manifest import dump
+from ovsmesh.mesh.manifest import digest, dump
 from ovsmesh.mesh.types import Mesh, MeshError, Node
 from ovsmesh.mesh.yaml_reader import MAX_BYTES
+from tests.support.meshkit import first
 from tests.support.meshtext import HEAD, A, B, C, big, read, text_of
 
 
@@ -190,3 +193,13 @@ def test_dump_carries_uid_and_zone() -> None:
     mesh, _ = read(text_of(B[:-1] + ", uid: u-1, zone: z1}"))
     assert mesh.nodes[0].uid == "u-1" and mesh.nodes[0].zone == "z1"
     assert read(dump(mesh))[0] == mesh
+
+
+def test_the_digest_is_the_same_for_the_same_mesh_only() -> None:
+    mesh = first(3)
+    assert re.fullmatch("[0-9a-f]{12}", digest(mesh))
+    same = [replace(mesh, cluster_cidrs=mesh.cluster_cidrs[::-1]), read(dump(mesh))[0]]
+    assert {digest(one) for one in same} == {digest(mesh)}
+    other = replace(mesh.nodes[0], zone="a")
+    changed = [replace(mesh, mtu=1400), replace(mesh, key=0), first(2), replace(mesh, nodes=(other, *mesh.nodes[1:]))]
+    assert len({digest(one) for one in (mesh, *changed)}) == 5
