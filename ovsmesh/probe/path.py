@@ -125,11 +125,11 @@ class Path:
 
     # What came of it
 
-    def answered(self, sequence: int, now: float) -> None:
-        """Take in an answer. One to an unknown or an expired probe changes nothing."""
+    def answered(self, sequence: int, now: float) -> float | None:
+        """Take in an answer, and return its round trip. One to an unknown or an expired probe changes nothing."""
         found = self._under_way.pop(sequence, None)
         if found is None:
-            return
+            return None
         size, sent, _ = found
         trip = max(0.0, now - sent)
         self._trips.append(trip)
@@ -137,6 +137,7 @@ class Path:
         self._mean = trip if self._mean is None else self._mean + (trip - self._mean) / 8
         self._round.answered.append(size)
         self._judge(now)
+        return trip
 
     def not_sent(self, sequence: int, now: float) -> None:
         """Take in that a probe could not be sent, which is as good as lost."""

@@ -27,6 +27,7 @@ _ONE = 1.0 - 1e-6
 """A whole token, as far as floating point tells."""
 
 Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
 
 
 class Due(NamedTuple, Generic[Key]):
@@ -48,6 +49,8 @@ class Scheduler(Generic[Key]):
         self._count = 0
         self._tokens, self._filled = _BURST, now
         self._quick_last = False
+        self.sent = self.lost = 0
+        """Probes of all paths since the start, those of peers that left too."""
         self.changed = False
         """Whether a path has changed its state; the caller sets it back."""
         self._busy: set[Key] = set()
@@ -89,6 +92,7 @@ class Scheduler(Generic[Key]):
                 return
             self._tokens -= 1.0
             self._busy.add(found.key)
+            self.sent += 1
             yield found
 
     def _next(self, now: float) -> Due[Key] | None:
@@ -131,20 +135,22 @@ class Scheduler(Generic[Key]):
         self._count += 1
         heapq.heappush(self._heap, (at, self._count, group))
 
-    def answered(self, key: Key, sequence: int, now: float) -> None:
-        """Take in an answer; one for a path that is no longer probed changes nothing."""
-        if key in self._paths:
-            self._take(self._paths[key], lambda path: path.answered(sequence, now))
+    def answered(self, key: Key, sequence: int, now: float) -> float | None:
+        """Take in an answer, and return its round trip; None for a path or a probe that nobody waits for."""
+        path = self._paths.get(key)
+        return None if path is None else self._take(path, lambda path: path.answered(sequence, now))
 
     def not_sent(self, key: Key, sequence: int, now: float) -> None:
         """Take in that a probe could not be sent."""
         if key in self._paths:
             self._take(self._paths[key], lambda path: path.not_sent(sequence, now))
 
-    def _take(self, path: Path, event: Callable[[Path], None]) -> None:
-        before = path.state
-        event(path)
-        self.changed |= path.state is not before
+    def _take(self, path: Path, event: Callable[[Path], Result]) -> Result:
+        state, lost = path.state, path.lost
+        result = event(path)
+        self.changed |= path.state is not state
+        self.lost += path.lost - lost
+        return result
 
     def wake_at(self, now: float) -> float:
         """Return when `due` has something to do next, if nothing is answered until then."""

@@ -20,10 +20,12 @@ import time
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from ipaddress import ip_address
+from typing import NamedTuple
 
 from ovsmesh.checksum import internet_checksum
 from ovsmesh.dataplane.types import Reach, State
 from ovsmesh.mesh.types import IPAddress
+from ovsmesh.metrics import Histogram
 from ovsmesh.names import PROBE_MAGIC
 from ovsmesh.probe.scheduler import RATE, Scheduler
 from ovsmesh.probe.targets import Target
@@ -50,6 +52,15 @@ _IP_PKTINFO, _IPV6_PKTINFO = 8, 50
 
 _Key = tuple[str, IPAddress]
 _WORST = (State.UNREACHABLE, State.SMALL, State.LOSSY, State.UNPROBED, State.OK)
+_TRIPS = Histogram((0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0))
+
+
+class Totals(NamedTuple):
+    """Probes to all peers since the start, those to peers that left too. Round trips are in seconds."""
+
+    sent: int = 0
+    lost: int = 0
+    round_trips: Histogram = _TRIPS
 
 
 class Prober:
@@ -69,6 +80,7 @@ class Prober:
         self._scheduler: Scheduler[_Key] = Scheduler(time.monotonic(), rate)
         self._targets: dict[_Key, Target] = {}
         self._by_destination: dict[IPAddress, _Key] = {}
+        self._trips = _TRIPS
         self._heard: dict[str, float] = {}
         self._errors: dict[_Key, str] = {}
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -135,6 +147,11 @@ class Prober:
             if old is None or _WORST.index(one.state) < _WORST.index(old.state):
                 found[name] = one
         return found
+
+    def totals(self) -> Totals:
+        """Return how many probes were sent and lost since the start, and how long the answers took."""
+        with self._lock:
+            return Totals(self._scheduler.sent, self._scheduler.lost, self._trips)
 
     def close(self) -> None:
         """Stop probing; takes a second at most."""
@@ -220,7 +237,9 @@ class Prober:
         if body[0] in (0, 129):
             if body[16:24] == self._token:
                 with self._lock:
-                    self._scheduler.answered(key, int.from_bytes(body[6:8]), now)
+                    trip = self._scheduler.answered(key, int.from_bytes(body[6:8]), now)
+                    if trip is not None:
+                        self._trips = self._trips.plus(trip)
         else:
             self._heard[key[0]] = now
 

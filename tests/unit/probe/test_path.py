@@ -138,6 +138,18 @@ def test_losses_are_seen_as_losses_and_not_as_a_small_path_mtu() -> None:
     network.until("web1", State.OK, 120)
 
 
+def test_all_probes_are_counted_those_of_peers_that_left_too() -> None:
+    network, link = one(3)
+    network.run(20)
+    assert network.scheduler.sent == len(network.sent) and network.scheduler.lost == 0
+    link.up = False
+    network.run(20)
+    lost = network.scheduler.lost
+    assert 0 < lost <= network.scheduler.results()["web1"].sent
+    network.scheduler.update({"other0": {"other0": FULL}}, network.now)
+    assert (network.scheduler.sent, network.scheduler.lost) == (len(network.sent), lost)
+
+
 def test_one_lost_packet_changes_nothing() -> None:
     network, link = one(3)
     network.run(20)
