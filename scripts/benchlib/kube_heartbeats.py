@@ -110,7 +110,7 @@ def bench(plan: Plan) -> list[Figure]:
     seconds = plan.tries(60, 20)
     with kube_testbed([peer(n) for n in range(_NODES)]) as s:
         config = s.cluster.agent_config(s.host)
-        s.cluster.start_agent(s.host, config)
+        s.cluster.start_agent(s.host)
         s.ready()
         # the conditions of all Nodes are written once, and the agent writes its MeshNode
         time.sleep(plan.tries(20, 10))

@@ -127,9 +127,9 @@ def _in_time(cluster: ClusterLab, new: Host, since: float, parts: dict[str, list
 def _join(cluster: ClusterLab, new: Host, parts: dict[str, list[float]]) -> float:
     since = time.time()
     cluster.add_node(new)
-    config = cluster.agent_config(new)
+    account = cluster.agent_account(new)
     parts["token made"].append(time.time() - since)
-    cluster.start_agent(new, config)
+    cluster.start_agent(new, account)
     return _in_time(cluster, new, since, parts)
 
 

@@ -79,11 +79,11 @@ def _starts(plan: Plan, s: KubeTestbed) -> list[Figure]:
     own: list[float] = []
     whole: list[float] = []
     baseline: list[float] = []
-    config = s.cluster.agent_config(s.host)
+    account = s.cluster.agent_account(s.host)
     tries = plan.tries(10, 3)
     for number in range(tries):
         baseline.append(_from_file(s))
-        found = _start(s, lambda: s.cluster.start_agent(s.host, config), s.pid)
+        found = _start(s, lambda: s.cluster.start_agent(s.host, account), s.pid)
         for value, samples in zip(found, (took, own, whole), strict=True):
             samples.append(value)
         text = f"{took[-1]:.2f} s, from a file {baseline[-1]:.2f} s, CPU of the agent {own[-1]:.2f} s"

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.lab import Lab
@@ -83,11 +84,22 @@ class ClusterLab:
 
     # ------------------------------------------------------------ processes
 
-    def start_agent(self, host: Host, config: Path | None = None) -> None:
-        """As ovsmesh-agent's pod on this node; the Node must be in the API, unless it has a `config` already."""
-        config = config or self.agent_config(host)
-        options = [f"--kubeconfig={config}", f"--node={host.name}", f"--ovsdb={host.ovsdb}"]
-        self._start(host.name, host.ns, "agent", *options, f"--state-dir={self.state(host)}", "--listen=127.0.0.1:9474")
+    def start_agent(self, host: Host, login: Path | None = None) -> None:
+        """As ovsmesh-agent's pod on this node; the Node must be in the API, unless there is a `login` already.
+
+        `login` is a folder of agent_account(), or a kubeconfig.
+        """
+        login = login or self.agent_account(host)
+        options = [f"--node={host.name}", f"--ovsdb={host.ovsdb}", f"--state-dir={self.state(host)}"]
+        options.append("--listen=127.0.0.1:9474")
+        if login.is_dir():
+            self._start(host.name, host.ns, "agent", *options, account=login)
+        else:
+            self._start(host.name, host.ns, "agent", f"--kubeconfig={login}", *options)
+
+    def agent_account(self, host: Host) -> Path:
+        """The service account of the agent's pod there, with a new token, as the pod finds it mounted."""
+        return self.plane.service_account_folder(f"agent-{host.name}", self.plane.agent_token(host.name))
 
     def agent_config(self, host: Host) -> Path:
         """A kubeconfig with a new token for the agent there."""
@@ -143,7 +155,7 @@ class ClusterLab:
     def _log(self, name: str) -> Path:
         return self.plane.folder / f"ovsmesh-{name}.log"
 
-    def _start(self, name: str, ns: str, *arguments: str) -> None:
+    def _start(self, name: str, ns: str, *arguments: str, account: Path | None = None) -> None:
         assert name not in self._processes or self._processes[name].poll() is not None, f"{name} runs already"
         argv = [
             "setpriv",
@@ -155,10 +167,14 @@ class ClusterLab:
             ns,
             sys.executable,
             "-m",
-            "ovsmesh",
+            *(["tests.support.pod_process", str(account)] if account else ["ovsmesh"]),
             *arguments,
         ]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        if account:
+            server = urlsplit(self.plane.url)
+            environment["KUBERNETES_SERVICE_HOST"] = str(server.hostname)
+            environment["KUBERNETES_SERVICE_PORT"] = str(server.port)
         with self._log(name).open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
