@@ -25,7 +25,8 @@ from ovsmesh.linux.firewall import Firewall
 from ovsmesh.linux.netlink import Netlink
 from ovsmesh.linux.sysctl import read_sysctls
 from ovsmesh.mesh.types import Mesh
-from ovsmesh.ovs.idl import run_dir, statistics
+from ovsmesh.ovs.figures import SwitchReader
+from ovsmesh.ovs.idl import run_dir
 from ovsmesh.ovs.openflow import FlowTable
 from ovsmesh.ovs.ovsdb import Ovs, OvsObserved
 from ovsmesh.reasons import Reason
@@ -38,8 +39,9 @@ class Driver:
     """All that ovsmesh reads and changes on this host. Not thread-safe; one a process."""
 
     def __init__(self, ovsdb: str, cni_dir: str = "", cni_bin_dir: str = "", docker: Docker | None = None) -> None:
-        self._ovsdb = ovsdb
         self.ovs = Ovs(ovsdb)
+        self.figures = SwitchReader(ovsdb)
+        """The only part of it that any thread may use."""
         self.net = Netlink()
         self.flows = FlowTable(run_dir(ovsdb))
         self.firewall = Firewall()
@@ -136,11 +138,6 @@ class Driver:
         return self.ovs.synced
 
     @property
-    def ovs_version(self) -> str:
-        """The version of ovs-vswitchd, "" while it is not known."""
-        return self.ovs.version
-
-    @property
     def switch_lost(self) -> bool:
         """Whether the database has a managed bridge, and no switch answers on it."""
         return self.ovs.synced and not self._switch_up
@@ -148,10 +145,6 @@ class Driver:
     def switch_answers(self) -> bool:
         """Return whether ovs-vswitchd answers on obr0."""
         return self.flows.answers()
-
-    def traffic(self) -> dict[str, dict[str, int]]:
-        """Return what each tunnel port has counted, by the database's names; {} while the database is down."""
-        return statistics(self._ovsdb) if self.ovs.synced else {}
 
     def pods(self) -> list[str]:
         """Return the ports of kbr0 but obr0."""

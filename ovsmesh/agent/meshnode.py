@@ -257,7 +257,7 @@ class MeshNodeWriter:
 def _body(published: _Published) -> Object:
     """Return the status of the MeshNode, without times."""
     status, slices = published
-    result, report, ovs = status.result, status.report, status.counters.ovs_version
+    result, report = status.result, status.report
     conditions = [
         {"type": c.type, "status": c.status, "reason": c.reason, "message": c.message[:1000]}
         for c in report.conditions
@@ -273,7 +273,7 @@ def _body(published: _Published) -> Object:
         "observedSlices": slices,
         "peers": {"wanted": report.count("wanted"), "installed": installed, "up": report.count("ok")},
         "mtu": report.self.mtu,
-        "versions": {"agent": __version__, "ovs": ovs, "kernel": platform.release()[:128]},
+        "versions": {"agent": __version__, "ovs": report.self.ovs_version, "kernel": platform.release()[:128]},
         "conditions": conditions,
     }
 

@@ -29,7 +29,7 @@ METRICS: tuple[Metric[NodeStatus], ...] = (
         "ovsmesh_build_info",
         "gauge",
         "Versions; always 1.",
-        lambda s: [((__version__, s.counters.ovs_version), 1)],
+        lambda s: [((__version__, s.report.self.ovs_version), 1)],
         ("version", "ovs_version"),
     ),
     Metric(

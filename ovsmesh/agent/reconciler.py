@@ -195,7 +195,6 @@ class Reconciler:
         counters = self.counters
         counters.reconciles += 1
         counters.durations = counters.durations.plus(result.duration)
-        counters.ovs_version = self._driver.ovs_version or counters.ovs_version
         if any(problem.reason in RETRIED for problem in result.problems):
             counters.failures += 1
             self._retry_at = time.monotonic() + self._backoff * random.uniform(0.5, 1.0)
@@ -283,7 +282,7 @@ class Reconciler:
         reach, lost = None, False
         if self._prober:
             reach, lost = self._prober.results, not NOT_REACHED.isdisjoint(self._prober.states().values())
-        status = NodeStatus(self.last, self.counters, self._node, self._mesh_from, reach, lost)
+        status = NodeStatus(self.last, self.counters, self._node, self._mesh_from, reach, lost, self._driver.figures)
         for publisher in publishers:
             publisher.publish(status)
 

@@ -18,6 +18,7 @@ from ovsmesh.errors import Problem
 from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.metrics import Histogram
+from ovsmesh.ovs.figures import SwitchFigures
 from ovsmesh.reasons import Reason
 from ovsmesh.text import counted
 
@@ -50,7 +51,6 @@ class AgentCounters:
     """Seconds that reconciles took."""
     last_success: float = 0.0
     """Seconds since the epoch; 0 for never."""
-    ovs_version: str = ""
     last_change: dict[str, tuple[float, str]] = field(default_factory=dict)
     """Peer → when a part of it was changed last (seconds since the epoch), and how."""
 
@@ -173,7 +173,8 @@ class NodeStatus:
     """What the agent publishes after a reconcile, or when a peer became reachable or not. Any thread may read it.
 
     The report of a thousand peers takes longer to make than a reconcile that changes nothing, so it is made when
-    somebody asks for it, and again a second later at the earliest. `reach` returns what the probes found by then.
+    somebody asks for it, and again a second later at the earliest. `reach` returns what the probes found by then,
+    `switch` what the switch has counted.
     """
 
     def __init__(
@@ -184,11 +185,12 @@ class NodeStatus:
         mesh_from: str = "",
         reach: Callable[[], Mapping[str, Reach]] | None = None,
         peers_lost: bool = False,
+        switch: Callable[[], SwitchFigures] = SwitchFigures,
     ) -> None:
         self.result, self.counters = result, counters.copy()
         self.peers_lost = peers_lost
         """Whether packets to a peer are lost."""
-        self._reach = reach
+        self._reach, self._switch = reach, switch
         self._made_at = float("-inf")
         self._node, self._mesh_from = node, mesh_from
         self._making = threading.Lock()
@@ -199,17 +201,17 @@ class NodeStatus:
         """The report. It is made at the first access."""
         with self._making:
             if self._report is None or (self._reach and time.monotonic() - self._made_at > _REPORT_AGE):
-                self._made_at = time.monotonic()
+                self._made_at, figures = time.monotonic(), self._switch()
                 context = reports.ReportContext(
                     now=time.time(),
                     agent_since=self.counters.started,
                     agent_version=__version__,
-                    ovs_version=self.counters.ovs_version,
+                    ovs_version=figures.version,
                     mesh_from=self._mesh_from,
                     mesh_since=self.result.mesh_since or None,
                     mesh_current=self.result.mesh_current,
                     last_change=self.counters.last_change,
                     reach=self._reach() if self._reach else None,
                 )
-                self._report = report(self.result, self._node, {}, context)
+                self._report = report(self.result, self._node, figures.traffic, context)
             return self._report

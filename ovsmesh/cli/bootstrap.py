@@ -74,7 +74,7 @@ def check(options: Options) -> list[Check]:
         found.append(Check(FAIL, "mesh", str(error)))
     ovsdb = options.ovsdb
     with _open(options) as driver:
-        datapath, up, version = kernel_datapath(), driver.database_up, driver.ovs_version
+        datapath, up, version = kernel_datapath(), driver.database_up, driver.figures().version
         if wanted is None:
             found += preflight.switch(up, version, ovsdb, datapath, not datapath, "gre")
             return found

@@ -39,13 +39,13 @@ def check(options: Options, peer: str = "") -> Report:
         raise OvsmeshError(f"--peer {peer}: this node has no such peer; {instead(peer, names)}")
     with opened(options, StateDir(options.state_dir)) as driver:
         found = result.look(driver, source, options.node)
-        traffic, version = driver.traffic(), driver.ovs_version
+        figures = driver.figures()
     if found.mesh is None or found.facts is None:
         raise OvsmeshError("; ".join(map(str, found.problems)))
     wanted = targets(found.mesh, options.node, found.facts)
     reach = _probe({name: paths for name, paths in wanted.items() if peer in ("", name)})
-    context = dataclasses.replace(inspect.context(options, source, version), reach=reach)
-    report = inspect.report(options, found, traffic, context)
+    context = dataclasses.replace(inspect.context(options, source, figures.version), reach=reach)
+    report = inspect.report(options, found, figures.traffic, context)
     return dataclasses.replace(report, peers=tuple(p for p in report.peers if peer in ("", p.name)))
 
 

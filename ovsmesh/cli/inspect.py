@@ -58,8 +58,8 @@ def status(options: Options) -> Report:
     source = snapshot(options)
     with opened(options, state) as driver:
         found = result.look(driver, source, options.node)
-        counted, version = driver.traffic(), driver.ovs_version
-    return report(options, found, counted, context(options, source, version))
+        figures = driver.figures()
+    return report(options, found, figures.traffic, context(options, source, figures.version))
 
 
 def _stored(options: Options) -> tuple[dict[str, Any], bool]:
@@ -123,16 +123,14 @@ def _one_reach(found: dict[str, Any]) -> Reach:
     )
 
 
-def report(
-    options: Options, found: ReconcileResult, counted: Mapping[str, dict[str, int]], about: ReportContext
-) -> Report:
+def report(options: Options, found: ReconcileResult, traffic: Mapping[str, Traffic], about: ReportContext) -> Report:
     """Return the report of what was found, with the problems that only a running agent knows."""
     stored, running = _stored(options)
     if running:
         known = {str(p) for p in found.problems}
         more = (problem for problem in _problems(stored.get("problems")) if problem.message not in known)
         found = dataclasses.replace(found, problems=(*found.problems, *more))
-    return result.report(found, options.node, {port: _traffic(counters) for port, counters in counted.items()}, about)
+    return result.report(found, options.node, traffic, about)
 
 
 # The status file is a hint: what is not of the expected shape is left out.
@@ -154,11 +152,3 @@ def _changes(value: object) -> dict[str, tuple[float, str]]:
 
 def _is_pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2
-
-
-def _traffic(counters: dict[str, int]) -> Traffic:
-    errors = sum(counters.get(name, 0) for name in ("rx_errors", "tx_errors", "rx_dropped", "tx_dropped"))
-    rx_packets, tx_packets, rx_bytes, tx_bytes = (
-        counters.get(f"{way}_{what}", 0) for what in ("packets", "bytes") for way in ("rx", "tx")
-    )
-    return Traffic(rx_packets, tx_packets, rx_bytes, tx_bytes, errors)

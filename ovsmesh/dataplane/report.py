@@ -22,13 +22,13 @@ NOT_REACHED = frozenset({State.UNREACHABLE, State.LOSSY, State.SMALL})
 
 
 class Traffic(NamedTuple):
-    """What a tunnel port has counted since it was made. `errors` includes dropped packets."""
+    """What a port has counted since it was made; None: not known. `errors` includes dropped packets."""
 
-    rx_packets: int = 0
-    tx_packets: int = 0
-    rx_bytes: int = 0
-    tx_bytes: int = 0
-    errors: int = 0
+    rx_packets: int | None = None
+    tx_packets: int | None = None
+    rx_bytes: int | None = None
+    tx_bytes: int | None = None
+    errors: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

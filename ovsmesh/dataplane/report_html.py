@@ -52,7 +52,7 @@ def _body(report: Report) -> str:
     worst = sorted(report.peers, key=lambda peer: peer.state == "ok")
     for peer in worst[:_MOST]:
         t = peer.traffic
-        numbers = [str(t.rx_packets), str(t.tx_packets), str(t.errors)] if t else ["-"] * 3
+        numbers = ["-" if n is None else str(n) for n in ((t.rx_packets, t.tx_packets, t.errors) if t else (None,) * 3)]
         changed = age(now - peer.last_change) + " ago" if peer.last_change is not None else "-"
         state = ": ".join([peer.state, *peer.missing[:1]])
         cells = [peer.name, peer.address, ", ".join(peer.pod_cidrs), peer.port, *numbers, changed, state]

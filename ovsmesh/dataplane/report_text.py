@@ -67,7 +67,8 @@ def _about(me: Self, now: float) -> Iterator[tuple[str, str]]:
 
 def _row(peer: Peer, now: float) -> list[str]:
     traffic = peer.traffic
-    numbers = [str(n) for n in (traffic.rx_packets, traffic.tx_packets, traffic.errors)] if traffic else ["-"] * 3
+    counted = (traffic.rx_packets, traffic.tx_packets, traffic.errors) if traffic else (None,) * 3
+    numbers = ["-" if n is None else str(n) for n in counted]
     changed = age(now - peer.last_change) if peer.last_change is not None else "-"
     state = peer.state if not peer.missing or peer.state in NOT_REACHED else f"{peer.state}: {_first(peer.missing)}"
     cidrs = ",".join(peer.pod_cidrs) or "-"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
 import ovs.db.idl
-import ovs.poller
 import ovs.vlog
 
 from ovsmesh.errors import OvsmeshError
@@ -17,13 +15,10 @@ from ovsmesh.ovs import json_parser
 _PROBE_MS = 5000
 _BACKOFF_MS = (100, 500)
 """Between attempts to reach the server again: it is on this host, and ovs-vswitchd waits for its flows."""
-STATISTICS_DEADLINE = 5.0
-"""Seconds."""
 
 _STRINGS = {"key": "string", "value": "string", "min": 0, "max": "unlimited"}
 _OPTIONAL = {"key": "string", "min": 0, "max": 1}
 _OPTIONAL_INT = {"key": "integer", "min": 0, "max": 1}
-_INTEGERS = {"key": "string", "value": "integer", "min": 0, "max": "unlimited"}
 
 
 def _refs(table: str) -> dict[str, Any]:
@@ -36,7 +31,6 @@ SCHEMA: dict[str, dict[str, Any]] = {
         "next_cfg": "integer",
         "cur_cfg": "integer",
         "other_config": _STRINGS,
-        "ovs_version": _OPTIONAL,
     },
     "Bridge": {
         "name": "string",
@@ -115,22 +109,3 @@ def _prepare() -> None:
     for facility in ("console", "syslog", "file"):
         logging.getLogger(facility).propagate = False
         ovs.vlog.Vlog.set_level("any", facility, "off")
-
-
-def statistics(remote: str) -> dict[str, dict[str, int]]:
-    """Read the counters of all interfaces once: interface → counter (rx_packets, tx_errors, …) → value.
-
-    The replica leaves them out, as ovs-vswitchd writes all of them every five seconds.
-    """
-    _prepare()
-    idl = ovs.db.idl.Idl(remote, _helper({"Interface": {"name": "string", "statistics": _INTEGERS}}))
-    end = time.monotonic() + STATISTICS_DEADLINE
-    while not idl.has_ever_connected() and time.monotonic() < end:
-        idl.run()
-        poller = ovs.poller.Poller()
-        idl.wait(poller)
-        poller.timer_wait(200)
-        poller.block()
-    found = {row.name: dict(row.statistics) for row in idl.tables["Interface"].rows.values()}
-    idl.close()
-    return found

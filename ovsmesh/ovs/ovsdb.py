@@ -101,12 +101,6 @@ class Ovs:
     def _root(self) -> Any:
         return next(iter(self._idl.tables["Open_vSwitch"].rows.values()), None)
 
-    @property
-    def version(self) -> str:
-        """Return the version of ovs-vswitchd; "" where it is not known."""
-        root = self._root
-        return root.ovs_version[0] if root and root.ovs_version else ""
-
     def bridge_of(self, link: str) -> str | None:
         """Return the datapath_type of the OVS bridge `link`; None where there is no such bridge."""
         row = self._bridge(link)

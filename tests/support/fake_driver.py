@@ -20,6 +20,7 @@ from ovsmesh.agent.reconciler import Reconciler
 from ovsmesh.dataplane.types import Dataplane, Observed
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.source import Snapshot
+from ovsmesh.ovs.figures import SwitchFigures
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 from tests.support.meshkit import FACTS, first
@@ -37,7 +38,7 @@ class FakeDriver:
         self.switch_up = True
         self.switch_lost = False
         self.busy = self.expecting = False
-        self.ovs_version = "3.1.0"
+        self.figures = SwitchFigures
         self.plans: list[Any] = []
         self.fails = 0
         """How many more times applying is to fail."""

@@ -18,6 +18,7 @@ from ovsmesh.mesh.slice_source import SliceSource
 from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.names import MESH_SLICES
+from ovsmesh.ovs.figures import SwitchFigures
 from ovsmesh.state_dir import StateDir
 from tests.support.kubestub import Stub
 
@@ -100,4 +101,4 @@ def published(converged: bool = True, *, uid: str = "u0", ovs: str = "3.1.0") ->
     )
     mesh = Mesh((ip_network(CLUSTER),), nodes)
     result = ReconcileResult(mesh, Facts(1500), None, Observed(Dataplane()), Plan(), (), converged, True)
-    return NodeStatus(result, AgentCounters(ovs_version=ovs), "n0")
+    return NodeStatus(result, AgentCounters(), "n0", switch=lambda: SwitchFigures(ovs))

@@ -34,7 +34,6 @@ COUNTERS = AgentCounters(
     reconciles=7,
     failures=1,
     last_success=1.8e9,
-    ovs_version="3.1.0",
 )
 
 
