@@ -85,7 +85,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         answer = self.server.owner.answer(self.path.partition("?")[0])
         if answer is None:
-            self._send(HTTPStatus.NOT_FOUND, "text/plain", "there are /, /metrics, /healthz, /readyz, /status.json\n")
+            self._send(
+                HTTPStatus.NOT_FOUND,
+                "text/plain",
+                "there are /, /metrics, /healthz, /readyz, /status.json, /history.json\n",
+            )
         else:
             self._send(*answer)
 

@@ -22,7 +22,9 @@ from ovsmesh.reasons import Reason
 
 DOCKER_FILES = ("docker.json", "daemon.json.old", "daemon.json.last")
 """The migration record of containers.docker_state, and daemon.json before ovsmesh and before the last change."""
-_FILES = ("mesh.json", "before.json", "before.json.bad", "agent.json", "status.json", "confirm")
+HISTORY_FILES = ("history.jsonl", "history.jsonl.1")
+"""What history writes: the file that it appends to, and the one before it."""
+_FILES = ("mesh.json", "before.json", "before.json.bad", "agent.json", "status.json", "confirm", *HISTORY_FILES)
 MAX_BYTES = 16 << 20
 """Bytes that a file read here may have."""
 

@@ -28,6 +28,20 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def duration(seconds: float) -> str:
+    """Return a duration as a reader says it: 12 ms, 3.4 s, 2 min 5 s, 3 h 10 min, 5 d 2 h."""
+    if seconds < 0.9995:
+        return f"{max(0.0, seconds) * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for size, unit, smaller, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {unit}" + (f" {rest} {small}" if rest else "")
+    raise AssertionError(seconds)
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return the one of `names` that `name` is most likely a misspelling of; "" where none is like it."""
     known = {each.lower(): each for each in sorted(names)}

@@ -21,6 +21,7 @@ from ovsmesh.agent.reconciler import Publisher, Reconciler, readable
 from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.agent.systemd import SystemdNotifier
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.history import History
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.mesh.source import Source
 from ovsmesh.ovs.idl import run_dir
@@ -48,7 +49,9 @@ class _Agent(NamedTuple):
 
 
 @contextlib.contextmanager
-def _agent(options: Options, state: StateDir, patience: float, probing: bool = False) -> Iterator[_Agent]:
+def _agent(
+    options: Options, state: StateDir, history: History, patience: float, probing: bool = False
+) -> Iterator[_Agent]:
     """Open what an agent needs. Wait `patience` seconds at most for the first answer of a cluster."""
     with contextlib.ExitStack() as ending:
         driver = options.driver(state, acting=True)
@@ -73,7 +76,7 @@ def _agent(options: Options, state: StateDir, patience: float, probing: bool = F
                 raise OvsmeshError(f"the agent needs raw sockets to probe its peers: {error.strerror}") from None
             ending.callback(prober.close)
         driver.connect()
-        reconciler = Reconciler(options.node, source, driver, state, options.mesh or "MeshSlices", prober)
+        reconciler = Reconciler(options.node, source, driver, state, options.mesh or "MeshSlices", prober, history)
         yield _Agent(reconciler, publishers, uninstall)
 
 
@@ -99,10 +102,12 @@ def serve(options: Options, stop_fd: int) -> None:
     """
     with _locked(options) as state:
         with contextlib.ExitStack() as ending:
-            status = StatusPublisher(options.listen, state)
+            history = History(state.path)
+            ending.callback(history.close)
+            status = StatusPublisher(options.listen, state, history)
             ending.callback(status.close)
             notifier = SystemdNotifier()
-            agent = ending.enter_context(_agent(options, state, 1.0, probing=True))
+            agent = ending.enter_context(_agent(options, state, history, 1.0, probing=True))
             ending.callback(notifier.close)
             folder, uninstall = run_dir(options.ovsdb), agent.uninstall
             _mark(folder, "")
@@ -148,5 +153,9 @@ def _remove(options: Options, state: StateDir, stop_fd: int) -> bool:
 
 def once(options: Options) -> ReconcileResult:
     """Apply until nothing is left to do or nothing more can be done. Raise OvsmeshError if it can't start."""
-    with _locked(options) as state, _agent(options, state, 10.0) as agent:
+    with (
+        _locked(options) as state,
+        contextlib.closing(History(state.path)) as history,
+        _agent(options, state, history, 10.0) as agent,
+    ):
         return agent.reconciler.once(agent.publishers)

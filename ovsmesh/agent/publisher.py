@@ -1,4 +1,4 @@
-"""Publish the node's status over HTTP (/metrics, /healthz, /readyz, /status.json, a page) and in the state directory.
+"""Publish the node's status over HTTP (/metrics, /healthz, /readyz, JSON, a page) and in the state directory.
 
 HTTP threads read one immutable status, so none of them waits for the loop, nor the loop for them.
 """
@@ -16,6 +16,7 @@ from ovsmesh.agent.metrics import METRICS
 from ovsmesh.agent.result import RETRIED, AgentCounters, NodeStatus, ReconcileResult
 from ovsmesh.dataplane import report_html
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.history import History
 from ovsmesh.http_server import Answer, HttpServer
 from ovsmesh.metrics import MetricsCollector
 from ovsmesh.reasons import Reason
@@ -32,9 +33,10 @@ _LISTEN_AGAIN = 5.0
 class AgentHttp(HttpServer):
     """The agent's HTTP endpoints. `publish` and `beat` belong to the loop's thread."""
 
-    def __init__(self, listen: str) -> None:
+    def __init__(self, listen: str, history: History | None = None) -> None:
         """Listen at once. Raise OvsmeshError where that is not possible."""
         self._status = NodeStatus(ReconcileResult(), AgentCounters())
+        self._history = history or History()
         super().__init__(listen)
         self.registry.register(MetricsCollector(METRICS, lambda: self._status))
 
@@ -44,7 +46,7 @@ class AgentHttp(HttpServer):
         self._status = status
 
     def answer(self, path: str) -> Answer | None:
-        """Answer /, /readyz and /status.json; the rest is HttpServer's."""
+        """Answer /, /readyz, /status.json and /history.json; the rest is HttpServer's."""
         status = self._status
         first = not status.counters.reconciles
         if path == "/":
@@ -57,6 +59,9 @@ class AgentHttp(HttpServer):
             if first:
                 return HTTPStatus.SERVICE_UNAVAILABLE, "application/json", "{}\n"
             return HTTPStatus.OK, "application/json", json.dumps(status.report.to_dict()) + "\n"
+        if path == "/history.json":
+            entries = [entry.to_dict() for entry in self._history.recent()]
+            return HTTPStatus.OK, "application/json", json.dumps({"entries": entries}) + "\n"
         return super().answer(path)
 
 
@@ -77,9 +82,9 @@ def _unready(status: NodeStatus) -> str:
 class StatusPublisher:
     """Publishes each reconcile over HTTP at once, and in the state directory when the loop is idle."""
 
-    def __init__(self, listen: str, state: StateDir) -> None:
+    def __init__(self, listen: str, state: StateDir, history: History | None = None) -> None:
         """Listen at `listen`; "" for nowhere. Where that is not possible, try again later: the mesh matters more."""
-        self._state = state
+        self._state, self._history = state, history
         self._listen = listen
         self._http: AgentHttp | None = None
         self._listen_at = 0.0 if listen else float("inf")
@@ -91,7 +96,7 @@ class StatusPublisher:
         if self._http is not None or time.monotonic() < self._listen_at:
             return
         try:
-            self._http = AgentHttp(self._listen)
+            self._http = AgentHttp(self._listen, self._history)
         except OvsmeshError as error:
             if not self._listen_at:
                 log.warning("no metrics and no readiness: %s", error)

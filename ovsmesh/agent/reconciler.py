@@ -19,24 +19,23 @@ from ovsmesh.agent.result import (
     RETRIED,
     AgentCounters,
     Comparison,
+    EventLog,
     NodeStatus,
     ReconcileResult,
     compare,
-    peers_text,
 )
-from ovsmesh.dataplane import plan_text
-from ovsmesh.dataplane.desired import pod_mtu
-from ovsmesh.dataplane.plan import Plan, due, plan
-from ovsmesh.dataplane.report import NOT_REACHED, cause
+from ovsmesh.dataplane.plan import Plan, Step, due, plan
+from ovsmesh.dataplane.report import NOT_REACHED
 from ovsmesh.dataplane.types import Dataplane, Observed, State
 from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.history import History
 from ovsmesh.mesh.source import Snapshot, Source
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.probe.sender import Prober
 from ovsmesh.probe.targets import targets
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
-from ovsmesh.text import listed, some
+from ovsmesh.text import duration, listed
 
 log = logging.getLogger("ovsmesh")
 
@@ -51,8 +50,6 @@ REMOVAL_HOLD = 300.0
 _ROUNDS = 3
 _ONCE_TRIES = 4
 _BACKOFF = (0.2, 30.0)
-_LOG_LINES = 20
-"""Lines about one thing: to log all parts of a thousand peers takes longer than to make them."""
 _NEVER = float("inf")
 
 
@@ -73,6 +70,8 @@ class RemovalGuard:
         self._state = state
         self._peers: frozenset[str] = frozenset()
         self._since = _NEVER
+        self.lifted = ""
+        """Who lifted the last hold; "" while there is none, or it ended by itself."""
         self.until = _NEVER
         """When a hold ends (monotonic seconds)."""
 
@@ -87,16 +86,18 @@ class RemovalGuard:
         if not peers:
             self._since = _NEVER
         elif not peers <= self._peers:
-            self._since = time.monotonic()
+            self._since, self.lifted = time.monotonic(), ""
         self._peers = peers
         if peers and self._state.confirmation() == held_digest(todo):
             self._state.clear_confirmation()
-            self._since = -_NEVER
+            self._since, self.lifted = -_NEVER, "ovsmesh confirm"
         self.until = self._since + REMOVAL_HOLD
         if time.monotonic() < self.until:
             return todo
         # lifted for these peers: what fails is tried again as any other step is
         self.until = _NEVER
+        if peers and not self.lifted:
+            self.lifted = f"nobody objected for {duration(REMOVAL_HOLD)}"
         return plan(want, have, confirmed=True)
 
 
@@ -111,6 +112,7 @@ class Reconciler:
         state: StateDir,
         mesh_from: str = "",
         prober: Prober | None = None,
+        history: History | None = None,
     ) -> None:
         self._node, self._mesh_from = node, mesh_from
         self._source, self._driver, self._state = source, driver, state
@@ -124,7 +126,10 @@ class Reconciler:
         """Whether the facts changed during the last reconcile."""
         self._backoff = _BACKOFF[0]
         self._retry_at = _NEVER
-        self._logged: frozenset[str] = frozenset()
+        self._events = EventLog(history or History(), node, mesh_from)
+        self._applied: list[Step] = []
+        """What the present reconcile has applied, and who caused it."""
+        self._who = "agent start"
 
     # one reconcile
 
@@ -132,9 +137,12 @@ class Reconciler:
         """Bring the node to what the source wants, as far as that is possible, and return how it ended."""
         started = time.monotonic()
         self._outdated = False
+        self._applied.clear()
         snapshot = Snapshot(None)
         try:
             snapshot = self._source.snapshot()
+            if not self.counters.reconciles:
+                self._events.start(snapshot.mesh)
             result = self._reconcile(snapshot)
         except (OvsmeshError, OSError) as error:
             text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
@@ -143,13 +151,14 @@ class Reconciler:
             self._driver.dirty()
         before, self.last = self.last, replace(result, duration=time.monotonic() - started)
         self._count(self.last)
-        self._log(before, self.last)
+        self._events.reconciled(before, self.last, self._applied, self._who, self._guard.lifted)
         return self.last
 
     def _reconcile(self, snapshot: Snapshot) -> ReconcileResult:
         if snapshot.mesh is None:
             return ReconcileResult(problems=snapshot.problems)
         before, now = self._compared, self._compare(snapshot.mesh)
+        self._who = self._cause(before, now)
         drift = now.plan if self.last.converged and before and now.want is before.want else Plan()
         self.counters.drift.update(step.kind for step in drift.steps)
         failed: list[Problem] = []
@@ -158,6 +167,7 @@ class Reconciler:
             if not steps:
                 break
             self._record_sysctls(steps)
+            self._applied += steps.steps
             failed = self._driver.apply(steps, now.want)
             self._count_steps(steps)
             before, now = now, self._compare(snapshot.mesh)
@@ -187,8 +197,6 @@ class Reconciler:
             self.counters.operations[step.kind, step.op] += 1
             if step.kind == "ports":
                 self.counters.last_change[(step.want or step.have).node] = (now, str(step))
-        for line in some(todo.steps, _LOG_LINES):
-            log.info("%s", line)
 
     def _count(self, result: ReconcileResult) -> None:
         """Count a reconcile, and set the time of the next if it failed. What is blocked waits for its event."""
@@ -203,42 +211,24 @@ class Reconciler:
             counters.last_success = time.time()
             self._backoff, self._retry_at = _BACKOFF[0], _NEVER
 
-    def _log(self, before: ReconcileResult, now: ReconcileResult) -> None:
-        """Log what is new: drift, problems that came and went, that the node is in sync."""
-        took = f"{now.duration * 1000:.0f} ms"
-        if now.drift.steps:
-            parts = listed((plan_text.name(step.kind, step.key) for step in now.drift.steps), _LOG_LINES)
-            log.warning(
-                "drift: someone changed %s; %s", parts, f"restored after {took}" if now.converged else "not restored"
-            )
-        lines = frozenset(map(str, now.problems)) | frozenset(map(str, now.plan.blocked))
-        for line in sorted(lines - self._logged):
-            log.warning("%s", line)
-        for line in sorted(self._logged - lines):
-            log.info("resolved: %s", line)
-        self._logged = lines
-        if now.converged and not before.converged and now.want is not None:
-            log.info("in sync with %s (%s)", peers_text(now.want), took)
+    def _cause(self, before: Comparison | None, now: Comparison) -> str:
+        """Return who causes the changes of a reconcile, as far as that is known."""
+        if self._guard.lifted and self.last.plan.held:
+            return self._guard.lifted
+        if not self.counters.reconciles:
+            return "agent start"
+        if now.mesh is not (before.mesh if before else self.last.mesh):
+            return self._mesh_from if self._mesh_from == "MeshSlices" else "mesh file"
+        if before is not None and now.want is not before.want:
+            return "a change of this host"
+        reasons = {problem.reason for problem in self.last.problems}
+        return "Open vSwitch is back" if reasons & {Reason.DatabaseDown, Reason.SwitchDown} else "another attempt"
 
-    def _log_reach(self, prober: Prober) -> None:
-        """Log which peers are not reachable any more, with the likely cause, and which are again."""
+    def _tell_reach(self, prober: Prober) -> None:
+        """Tell which peers are not reachable any more, with the likely cause, and which are again."""
         before, self._reached = self._reached, prober.states()
-        changed = [name for name, state in self._reached.items() if state is not before.get(name)]
-        lost = {name for name in changed if self._reached[name] in NOT_REACHED}
-        found, mesh, facts = prober.results(lost) if lost else {}, self.last.mesh, self.last.facts
-        lines = [
-            f"{name} is reachable again" for name in changed if name not in lost and before.get(name) in NOT_REACHED
-        ]
-        me = mesh.node(self._node) if mesh else None
-        if mesh is not None and me is not None and facts is not None:
-            mtu, peers = pod_mtu(mesh, me, facts), {peer.name: peer for peer in mesh.nodes}
-            for name in sorted(lost):
-                if name in found and name in peers:
-                    own, address = str(me.address), str(peers[name].address)
-                    why = cause(found[name], mtu, mesh.encapsulation, own, address)
-                    lines.append(f"{name} {found[name].state}: {why}")
-        for line in some(lines, _LOG_LINES):
-            log.warning("%s", line)
+        lost = {name for name, state in self._reached.items() if state is not before.get(name) and state in NOT_REACHED}
+        self._events.reached(self._reached, prober.results(lost) if lost else {}, self.last)
 
     # the loop
 
@@ -255,6 +245,7 @@ class Reconciler:
             probes = [self._prober.fd] if self._prober else []
             self._driver.wait([*stop_fds, *self._source.fds(), *probes], 0.0 if self._outdated else max(0.0, pause))
             if readable(stop_fds):
+                self._events.stop()
                 return
             now = time.monotonic()
             woken = self._source.drain()
@@ -275,7 +266,7 @@ class Reconciler:
             if woken or (self._driver.switch_lost and self._driver.switch_answers()):
                 self._reconcile_and_publish(publishers)
             elif self._prober and self._prober.drain():
-                self._log_reach(self._prober)
+                self._tell_reach(self._prober)
                 self._publish(publishers)
 
     def _publish(self, publishers: Sequence[Publisher]) -> None:
@@ -327,6 +318,7 @@ class Reconciler:
                     continue
                 self._driver.retry()
             self._reconcile_and_publish(publishers)
+        self._events.stop()
         return self.last
 
 

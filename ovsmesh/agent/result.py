@@ -1,7 +1,8 @@
-"""The comparison of a node's desired and observed dataplane, how a reconcile ended, and the status made from it."""
+"""The comparison of a node's desired and observed dataplane, how a reconcile ended, and what is told of it."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -10,17 +11,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ovsmesh import __version__
-from ovsmesh.dataplane import desired
+from ovsmesh.dataplane import desired, plan_text
 from ovsmesh.dataplane import report as reports
-from ovsmesh.dataplane.plan import Plan, in_sync, plan
-from ovsmesh.dataplane.types import Dataplane, Facts, Observed, Reach
+from ovsmesh.dataplane.plan import Plan, Step, in_sync, plan
+from ovsmesh.dataplane.types import Dataplane, Facts, Observed, Reach, State
 from ovsmesh.errors import Problem
+from ovsmesh.history import Event, History
+from ovsmesh.mesh.manifest import digest
 from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.metrics import Histogram
 from ovsmesh.ovs.figures import SwitchFigures
 from ovsmesh.reasons import Reason
-from ovsmesh.text import counted
+from ovsmesh.text import counted, duration, listed
 
 if TYPE_CHECKING:
     from ovsmesh.agent.driver import Driver
@@ -215,3 +218,171 @@ class NodeStatus:
                 )
                 self._report = report(self.result, self._node, figures.traffic, context)
             return self._report
+
+
+_LINES = 10
+"""Entries about one thing at one time; more of them are one entry, which holds them all."""
+_NAMES = 5
+"""Names that a sentence has at most."""
+
+
+class EventLog:
+    """Tells in the log and in the history what has changed since it was told last."""
+
+    def __init__(self, history: History, node: str, mesh_from: str) -> None:
+        self._history, self._node, self._mesh_from = history, node, mesh_from
+        self._began = time.monotonic()
+        self._said: dict[str, float] = {}
+        """Problem → since when (monotonic)."""
+        self._lost: dict[str, float] = {}
+        """Peer that packets do not reach → since when (seconds since the epoch)."""
+        self._peers = 0
+        self._degraded: float | None = None
+        """Since when (monotonic)."""
+        self._in_sync = False
+
+    def start(self, mesh: Mesh | None) -> None:
+        """Tell that the agent starts, with this mesh."""
+        peers = (
+            "no mesh yet" if mesh is None else counted(len(mesh.nodes) - (mesh.node(self._node) is not None), "peer")
+        )
+        last = self._history.recent()[-1:]
+        killed = bool(last) and last[0].event != Event.STOP
+        more = "; the one before was not stopped: it was killed, it crashed or the power was cut" if killed else ""
+        text = f"ovsmesh {__version__} starts on node {self._node}, mesh from {self._mesh_from}, {peers}{more}"
+        self._history.add(Event.START, text)
+
+    def stop(self) -> None:
+        """Tell that the agent stops."""
+        text = f"ovsmesh {__version__} stops on node {self._node}; what is in place stays"
+        self._history.add(Event.STOP, text, took=time.monotonic() - self._began)
+
+    def reconciled(
+        self, before: ReconcileResult, now: ReconcileResult, applied: Iterable[Step], who: str, lifted: str
+    ) -> None:
+        """Tell of a reconcile: drift, changes, problems that came and went, whether the node is in sync.
+
+        `who` caused the changes that were `applied`; `lifted` is how the last hold of removals ended.
+        """
+        self._changes(now, applied, who)
+        self._held(before, now, lifted)
+        self._problems(now)
+        self._state(now)
+
+    def _changes(self, now: ReconcileResult, applied: Iterable[Step], who: str) -> None:
+        add, drifted = self._history.add, now.drift.steps
+        by = "a restart of Open vSwitch" if any(step.kind == "restore_wait" for step in drifted) else "someone"
+        for text, steps in plan_text.drift(drifted, by) if drifted else ():
+            took = now.duration if now.converged else None
+            add(Event.DRIFT, text, by, took, plan_text.unnamed(steps))
+        told = {(step.kind, step.key) for step in (*drifted, *now.plan.steps)}
+        done = {(step.kind, step.key): step for step in applied if (step.kind, step.key) not in told}
+        if not done:
+            return
+        text, parts = plan_text.changes(list(done.values())), plan_text.unnamed(done.values())
+        if now.want is None:
+            text = f"{text}: how that ended is not known"
+        add(Event.CHANGE, text, "repair" if drifted else who, now.duration, parts)
+
+    def _held(self, before: ReconcileResult, now: ReconcileResult, lifted: str) -> None:
+        if now.want is None:
+            return
+        old, new = before.plan.held_peers, now.plan.held_peers
+        if new and new != old:
+            text = next((str(problem) for problem in now.problems if problem.reason is Reason.MassRemovalHeld), "")
+            self._history.add(Event.HELD, text, self._mesh_from, parts=new if len(new) > _NAMES else ())
+        elif old and not new:
+            what = f"the held removal of {counted(len(old), 'peer')} ({listed(old, _NAMES)})"
+            parts = old if len(old) > _NAMES else ()
+            if lifted:
+                self._history.add(Event.CONFIRMED, f"{what} is carried out", lifted, parts=parts)
+            else:
+                self._history.add(Event.RESOLVED, f"{what}: they are in the mesh again", parts=parts)
+
+    def _problems(self, now: ReconcileResult) -> None:
+        found = {
+            str(problem): (
+                Event.FAILED if problem.reason in RETRIED else Event.PROBLEM,
+                logging.ERROR if problem.fatal else logging.WARNING,
+            )
+            for problem in now.problems
+            if problem.reason is not Reason.MassRemovalHeld
+        }
+        found |= {str(blocked)[2:]: (Event.PROBLEM, logging.ERROR) for blocked in now.plan.blocked}
+        at = time.monotonic()
+        new, gone = [text for text in found if text not in self._said], [t for t in self._said if t not in found]
+        if len(new) > _LINES:
+            level = max(found[text][1] for text in new)
+            self._history.add(Event.PROBLEM, f"{len(new)} problems, the first: {new[0]}", parts=new, level=level)
+        else:
+            for text in new:
+                event, level = found[text]
+                self._history.add(event, text, level=level)
+        if len(gone) > _LINES:
+            text = f"{len(gone)} problems, the first: {gone[0]}"
+            self._history.add(Event.RESOLVED, text, took=at - self._said[gone[0]], parts=gone)
+        else:
+            for text in gone:
+                self._history.add(Event.RESOLVED, text, took=at - self._said[text])
+        self._said = {text: self._said.get(text, at) for text in found}
+
+    def reached(self, states: Mapping[str, State], found: Mapping[str, Reach], now: ReconcileResult) -> None:
+        """Tell which peers packets do not reach any more, with the likely cause, and which they reach again.
+
+        `found` has what is known of those that are lost and were not, or were in another way.
+        """
+        mesh, at = now.mesh, time.time()
+        me = mesh.node(self._node) if mesh else None
+        again = {name: self._lost[name] for name, state in states.items() if name in self._lost and state is State.OK}
+        lost: dict[str, str] = {}
+        if mesh is not None and me is not None and now.facts is not None:
+            mtu, peers = desired.pod_mtu(mesh, me, now.facts), {peer.name: peer for peer in mesh.nodes}
+            for name in sorted(found.keys() & peers.keys()):
+                own, address = str(me.address), str(peers[name].address)
+                lost[name] = (
+                    f"{name} {found[name].state}: {reports.cause(found[name], mtu, mesh.encapsulation, own, address)}"
+                )
+        self._peers = len(states)
+        still = {name: since for name, since in self._lost.items() if name in states and name not in again}
+        self._lost = {name: found[name].since or at for name in lost} | still
+        if len(lost) > _LINES:
+            text = (
+                f"{len(lost)} peers are not reachable ({listed(lost, _NAMES)}), the first: {next(iter(lost.values()))}"
+            )
+            self._history.add(Event.LOST, text, parts=lost.values())
+        else:
+            for text in lost.values():
+                self._history.add(Event.LOST, text)
+        if len(again) > _LINES:
+            text = f"{len(again)} peers are reachable again ({listed(again, _NAMES)})"
+            self._history.add(Event.REACHABLE, text, took=at - min(again.values()), parts=again)
+        else:
+            for name, since in again.items():
+                self._history.add(Event.REACHABLE, f"{name} is reachable again", took=max(0.0, at - since))
+        self._state(now)
+
+    def _state(self, now: ReconcileResult) -> None:
+        """Tell that the node is in sync, or that it is not, where that has changed."""
+        why, at = self._why_degraded(now), time.monotonic()
+        if why and self._degraded is None:
+            self._history.add(Event.DEGRADED, f"degraded: {why}")
+            self._degraded, self._in_sync = at, False
+        elif not why and not self._in_sync and now.want is not None and now.mesh is not None:
+            text = f"in sync with {peers_text(now.want)} (mesh {digest(now.mesh)}, {duration(now.duration)})"
+            self._history.add(Event.IN_SYNC, text, took=None if self._degraded is None else at - self._degraded)
+            self._degraded, self._in_sync = None, True
+
+    def _why_degraded(self, now: ReconcileResult) -> str:
+        found = []
+        if not now.converged:
+            reasons = [str(p) for p in now.problems if p.fatal and p.reason is not Reason.MassRemovalHeld]
+            if now.plan.held_peers:
+                reasons.append(f"the removal of {counted(len(now.plan.held_peers), 'peer')} is held")
+            reasons += [str(blocked)[2:] for blocked in now.plan.blocked]
+            more = f" (and {counted(len(reasons) - 1, 'other problem')})" if len(reasons) > 1 else ""
+            left = f"{counted(len(now.plan.steps), 'change')} still to be made" if now.want else "no mesh yet"
+            found.append(f"{reasons[0]}{more}" if reasons else left)
+        if self._lost:
+            names = listed(sorted(self._lost), _NAMES)
+            found.append(f"{len(self._lost)} of {counted(self._peers, 'peer')} not reachable: {names}")
+        return "; ".join(found)

@@ -239,6 +239,28 @@ def check(state_dir: str, peer: str | None, output: str, **options: Any) -> None
     _show(run(_options(state_dir, options), peer or ""), output)
 
 
+@cli.command()
+@_state_dir
+@_option("--since", "Show what is newer: an age as 30s, 10m, 1h, 2d, or an RFC 3339 time.", usual="all", metavar="WHEN")
+@_option("-o --output", "Format of the output.", "text", type=click.Choice(["text", "json"]))
+def history(state_dir: str, since: str | None, output: str) -> None:
+    """Show what changed, drifted, broke and recovered on this node.
+
+    It reads the state directory, and needs no running agent.
+    """
+    from ovsmesh.cli import history as found
+    from ovsmesh.cli.formats import serialize
+
+    entries = found.entries(state_dir, since or "")
+    if output == "json":
+        click.echo(serialize(found.tree(entries), output))
+        return
+    for line in found.lines(entries):
+        click.echo(line)
+    if not entries:
+        click.echo("nothing", err=True)
+
+
 def _show(report: Report, output: str) -> None:
     """Print a report and exit: 0 all is well, 2 it is not."""
     from ovsmesh.cli.formats import serialize

@@ -1,11 +1,17 @@
-"""Write the steps of a plan as lines: what `ovsmesh plan`, the log and the golden tests show."""
+"""Write the steps of a plan as lines, and many of them in one sentence: what `plan`, the log and the history show."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ovsmesh.dataplane import cni_config
 from ovsmesh.dataplane.types import MARK, Bridge, Link, Port, Route
+from ovsmesh.text import listed
+
+if TYPE_CHECKING:
+    from ovsmesh.dataplane.plan import Step
 
 _NAMES = {
     "bridges": "bridge",
@@ -24,6 +30,14 @@ _NAMES = {
     "cni": "cni",
 }
 """Kind (field of Dataplane) → how one part of it is called."""
+_PLURALS = {
+    "addresses": "addresses",
+    "filter_peers": "filter peers",
+    "fdb": "FDB entries",
+    "docker": "settings of Docker",
+    "cni": "CNI files",
+}
+"""Kind → how several parts of it are called, where that is not the name with an s."""
 _SINGLE = {"addresses": "dev", "neighbours": "lladdr", "fdb": "dev", "filter_peers": "in"}
 """Kinds whose values are one field → its name."""
 _DEFAULTS = {"state": "up", "flooding": "off", "protected": "yes", "alias": MARK}
@@ -88,3 +102,82 @@ def subject(op: str, kind: str, key: Any, want: Any, have: Any) -> str:
         if found[field] != value
     ]
     return f"{text} {', '.join(changes) or 'text differs'}"
+
+
+# Many steps in one sentence
+
+_LONG = ("rules", "flows")
+"""Kinds whose names are too long for a list in a sentence."""
+
+
+def unnamed(steps: Iterable[Step], most: int = 3) -> list[str]:
+    """Return what each step is about, such as "route 10.97.2.0/24"; [] where a sentence about them names them all.
+
+    Flows come last: their names are the longest, and they follow from the ports.
+    """
+    every = list(steps)
+    if all(number <= (1 if kind in _LONG else most) for kind, number in Counter(s.kind for s in every).items()):
+        return []
+    every.sort(key=lambda step: step.kind == "flows")
+    return [f"{step.op} {name(step.kind, step.key)}" for step in every]
+
+
+def summary(steps: Iterable[Step], most: int = 3) -> str:
+    """Return what steps are about in one line: "link kbr0, 3 neighbours (…) and 4 routes (…)".
+
+    Of each kind at most `most` are named.
+    """
+    kinds: dict[str, list[str]] = {}
+    for step in steps:
+        kinds.setdefault(step.kind, []).append(name(step.kind, step.key))
+    found = []
+    for kind, every in kinds.items():
+        if len(every) == 1:
+            found += every
+            continue
+        single = _NAMES[kind]
+        keys = (text.removeprefix(f"{single} ") for text in every)
+        more = "" if kind in _LONG else f" ({listed(keys, most)})"
+        found.append(f"{len(every)} {_PLURALS.get(kind, f'{single}s')}{more}")
+    return " and ".join(filter(None, (", ".join(found[:-1]), *found[-1:])))
+
+
+_DONE = {"+": "added", "~": "changed", "-": "removed"}
+_DRIFTED = {"+": "deleted", "~": "changed", "-": "added"}
+"""What a step repairs."""
+
+
+def changes(steps: Sequence[Step], most: int = 3) -> str:
+    """Return what was done: "added port gre-web2 and 3 flows (…); removed route 10.97.4.0/24"."""
+    groups = ((_DONE[op], [step for step in steps if step.op == op]) for op in _DONE)
+    return "; ".join(f"{done} {summary(group, most)}" for done, group in groups if group)
+
+
+def drift(steps: Sequence[Step], who: str, most: int = 3) -> Iterator[tuple[str, Sequence[Step]]]:
+    """Yield what had happened to the parts that steps repair, as in "route 10.97.2.0/24 was deleted by someone".
+
+    With each sentence come the steps that it is about.
+    """
+    for op, done in _DRIFTED.items():
+        group = [step for step in steps if step.op == op and step.kind != "restore_wait"]
+        if group:
+            were = "was" if len(group) == 1 else "were"
+            yield f"{summary(group, most)} {were} {done} by {who}{_difference(group)}", group
+    if all(step.kind == "restore_wait" for step in steps):
+        yield f"flow-restore-wait was set by {who}", steps
+
+
+def _difference(steps: Sequence[Step]) -> str:
+    """Return how the part of a single step differs from what is wanted, as in " (mtu 1400, not 1462)"."""
+    step = steps[0]
+    if len(steps) > 1 or step.op != "~" or step.kind in ("rules", "flows", "cni"):
+        return ""
+    if step.kind == "sysctls":
+        return f" ({step.have if step.have is not None else 'absent'}, not {step.want})"
+    found = dict(_fields(step.kind, step.have))
+    pairs = [(field, found[field], value) for field, value in _fields(step.kind, step.want) if found[field] != value]
+    other = [
+        f"{field} {have or _DEFAULTS.get(field, 'none')}, not {want or _DEFAULTS.get(field, 'none')}".lstrip()
+        for field, have, want in pairs
+    ]
+    return f" ({'; '.join(other)})" if other else ""

@@ -115,7 +115,7 @@ class Host:
         package = str(Path(ovsmesh.__file__).resolve().parents[1])
         path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
         state = str(self.state)
-        options = {f"OVSMESH_{c}_STATE_DIR": f"{state}/agent" for c in ("PLAN", "STATUS", "CLEANUP")}
+        options = {f"OVSMESH_{c}_STATE_DIR": f"{state}/agent" for c in ("PLAN", "STATUS", "CLEANUP", "HISTORY")}
         # a lab leaves the machine's own Docker alone
         options["OVSMESH_AGENT_DOCKER"] = "off"
         return {"OVS_RUNDIR": state, "OVS_LOGDIR": state, "OVS_DBDIR": state, "PYTHONPATH": path, **options}
@@ -145,13 +145,9 @@ class Host:
 
     def command(self, command: str, mesh: Path | None = None) -> list[str]:
         """Return `ovsmesh COMMAND` with the options that this host's agent has, to be run with `env`."""
-        return [
-            *(sys.executable, "-m", "ovsmesh", command),
-            *("--mesh", str(mesh or self.mesh)),
-            *("--node", self.name),
-            *("--ovsdb", self.ovsdb),
-            *("--state-dir", str(self.state / "agent")),
-        ]
+        node = ["--mesh", str(mesh or self.mesh), "--node", self.name, "--ovsdb", self.ovsdb]
+        state = ["--state-dir", str(self.state / "agent")]
+        return [sys.executable, "-m", "ovsmesh", command, *(() if command == "history" else node), *state]
 
     def capture(self, device: str = "eth0") -> Capture:
         """Count what passes `device`, both ways. eth0 shows the encapsulated frames on either datapath."""

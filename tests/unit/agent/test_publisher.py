@@ -25,6 +25,7 @@ from ovsmesh.agent.result import AgentCounters, NodeStatus, ReconcileResult
 from ovsmesh.dataplane.plan import Plan, Step
 from ovsmesh.dataplane.report import Condition, Peer, Report, Self, Traffic
 from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.history import Event, History
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 
@@ -158,6 +159,19 @@ def test_page_is_escaped_and_bounded(served: Any) -> None:
 def test_status_json(served: Any) -> None:
     served.publish(Made(made()))
     assert json.loads(get(served, "/status.json?x=1")[1])["self"]["name"] == "web9"
+
+
+def test_history_json_has_the_last_entries_also_before_the_first_reconcile() -> None:
+    history = History()
+    history.add(Event.START, "ovsmesh starts")
+    server = AgentHttp("127.0.0.1:0", history)
+    try:
+        status, text, _ = get(server, "/history.json")
+    finally:
+        server.close()
+    assert status == 200
+    (entry,) = json.loads(text)["entries"]
+    assert (entry["event"], entry["what"], entry["who"]) == ("start", "ovsmesh starts", None)
 
 
 @pytest.mark.parametrize("path", ["/nope", "/../etc/passwd", "/metrics/", "/%2e%2e", "/" + "a" * 5000])

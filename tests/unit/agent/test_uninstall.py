@@ -50,7 +50,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
     made = Fake(tmp_path, request.param)
 
     @contextlib.contextmanager
-    def agent(options: Any, state: Any, patience: Any, probing: bool) -> Iterator[Any]:
+    def agent(options: Any, state: Any, history: Any, patience: Any, probing: bool) -> Iterator[Any]:
         yield main._Agent(made, (), made)  # type: ignore[arg-type]
         made.seen.append("closed")
 
