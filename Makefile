@@ -22,7 +22,7 @@ ROOTLY = @command -v sudo >/dev/null || { echo 'make: this part makes network na
 	echo 'make: not root, and this part makes network namespaces: using sudo' >&2
 endif
 
-.PHONY: help demo test test-unit test-fresh test-kube test-lab test-e2e test-kernel image bench docs lint setup setup-dev dist constraints clean
+.PHONY: help demo test test-unit test-browser test-fresh test-kube test-lab test-e2e test-kernel image bench docs lint setup setup-dev dist constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,10 +31,13 @@ demo: setup ## five hosts in network namespaces: ping matrix, live faults, repai
 	$(ROOTLY)
 	$(ROOT) $(BIN)/python -m ovsmesh lab demo
 
-test: setup-dev lint test-unit test-fresh test-kube test-lab test-kernel test-e2e ## everything: lint, types, contracts, and all tests (root for the lab)
+test: setup-dev lint test-unit test-browser test-fresh test-kube test-lab test-kernel test-e2e ## everything: lint, types, contracts, and all tests (root for the lab)
 
 test-unit: setup-dev ## tests that carry no marker: they need nothing of the machine
-	$(PYTEST) -n 2 -m 'not (root or network or lab or docker or kube or kernel or e2e)'
+	$(PYTEST) -n 2 -m 'not (root or network or lab or docker or browser or kube or kernel or e2e)'
+
+test-browser: setup-dev ## the agent's page in a real, headless Chromium
+	$(PYTEST) -m browser tests/browser
 
 # What such a machine can't carry runs in the other parts: the control plane and kubelets, which are built with a newer Go
 # than Debian has, and the tests in User-mode Linux.

@@ -149,6 +149,10 @@ class History:
         with self._wake:
             return list(self._recent)
 
+    def document(self) -> dict[str, Any]:
+        """Return the last entries for JSON."""
+        return {"entries": [entry.to_dict() for entry in self.recent()]}
+
     def close(self) -> None:
         """Write what waits, for two seconds at most, and stop."""
         with self._wake:

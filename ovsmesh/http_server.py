@@ -1,6 +1,7 @@
 """A small HTTP server for the health and metrics of a process: /metrics, /healthz, and what a subclass adds.
 
 It reads only. The number of connections and the life of each are limited, so no client keeps others from an answer.
+Pods and other machines are given health and metrics; all else is for clients on this host.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socketserver
 import threading
 import time
 from http import HTTPStatus
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -28,6 +30,9 @@ _REQUEST_TIME = 10.0
 _CONNECTIONS = 16
 LOOP_DEADLINE = 180.0
 """Seconds after which a loop that gives no sign of life counts as stuck: three times its longest pause."""
+
+PUBLIC = frozenset({"/metrics", "/healthz", "/readyz"})
+"""What anyone who reaches the port may read: a scraper and a kubelet come from other addresses."""
 
 Answer = tuple[HTTPStatus, str, str | bytes]
 
@@ -83,15 +88,31 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         log.debug("HTTP %r", format % args)
 
     def do_GET(self) -> None:
-        answer = self.server.owner.answer(self.path.partition("?")[0])
+        path = self.path.partition("?")[0]
+        if path not in PUBLIC and (why := self._stranger()):
+            self._send(HTTPStatus.FORBIDDEN, "text/plain", why)
+            return
+        answer = self.server.owner.answer(path)
         if answer is None:
-            self._send(
-                HTTPStatus.NOT_FOUND,
-                "text/plain",
-                "there are /, /metrics, /healthz, /readyz, /status.json, /history.json\n",
-            )
+            self._send(HTTPStatus.NOT_FOUND, "text/plain", f"there are {', '.join(self.server.owner.paths())}\n")
         else:
             self._send(*answer)
+
+    def _stranger(self) -> str:
+        """Return why this client may read only what is public; "" for one on this host."""
+        client, own = (_unmapped(address[0]) for address in (self.client_address, self.connection.getsockname()))
+        port = self.server.server_port
+        if not client.is_loopback and client != own:
+            return (
+                f"only {', '.join(sorted(PUBLIC))} are answered to {client}; the rest is for this host itself: use "
+                f"ssh -L {port}:127.0.0.1:{port} HOST, or kubectl port-forward to the pod\n"
+            )
+        # a web site can give its own name this host's address, and have a browser here read for it
+        name = (self.headers.get("Host") or "localhost").lower()
+        name = name.partition("]")[0].removeprefix("[") if name.startswith("[") else name.partition(":")[0]
+        if name != "localhost" and not _is_address(name):
+            return f"Host: wanted localhost or an address, as in http://127.0.0.1:{port}/\n"
+        return ""
 
     def _refuse(self) -> None:
         self._send(HTTPStatus.METHOD_NOT_ALLOWED, "text/plain", "GET only\n")
@@ -105,12 +126,25 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
+        self.send_header("Content-Security-Policy", self.server.owner.policy)
         if code is HTTPStatus.METHOD_NOT_ALLOWED:
             self.send_header("Allow", "GET")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+
+def _unmapped(address: str) -> IPv4Address | IPv6Address:
+    found = ip_address(address.partition("%")[0])
+    return found.ipv4_mapped or found if isinstance(found, IPv6Address) else found
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _address(listen: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
@@ -123,6 +157,9 @@ def _address(listen: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
 
 class HttpServer:
     """Answers GET requests in threads of its own. /healthz says whether the process's loop calls `beat`."""
+
+    policy = "default-src 'none'; frame-ancestors 'none'"
+    """The Content-Security-Policy of every answer."""
 
     def __init__(self, listen: str) -> None:
         """Listen at once. Raise OvsmeshError where that is not possible."""
@@ -161,6 +198,10 @@ class HttpServer:
     def beat(self) -> None:
         """Say that the loop is alive."""
         self._beat = time.monotonic()
+
+    def paths(self) -> list[str]:
+        """Return what there is to get, for the reader who has asked for something else."""
+        return sorted(PUBLIC)
 
     def answer(self, path: str) -> Answer | None:
         """Return the answer to a GET; None for a path that does not exist."""

@@ -35,6 +35,7 @@ dockerd|docker.io|dev|a Docker daemon for each lab host, in the tests of --docke
 containerd|containerd|dev|runs the containers of the nodes in the end to end tests
 runc|runc|dev|starts the containers of both
 buildah|buildah|dev|builds the image where no Docker runs
+chromium|chromium|dev|opens the page of the agent in the tests
 busybox|busybox-static|dev|the content of the containers of the tests
 linux.uml|user-mode-linux|dev|a kernel with the openvswitch datapath, for the kernel tests'
 

@@ -104,7 +104,8 @@ def serve(options: Options, stop_fd: int) -> None:
         with contextlib.ExitStack() as ending:
             history = History(state.path)
             ending.callback(history.close)
-            status = StatusPublisher(options.listen, state, history)
+            status = StatusPublisher(options.listen, state)
+            status.serve("/history.json", history.document)
             ending.callback(status.close)
             notifier = SystemdNotifier()
             agent = ending.enter_context(_agent(options, state, history, 1.0, probing=True))

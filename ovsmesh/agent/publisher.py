@@ -1,22 +1,27 @@
 """Publish the node's status over HTTP (/metrics, /healthz, /readyz, JSON, a page) and in the state directory.
 
-HTTP threads read one immutable status, so none of them waits for the loop, nor the loop for them.
+HTTP threads read one immutable status, so none of them waits for the loop, nor the loop for them. The page is one
+static file; what it shows it reads from the JSON documents.
 """
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 import json
 import logging
+import re
 import time
+from collections.abc import Callable
 from http import HTTPStatus
+from importlib import resources
 from typing import Any
 
 from ovsmesh import __version__
 from ovsmesh.agent.metrics import METRICS
 from ovsmesh.agent.result import RETRIED, AgentCounters, NodeStatus, ReconcileResult
-from ovsmesh.dataplane import report_html
 from ovsmesh.errors import OvsmeshError
-from ovsmesh.history import History
 from ovsmesh.http_server import Answer, HttpServer
 from ovsmesh.metrics import MetricsCollector
 from ovsmesh.reasons import Reason
@@ -29,14 +34,36 @@ _OWN_REASONS = (*RETRIED, Reason.MassRemovalHeld)
 _LISTEN_AGAIN = 5.0
 """Seconds between attempts to listen: another process may hold the port, or lo may be down."""
 
+Documents = dict[str, Callable[[], object]]
+"""Path → what makes the object that is answered there as JSON. It is called in HTTP's threads."""
+
+
+@functools.cache
+def _page() -> str:
+    return (resources.files("ovsmesh.agent") / "page.html").read_text(encoding="utf-8")
+
+
+def _policy(page: str) -> str:
+    """Return the Content-Security-Policy under which nothing but the page's own script and style runs."""
+    hashes = {}
+    for tag in ("script", "style"):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
 
 class AgentHttp(HttpServer):
     """The agent's HTTP endpoints. `publish` and `beat` belong to the loop's thread."""
 
-    def __init__(self, listen: str, history: History | None = None) -> None:
+    def __init__(self, listen: str, documents: Documents | None = None) -> None:
         """Listen at once. Raise OvsmeshError where that is not possible."""
+        self.policy = _policy(_page())
+        self._documents = {} if documents is None else documents
         self._status = NodeStatus(ReconcileResult(), AgentCounters())
-        self._history = history or History()
         super().__init__(listen)
         self.registry.register(MetricsCollector(METRICS, lambda: self._status))
 
@@ -46,11 +73,11 @@ class AgentHttp(HttpServer):
         self._status = status
 
     def answer(self, path: str) -> Answer | None:
-        """Answer /, /readyz, /status.json and /history.json; the rest is HttpServer's."""
+        """Answer /, /readyz, /status.json and the documents; the rest is HttpServer's."""
         status = self._status
         first = not status.counters.reconciles
         if path == "/":
-            return HTTPStatus.OK, "text/html", report_html.page(None if first else status.report)
+            return HTTPStatus.OK, "text/html", _page()
         if path == "/readyz":
             unready = "not reconciled yet" if first else _unready(status)
             code = HTTPStatus.SERVICE_UNAVAILABLE if unready else HTTPStatus.OK
@@ -59,10 +86,13 @@ class AgentHttp(HttpServer):
             if first:
                 return HTTPStatus.SERVICE_UNAVAILABLE, "application/json", "{}\n"
             return HTTPStatus.OK, "application/json", json.dumps(status.report.to_dict()) + "\n"
-        if path == "/history.json":
-            entries = [entry.to_dict() for entry in self._history.recent()]
-            return HTTPStatus.OK, "application/json", json.dumps({"entries": entries}) + "\n"
+        if path in self._documents:
+            return HTTPStatus.OK, "application/json", json.dumps(self._documents[path]()) + "\n"
         return super().answer(path)
+
+    def paths(self) -> list[str]:
+        """Return what there is to get."""
+        return ["/", *super().paths(), "/status.json", *self._documents]
 
 
 def _unready(status: NodeStatus) -> str:
@@ -82,21 +112,21 @@ def _unready(status: NodeStatus) -> str:
 class StatusPublisher:
     """Publishes each reconcile over HTTP at once, and in the state directory when the loop is idle."""
 
-    def __init__(self, listen: str, state: StateDir, history: History | None = None) -> None:
+    def __init__(self, listen: str, state: StateDir) -> None:
         """Listen at `listen`; "" for nowhere. Where that is not possible, try again later: the mesh matters more."""
-        self._state, self._history = state, history
-        self._listen = listen
+        self._state, self._listen = state, listen
         self._http: AgentHttp | None = None
         self._listen_at = 0.0 if listen else float("inf")
         self._status: NodeStatus | None = None
         self._written: dict[str, Any] = {}
+        self._documents: Documents = {}
         self._open()
 
     def _open(self) -> None:
         if self._http is not None or time.monotonic() < self._listen_at:
             return
         try:
-            self._http = AgentHttp(self._listen, self._history)
+            self._http = AgentHttp(self._listen, self._documents)
         except OvsmeshError as error:
             if not self._listen_at:
                 log.warning("no metrics and no readiness: %s", error)
@@ -104,6 +134,10 @@ class StatusPublisher:
             return
         if self._status is not None:
             self._http.publish(self._status)
+
+    def serve(self, path: str, document: Callable[[], object]) -> None:
+        """Answer GET `path` with what `document` returns, as JSON; it is called in HTTP's threads."""
+        self._documents[path] = document
 
     def close(self) -> None:
         """Stop listening."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,15 +147,59 @@ def test_readyz(served: Any) -> None:
     assert get(served, "/readyz")[:2] == (503, "not converged: ovs-vswitchd does not answer\n")
 
 
-def test_page_is_escaped_and_bounded(served: Any) -> None:
-    peer = Peer("<script>alert(1)</script>", "missing", missing=("port <b>",))
-    report = made(1000, headline="<i>")
-    served.publish(Made(replace(report, peers=(*report.peers, peer))))
+def test_the_page_is_one_file_that_loads_nothing_else(served: Any) -> None:
     status, text, headers = get(served)
-    assert status == 200 and "<script" not in text and "<i>" not in text and "<b>" not in text
-    assert text.index("&lt;script") < text.index("web1<"), "the worst stands first"
-    assert "and 701 more" in text and len(text) < 100_000
-    assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert status == 200 and headers["Content-Type"].startswith("text/html")
+    assert not re.search(r"""\b(?:src|href|action|style|on[a-z]+)\s*=\s*["']|@import|url\(|innerHTML|\beval\b""", text)
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "connect-src 'self'" in policy
+    assert "unsafe" not in policy
+
+
+def test_documents_are_served_once_they_are_there(served: Any, tmp_path: Path) -> None:
+    assert get(served, "/history.json")[0] == 404
+    publisher = StatusPublisher("127.0.0.1:0", StateDir(tmp_path))
+    try:
+        http_of = publisher._http
+        publisher.serve("/history.json", lambda: {"entries": []})
+        status, text, headers = get(http_of, "/history.json")
+        assert (status, json.loads(text)) == (200, {"entries": []})
+        assert headers["Content-Type"].startswith("application/json")
+        assert "/history.json" in get(http_of, "/nope")[1]
+    finally:
+        publisher.close()
+
+
+@pytest.mark.parametrize("path", ["/", "/status.json", "/nope"])
+def test_strangers_read_health_and_metrics_only(served: Any, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    served.publish(Made(made()))
+    seen = iter(["10.97.1.5", "192.0.2.11"] * 5)
+    monkeypatch.setattr(http_server, "_unmapped", lambda _: ip_address(next(seen)))
+    status, text, _ = get(served, path)
+    assert status == 403 and "kubectl port-forward" in text and "web9" not in text
+    for public in ("/metrics", "/healthz", "/readyz"):
+        assert get(served, public)[0] == 200
+
+
+def test_this_host_s_own_address_is_no_stranger(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.publish(Made(made()))
+    monkeypatch.setattr(http_server, "_unmapped", lambda _: ip_address("192.0.2.11"))
+    assert get(served, "/status.json")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost:9474", "127.0.0.1:9474", "192.0.2.11", "[::1]:9474", "[fd00::1]", "LOCALHOST"]
+)
+def test_the_page_is_for_an_address(served: Any, host: str) -> None:
+    assert get(served, "/", headers={"Host": host})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:9474", "127.0.0.1.evil.example", "[evil]:1", "localhost.x"]
+)
+def test_a_web_site_s_name_for_this_host_is_refused(served: Any, host: str) -> None:
+    assert get(served, "/", headers={"Host": host})[0] == 403
+    assert get(served, "/metrics", headers={"Host": host})[0] == 200
 
 
 def test_status_json(served: Any) -> None:
@@ -164,7 +210,7 @@ def test_status_json(served: Any) -> None:
 def test_history_json_has_the_last_entries_also_before_the_first_reconcile() -> None:
     history = History()
     history.add(Event.START, "ovsmesh starts")
-    server = AgentHttp("127.0.0.1:0", history)
+    server = AgentHttp("127.0.0.1:0", {"/history.json": history.document})
     try:
         status, text, _ = get(server, "/history.json")
     finally:
