@@ -95,6 +95,9 @@ class Apply:
         gone = self._remove["ports"]
         now = [s.key for s in gone if (s.have.remote, s.have.key) in taken]
         meanwhile = self._filter_rules if self._filter_first else lambda: None
+        if any(s.have is not None and s.have.devices_lost for s in self._set["bridges"]):
+            self._attempt(f"bridge {OBR}", self._driver.ovs.remake)
+            self._driver.flows.dirty()
         if bridge is not None or ports:
             self._attempt("ports", self._driver.ovs.apply, bridge, ports, now, meanwhile=meanwhile)
         else:

@@ -18,13 +18,14 @@ from ovsmesh.containers.docker import BridgeState, Docker, DockerObserved
 from ovsmesh.dataplane import firewall_rules
 from ovsmesh.dataplane.docker_config import DOCKER0
 from ovsmesh.dataplane.plan import Plan
-from ovsmesh.dataplane.types import KBR, OBR, Dataplane, Facts, Observed, Unmanaged
+from ovsmesh.dataplane.types import KBR, OBR, TUNNEL_LINKS, Dataplane, Facts, Observed, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.linux.datapath import kernel_datapath
 from ovsmesh.linux.firewall import Firewall
 from ovsmesh.linux.netlink import Netlink
 from ovsmesh.linux.sysctl import read_sysctls
 from ovsmesh.mesh.types import Mesh
+from ovsmesh.ovs.datapath import port_types
 from ovsmesh.ovs.figures import SwitchReader
 from ovsmesh.ovs.idl import run_dir
 from ovsmesh.ovs.openflow import FlowTable
@@ -48,6 +49,8 @@ class Driver:
         self.cni = Cni(cni_dir, cni_bin_dir)
         self.docker = docker
         self._switch_up = False
+        self._look_closer = True
+        """Ask the switch for its datapath's ports at the next observation."""
         self._restore_since: float | None = None
         self._userspace: dict[str, bool] = {}
         """Link → whether a bridge of the userspace datapath carries it, as last seen."""
@@ -88,6 +91,7 @@ class Driver:
 
     def dirty(self) -> None:
         """Have the next observation read the whole system instead of trusting notifications."""
+        self._look_closer = True
         self.net.dirty()
         self.flows.dirty()
         self.firewall.resync()
@@ -209,6 +213,10 @@ class Driver:
             text = f"ovs-vswitchd does not answer on {OBR}, so its flows can't be kept; is it running?"
             problems.append(Problem(Reason.SwitchDown, text))
             found, unknown = ({}, ()), unknown | {"flows"}
+        elif database.bridges and not self._devices(database):
+            database = database._replace(
+                bridges={n: b._replace(devices_lost=True) for n, b in database.bridges.items()}
+            )
         unmanaged = [*database.unmanaged, *found[1]]
         return database._replace(unmanaged=unmanaged, problems=[*database.problems, *problems]), found[0], unknown
 
@@ -218,6 +226,24 @@ class Driver:
         except OvsmeshError as error:
             problems.append(Problem(Reason.SwitchUnseen, str(error)))
             return None
+
+    def _devices(self, database: OvsObserved) -> bool:
+        """Return whether a switch that answers still has obr0's link and, with tunnels, its datapath's port for them.
+
+        It does not make them again when someone deletes, renames or moves them. The userspace datapath's port is no
+        link, so that its end shows only when everything is read again.
+        """
+        if not self.net.present(OBR):
+            return False
+        kinds = {port.type.split()[0] for name, port in database.ports.items() if name in self.ovs.ofports}
+        kernel = any(bridge.datapath_type == "system" for bridge in database.bridges.values())
+        gone = kernel and any(not self.net.present(TUNNEL_LINKS[kind]) for kind in kinds & TUNNEL_LINKS.keys())
+        if not (gone or self._look_closer):
+            return True
+        # a kernel may call the link by another name: the switch has the last word
+        self._look_closer = False
+        there = port_types(run_dir(self.ovs.remote))
+        return there is None or all({kind, f"ip6{kind}"} & there for kind in kinds & TUNNEL_LINKS.keys())
 
     def _bridge_state(self) -> BridgeState:
         cache = self.net.cache

@@ -118,6 +118,8 @@ class Reconciler:
         self._source, self._driver, self._state = source, driver, state
         self._prober = prober
         self._reached: dict[str, State] = {}
+        self._cut_off = False
+        """Whether no peer is reachable."""
         self._guard = RemovalGuard(state)
         self.counters = AgentCounters(started=time.time())
         self.last = ReconcileResult()
@@ -267,7 +269,14 @@ class Reconciler:
                 self._reconcile_and_publish(publishers)
             elif self._prober and self._prober.drain():
                 self._tell_reach(self._prober)
-                self._publish(publishers)
+                before, states = self._cut_off, set(self._reached.values())
+                self._cut_off = bool(states) and states <= NOT_REACHED
+                if self._cut_off and not before:
+                    # what cuts all of them off at once is on this host, and not everything here announces its end
+                    self._driver.dirty()
+                    self._reconcile_and_publish(publishers)
+                else:
+                    self._publish(publishers)
 
     def _publish(self, publishers: Sequence[Publisher]) -> None:
         reach, lost = None, False

@@ -40,7 +40,7 @@ _PLURALS = {
 """Kind → how several parts of it are called, where that is not the name with an s."""
 _SINGLE = {"addresses": "dev", "neighbours": "lladdr", "fdb": "dev", "filter_peers": "in"}
 """Kinds whose values are one field → its name."""
-_DEFAULTS = {"state": "up", "flooding": "off", "protected": "yes", "alias": MARK}
+_DEFAULTS = {"state": "up", "flooding": "off", "protected": "yes", "alias": MARK, "devices": "present"}
 """Defaults are left out of a step's text; where one is restored, this is what it is called."""
 
 
@@ -72,6 +72,7 @@ def _fields(kind: str, value: Any) -> list[tuple[str, str]]:
             pairs += [("alias", "none" if value.unmarked else "")]
         case Bridge():
             pairs = [("datapath", value.datapath_type), ("fail-mode", value.fail_mode), ("mtu", value.mtu_request)]
+            pairs += [("set", ", ".join(value.extra)), ("devices", "missing" if value.devices_lost else "")]
         case Route():
             pairs = [("type", "" if value.type == "unicast" else value.type), ("via", value.via)]
             pairs += [("dev", value.dev), ("mtu", value.mtu or "")]

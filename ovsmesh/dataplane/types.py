@@ -24,6 +24,8 @@ COOKIE = 0x6F76736D
 """Ownership mark of OpenFlow entries: "ovsm"."""
 ROUTE_METRIC = 111
 """Metric of a route to a peer's pod CIDR."""
+TUNNEL_LINKS = {"gre": "gre_sys", "vxlan": "vxlan_sys_4789", "geneve": "genev_sys_6081"}
+"""Encapsulation → the link that carries all its tunnels in the kernel's datapath."""
 FALLBACK_METRIC = 4278198272
 """Metric of the unreachable routes: behind everything that anyone adds on purpose."""
 
@@ -118,6 +120,10 @@ class Bridge(NamedTuple):
     datapath_type: str
     fail_mode: str = "standalone"
     mtu_request: int = 0
+    extra: tuple[str, ...] = ()
+    """Columns that someone has set and that break the mesh: "controller", "stp_enable", "rstp_enable"."""
+    devices_lost: bool = False
+    """Whether what the switch made of the row is gone: the link obr0 or, with tunnels, the datapath's port for them."""
 
 
 class Port(NamedTuple):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from ipaddress import ip_interface
 
-from ovsmesh.dataplane.types import KBR, MARK, OBR, PROTOCOL, Link, Route, RouteKey, Unmanaged
+from ovsmesh.dataplane.types import KBR, MARK, OBR, PROTOCOL, TUNNEL_LINKS, Link, Route, RouteKey, Unmanaged
 from ovsmesh.linux import netlink_socket, rtnetlink
 from ovsmesh.linux import rtnetlink_parser as parser
 from ovsmesh.mesh.types import IPNetwork
@@ -22,6 +22,7 @@ _NODE_MACS = ("0a:58:", "0e:58:")
 """How the MAC of a node begins, see desired.mac."""
 _RELEASED_SECONDS = 2.0
 """The kernel reports the ports of a deleted bridge as released up to this long before the bridge's own end."""
+_TUNNELS = frozenset(TUNNEL_LINKS.values())
 _OVS_KINDS = ("openvswitch", "tun")
 """Kind of obr0: with the kernel datapath, with the userspace datapath."""
 
@@ -207,7 +208,7 @@ class RtnetlinkCache:
             if old is None or not added or old.up != entry.up or old.name != entry.name:
                 self.stale = True
         elif old is None or not added or (old.name, old.mtu) != (entry.name, entry.mtu):
-            self.changed |= any(index == entry.ifindex for _, index in self._addresses)
+            self.changed |= entry.name in _TUNNELS or any(index == entry.ifindex for _, index in self._addresses)
 
     def name(self, index: int) -> str:
         """Return a link's name: "" for index 0, "#INDEX" for an unknown one."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from ovsmesh.dataplane.types import KBR, MARK, PROTOCOL, Link, Unmanaged
 from ovsmesh.errors import OvsmeshError
-from ovsmesh.linux import netlink_socket, rtnetlink
+from ovsmesh.linux import netlink_socket, rtnetlink, rtnetlink_parser
 from ovsmesh.linux import rtnetlink_encoder as encoder
 from ovsmesh.linux.cache import RtnetlinkCache
 from ovsmesh.linux.netlink_socket import NetlinkError, NetlinkSocket
@@ -108,6 +108,19 @@ class Netlink:
             "routes": dict(self.cache.routes),
         }
         return found, [*unmanaged, *self.cache.unmanaged_routes()]
+
+    def present(self, name: str) -> bool:
+        """Return whether there is such a link at this moment, whatever is still to be read of notifications."""
+        return bool(_index(name))
+
+    def carrier(self, name: str) -> bool:
+        """Return whether there is such a link and it has a carrier: a tap device has one while a program holds it."""
+        found: list[bool] = []
+        index = _index(name)
+        if index:
+            request = encoder.get_link(index)
+            self._requests.request(request, lambda m: found.append(rtnetlink_parser.carrier(m.payload)))
+        return any(found)
 
     def underlay(self, address: str) -> tuple[str, int] | None:
         """Return the link that has this address and the link's MTU in bytes; None if no link has it."""

@@ -127,5 +127,10 @@ def parse_link(payload: memoryview) -> LinkEntry | None:
     )
 
 
+def carrier(payload: memoryview) -> bool:
+    """Return whether a link has a carrier (IFLA_CARRIER), from a message about it."""
+    return attributes(payload, _IFINFO.size).get(33, b"\0")[:1] == b"\1"
+
+
 def _text(raw: bytes) -> str:
     return raw.rstrip(b"\0").decode(errors="replace")

@@ -19,6 +19,8 @@ _BACKOFF_MS = (100, 500)
 _STRINGS = {"key": "string", "value": "string", "min": 0, "max": "unlimited"}
 _OPTIONAL = {"key": "string", "min": 0, "max": 1}
 _OPTIONAL_INT = {"key": "integer", "min": 0, "max": 1}
+_ANY_OF = {"key": "uuid", "min": 0, "max": "unlimited"}
+"""Rows of a table that is not in the replica."""
 
 
 def _refs(table: str) -> dict[str, Any]:
@@ -37,6 +39,9 @@ SCHEMA: dict[str, dict[str, Any]] = {
         "ports": _refs("Port"),
         "datapath_type": "string",
         "fail_mode": _OPTIONAL,
+        "controller": _ANY_OF,
+        "stp_enable": "boolean",
+        "rstp_enable": "boolean",
         "external_ids": _STRINGS,
     },
     "Port": {

@@ -26,6 +26,8 @@ SWITCH_DEADLINE, SWITCH_DEADLINE_PORT = 1.5, 0.003
 _NUDGES = 3
 _BATCH = 1000
 """Ports in one transaction; 5,000 at once were no faster (docs/design.md)."""
+_EXTRA = {"controller": [], "stp_enable": False, "rstp_enable": False}
+"""Columns of obr0 that nobody may set → what they are without: a controller flushes the flows, STP blocks ports."""
 _NODE, _UID = MARK, f"{MARK}-uid"
 """Keys of a port's external_ids."""
 
@@ -128,7 +130,8 @@ class Ovs:
         local = self._interface(OBR)
         mtu = local.mtu_request[0] if local is not None and local.mtu_request else 0
         fail_mode = row.fail_mode[0] if row.fail_mode else "standalone"
-        bridge = Bridge(row.datapath_type or "system", fail_mode, mtu)
+        extra = tuple(column for column in _EXTRA if getattr(row, column))
+        bridge = Bridge(row.datapath_type or "system", fail_mode, mtu, extra)
         unmanaged = []
         for uuid in self._members:
             name = self._port_names.get(uuid)
@@ -140,6 +143,8 @@ class Ovs:
             for name, text in self._errors.items()
             if name in self._ports
         ]
+        if OBR in self._errors:
+            problems.append(Problem(Reason.PortError, f"ovs-vswitchd says: {self._errors[OBR]}", "", "port", OBR))
         return OvsObserved({OBR: bridge}, dict(self._ports), restore, unmanaged, problems)
 
     def _in_the_way(self, name: str) -> list[Unmanaged]:
@@ -248,6 +253,21 @@ class Ovs:
         row.setkey("external_ids", MARK, str(int(mark) + 1) if mark.isdigit() else "1")
         self._commit(txn, dict.fromkeys(names), 0, lambda: None)
 
+    def remake(self) -> None:
+        """Have ovs-vswitchd make obr0 and the devices of its ports again, from rows that stay. Its flows are lost.
+
+        It takes the bridge down when datapath_type changes, whatever is left of it, and makes it again when that
+        changes back. Raises OvsmeshError as `apply` does.
+        """
+        row = self._bridge(OBR)
+        if row is None:
+            return
+        kind, ports = row.datapath_type, dict.fromkeys(self._ports)
+        for number, each in enumerate(("system" if kind == "netdev" else "netdev", kind)):
+            txn = self._transaction(None, {}, (), False, False)
+            self._bridge(OBR).datapath_type = each
+            self._commit(txn, ports if number else {}, len(ports), lambda: None)
+
     @property
     def errors(self) -> Mapping[str, str]:
         """Return the ports that ovs-vswitchd could not make, with what it says."""
@@ -295,6 +315,8 @@ class Ovs:
             interface = self._interface(OBR)
         row.datapath_type = want.datapath_type
         row.fail_mode = [want.fail_mode]
+        for column, value in _EXTRA.items():
+            setattr(row, column, value)
         if interface is not None:
             interface.mtu_request = [want.mtu_request]
         return row

@@ -138,6 +138,21 @@ FAULTS = {
     "kbr0 deleted with pods on it": Fault(_ip("link", "del", "kbr0"), _kinds("links")),
     "obr0 removed from kbr0": Fault(_ip("link", "set", "obr0", "nomaster"), _kinds("links")),
     "obr0 down": Fault(_ip("link", "set", "obr0", "down"), _kinds("links")),
+    "obr0's link deleted": Fault(_ip("link", "del", "obr0"), _kinds("bridges")),
+    "obr0's link renamed": Fault(
+        lambda host: netns.ip_batch(["link set obr0 down", "link set obr0 name astray"], host.ns), _kinds("bridges")
+    ),
+    "obr0's link moved to another namespace": Fault(
+        lambda host: host.run(["ip", "link", "set", "obr0", "netns", host.pod(1).ns]), _kinds("bridges")
+    ),
+    "obr0's port deleted from the datapath": Fault(
+        lambda host: host.ovs_appctl("dpctl/del-if", "netdev@ovs-netdev", "obr0"), _kinds("bridges")
+    ),
+    "the tunnels' port deleted from the datapath": Fault(
+        lambda host: host.ovs_appctl("dpctl/del-if", "netdev@ovs-netdev", "gre_sys"), _kinds("bridges")
+    ),
+    "a controller on obr0": Fault(_vsctl("set-controller", "obr0", "tcp:127.0.0.1:6653"), _kinds("bridges")),
+    "spanning tree on obr0": Fault(_vsctl("set", "bridge", "obr0", "stp_enable=true"), _kinds("bridges")),
     # ovs-vswitchd puts it back too, and may be the first
     "obr0's MTU changed": Fault(_ip("link", "set", "obr0", "mtu", "1300"), frozenset()),
     "obr0's mtu_request removed": Fault(_vsctl("clear", "interface", "obr0", "mtu_request"), _kinds("bridges")),

@@ -235,6 +235,21 @@ DRIFTS = {
         lambda host: ip(host, "link", "del", KBR),
         lambda host: (addresses(host), routes(host), neighbours(host), fdb(host)),
     ),
+    "obr0-renamed": Drift(
+        # at once, or the agent is quicker than the second
+        lambda host: netns.ip_batch([f"link set {OBR} down", f"link set {OBR} name astray"], host.ns),
+        lambda host: (fdb(host), flows(host)),
+    ),
+    "obr0-moved": Drift(
+        lambda host: ip(host, "link", "set", OBR, "netns", host.pod(1).ns), lambda host: (fdb(host), flows(host))
+    ),
+    "obr0-deleted": Drift(
+        lambda host: host.ovs_appctl("dpctl/del-if", "ovs-system", OBR), lambda host: (fdb(host), flows(host))
+    ),
+    "gre-deleted": Drift(
+        lambda host: ip(host, "link", "del", "gre_sys"), lambda host: ("gre_sys" in ip(host, "link"), flows(host))
+    ),
+    "datapath-deleted": Drift(lambda host: host.run(["ovs-dpctl", "del-dp", "ovs-system"]), lambda host: flows(host)),
     "obr0-mtu": Drift(lambda host: ip(host, "link", "set", OBR, "mtu", "1400"), lambda host: mtu(host, OBR)),
 }
 

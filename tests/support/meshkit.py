@@ -51,7 +51,7 @@ def shown(dataplane: Dataplane) -> str:
             if isinstance(value, Rule):
                 value = value.text
             elif hasattr(value, "_asdict"):
-                value = " ".join(f"{word}={v}" for word, v in value._asdict().items() if v not in ("", 0, False))
+                value = " ".join(f"{word}={v}" for word, v in value._asdict().items() if v not in ("", 0, False, ()))
             lines.append(f"{name.strip()}: {value}")
     return "\n".join(lines) + "\n"
 

@@ -9,7 +9,7 @@ import pytest
 
 from ovsmesh.agent import driver as module
 from ovsmesh.agent.driver import OTHERS_GRACE, Driver
-from ovsmesh.dataplane.types import Bridge, Dataplane, Observed, Unmanaged
+from ovsmesh.dataplane.types import Bridge, Dataplane, Observed, Port, Unmanaged
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.ovs.ovsdb import OvsObserved
 
@@ -27,6 +27,7 @@ class Host:
         self.flows: Any = (FLOWS, ())
         """None: the switch does not answer; an exception: it can't be asked."""
         self.others = False
+        self.links = {"obr0", "gre_sys"}
         self.driver = Driver.__new__(Driver)
         vars(self.driver).update(
             ovs=SimpleNamespace(
@@ -37,11 +38,14 @@ class Host:
                 others_restore=lambda: self.others,
             ),
             flows=SimpleNamespace(known=True, observe=self._flows),
-            net=SimpleNamespace(observe=lambda cni: (KERNEL, self.kernel_unmanaged)),
+            net=SimpleNamespace(
+                observe=lambda cni: (KERNEL, self.kernel_unmanaged), present=lambda name: name in self.links
+            ),
             firewall=SimpleNamespace(observe=lambda rules: ({}, {}, ())),
             cni=SimpleNamespace(observe=lambda: ({}, [], [])),
             docker=None,
             _switch_up=False,
+            _look_closer=False,
             _restore_since=None,
         )
 
@@ -118,3 +122,45 @@ def test_flow_restore_wait_is_left_to_others_for_a_while_only(host: Host, monkey
     assert host.observe().unknown == {"restore_wait"}
     host.others = False
     assert not host.observe().unknown
+
+
+PORTS = {"gre-web2": Port("gre", "192.0.2.12", "192.0.2.11", "", "web2", "")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "links", "told", "closer", "lost"),
+    [
+        ("system", "obr0 gre_sys", None, False, False),
+        # nobody is asked: the link says it
+        ("system", "gre_sys", {"gre"}, False, True),
+        ("netdev", "", {"gre"}, False, True),
+        ("system", "obr0", {"internal"}, False, True),
+        # a kernel that calls it otherwise, a switch that does not tell
+        ("system", "obr0", {"internal", "gre"}, False, False),
+        ("system", "obr0", {"ip6gre"}, False, False),
+        ("system", "obr0", None, False, False),
+        # the userspace datapath has no such link: it shows only when all is read again
+        ("netdev", "obr0", {"tap"}, False, False),
+        ("netdev", "obr0", {"tap"}, True, True),
+        ("netdev", "obr0", {"tap", "gre"}, True, False),
+    ],
+)
+def test_a_bridge_whose_devices_are_gone_is_not_as_wanted(
+    host: Host, monkeypatch: pytest.MonkeyPatch, kind: str, links: str, told: set[str] | None, closer: bool, lost: bool
+) -> None:
+    monkeypatch.setattr(module, "port_types", lambda run_dir: told)
+    host.database = OvsObserved({"obr0": Bridge(kind)}, PORTS, {}, [], [])
+    host.links, host.driver._look_closer = set(links.split()), closer
+    host.driver.ovs.ofports = {"obr0": 65534, "gre-web2": 1}
+    assert host.observe().dataplane.bridges == {"obr0": Bridge(kind, devices_lost=lost)}
+    assert not host.driver._look_closer
+
+
+def test_a_port_that_the_switch_has_not_made_yet_has_lost_nothing(host: Host) -> None:
+    host.database, host.links = OvsObserved({"obr0": Bridge("system")}, PORTS, {}, [], []), {"obr0"}
+    assert host.observe().dataplane.bridges == {"obr0": Bridge("system")}
+
+
+def test_the_devices_of_a_switch_that_is_down_are_not_missed(host: Host) -> None:
+    host.flows, host.links = None, set()
+    assert host.observe().dataplane.bridges == BRIDGE
