@@ -74,7 +74,7 @@ class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                     continue  # closed by its thread
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("HTTP request from %s failed", client_address, exc_info=True)
+        log.debug("HTTP request from %s failed", client_address[0], exc_info=True)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -85,7 +85,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return "ovsmesh"
 
     def log_message(self, format: str, *args: Any) -> None:
-        log.debug("HTTP %r", format % args)
+        log.debug("HTTP: %s", format % args)
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]

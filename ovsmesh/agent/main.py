@@ -116,7 +116,7 @@ def serve(options: Options, stop_fd: int) -> None:
             agent.reconciler.run(stops, [status, notifier, *agent.publishers])
             leaving = uninstall is not None and uninstall.ask()
             if leaving:
-                log.warning("this agent's Namespace is being deleted; removing all that is managed on this node")
+                log.warning("this agent's Namespace is being deleted: all that is managed on this node is removed now")
                 _mark(folder, REMOVING)
         if leaving:
             try:

@@ -129,7 +129,7 @@ class StatusPublisher:
             self._http = AgentHttp(self._listen, self._documents)
         except OvsmeshError as error:
             if not self._listen_at:
-                log.warning("no metrics and no readiness: %s", error)
+                log.warning("no metrics, no readiness and no page: %s", error)
             self._listen_at = time.monotonic() + _LISTEN_AGAIN
             return
         if self._status is not None:
@@ -176,4 +176,4 @@ class StatusPublisher:
         try:
             self._state.write_status(facts)
         except OSError as error:
-            log.warning("status file in %s: %s", self._state.path, error.strerror)
+            log.warning("%s: the status file can't be written: %s", self._state.path, error.strerror)

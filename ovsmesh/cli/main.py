@@ -7,7 +7,6 @@ OVSMESH_<COMMAND>_<OPTION>.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ovsmesh import __version__
+from ovsmesh import __version__, logs
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.names import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_STATE
 
@@ -66,6 +65,7 @@ def _kubeconfig(text: str) -> Decorator:
 _SECONDS = click.FloatRange(0)
 _LEVELS = click.Choice(["debug", "info", "warning", "error"])
 _log_level = _option("--log-level", "Least severity that is logged.", "info", type=_LEVELS)
+_log_format = _option("--log-format", "Format of the log.", "text", type=click.Choice(logs.FORMATS))
 _state_dir = _option("--state-dir", "Directory in which the agent keeps its state.", DEFAULT_STATE, metavar="DIR")
 _NODE = (
     _option("--mesh", "Mesh file: a Mesh object in YAML.", metavar="FILE"),
@@ -134,13 +134,14 @@ def _root() -> None:
 @_option("--kubeconfig", "Kubernetes cluster to read the mesh from.", usual="in a pod, its own", metavar="FILE")
 @click.option("--once", is_flag=True, help="Apply changes until none is left, then exit: 0 converged, 1 not.")
 @_log_level
-def agent(listen: str, once: bool, log_level: str, **options: Any) -> None:
+@_log_format
+def agent(listen: str, once: bool, log_level: str, log_format: str, **options: Any) -> None:
     """Keep this node's part of the mesh in sync until SIGTERM. What is in place then stays."""
     from ovsmesh.agent.main import once as reconcile_once
     from ovsmesh.agent.main import serve
     from ovsmesh.agent.options import Options
 
-    _log_to_stderr(log_level)
+    logs.to_stderr(log_level, log_format)
     chosen = _chosen(options)
     if "mesh" in chosen and "kubeconfig" in chosen:
         raise OvsmeshError("--mesh and --kubeconfig: give one of them, the mesh comes from a file or from a cluster")
@@ -174,10 +175,6 @@ def _stop_fd() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     return read
-
-
-def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
 
 @cli.command()
@@ -324,7 +321,8 @@ def bootstrap(state_dir: str, printed: bool, checked: bool, waited: float | None
 @_kubeconfig("Cluster to work in.")
 @_listen(CONTROLLER_LISTEN)
 @_log_level
-def controller(kubeconfig: str | None, listen: str, log_level: str) -> None:
+@_log_format
+def controller(kubeconfig: str | None, listen: str, log_level: str, log_format: str) -> None:
     """Run the controller of a Kubernetes cluster until SIGTERM.
 
     Reads Nodes; writes MeshSlices and the Nodes' conditions.
@@ -333,7 +331,7 @@ def controller(kubeconfig: str | None, listen: str, log_level: str) -> None:
     from ovsmesh.kube.client import Api
     from ovsmesh.kube.config import find
 
-    _log_to_stderr(log_level)
+    logs.to_stderr(log_level, log_format)
     serve(Api(find(kubeconfig), "ovsmesh-controller"), listen, _stop_fd())
 
 
@@ -360,5 +358,5 @@ def main(**settings: Any) -> None:
     try:
         cli(standalone_mode=True, **settings)
     except OvsmeshError as error:
-        click.echo(f"ovsmesh: {error}", err=True)
+        logs.fail(str(error))
         sys.exit(1)

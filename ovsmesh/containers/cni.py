@@ -137,7 +137,7 @@ class Cni:
         try:
             if not os.path.isdir(self._directory):
                 os.makedirs(self._directory, 0o755)
-                log.info("made the CNI directory %s", self._directory)
+                log.info("CNI directory %s was missing and is made", self._directory)
             # renamed within the directory: a runtime may not notice a file that is moved in from another one
             write_atomic(path, text, 0o644)
         except OSError as error:

@@ -97,7 +97,7 @@ class ApiCache:
             self._target = None
             return True
         if time.monotonic() - since > _CATCH_UP:
-            log.warning("the watch of Nodes is behind: started again")
+            log.warning("the watch of Nodes is behind and is started again")
             self._nodes.close(0.1)
             self._nodes = Reflector(self._api, NODES, parse_node, self._wakeup)
             self._nodes.start()

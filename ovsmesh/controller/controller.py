@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Iterable, Mapping
 
+from ovsmesh import __version__
 from ovsmesh.controller.api_cache import ApiCache, Observed
 from ovsmesh.controller.garbage_collector import GarbageCollector
 from ovsmesh.controller.http import ControllerHttp, Counts
@@ -24,7 +25,7 @@ from ovsmesh.controller.node_writer import NodeWriter
 from ovsmesh.controller.pod_cidr_allocator import PodCidrAllocator
 from ovsmesh.controller.slice_layout import Pacer
 from ovsmesh.controller.slice_writer import SliceWriter
-from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.errors import Problem
 from ovsmesh.kube.client import Api, ApiError, Conflict, NotLeader, path_of
 from ovsmesh.kube.events import EventRecorder
 from ovsmesh.kube.leader_election import LeaderElector, Timing
@@ -32,6 +33,7 @@ from ovsmesh.kube.reflector import Wakeup
 from ovsmesh.mesh.meshslice import MeshSlice
 from ovsmesh.mesh.types import Node
 from ovsmesh.names import DEFAULT_MESH
+from ovsmesh.text import counted
 
 log = logging.getLogger("ovsmesh")
 
@@ -161,7 +163,7 @@ class Controller:
         wait = max(wait, min(error.retry_after, 30.0))
         self._retry_at = time.monotonic() + wait
         self._seen = None  # what was decided may not have been written
-        log.warning("%s; again in %.1f s", error, wait)
+        log.warning("%s; the next attempt is in %.1f s", error, wait)
         return wait
 
     def _take_over(self) -> bool:
@@ -173,7 +175,7 @@ class Controller:
         for writer in (self._mesh_writer, self._slice_writer, self._node_writer):
             writer.forget()
         self._seen, self._term = None, term
-        log.info("leading: %d Nodes", len(self._cache.observed().nodes))
+        log.info("this replica leads; it sees %s", counted(len(self._cache.observed().nodes), "Node"))
         return True
 
     def _lead(self) -> float:
@@ -235,7 +237,8 @@ class Controller:
         made, whole = self._slice_writer.write(found.members, mesh.settings, generation, seen.slices, due <= now)
         if made:
             self._pacer.wrote(now, _differences(found.members, held))
-            log.info("%d members, %d refused: %d slices written", len(found.members), len(found.problems), made)
+            members, refused = counted(len(found.members), "node"), len(found.problems)
+            log.info("%s written: %s in the mesh, %d refused", counted(made, "slice"), members, refused)
         if not whole:
             self._slices_at = max(due, now + (_REFUSED if self._slice_writer.refused else 0.02))
 
@@ -253,7 +256,7 @@ class Controller:
             try:
                 self._unallocated, more = self._allocator.allocate(seen.nodes, mesh.cluster_cidrs, asked, others, now)
             except Conflict as error:
-                log.info("lease: %s", error)
+                log.info("podCIDRs are not given this time: %s", error)
                 self._unallocated = before
                 return 0.1
             self._allocate_at, pause = (now, 0.0) if more else (now + 0.05, 1.0)
@@ -276,12 +279,12 @@ def identity() -> str:
 def serve(api: Api, listen: str, stop: int) -> None:
     """Run the controller until `stop` is readable. Raises OvsmeshError if it can't listen."""
     http = ControllerHttp(listen) if listen else None
-    controller = Controller(api, identity(), http)
+    name = identity()
+    controller = Controller(api, name, http)
+    log.info("ovsmesh %s: the controller starts as %s", __version__, name)
     try:
         controller.run(stop)
-    except OvsmeshError as error:
-        log.error("%s", error)
-        raise
+        log.info("ovsmesh %s: the controller stops; the slices stay", __version__)
     finally:
         controller.close()
         if http is not None:

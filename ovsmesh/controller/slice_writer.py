@@ -75,7 +75,7 @@ class SliceWriter:
                 # Someone wrote since: read what is there now, and compare again.
                 self.conflicts += 1
                 whole = False
-                log.info("slice %s: %s", one.name, error)
+                log.info("slice %s was written by someone else meanwhile and is compared again: %s", one.name, error)
                 self._read(one.name, watched)
                 break
             except (Invalid, Forbidden) as error:

@@ -217,7 +217,7 @@ class Prober:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                log.debug("probe socket: %s", error)
+                log.debug("a probe's answer can't be read: %s", error.strerror)
                 return
             now = time.monotonic()
             for level, kind, stamp in ancillary:
