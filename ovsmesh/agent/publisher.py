@@ -19,7 +19,7 @@ from importlib import resources
 from typing import Any
 
 from ovsmesh import __version__
-from ovsmesh.agent.metrics import METRICS
+from ovsmesh.agent.metrics import METRICS, Scrape, TunnelTotals
 from ovsmesh.agent.result import RETRIED, AgentCounters, NodeStatus, ReconcileResult
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.http_server import Answer, HttpServer
@@ -65,7 +65,12 @@ class AgentHttp(HttpServer):
         self._documents = {} if documents is None else documents
         self._status = NodeStatus(ReconcileResult(), AgentCounters())
         super().__init__(listen)
-        self.registry.register(MetricsCollector(METRICS, lambda: self._status))
+        self._tunnels = TunnelTotals()
+        self.registry.register(MetricsCollector(METRICS, self._scrape))
+
+    def _scrape(self) -> Scrape:
+        status = self._status
+        return Scrape(status, self._tunnels.add(status.report))
 
     def publish(self, status: NodeStatus) -> None:
         """Show this status from now on."""

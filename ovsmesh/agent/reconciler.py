@@ -10,7 +10,7 @@ import logging
 import random
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -31,7 +31,7 @@ from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.history import History
 from ovsmesh.mesh.source import Snapshot, Source
 from ovsmesh.mesh.types import Mesh
-from ovsmesh.probe.sender import Prober
+from ovsmesh.probe.sender import Prober, Totals
 from ovsmesh.probe.targets import targets
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
@@ -280,9 +280,13 @@ class Reconciler:
 
     def _publish(self, publishers: Sequence[Publisher]) -> None:
         reach, lost = None, False
+        totals: Callable[[], Totals] = Totals
         if self._prober:
             reach, lost = self._prober.results, not NOT_REACHED.isdisjoint(self._prober.states().values())
-        status = NodeStatus(self.last, self.counters, self._node, self._mesh_from, reach, lost, self._driver.figures)
+            totals = self._prober.totals
+        status = NodeStatus(
+            self.last, self.counters, self._node, self._mesh_from, reach, lost, self._driver.figures, totals
+        )
         for publisher in publishers:
             publisher.publish(status)
 

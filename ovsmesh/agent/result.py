@@ -22,6 +22,7 @@ from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.metrics import Histogram
 from ovsmesh.ovs.figures import SwitchFigures
+from ovsmesh.probe.sender import Totals
 from ovsmesh.reasons import Reason
 from ovsmesh.text import counted, duration, listed
 
@@ -189,15 +190,21 @@ class NodeStatus:
         reach: Callable[[], Mapping[str, Reach]] | None = None,
         peers_lost: bool = False,
         switch: Callable[[], SwitchFigures] = SwitchFigures,
+        probes: Callable[[], Totals] = Totals,
     ) -> None:
         self.result, self.counters = result, counters.copy()
         self.peers_lost = peers_lost
         """Whether packets to a peer are lost."""
-        self._reach, self._switch = reach, switch
+        self._reach, self._switch, self._probes = reach, switch, probes
         self._made_at = float("-inf")
         self._node, self._mesh_from = node, mesh_from
         self._making = threading.Lock()
         self._report: reports.Report | None = None
+
+    @property
+    def probes(self) -> Totals:
+        """How many probes were sent and lost by now, and how long the answers took."""
+        return self._probes()
 
     @property
     def report(self) -> reports.Report:

@@ -176,7 +176,8 @@ def metrics() -> str:
         "    curl -s http://127.0.0.1:9474/metrics        # the agent's",
         "    curl -s http://127.0.0.1:9475/metrics        # the controller's",
         "",
-        "Both also serve the usual `process_*` metrics. The number of series does not grow with the mesh.",
+        "Both also serve the usual `process_*` metrics. At most 20 peers are named, the worst ones, so the",
+        "number of series does not grow with the mesh. What is not known has no series.",
         "",
     ]
     for title, found in (("The agent's", AGENT_METRICS), ("The controller's", CONTROLLER_METRICS)):
