@@ -8,6 +8,8 @@ ENCAPSULATIONS = ("gre", "vxlan", "geneve")
 """Tunnel protocols that a mesh can use. Each is also the type of an Open vSwitch interface."""
 PROBE_MAGIC = b"ovsmesh\x01"
 """The first bytes of each probe's data and of its answer's, so that a probe is told from anyone else's ping."""
+ROW_PORT = 9476
+"""TCP port on a node's gateway addresses at which its agent answers the agents of its peers, and nobody else."""
 GROUP = "ovsmesh.io"
 """API group; also the prefix of our labels and annotations."""
 API_VERSION = f"{GROUP}/v1alpha1"

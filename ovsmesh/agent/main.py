@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ovsmesh import __version__
 from ovsmesh.agent import cleanup
 from ovsmesh.agent.options import Options
-from ovsmesh.agent.publisher import StatusPublisher
+from ovsmesh.agent.publisher import RowPublisher, StatusPublisher
 from ovsmesh.agent.reconciler import Publisher, Reconciler, readable
 from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.agent.systemd import SystemdNotifier
@@ -25,6 +25,7 @@ from ovsmesh.history import History
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.mesh.source import Source
 from ovsmesh.ovs.idl import run_dir
+from ovsmesh.probe.exchange import Exchange
 from ovsmesh.probe.sender import Prober
 from ovsmesh.state_dir import StateDir
 
@@ -107,13 +108,16 @@ def serve(options: Options, stop_fd: int) -> None:
             status = StatusPublisher(options.listen, state)
             status.serve("/history.json", history.document)
             ending.callback(status.close)
+            exchange = Exchange(options.node)
+            ending.callback(exchange.close)
+            status.serve("/matrix.json", exchange.matrix)
             notifier = SystemdNotifier()
             agent = ending.enter_context(_agent(options, state, history, 1.0, probing=True))
             ending.callback(notifier.close)
             folder, uninstall = run_dir(options.ovsdb), agent.uninstall
             _mark(folder, "")
             stops = [stop_fd, uninstall.fd] if uninstall else [stop_fd]
-            agent.reconciler.run(stops, [status, notifier, *agent.publishers])
+            agent.reconciler.run(stops, [status, RowPublisher(exchange), notifier, *agent.publishers])
             leaving = uninstall is not None and uninstall.ask()
             if leaving:
                 log.warning("this agent's Namespace is being deleted: all that is managed on this node is removed now")

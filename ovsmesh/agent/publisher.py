@@ -24,6 +24,7 @@ from ovsmesh.agent.result import RETRIED, AgentCounters, NodeStatus, ReconcileRe
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.http_server import Answer, HttpServer
 from ovsmesh.metrics import MetricsCollector
+from ovsmesh.probe.exchange import Exchange
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 
@@ -35,7 +36,7 @@ _LISTEN_AGAIN = 5.0
 """Seconds between attempts to listen: another process may hold the port, or lo may be down."""
 
 Documents = dict[str, Callable[[], object]]
-"""Path → what makes the object that is answered there as JSON. It is called in HTTP's threads."""
+"""Path → what makes the object that is answered there as JSON; None while there is none. Called in HTTP's threads."""
 
 
 @functools.cache
@@ -92,7 +93,9 @@ class AgentHttp(HttpServer):
                 return HTTPStatus.SERVICE_UNAVAILABLE, "application/json", "{}\n"
             return HTTPStatus.OK, "application/json", json.dumps(status.report.to_dict()) + "\n"
         if path in self._documents:
-            return HTTPStatus.OK, "application/json", json.dumps(self._documents[path]()) + "\n"
+            found = self._documents[path]()
+            code = HTTPStatus.SERVICE_UNAVAILABLE if found is None else HTTPStatus.OK
+            return code, "application/json", json.dumps(found or {}) + "\n"
         return super().answer(path)
 
     def paths(self) -> list[str]:
@@ -182,3 +185,17 @@ class StatusPublisher:
             self._state.write_status(facts)
         except OSError as error:
             log.warning("%s: the status file can't be written: %s", self._state.path, error.strerror)
+
+
+class RowPublisher:
+    """Gives the peers' agents this node's row of the matrix, as of the last reconcile."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def publish(self, status: NodeStatus) -> None:
+        """Give this status from now on."""
+        self._exchange.update(status.result.mesh, status.result.facts, lambda: status.report)
+
+    def idle(self) -> None:
+        """Do nothing: peers ask when they want."""

@@ -63,6 +63,7 @@ def _kubeconfig(text: str) -> Decorator:
 
 
 _SECONDS = click.FloatRange(0)
+_COUNT = click.IntRange(1)
 _LEVELS = click.Choice(["debug", "info", "warning", "error"])
 _log_level = _option("--log-level", "Least severity that is logged.", "info", type=_LEVELS)
 _log_format = _option("--log-format", "Format of the log.", "text", type=click.Choice(logs.FORMATS))
@@ -256,6 +257,23 @@ def history(state_dir: str, since: str | None, output: str) -> None:
         click.echo(line)
     if not entries:
         click.echo("nothing", err=True)
+
+
+@cli.command()
+@_with(*_NODE)
+@_option("-o --output", "Format of the output.", "table", type=click.Choice(["table", "json"]))
+@_option("--worst", "List the worst N directions.", usual="a table, where it fits", metavar="N", type=_COUNT)
+def matrix(state_dir: str, output: str, worst: int | None, **options: Any) -> None:
+    """Show round trip, loss and path MTU between every two nodes, in each direction.
+
+    Asks the agents of all nodes, from any of them. Exit status: 0 all is well, 2 it is not, 1 it can't be told.
+    """
+    from ovsmesh.cli import matrix as matrices
+    from ovsmesh.cli.formats import serialize
+
+    found = matrices.matrix(_options(state_dir, options))
+    click.echo(serialize(found, output) if output == "json" else matrices.render(found, worst))
+    sys.exit(matrices.exit_code(found))
 
 
 def _show(report: Report, output: str) -> None:

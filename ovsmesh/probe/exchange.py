@@ -1,0 +1,485 @@
+"""Exchange the rows of the matrix with the agents of the peers, over the mesh: gateway to gateway, over TCP.
+
+Each agent answers `GET /row.json` on its gateway addresses. The kernel drops, without an answer, what does not come
+in on kbr0 from a gateway of a peer, or was forwarded on the way: both sides send with a TTL of 255, and accept
+nothing less (RFC 5082). So pods, containers behind a peer's masquerade and strangers are not heard, on
+hosts without nf_tables too. Rows are asked for only when somebody asks for the matrix.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import heapq
+import logging
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ovsmesh.dataplane.report import Report
+from ovsmesh.dataplane.types import Facts
+from ovsmesh.mesh.manifest import digest
+from ovsmesh.mesh.types import IPAddress, Mesh
+from ovsmesh.names import KBR, ROW_PORT
+from ovsmesh.probe import matrix
+from ovsmesh.probe.matrix import Row, RowError
+from ovsmesh.probe.targets import Target, targets
+
+log = logging.getLogger("ovsmesh")
+
+COLLECT_TIME = 2.0
+"""Seconds after which a collection ends, whoever has not answered."""
+_CACHE = 3.0
+"""Seconds for which a matrix is good, so that a page that many look at asks the peers no more often."""
+_ROW_CACHE = 1.0
+_OTHER_FAMILY = 0.5
+"""Seconds until the next of a peer's addresses is tried too."""
+_AT_ONCE = 64
+"""Peers that are asked at the same time."""
+_CONNECTIONS, _OF_ONE = 64, 2
+"""Connections that are served at the same time: in all, and of one peer."""
+_REQUEST_BYTES, _REQUEST_TIME = 1024, 2.0
+_REQUEST = b"GET /row.json HTTP/1.0\r\nHost: gateway\r\nConnection: close\r\n\r\n"
+
+_TTL = 255
+_IP_FREEBIND, _IPV6_FREEBIND = 15, 78
+_IP_BIND_ADDRESS_NO_PORT = 24
+_SO_ATTACH_FILTER = 26
+"""Numbers of Linux, from its in.h, in6.h and socket.h."""
+
+
+# Sockets that only the mesh reaches
+
+
+def _new_socket(version: int) -> socket.socket:
+    """Return a TCP socket whose packets can be told from forwarded ones."""
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        if version == 4:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, _TTL)
+        else:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, _TTL)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _listener(address: IPAddress, peers: Collection[IPAddress], device: int) -> socket.socket:
+    sock = _new_socket(address.version)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # the address may be away for a moment
+        freebind = (socket.IPPROTO_IP, _IP_FREEBIND) if address.version == 4 else (socket.IPPROTO_IPV6, _IPV6_FREEBIND)
+        sock.setsockopt(*freebind, 1)
+        try:
+            _attach(sock, accept_program(address.version, peers, device))
+        except OSError as error:
+            # more peers than the kernel takes in one program: the rest is checked after the handshake
+            log.debug("row exchange: %d addresses in a socket filter: %s", len(peers), error)
+            _attach(sock, accept_program(address.version, (), device))
+        sock.bind((str(address), ROW_PORT))
+        sock.listen(_CONNECTIONS)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+_Line = tuple[int, int, int, int]
+"""An instruction of a classic BPF program: code, jumps if true and if false, operand."""
+_DEVICE, _HEADER = 0xFFFFF008, 0xFFF00000
+"""SKF_AD_OFF + SKF_AD_IFINDEX, and SKF_NET_OFF: where a program finds a packet's device and its IP header."""
+_LOAD, _LOAD_BYTE, _JUMP, _IF, _IF_SET, _RETURN = 0x20, 0x30, 0x05, 0x15, 0x45, 0x06
+_DROP, _PASS = (_RETURN, 0, 0, 0), (_RETURN, 0, 0, 0xFFFFFFFF)
+_CHUNK = 200
+"""A jump reaches over 255 lines at most."""
+_TCP_FLAGS, _RST = 13, 4
+
+
+def _load_ttl(version: int) -> _Line:
+    return _LOAD_BYTE, 0, 0, _HEADER + (8 if version == 4 else 7)
+
+
+def answer_program(version: int) -> list[_Line]:
+    """Return a program for a socket that asks: nothing that was forwarded, but any refusal, which has a usual TTL."""
+    refusal: list[_Line] = [(_LOAD_BYTE, 0, 0, _TCP_FLAGS), (_IF_SET, 0, 1, _RST), _PASS, _DROP]
+    return [_load_ttl(version), (_IF, 0, 1, _TTL), _PASS, *refusal]
+
+
+def accept_program(version: int, peers: Collection[IPAddress], device: int) -> list[_Line]:
+    """Return a classic BPF program for a listening socket.
+
+    It lets packets in that came in on the device, with a TTL of 255, from one of `peers`; from anywhere without any.
+    """
+    lines: list[_Line] = [(_LOAD, 0, 0, _DEVICE), (_IF, 1, 0, device), _DROP]
+    lines += [_load_ttl(version), (_IF, 1, 0, _TTL), _DROP]
+    if not peers:
+        return [*lines, _PASS]
+    offsets = [12] if version == 4 else [8, 12, 16, 20]
+    # gateways have most of their words in common; what differs is one word in nearly all meshes
+    columns = list(zip(*(struct.unpack(f"!{len(offsets)}I", peer.packed) for peer in peers), strict=True))
+    varied = []
+    for offset, column in zip(offsets, columns, strict=True):
+        if len(set(column)) > 1:
+            varied.append((_HEADER + offset, column))
+        else:
+            lines += [(_LOAD, 0, 0, _HEADER + offset), (_IF, 1, 0, column[0]), _DROP]
+    if not varied:
+        lines.append(_PASS)
+    elif len(varied) == 1:
+        (offset, column), *_ = varied
+        lines.append((_LOAD, 0, 0, offset))
+        for start in range(0, len(column), _CHUNK):
+            chunk = column[start : start + _CHUNK]
+            lines += [(_IF, len(chunk) - n, 0, word) for n, word in enumerate(chunk)]
+            lines += [(_JUMP, 0, 0, 1), _PASS]
+    else:
+        for words in zip(*(column for _, column in varied), strict=True):
+            left = 2 * len(words)
+            for (offset, _), word in zip(varied, words, strict=True):
+                left -= 2
+                lines += [(_LOAD, 0, 0, offset), (_IF, 0, left + 1, word)]
+            lines.append(_PASS)
+    return [*lines, _DROP]
+
+
+def _attach(sock: socket.socket, program: Sequence[_Line]) -> None:
+    """Attach the program. Raise OSError where the kernel does not take it."""
+    if len(program) > 4096:
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(program), ctypes.addressof(code)))
+
+
+# Serving the own row
+
+
+@dataclass
+class _Client:
+    sock: socket.socket
+    source: str
+    end: float
+    request: bytes = b""
+    answer: memoryview | None = None
+
+
+_Gateways = Mapping[IPAddress, frozenset[IPAddress]]
+"""This node's gateway → the gateways of the peers that may ask there."""
+
+
+class RowServer:
+    """Answers the agents of peers with what `row` returns, in a thread of its own. At rest it only waits."""
+
+    def __init__(self, row: Callable[[], bytes | None]) -> None:
+        self._row = row
+        self._wanted: tuple[int, _Gateways] = (0, {})
+        self._listeners: dict[int, tuple[socket.socket, frozenset[str]]] = {}
+        self._clients: dict[int, _Client] = {}
+        self._poll = select.poll()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll.register(self._wake, select.POLLIN)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="rows", daemon=True)
+        self._thread.start()
+
+    def update(self, gateways: _Gateways) -> None:
+        """Listen on these addresses from now on; on none while there is no kbr0."""
+        try:
+            wanted = socket.if_nametoindex(KBR), gateways
+        except OSError:
+            wanted = 0, {}
+        if wanted != self._wanted:
+            self._wanted = wanted
+            os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """Stop, within a second."""
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join(1.0)
+        self._close_all()
+        os.close(self._wake)
+
+    def _listen(self, device: int, gateways: _Gateways) -> None:
+        self._close_all()
+        for address, peers in gateways.items():
+            try:
+                sock = _listener(address, peers, device)
+            except OSError as error:
+                log.warning("no row of the matrix is served on %s port %d: %s", address, ROW_PORT, error.strerror)
+                continue
+            self._listeners[sock.fileno()] = sock, frozenset(map(str, peers))
+            self._poll.register(sock, select.POLLIN)
+
+    def _close_all(self) -> None:
+        for fd, (sock, _) in self._listeners.items():
+            self._poll.unregister(fd)
+            sock.close()
+        self._listeners.clear()
+        for client in list(self._clients.values()):
+            self._drop(client)
+
+    def _drop(self, client: _Client) -> None:
+        del self._clients[client.sock.fileno()]
+        self._poll.unregister(client.sock)
+        client.sock.close()
+
+    def _run(self) -> None:
+        listening: tuple[int, _Gateways] = (0, {})
+        while not self._stopping:
+            if listening is not self._wanted:
+                listening = self._wanted
+                self._listen(*listening)
+            pause = min((client.end for client in self._clients.values()), default=None)
+            for fd, _ in self._poll.poll(None if pause is None else max(0.0, pause - time.monotonic()) * 1000 + 1):
+                if fd == self._wake:
+                    os.eventfd_read(self._wake)
+                elif fd in self._listeners:
+                    self._accept(*self._listeners[fd])
+                elif fd in self._clients:
+                    self._serve(self._clients[fd])
+            now = time.monotonic()
+            for client in [client for client in self._clients.values() if client.end <= now]:
+                self._drop(client)
+
+    def _accept(self, listener: socket.socket, peers: frozenset[str]) -> None:
+        try:
+            sock, sender = listener.accept()
+        except OSError:
+            return
+        source = str(sender[0])
+        same = sum(client.source == source for client in self._clients.values())
+        if source not in peers or same >= _OF_ONE or len(self._clients) >= _CONNECTIONS:
+            sock.close()
+            return
+        sock.setblocking(False)
+        self._clients[sock.fileno()] = _Client(sock, source, time.monotonic() + _REQUEST_TIME)
+        self._poll.register(sock, select.POLLIN)
+
+    def _serve(self, client: _Client) -> None:
+        try:
+            if client.answer is None:
+                part = client.sock.recv(_REQUEST_BYTES)
+                client.request += part
+                if not part or len(client.request) > _REQUEST_BYTES:
+                    self._drop(client)
+                    return
+                if b"\r\n\r\n" not in client.request:
+                    return
+                client.answer = memoryview(self._answer(client.request))
+                self._poll.modify(client.sock, select.POLLOUT)
+            client.answer = client.answer[client.sock.send(client.answer) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop(client)
+            return
+        if not client.answer:
+            self._drop(client)
+
+    def _answer(self, request: bytes) -> bytes:
+        code, body = "404 Not Found", b""
+        if request.startswith(b"GET /row.json "):
+            row = self._row()
+            code, body = ("503 Service Unavailable", b"") if row is None else ("200 OK", row)
+        head = f"HTTP/1.0 {code}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        return head.encode() + body
+
+
+# Asking for the rows of the peers
+
+
+class _Question:
+    """One connection to a peer's gateway."""
+
+    def __init__(self, name: str, path: Target) -> None:
+        self.name = name
+        self.data = bytearray()
+        self.sent = 0
+        self.sock = _new_socket(path.destination.version)
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, KBR.encode())
+            self.sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+            # ends without the last words of TCP, which the kernel says with a usual TTL
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            _attach(self.sock, answer_program(path.destination.version))
+            self.sock.bind((str(path.source), 0))
+            self.sock.connect_ex((str(path.destination), ROW_PORT))
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def proceed(self, limit: int) -> bool:
+        """Send and receive what is possible now. Return whether the peer has said all. Raise OSError."""
+        if self.sent < len(_REQUEST):
+            self.sent += self.sock.send(_REQUEST[self.sent :])
+            return False
+        while True:
+            part = self.sock.recv(65536)
+            if not part:
+                return True
+            self.data += part
+            if len(self.data) > limit:
+                raise OSError(errno.EMSGSIZE, "sends too much")
+
+    def body(self) -> bytes | None:
+        """Return the row; None where it is not whole."""
+        head, _, body = bytes(self.data).partition(b"\r\n\r\n")
+        lines = head.split(b"\r\n")
+        if not (lines[0].startswith(b"HTTP/1.") and lines[0][8:].startswith(b" 200 ")):
+            return None
+        return body if b"Content-Length: %d" % len(body) in lines else None
+
+
+def ask(paths: Mapping[str, Sequence[Target]], limit: int, seconds: float = COLLECT_TIME) -> dict[str, bytes]:
+    """Return what the peers answered within `seconds`, by name. Those named first are asked first."""
+    start = time.monotonic()
+    waiting = [
+        (start + n * _OTHER_FAMILY, order, name, path)
+        for order, (name, ways) in enumerate(paths.items())
+        for n, path in enumerate(ways)
+    ]
+    heapq.heapify(waiting)
+    found: dict[str, bytes] = {}
+    asked: dict[int, _Question] = {}
+    poll = select.poll()
+
+    def end(question: _Question) -> None:
+        poll.unregister(question.sock)
+        del asked[question.sock.fileno()]
+        question.sock.close()
+
+    try:
+        while (now := time.monotonic()) < start + seconds and (asked or waiting):
+            while waiting and waiting[0][0] <= now and len(asked) < _AT_ONCE:
+                _, _, name, path = heapq.heappop(waiting)
+                if name in found:
+                    continue
+                try:
+                    question = _Question(name, path)
+                except OSError as error:
+                    log.debug("row of %s: %s", name, error)
+                    continue
+                asked[question.sock.fileno()] = question
+                poll.register(question.sock, select.POLLOUT)
+            until = start + seconds
+            if waiting and len(asked) < _AT_ONCE:
+                until = min(until, waiting[0][0])
+            for fd, _ in poll.poll(max(0.0, until - time.monotonic()) * 1000 + 1):
+                question = asked[fd]
+                try:
+                    done = question.proceed(limit)
+                    if question.sent == len(_REQUEST):
+                        poll.modify(fd, select.POLLIN)
+                except BlockingIOError:
+                    poll.modify(fd, select.POLLIN if question.sent == len(_REQUEST) else select.POLLOUT)
+                    continue
+                except OSError as error:
+                    log.debug("row of %s: %s", question.name, error)
+                    end(question)
+                    continue
+                if done:
+                    body = question.body()
+                    if body is not None:
+                        found.setdefault(question.name, body)
+                    end(question)
+    finally:
+        for question in list(asked.values()):
+            end(question)
+    return found
+
+
+def collect(mesh: Mesh, paths: Mapping[str, Sequence[Target]], own: Row | None, last: dict[str, Row]) -> dict[str, Any]:
+    """Return the matrix, as /matrix.json holds it. `last` keeps each peer's last row, without cells, from call to call.
+
+    Without `own` this node counts as one whose agent does not answer.
+    """
+    lost = {cell.peer: matrix.badness(cell) for cell in own.cells} if own else {}
+    # the ones that are most likely to answer first: time may run out
+    order = sorted(paths, key=lambda name: lost.get(name, (float("inf"),)), reverse=True)
+    answers = ask({name: paths[name] for name in order}, matrix.most_bytes(len(mesh.nodes)) + _REQUEST_BYTES)
+    now = time.time()
+    rows = {own.node: own} if own else {}
+    for name, data in answers.items():
+        try:
+            rows[name] = matrix.parse(data, name, mesh, now)
+        except RowError as error:
+            log.warning("the row of %s is not used: it %s", name, error)
+    for name in [name for name in last if mesh.node(name) is None]:
+        del last[name]
+    last.update({name: replace(row, cells=()) for name, row in rows.items()})
+    return matrix.matrix(mesh, own.mesh_digest if own else digest(mesh), rows, last, now)
+
+
+class Exchange:
+    """Serves this node's row to its peers, and collects theirs when somebody asks for the matrix."""
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._collecting = threading.Lock()
+        self._making = threading.Lock()
+        self._mesh: Mesh | None = None
+        self._facts: Facts | None = None
+        self._paths: Mapping[str, Sequence[Target]] = {}
+        self._gateways: _Gateways = {}
+        self._report: Callable[[], Report] | None = None
+        self._row: tuple[float, Row] | None = None
+        self._encoded: tuple[Row, bytes] | None = None
+        self._last: dict[str, Row] = {}
+        self._made: tuple[float, Mesh, dict[str, Any]] | None = None
+        self._server = RowServer(self._serve)
+
+    def update(self, mesh: Mesh | None, facts: Facts | None, report: Callable[[], Report]) -> None:
+        """Take in the mesh in force and what makes this node's report. Nothing is served without a mesh."""
+        if mesh is not self._mesh or facts != self._facts:
+            paths = targets(mesh, self._node, facts) if mesh and facts else {}
+            gateways: dict[IPAddress, set[IPAddress]] = {}
+            for ways in paths.values():
+                for path in ways:
+                    gateways.setdefault(path.source, set()).add(path.destination)
+            self._gateways = {own: frozenset(peers) for own, peers in gateways.items()}
+            self._mesh, self._facts, self._paths = mesh, facts, paths
+        self._report = report
+        self._server.update(self._gateways)
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.close()
+
+    def _own(self) -> Row | None:
+        mesh, report = self._mesh, self._report
+        if mesh is None or report is None:
+            return None
+        with self._making:
+            now = time.monotonic()
+            if self._row is None or now - self._row[0] > _ROW_CACHE:
+                self._row = now, matrix.row(report(), mesh)
+            return self._row[1]
+
+    def _serve(self) -> bytes | None:
+        own = self._own()
+        if own is None:
+            return None
+        if self._encoded is None or self._encoded[0] is not own:
+            self._encoded = own, own.encode()
+        return self._encoded[1]
+
+    def matrix(self) -> dict[str, Any] | None:
+        """Return the matrix of all nodes, for JSON; None without a mesh. Takes COLLECT_TIME at most, and is cached."""
+        with self._collecting:
+            mesh, own = self._mesh, self._own()
+            if mesh is None or own is None or mesh.node(self._node) is None:
+                return None
+            if self._made is None or self._made[1] is not mesh or time.monotonic() - self._made[0] > _CACHE:
+                found = collect(mesh, self._paths, own, self._last)
+                self._made = time.monotonic(), mesh, found
+            return self._made[2]

@@ -1,0 +1,105 @@
+"""`ovsmesh matrix`: every pair from any host, a dead agent's row too; nobody but a peer's agent is told anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from ovsmesh.lab.host import Host
+from ovsmesh.lab.lab import Lab
+from ovsmesh.lab.netns import wait_for
+from tests.integration.test_lab_check import fault, tunnel
+from tests.support.labtools import SOON, Make, guarded
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture(scope="module")
+def five(module_lab: Make) -> Lab:
+    return module_lab(5, 1, dual_stack=True)
+
+
+@pytest.fixture
+def mesh(five: Lab) -> Iterator[Lab]:
+    yield from guarded(five, thorough=False)
+
+
+def matrix(host: Host) -> tuple[int, dict[str, Any]]:
+    done = host.ovsmesh("matrix", "-o", "json")
+    assert done.returncode in (0, 2), done.stdout + done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def cells(host: Host) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["node"], cell["peer"]): cell for row in matrix(host)[1]["rows"] for cell in row["cells"]}
+
+
+def states(host: Host) -> dict[tuple[str, str], str]:
+    return {pair: cell["state"] for pair, cell in cells(host).items()}
+
+
+def pairs(lab: Lab) -> set[tuple[str, str]]:
+    return {(a.name, b.name) for a in lab.hosts for b in lab.hosts if a != b}
+
+
+def all_ok(lab: Lab) -> None:
+    def well() -> bool:
+        return all(states(host) == dict.fromkeys(pairs(lab), "ok") for host in lab.hosts)
+
+    wait_for("every direction to be ok, from every host", well, SOON)
+
+
+def test_every_pair_is_told_from_every_host(mesh: Lab) -> None:
+    all_ok(mesh)
+    for host in mesh.hosts:
+        code, found = matrix(host)
+        assert code == 0 and found["counts"] == {"ok": 20} and found["complete"]
+        assert {node["agent"] for node in found["nodes"]} == {"ok"}
+        every = [cell for row in found["rows"] for cell in row["cells"]]
+        assert all(cell["roundTrip"] > 0 and "fromOtherEnd" not in cell for cell in every)
+    done = mesh.host(1).ovsmesh("matrix")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("5 nodes: all 20 directions ok; slowest ")
+    assert lines[2].split() == ["from", "\\", "to", *(host.name for host in mesh.hosts)]
+    assert max(map(len, lines)) <= 80 and len(lines) == 9
+    listed = mesh.host(1).ovsmesh("matrix", "--worst", "3").stdout.splitlines()
+    assert listed[2].split()[:3] == ["FROM", "TO", "STATE"] and len(listed) == 7
+
+
+def test_a_cut_shows_in_both_cells_from_a_third_host(mesh: Lab) -> None:
+    all_ok(mesh)
+    one, _, third = mesh.hosts[:3]
+    with fault(mesh, f"{tunnel(one, third)} drop", f"{tunnel(third, one)} drop"):
+        bad = {(one.name, third.name), (third.name, one.name)}
+        wanted = {pair: "unreachable" if pair in bad else "ok" for pair in pairs(mesh)}
+        for index in (2, 1):
+            wait_for("both directions and no other", lambda n=index: states(mesh.host(n)) == wanted, SOON)  # type: ignore[misc]
+        done = mesh.host(2).ovsmesh("matrix")
+        assert done.returncode == 2
+        assert done.stdout.startswith("5 nodes: 2 of 20 directions not ok: 2 unreachable"), done.stdout
+        assert "X unreachable" in done.stdout
+    all_ok(mesh)
+
+
+def test_a_dead_agents_row_is_filled_from_the_other_ends(mesh: Lab) -> None:
+    all_ok(mesh)
+    third = mesh.host(3)
+    third.stop_agent()
+    try:
+        for index in (1, 5):
+            code, found = matrix(mesh.host(index))
+            by = {(row["node"], cell["peer"]): cell for row in found["rows"] for cell in row["cells"]}
+            assert code == 2 and set(by) == pairs(mesh)
+            assert {cell["state"] for cell in by.values()} == {"ok"}
+            assert {pair[0] for pair, cell in by.items() if "fromOtherEnd" in cell} == {"h3"}
+            assert {node["name"]: node["agent"] for node in found["nodes"]}["h3"] == "no answer"
+        text = mesh.host(1).ovsmesh("matrix").stdout
+        assert "! no answer from the agent of h3: the row is filled from the other ends (*)" in text
+        # the host itself has no agent to ask, and asks the others
+        assert states(third) == dict.fromkeys(pairs(mesh), "ok")
+    finally:
+        third.start_agent()
+    all_ok(mesh)
