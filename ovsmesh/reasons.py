@@ -201,6 +201,12 @@ class Reason(StrEnum):
         "Check that an ovsmesh-agent pod runs on it, and read its log.")
     AgentSilent = (auto(), _WARNING, "The Node's agent has not reported for 15 minutes. What it set up stays in place.",
         "Check its pod, and whether it reaches the API server.")
+    Isolated = (auto(), _ERROR, "Most other nodes can't reach the node, or it can't reach most of them.",
+        "The message has the likely cause. Run `ovsmesh check` on the node, and look at its underlay.")
+    MeshSplit = (auto(), _ERROR,
+        "Most nodes can't reach most others, so none of them is to blame. No further node is marked as isolated.",
+        "Look at the network between the hosts; `kubectl get meshnodes` shows who reaches how many.")
+    PeersReachable = auto(), _OK, "Packets get through to the Node's peers again.", "Nothing."
     MeshConverged = auto(), _OK, "The Node's part of the mesh is as wanted.", "Nothing."
     Converging = auto(), _WARNING, "Some nodes have not converged yet.", "Wait, or run `ovsmesh status --cluster`."
     AllConverged = auto(), _OK, "All nodes have converged.", "Nothing."

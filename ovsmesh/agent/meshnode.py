@@ -15,11 +15,13 @@ from typing import Any
 
 from ovsmesh import __version__
 from ovsmesh.agent.result import NodeStatus
-from ovsmesh.dataplane.report import timestamp
+from ovsmesh.dataplane.report import NOT_REACHED, Peer, Report, timestamp
+from ovsmesh.dataplane.types import State
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import AlreadyExists, Api, Conflict, NotFound, Object, path_of
 from ovsmesh.kube.http import ApiError
 from ovsmesh.names import API_VERSION, MESH_NODE, MESH_NODES
+from ovsmesh.probe.quorum import CUT_OFF, LISTED, Vote, rank
 from ovsmesh.reasons import Reason
 
 log = logging.getLogger("ovsmesh")
@@ -27,9 +29,12 @@ log = logging.getLogger("ovsmesh")
 EVERY = 300.0
 """Seconds between writes when nothing changes: how old a healthy node's MeshNode may be."""
 AT_LEAST = 30.0
-"""Seconds between writes of changes that flip no condition."""
+"""Seconds between writes of changes that flip nothing, and between those of a node that cannot reach most others."""
 _FLIP = 1.0
-"""Seconds between writes of flipped conditions: a node that flaps must not write at each flap."""
+"""Seconds between writes of flips: of a condition, or of which peers are lost."""
+_FLIPS, _REFILL, _REFILL_OF_PEER = 4, 5.0, 0.03
+"""So many flips may follow each other; then one in 5 s, or in 0.03 s a peer where that is longer: a node that flaps
+must not write at each flap, and where a host dies all of its peers write."""
 CHECK = 300.0
 """Seconds until what was written is read again, as it may be deleted or edited by hand.
 
@@ -79,7 +84,10 @@ class MeshNodeWriter:
         """The status as it is to be written."""
         self._body_of: _Published | None = None
         self._states: object = None
-        """What conditions depend on, of the body's result."""
+        """What flips, of the body's result."""
+        self._written_states: object = None
+        self._flips_left, self._flips_at = float(_FLIPS), clock()
+        """Flips that could be written after the last write, and when that was (monotonic)."""
         self._written: Object = {}
         self._written_at = float("-inf")
         self._exists = False
@@ -170,11 +178,27 @@ class MeshNodeWriter:
         """Return when the body is to be written (monotonic seconds)."""
         if not self._written:
             after = 0.0
-        elif _condition_states(self._body) != _condition_states(self._written):
-            after = self._flip
+        elif self._flipped():
+            after = max(self._flip, (1.0 - self._flips_left) * self._refill())
+        elif _lonely(self._body):
+            after = self._at_least
         else:
             after = self._every if _same(self._body, self._written) else self._at_least
         return self._written_at + max(after, self._backoff)
+
+    def _flipped(self) -> bool:
+        if _condition_states(self._body) != _condition_states(self._written):
+            return True
+        return self._states != self._written_states is not None
+
+    def _refill(self) -> float:
+        """Return the seconds after which one more flip may be written."""
+        return max(_REFILL, _REFILL_OF_PEER * int(self._body["peers"]["wanted"]))
+
+    def _count_flip(self, flipped: bool) -> None:
+        now = self._clock()
+        filled = self._flips_left + (now - self._flips_at) / self._refill()
+        self._flips_left, self._flips_at = min(float(_FLIPS), filled) - flipped, now
 
     def _write(self) -> None:
         try:
@@ -182,9 +206,11 @@ class MeshNodeWriter:
                 self._get_or_create()
             now = timestamp(time.time())
             body = {**self._body, "observedAt": now, "conditions": _dated(self._body, self._written, now)}
-            slices = body["observedSlices"]
-            gone = dict.fromkeys((self._written.get("observedSlices") or {}).keys() - slices.keys())
-            sent = {**body, "observedSlices": {**slices, **gone}}
+            sent = dict(body)
+            for key in ("observedSlices", "reachability"):
+                gone = dict.fromkeys((self._written.get(key) or {}).keys() - body[key].keys())
+                sent[key] = {**body[key], **gone}
+            flipped = bool(self._written) and self._flipped()
             self._api.patch(path_of(self._path, "status"), {"status": sent})
         except NotFound as error:
             # deleted by hand, or with an earlier Node: make it again at once, and later if that does not help
@@ -198,6 +224,8 @@ class MeshNodeWriter:
         else:
             self.writes += 1
             self._written, self._written_at, self._backoff = body, self._clock(), 0.0
+            self._count_flip(flipped)
+            self._written_states = self._states
             check = min(_FIRST_CHECK, self._check_every) if self._new else self._check_every
             self._check_at, self._new = self._written_at + check, False
             if self._error:
@@ -272,10 +300,61 @@ def _body(published: _Published) -> Object:
     return {
         "observedSlices": slices,
         "peers": {"wanted": report.count("wanted"), "installed": installed, "up": report.count("ok")},
+        "reachability": _reachability(report),
         "mtu": report.self.mtu,
         "versions": {"agent": __version__, "ovs": report.self.ovs_version, "kernel": platform.release()[:128]},
         "conditions": conditions,
     }
+
+
+_WORST = (
+    State.UNREACHABLE, State.SMALL, State.LOSSY, "missing", "unknown", "refused",
+)  # fmt: skip
+"""States of the peers that are named, the worst first."""
+
+
+def _reachability(report: Report) -> Object:
+    """Return what the probes found; {} where nobody probes."""
+    wanted = [peer for peer in report.peers if peer.state not in ("held", "refused")]
+    probed = [peer for peer in wanted if peer.reach is not None and peer.reach.state is not State.UNPROBED]
+    if wanted and all(peer.reach is None for peer in wanted):
+        return {}
+    cut_off = [peer for peer in probed if peer.state in CUT_OFF]
+    reached = [peer.reach for peer in probed if peer.reach is not None and peer.reach.state not in CUT_OFF]
+    trips = [reach.round_trip for reach in reached if reach.round_trip is not None]
+    bad = [peer for peer in report.peers if peer.state in _WORST]
+    bad.sort(key=lambda peer: (_WORST.index(peer.state), rank(report.self.name, peer.name)))
+    found: Object = {
+        "reachable": f"{report.count('ok')}/{len(wanted)}",
+        "unreachable": len(cut_off),
+        "unprobed": len(wanted) - len(probed),
+        "worstPeers": [_worst(peer) for peer in sorted(bad[:LISTED], key=lambda peer: peer.name)],
+    }
+    if trips:
+        found["worstRoundTrip"] = _milliseconds(max(trips))
+    if reached:
+        found["pathMTU"] = min(reach.path_mtu or report.self.mtu for reach in reached)
+    return found
+
+
+def _worst(peer: Peer) -> Object:
+    found: Object = {"name": peer.name, "state": str(peer.state)}
+    if peer.reach is not None and peer.state == peer.reach.state:
+        found["since"] = timestamp(peer.reach.since)
+    if peer.missing:
+        found["cause"] = peer.missing[0][:256]
+    return found
+
+
+def _lonely(body: Object) -> bool:
+    """Return whether the node cannot reach most others. Its agent goes on to say so, as nobody else may."""
+    found, wanted = body["reachability"], body["peers"]["wanted"]
+    return bool(found) and Vote(wanted, wanted - found["unprobed"], found["unreachable"], frozenset()).lonely
+
+
+def _milliseconds(seconds: float) -> str:
+    found = seconds * 1000
+    return f"{found:.0f} ms" if found >= 10 else f"{found:.1f} ms" if found >= 1 else f"{found:.2f} ms"
 
 
 def _is_of_another(found: Object, uid: str) -> bool:
@@ -284,10 +363,12 @@ def _is_of_another(found: Object, uid: str) -> bool:
     return bool(uid and owners) and all(owner.get("uid") != uid for owner in owners if isinstance(owner, dict))
 
 
-def _states_of(status: NodeStatus) -> tuple[bool, ...]:
-    """Return what decides the conditions' states."""
-    result = status.result
-    return result.mesh is None, result.converged, any(p.fatal for p in result.problems), status.peers_lost
+def _states_of(status: NodeStatus) -> tuple[object, ...]:
+    """Return what a flip is a change of: what decides the conditions' states, and which peers are lost."""
+    result, states = status.result, status.states
+    lost = frozenset((name, state) for name, state in states.items() if state in NOT_REACHED)
+    probed = 2 * sum(state is not State.UNPROBED for state in states.values()) > len(states)
+    return result.mesh is None, result.converged, any(p.fatal for p in result.problems), probed, lost
 
 
 def _condition_states(body: Mapping[str, Any]) -> dict[str, str]:
@@ -295,11 +376,21 @@ def _condition_states(body: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _same(body: Object, before: Object) -> bool:
-    """Return whether two statuses differ in nothing but times."""
+    """Return whether two statuses differ in nothing but times, round trips and rates of loss, which always change."""
     keys = ("type", "status", "reason", "message")
     new = [tuple(c[key] for key in keys) for c in body["conditions"]]
     old = [tuple(c.get(key, "") for key in keys) for c in before.get("conditions", ())]
-    return new == old and all(body[key] == before.get(key) for key in body if key != "conditions")
+    if new != old or _steady(body["reachability"]) != _steady(before.get("reachability")):
+        return False
+    return all(body[key] == before.get(key) for key in body if key not in ("conditions", "reachability"))
+
+
+def _steady(found: object) -> Object:
+    """Return the part of `reachability` whose changes are worth a write."""
+    if not isinstance(found, dict):
+        return {}
+    worst = [(peer.get("name"), peer.get("state")) for peer in found.get("worstPeers") or () if isinstance(peer, dict)]
+    return {**found, "worstRoundTrip": None, "worstPeers": worst}
 
 
 def _dated(body: Object, before: Object, now: str) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ import logging
 import random
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -279,13 +279,10 @@ class Reconciler:
                     self._publish(publishers)
 
     def _publish(self, publishers: Sequence[Publisher]) -> None:
-        reach, lost = None, False
-        totals: Callable[[], Totals] = Totals
-        if self._prober:
-            reach, lost = self._prober.results, not NOT_REACHED.isdisjoint(self._prober.states().values())
-            totals = self._prober.totals
+        reach, states = (self._prober.results, self._prober.states()) if self._prober else (None, None)
+        totals = self._prober.totals if self._prober else Totals
         status = NodeStatus(
-            self.last, self.counters, self._node, self._mesh_from, reach, lost, self._driver.figures, totals
+            self.last, self.counters, self._node, self._mesh_from, reach, states, self._driver.figures, totals
         )
         for publisher in publishers:
             publisher.publish(status)

@@ -188,13 +188,13 @@ class NodeStatus:
         node: str = "",
         mesh_from: str = "",
         reach: Callable[[], Mapping[str, Reach]] | None = None,
-        peers_lost: bool = False,
+        states: Mapping[str, State] | None = None,
         switch: Callable[[], SwitchFigures] = SwitchFigures,
         probes: Callable[[], Totals] = Totals,
     ) -> None:
         self.result, self.counters = result, counters.copy()
-        self.peers_lost = peers_lost
-        """Whether packets to a peer are lost."""
+        self.states = states or {}
+        """Peer → what its probes found."""
         self._reach, self._switch, self._probes = reach, switch, probes
         self._made_at = float("-inf")
         self._node, self._mesh_from = node, mesh_from

@@ -33,6 +33,7 @@ from ovsmesh.kube.reflector import Wakeup
 from ovsmesh.mesh.meshslice import MeshSlice
 from ovsmesh.mesh.types import Node
 from ovsmesh.names import DEFAULT_MESH
+from ovsmesh.reasons import Reason
 from ovsmesh.text import counted
 
 log = logging.getLogger("ovsmesh")
@@ -198,7 +199,8 @@ class Controller:
             pauses.append(0.0)
         now = time.monotonic()
         if self._seen is not None:
-            pauses.append(self._mesh_writer.write_status(seen.mesh, self._membership, self._converged, now))
+            about = self._membership, self._converged, self._node_writer.reachability.problems
+            pauses.append(self._mesh_writer.write_status(seen.mesh, *about, now))
             if seen.nodes:  # an empty list never means that everyone has left
                 pauses.append(self._collector.collect(seen.reports, seen.nodes, self._membership.static, now))
         pauses += [self._slices_at - now, self._nodes_at - now]
@@ -217,9 +219,11 @@ class Controller:
         if self._seen is None or now >= self._slices_at or (seen.mesh, nodes, self._unallocated, slices) != self._basis:
             self._write_slices(seen, slices, now)
             self._basis = (seen.mesh, nodes, self._unallocated, self._slice_writer.current(seen.slices))
-            self._mesh_writer.report(seen.mesh, self._membership.static_problems)
         self._converged = count_converged(self._membership, seen.nodes, seen.reports)
         self._nodes_at = now + self._node_writer.compare(seen.nodes, self._membership, seen.reports)
+        found = self._node_writer.reachability.problems
+        split = [problem for problem in found if problem.reason is Reason.MeshSplit]
+        self._mesh_writer.report(seen.mesh, (*self._membership.static_problems, *split))
         self._seen = seen
         # Notifications of our own writes must not keep the loop busy.
         self._compare_at = time.monotonic() + _REST * (time.monotonic() - now)

@@ -179,11 +179,13 @@ class MeshWriter:
                 self._events.record(_reference(uid), problem.reason, text)
         self._reported = set(now)
 
-    def write_status(self, view: MeshView, membership: Membership, converged: int, now: float) -> float:
-        """Write the status if it differs. Return the seconds until the next attempt."""
+    def write_status(
+        self, view: MeshView, membership: Membership, converged: int, more: Iterable[Problem], now: float
+    ) -> float:
+        """Write the status if it differs; `more` are problems between nodes. Return the seconds until the next try."""
         seen, written = self._written
         before = written if written and seen is view.status else view.status  # until the write is notified
-        wanted = mesh_status(membership, converged, view.generation, self.problems, before, time.time())
+        wanted = mesh_status(membership, converged, view.generation, (*self.problems, *more), before, time.time())
         if wanted == before:
             return IDLE
         if now < self._status_at:

@@ -18,14 +18,26 @@ from ovsmesh.controller.membership import (
     ObjectCondition,
     parse_condition,
 )
-from ovsmesh.dataplane.report import timestamp
+from ovsmesh.dataplane.report import NOT_REACHED, timestamp
 from ovsmesh.errors import Problem
+from ovsmesh.probe.quorum import CUT_OFF, Vote
 from ovsmesh.reasons import Reason
 from ovsmesh.text import listed
 
 SILENT = 900.0
 """Seconds without a report after which an agent's state is unknown: three of its longest pauses."""
 _SHOWN = 8
+
+
+class LostPeer(NamedTuple):
+    """A peer that a node does not reach, or not well, as its agent says."""
+
+    name: str
+    state: str
+    cause: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.state}{f': {self.cause}' if self.cause else ''}"
 
 
 class AgentReport(NamedTuple):
@@ -48,6 +60,12 @@ class AgentReport(NamedTuple):
     """Its own; "" if something else than a Node owns it."""
     created: str = ""
     """RFC 3339."""
+    vote: Vote | None = None
+    """What it says of its peers; None where nothing probes."""
+    lost: tuple[LostPeer, ...] = ()
+    """The worst of its peers."""
+    round_trip: str = ""
+    path_mtu: int | None = None
 
 
 def parse_meshnode(found: Mapping[str, Any]) -> AgentReport:
@@ -56,6 +74,12 @@ def parse_meshnode(found: Mapping[str, Any]) -> AgentReport:
     owned = meta.get("ownerReferences") or ()
     owners = [o.get("uid", "") for o in owned if o.get("kind") == "Node"]
     peers, versions = status.get("peers") or {}, status.get("versions") or {}
+    reach, wanted = status.get("reachability") or {}, peers.get("wanted") or 0
+    worst = reach.get("worstPeers") or ()
+    lost = tuple(LostPeer(p["name"], p["state"], p.get("cause") or "") for p in worst if p["state"] in NOT_REACHED)
+    cut_off = frozenset(peer.name for peer in lost if peer.state in CUT_OFF)
+    probed = wanted - (reach.get("unprobed") or 0)
+    at = seconds(status.get("observedAt") or "")
     return AgentReport(
         name=meta["name"],
         owner=owners[0] if owners else "",
@@ -71,6 +95,10 @@ def parse_meshnode(found: Mapping[str, Any]) -> AgentReport:
         kernel=versions.get("kernel") or "",
         uid="" if len(owned) > len(owners) else meta.get("uid", ""),
         created=meta.get("creationTimestamp") or "",
+        vote=Vote(wanted, probed, reach.get("unreachable") or 0, cut_off, at) if reach else None,
+        lost=lost,
+        round_trip=reach.get("worstRoundTrip") or "",
+        path_mtu=reach.get("pathMTU"),
     )
 
 
@@ -101,7 +129,7 @@ def orphans(reports: Iterable[AgentReport], alive: Mapping[str, str], now: float
     return found
 
 
-def _speaks_for(report: AgentReport, uid: str, created: str) -> bool:
+def speaks_for(report: AgentReport, uid: str, created: str) -> bool:
     """Return whether a report is of the node with this uid, and not of an earlier one with its name."""
     if report.owner and uid:
         return report.owner == uid
@@ -114,7 +142,7 @@ def agent_condition(report: AgentReport | None, uid: str, created: str, now: flo
 
     `uid` and `created` are the Node's, "" for a static member or where they are not known.
     """
-    if report is None or report.converged is None or not _speaks_for(report, uid, created):
+    if report is None or report.converged is None or not speaks_for(report, uid, created):
         message = "its agent has not said anything yet: is ovsmesh-agent running on it?"
         return ObjectCondition("False", Reason.AgentNotReported, message)
     at = seconds(report.observed_at)
@@ -132,7 +160,7 @@ def count_converged(membership: Membership, nodes: Mapping[str, NodeView], repor
     for member in membership.members:
         report, node = reports.get(member.name), nodes.get(member.name)
         if report is not None and report.converged is not None and report.converged.status == "True":
-            found += _speaks_for(report, member.uid, node.created if node else "")
+            found += speaks_for(report, member.uid, node.created if node else "")
     return found
 
 
@@ -143,14 +171,17 @@ class Wanted(NamedTuple):
     ready: ObjectCondition | None
 
 
-def judge(node: NodeView, membership: Membership, report: AgentReport | None, now: float) -> Wanted:
-    """Return the conditions that follow from the node's own report, or from its refusal.
+def judge(node: NodeView, membership: Membership, report: AgentReport | None, now: float, isolated: str = "") -> Wanted:
+    """Return the conditions that follow from the node's own report, from its refusal, or from what others report.
+
+    `isolated` says why it counts as cut off from most others; "" where it is not.
 
     | the node                               | NetworkUnavailable | MeshReady |
     |----------------------------------------|--------------------|-----------|
     | excluded by its label                  | as it is           | False where there was one |
     | refused                                | True               | False |
     | no report of its own yet               | True               | False |
+    | cut off from most other nodes          | True               | False |
     | its agent says Converged               | False              | True |
     | its agent says not Converged           | True               | False |
     | its agent has been silent for 15 min   | as it is           | Unknown |
@@ -162,6 +193,10 @@ def judge(node: NodeView, membership: Membership, report: AgentReport | None, no
     if problem is not None and problem.fatal:
         return _both(False, problem.reason, str(problem))
     said = agent_condition(report, node.uid, node.created, now)
+    # what its own agent finds wrong says more; one that never reported is not there yet
+    unheard = said.reason == Reason.AgentNotReported and node.ready and node.ready.reason != Reason.AgentNotReported
+    if isolated and (said.status != "False" or unheard):
+        return _both(False, Reason.Isolated, isolated)
     if said.status == "Unknown":
         return Wanted(None, said)
     if said.status == "True" and problem is not None:

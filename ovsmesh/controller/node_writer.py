@@ -8,14 +8,17 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from ovsmesh.controller.membership import NODES, TAINT, Membership, NodeView
-from ovsmesh.controller.node_conditions import AgentReport, Wanted, changes, judge
+from ovsmesh.controller.node_conditions import SILENT, AgentReport, Wanted, changes, judge, speaks_for
 from ovsmesh.errors import Problem
 from ovsmesh.kube.client import JSON, Api, Conflict, Forbidden, Invalid, NotFound, path_of
 from ovsmesh.kube.events import EventRecorder, ObjectReference
+from ovsmesh.probe.quorum import Quorum
+from ovsmesh.reasons import Reason
+from ovsmesh.text import listed
 
 log = logging.getLogger("ovsmesh")
 
@@ -32,6 +35,12 @@ _ALL = 30.0
 """Seconds after which all Nodes are compared, whether anything about them changed or not."""
 
 
+_SETTLE = 5.0
+"""Seconds that a bad pair lasts before an Event says so: it may be the first sign that one end is cut off."""
+_GATHER = 30.0
+"""Seconds between two Events about a node's peers: what comes meanwhile goes into the next one."""
+
+
 class _Sent(NamedTuple):
     """A write, or an attempt."""
 
@@ -39,6 +48,127 @@ class _Sent(NamedTuple):
     until: float
     """When it is made again, if the Node has not changed by then (monotonic)."""
     failures: int = 0
+
+
+_Pair = tuple[str, str]
+"""A node, and a peer that packets between are lost."""
+
+
+class Reachability:
+    """Which Nodes are cut off and which pairs are bad, by the reports of all; Events about bad pairs.
+
+    `problems` tell the Mesh of it.
+    """
+
+    def __init__(self, events: EventRecorder) -> None:
+        self._events = events
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin again: another controller has led since."""
+        self._quorum = Quorum()
+        self._why: dict[str, str] | None = None
+        """Isolated Node → why, as it is written; None before the first decision."""
+        self._pairs: dict[_Pair, float] = {}
+        """Bad pair, from one of its ends → since when (monotonic)."""
+        self._told: dict[str, tuple[frozenset[str], float]] = {}
+        """Node → the peers that its Events have named and that are still bad; when the last one was recorded."""
+        self.problems: tuple[Problem, ...] = ()
+        self._last: tuple[object, object] = (None, None)
+        self._until = 0.0
+        """What was decided from last, and until when that holds (monotonic)."""
+
+    def decide(
+        self, nodes: Mapping[str, NodeView], membership: Membership, reports: Mapping[str, AgentReport], clock: float
+    ) -> tuple[Mapping[str, str], float]:
+        """Return the isolated Nodes, each with the reason, and the seconds after which to decide again."""
+        if self._why is not None and self._last[0] is membership and self._last[1] is reports and clock < self._until:
+            return self._why, self._until - clock
+        heard, now = {}, time.time()
+        for member in membership.members:
+            report, node = reports.get(member.name), nodes.get(member.name)
+            if report is None or report.vote is None or now - (report.vote.at or 0.0) > SILENT:
+                continue
+            if speaks_for(report, member.uid, node.created if node else ""):
+                heard[member.name] = report
+        # those that may well have no agent, static ones, have a vote where they use it
+        members = {m.name for m in membership.members if m.uid or m.name in heard}
+        if self._why is None:
+            ready = {name: node.ready for name, node in nodes.items()}
+            self._why = {n: r.message for n, r in ready.items() if r is not None and r.reason == Reason.Isolated}
+        votes = {name: report.vote for name, report in heard.items() if report.vote}
+        found = self._quorum.decide(votes, members, frozenset(self._why), clock, now)
+        self._why = {name: self._why.get(name) or _why(name, heard) for name in sorted(found.isolated)}
+        apart = members if found.split else found.isolated | found.doubtful
+        bad = _bad_pairs(heard, members)
+        # what is one node's fault is not told of each of its pairs
+        quiet = {pair for pair in bad if not apart.isdisjoint(pair)}
+        self._pairs = {pair: clock if pair in quiet else self._pairs.get(pair, clock) for pair in bad}
+        again = self._record(bad, quiet, nodes, clock)
+        self.problems = (*self._problems(found.split, bad.keys() - quiet),)
+        self._last, self._until = (membership, reports), clock + min(_ALL, found.again, again)
+        return self._why, self._until - clock
+
+    def _record(
+        self, bad: Mapping[_Pair, str], quiet: Collection[_Pair], nodes: Mapping[str, NodeView], clock: float
+    ) -> float:
+        """Record one Event a node about those of its pairs that are new; return the seconds until the next is due."""
+        again = _ALL
+        now: dict[str, dict[str, str]] = {}
+        for (name, peer), text in bad.items():
+            if name in nodes:
+                now.setdefault(name, {})[peer] = text
+        for name in sorted(self._told.keys() | now.keys()):
+            lost = now.get(name, {})
+            told, at = self._told.get(name, (frozenset[str](), float("-inf")))
+            about = nodes.get(name)
+            if about is None:
+                del self._told[name]
+                continue
+            fresh = {peer for peer in lost.keys() - told if (name, peer) not in quiet}
+            ripe = {peer for peer in fresh if clock - self._pairs[name, peer] >= _SETTLE}
+            if ripe and clock - at >= _GATHER:
+                texts = listed((lost[peer] for peer in sorted(ripe)), 3, "; ")
+                self._events.record(_reference(about), Reason.PeersUnreachable, f"packets are lost: {texts}")
+                told, at = told | ripe, clock
+            elif told and not lost:
+                self._events.record(_reference(about), Reason.PeersReachable, "packets get through again", False)
+                told = frozenset()
+            if waiting := fresh - told:
+                due = max(at + _GATHER, min(self._pairs[name, peer] for peer in waiting) + _SETTLE)
+                again = min(again, max(0.0, due - clock))
+            if told & lost.keys() or clock - at < _GATHER:
+                self._told[name] = told & lost.keys(), at
+            else:
+                self._told.pop(name, None)
+        return again
+
+    def _problems(self, split: bool, bad: Collection[_Pair]) -> list[Problem]:
+        problems = [Problem(Reason.Isolated, text, name) for name, text in (self._why or {}).items()]
+        if split:
+            problems.append(Problem(Reason.MeshSplit, "most nodes can't reach most others; none of them is to blame"))
+        pairs = sorted({f"{min(pair)} and {max(pair)}" for pair in bad})
+        if pairs:
+            text = f"packets are lost between {listed(pairs, 5)}"
+            problems.append(Problem(Reason.PeersUnreachable, text, fatal=False))
+        return problems
+
+
+def _why(name: str, heard: Mapping[str, AgentReport]) -> str:
+    """Return why a node counts as isolated, with the likely cause as one agent names it."""
+    own = heard.get(name)
+    if own is not None and own.vote is not None and own.vote.lonely and own.lost:
+        return f"it can't reach most other nodes; {own.lost[0]}"
+    says = ((other, peer) for other, report in heard.items() for peer in report.lost if peer.name == name)
+    other, peer = next(says, ("", None))
+    return f"most other nodes can't reach it; as {other} says: {peer}" if peer else "most other nodes can't reach it"
+
+
+def _bad_pairs(heard: Mapping[str, AgentReport], members: Collection[str]) -> dict[_Pair, str]:
+    """Return each end of each bad pair with what it, or else the other end, says of it."""
+    bad = {(name, peer.name): str(peer) for name, report in heard.items() for peer in report.lost}
+    mirrored = {(peer, name): f"{name} does not reach this node; it has {text}" for (name, peer), text in bad.items()}
+    return {pair: text for pair, text in (mirrored | bad).items() if pair[0] in members and pair[1] in members}
 
 
 class NodeWriter:
@@ -49,7 +179,8 @@ class NodeWriter:
         self._wanted: dict[str, tuple[NodeView, Wanted]] = {}
         """What is still to be written."""
         self._sent: dict[str, _Sent] = {}
-        self._good: dict[str, tuple[NodeView, AgentReport | None, Problem | None]] = {}
+        self.reachability = Reachability(events)
+        self._good: dict[str, tuple[NodeView, AgentReport | None, Problem | None, str]] = {}
         """Nodes that need no write, and what that was decided from."""
         self._good_until = 0.0
         self._lost: dict[str, float] = {}
@@ -62,6 +193,7 @@ class NodeWriter:
         """Forget all decisions and writes: another controller has led since."""
         for known in (self._wanted, self._sent, self._good, self._lost):
             known.clear()
+        self.reachability.forget()
 
     def compare(
         self, nodes: Mapping[str, NodeView], membership: Membership, reports: Mapping[str, AgentReport]
@@ -70,24 +202,30 @@ class NodeWriter:
         now, clock = time.time(), time.monotonic()
         self._membership = membership
         self._wanted.clear()
-        again = _ALL
+        isolated, again = self.reachability.decide(nodes, membership, reports, clock)
         if clock >= self._good_until:
             # An agent's silence changes a Node's conditions too.
             self._good.clear()
             self._good_until = clock + _ALL
         for name, node in nodes.items():
-            report, problem = reports.get(name), membership.problems.get(name)
-            if report is not None or problem is not None or node.ready is None or node.ready.status != "True":
+            report, problem, cut_off = reports.get(name), membership.problems.get(name), isolated.get(name, "")
+            if (
+                cut_off
+                or report is not None
+                or problem is not None
+                or node.ready is None
+                or node.ready.status != "True"
+            ):
                 self._lost.pop(name, None)
             elif (left := self._lost.setdefault(name, clock) + LOST - clock) > 0:
                 again = min(again, left)
                 continue
             good = self._good.get(name)
-            if good is not None and good[0] is node and good[1] is report and good[2] == problem:
+            if good is not None and good[0] is node and good[1] is report and good[2:] == (problem, cut_off):
                 continue
-            wanted = judge(node, membership, report, now)
+            wanted = judge(node, membership, report, now, cut_off)
             if not changes(node, wanted, now) and not _removes_taint(node, wanted):
-                self._good[name] = (node, report, problem)
+                self._good[name] = (node, report, problem, cut_off)
                 continue
             self._good.pop(name, None)
             sent = self._sent.get(name)
@@ -129,7 +267,7 @@ class NodeWriter:
             body: dict[str, Any] = {"metadata": {"uid": node.uid}, "status": {"conditions": made}}
             self._api.patch(f"{path}/status", body, STRATEGIC)
             self.writes += 1
-            self._record(node)
+            self._record(node, wanted)
         if _removes_taint(node, wanted):
             steps: list[dict[str, Any]] = [{"op": "test", "path": "/metadata/uid", "value": node.uid}]
             for place in sorted(node.taints, reverse=True):
@@ -139,13 +277,25 @@ class NodeWriter:
             self.writes += 1
             log.info("node %s: ready, taint %s lifted", node.name, TAINT)
 
-    def _record(self, node: NodeView) -> None:
-        """Record an Event for a refusal that the Node's condition did not name yet."""
+    def _record(self, node: NodeView, wanted: Wanted) -> None:
+        """Record an Event for a refusal that the Node's condition did not name yet, and for isolation and its end."""
+        was = node.ready.reason if node.ready else ""
+        if wanted.ready is not None and (was == Reason.Isolated) is not (wanted.ready.reason == Reason.Isolated):
+            isolated = was != Reason.Isolated
+            text = wanted.ready.message if isolated else "not isolated any more"
+            log.warning("node %s: %s", node.name, text)
+            self._events.record(
+                _reference(node), Reason.Isolated if isolated else Reason.PeersReachable, text, isolated
+            )
         problem = self._membership.problems.get(node.name)
         if problem is None or (node.ready is not None and node.ready.message == str(problem)[:1024]):
             return
         log.warning("%s", problem)
-        self._events.record(ObjectReference("v1", "Node", node.name, node.uid), problem.reason, str(problem))
+        self._events.record(_reference(node), problem.reason, str(problem))
+
+
+def _reference(node: NodeView) -> ObjectReference:
+    return ObjectReference("v1", "Node", node.name, node.uid)
 
 
 def _removes_taint(node: NodeView, wanted: Wanted) -> bool:

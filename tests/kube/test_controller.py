@@ -218,7 +218,7 @@ def test_status_of_the_cluster(kube: Cluster, controller: Process) -> None:
     argv = [sys.executable, "-m", "ovsmesh", "status", "--cluster", config]
     text = subprocess.run(argv, capture_output=True, text=True, timeout=20, check=True).stdout
     lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("web")}
-    assert "1/2/2" in lines["web1"] and lines["web1"].endswith("converged")
+    assert "2/2/2" in lines["web1"] and lines["web1"].endswith("converged")
     assert "not converged: RouteMissing" in lines["web2"] and "has not said anything" in lines["web3"]
     found = json.loads(subprocess.run([*argv, "-o", "json"], capture_output=True, timeout=20, check=True).stdout)
     assert [row["state"] for row in found["nodes"]] == ["not converged", "unknown", "converged"]

@@ -271,6 +271,14 @@ def test_a_meshnodes_status_and_how_it_reads(cluster: ControlPlane) -> None:
     status = {
         "observedSlices": {"default-000": "17"},
         "peers": {"wanted": 9, "installed": 8, "up": 7},
+        "reachability": {
+            "reachable": "7/9",
+            "unreachable": 1,
+            "unprobed": 0,
+            "worstRoundTrip": "0.42 ms",
+            "pathMTU": 1362,
+            "worstPeers": [{"name": "node2", "state": "unreachable", "since": when, "cause": "nothing arrives"}],
+        },
         "mtu": 1462,
         "versions": {"agent": "0.1.0", "ovs": "3.1.0", "kernel": "6.1"},
         "conditions": [condition],
@@ -279,8 +287,9 @@ def test_a_meshnodes_status_and_how_it_reads(cluster: ControlPlane) -> None:
     merge = "application/merge-patch+json"
     url = f"{path}/node1/status?fieldValidation=Strict"
     assert cluster.call("PATCH", url, {"status": status}, content_type=merge).body["status"] == status
-    row = cluster.kubectl("get", "mn", "node1", "--no-headers").split()
-    assert row[:7] == ["node1", "True", "7", "8", "9", "1462", "Converged"]
+    head, row = map(str.split, cluster.kubectl("get", "mn", "node1").splitlines())
+    assert head[3:6] == ["REACHABLE", "WORST-RTT", "MTU"]
+    assert row[:7] == ["node1", "True", "7/9", "0.42", "ms", "1362", "Converged"]
     for bad in ({"mtu": "large"}, {"conditions": [condition | {"status": "Yes"}]}, {"conditions": [condition] * 2}):
         assert cluster.call("PATCH", url, {"status": bad}, content_type=merge).status == 422
     assert cluster.call("PATCH", url, {"status": {"peers": {"lost": 1}}}, content_type=merge).status in (400, 422)

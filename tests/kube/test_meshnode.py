@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from ovsmesh.agent import meshnode
 from ovsmesh.agent.meshnode import AT_LEAST, CHECK, EVERY, MeshNodeWriter
+from ovsmesh.dataplane.types import Reach, State
 from ovsmesh.kube.client import Api, Object
 from ovsmesh.kube.config import load
 from ovsmesh.names import MESH_NODES
@@ -64,7 +68,7 @@ def owner(stub: Stub) -> str:
     return str(found["uid"])
 
 
-def written(writer: MeshNodeWriter, converged: bool = True, **about: str) -> int:
+def written(writer: MeshNodeWriter, converged: bool = True, **about: Any) -> int:
     """Publish, do what is due, and return how many writes there were until now."""
     writer.publish(published(converged, **about))
     writer.step()
@@ -129,8 +133,8 @@ def test_a_flapping_node_does_not_write_at_each_flap(stub: Stub, writer: MeshNod
     for flap in range(100):
         written(writer, bool(flap % 2))
         clock.now += FLIP / 10
-    assert writer.writes <= 10
-    until_idle(writer, clock, FLIP)
+    assert writer.writes <= 7
+    until_idle(writer, clock, meshnode._REFILL)
     assert condition(stub, "Converged")["status"] == "True"
 
 
@@ -184,6 +188,94 @@ def test_what_is_as_it_was_written_is_not_written_again(stub: Stub, writer: Mesh
     reads = stub.count("GET")
     until_idle(writer, clock, EVERY * 0.8 - 1)
     assert stub.count("GET") == reads + 1 and writer.writes == 1
+
+
+# what the probes found
+
+
+def peers(count: int, **changed: Reach) -> dict[str, Reach]:
+    """What is known of peers p0, p1, …: all is well, but with those that are `changed`."""
+    return {f"p{n}": Reach(State.OK, 1000.0, 0.0004, 0.001, 0.0) for n in range(count)} | changed
+
+
+LOST = Reach(State.UNREACHABLE, 1000.0, 0.0004)
+
+
+def test_counts_worst_round_trip_and_path_mtu_are_in_the_meshnode(stub: Stub, writer: MeshNodeWriter) -> None:
+    slow, small = Reach(State.OK, 1000.0, 0.0412), Reach(State.SMALL, 1000.0, 0.001, path_mtu=1362)
+    gone = replace(LOST, round_trip=7.0)
+    written(writer, reach=peers(12, p1=slow, p2=small, p3=gone, p4=Reach()))
+    found = status(stub)["reachability"]
+    assert (found["reachable"], found["unreachable"], found["unprobed"]) == ("9/12", 1, 1)
+    assert (found["worstRoundTrip"], found["pathMTU"]) == ("41 ms", 1362)
+    since = "1970-01-01T00:16:40Z"
+    assert [(p["name"], p["state"], p["since"]) for p in found["worstPeers"]] == [
+        ("p2", "small packets only", since),
+        ("p3", "unreachable", since),
+    ]
+    assert "GRE" in found["worstPeers"][1]["cause"]
+
+
+def test_what_is_not_known_any_more_leaves_the_meshnode(stub: Stub, writer: MeshNodeWriter, clock: Clock) -> None:
+    written(writer, reach=peers(2))
+    assert {"worstRoundTrip", "pathMTU"} <= status(stub)["reachability"].keys()
+    clock.now += AT_LEAST
+    written(writer, reach=peers(2, p0=LOST, p1=LOST))
+    assert status(stub)["reachability"].keys() == {"reachable", "unreachable", "unprobed", "worstPeers"}
+    clock.now += AT_LEAST
+    written(writer)
+    assert not status(stub)["reachability"]
+
+
+def test_ten_of_many_lost_peers_are_named_and_at_each_node_others(stub: Stub, writer: MeshNodeWriter) -> None:
+    lost = {f"p{n}": LOST for n in range(5, 45)}
+    written(writer, reach=peers(100, p1=Reach(State.LOSSY, 1.0, 0.1), **lost))
+    found = status(stub)["reachability"]
+    names = [peer["name"] for peer in found["worstPeers"]]
+    assert found["unreachable"] == 40 and len(names) == 10 and set(names) < set(lost)
+    assert names == sorted(names) != sorted(lost)[:10]
+
+
+def test_a_node_at_rest_writes_no_more_often_for_its_probes(writer: MeshNodeWriter, clock: Clock) -> None:
+    """Round trips and loss change with every probe."""
+    lossy = Reach(State.LOSSY, 1000.0, 0.001, loss=0.3)
+    draw = random.Random(7)
+    for more in ({}, {"p7": lossy, "p8": LOST}):
+        start = writer.writes
+        written(writer, reach=peers(20, **more))
+        for _ in range(int(EVERY)):
+            clock.now += 10.0
+            drawn = {
+                name: replace(one, round_trip=draw.uniform(0.0001, 0.5), loss=draw.random(), since=draw.random())
+                for name, one in peers(20, **more).items()
+            }
+            written(writer, reach=drawn)
+        assert 11 <= writer.writes - start <= 14, more
+
+
+def test_a_lost_peer_and_its_return_are_written_at_once(stub: Stub, writer: MeshNodeWriter, clock: Clock) -> None:
+    written(writer, reach=peers(12, p1=LOST))
+    for number, (lost, count) in enumerate([({"p1": LOST, "p2": LOST}, 2), ({"p2": LOST}, 1), ({}, 0)], 2):
+        clock.now += FLIP
+        assert written(writer, reach=peers(12, **lost)) == number
+        assert status(stub)["reachability"]["unreachable"] == count
+
+
+def test_peers_that_flap_cause_few_writes_and_fewer_in_a_large_mesh(writer: MeshNodeWriter, clock: Clock) -> None:
+    for count, most in ((12, 4 + 24), (400, 4 + 10)):
+        start = writer.writes
+        for flap in range(120):
+            written(writer, reach=peers(count, **({"p2": LOST, "p3": LOST} if flap % 2 else {"p3": LOST})))
+            clock.now += FLIP
+        assert writer.writes - start <= most + 1
+        clock.now += EVERY
+
+
+def test_a_node_that_cannot_reach_most_others_goes_on_to_say_so(writer: MeshNodeWriter, clock: Clock) -> None:
+    """Others may be silent: its own word counts while it is fresh."""
+    written(writer, reach=peers(3, p0=LOST, p1=LOST))
+    until_idle(writer, clock, 10 * AT_LEAST + 1)
+    assert 10 <= writer.writes <= 12
 
 
 def test_an_api_server_that_hangs_does_not_hold_the_loop_up(stub: Stub) -> None:

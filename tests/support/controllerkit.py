@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,10 @@ class Cluster:
         status = {"status": {"addresses": [{"type": "InternalIP", "address": address}]}}
         self.api.patch(f"{NODES}/{name}/status", status, MERGE)
 
-    def report(self, name: str, converged: bool, reason: str = "Told", uid: str = "") -> None:
-        """What the node's agent would write."""
+    def report(
+        self, name: str, converged: bool, reason: str = "Told", uid: str = "", lost: Sequence[str] = (), wanted: int = 2
+    ) -> None:
+        """What the node's agent would write, which loses all packets to the peers in `lost`."""
         path = f"{GROUP}/meshnodes"
         meta: Object = {"name": name}
         if uid:
@@ -86,7 +88,15 @@ class Cluster:
         condition = {"type": "Converged", "status": str(converged), "reason": reason, "message": f"because {reason}"}
         status = {
             "observedAt": stamp,
-            "peers": {"wanted": 2, "installed": 2, "up": 1},
+            "peers": {"wanted": wanted, "installed": wanted, "up": wanted - len(lost)},
+            "reachability": {
+                "reachable": f"{wanted - len(lost)}/{wanted}",
+                "unreachable": len(lost),
+                "unprobed": 0,
+                "worstPeers": [
+                    {"name": peer, "state": "unreachable", "cause": "nothing arrives from it"} for peer in lost
+                ],
+            },
             "mtu": 1462,
             "versions": {"agent": "0.1", "ovs": "3.1.0", "kernel": "6.1"},
             "conditions": [condition | {"lastTransitionTime": stamp}],

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
 from ovsmesh.agent.result import AgentCounters, NodeStatus, ReconcileResult
+from ovsmesh.dataplane.desired import dataplane
 from ovsmesh.dataplane.plan import Plan
-from ovsmesh.dataplane.types import Dataplane, Facts, Observed
+from ovsmesh.dataplane.types import Dataplane, Facts, Observed, Reach
 from ovsmesh.kube.client import Api, Object
 from ovsmesh.kube.config import load
 from ovsmesh.mesh.slice_source import SliceSource
@@ -93,12 +94,18 @@ def becomes(source: SliceSource, names: str, confirmed: bool = True, within: flo
         source.drain()
 
 
-def published(converged: bool = True, *, uid: str = "u0", ovs: str = "3.1.0") -> NodeStatus:
-    """Return what the agent of n0 publishes, which has one peer."""
-    nodes = (
-        Node("n0", ip_address("192.0.2.1"), (ip_network("10.0.1.0/24"),), uid),
-        Node("z", ip_address("192.0.2.2"), (ip_network("10.0.2.0/24"),), "uz"),
-    )
-    mesh = Mesh((ip_network(CLUSTER),), nodes)
-    result = ReconcileResult(mesh, Facts(1500), None, Observed(Dataplane()), Plan(), (), converged, True)
-    return NodeStatus(result, AgentCounters(), "n0", switch=lambda: SwitchFigures(ovs))
+def published(
+    converged: bool = True, *, uid: str = "u0", ovs: str = "3.1.0", reach: Mapping[str, Reach] | None = None
+) -> NodeStatus:
+    """Return what the agent of n0 publishes, which has one peer, or those in `reach` and is wired to them."""
+    node0 = Node("n0", ip_address("192.0.2.1"), (ip_network("10.0.0.0/24"),), uid)
+    peers = [
+        Node(name, ip_address(f"192.0.{number >> 8}.{number & 255}"), (ip_network((167772160 + number * 256, 24)),))
+        for number, name in enumerate(reach or ("z",), 700)
+    ]
+    mesh, facts = Mesh((ip_network(CLUSTER),), (node0, *peers)), Facts(1500)
+    have = dataplane(mesh, "n0", facts)[0] if reach else Dataplane()
+    result = ReconcileResult(mesh, facts, None, Observed(have), Plan(), (), converged, True)
+    states = {name: found.state for name, found in (reach or {}).items()}
+    probed = None if reach is None else lambda: reach
+    return NodeStatus(result, AgentCounters(), "n0", "", probed, states, lambda: SwitchFigures(ovs))
