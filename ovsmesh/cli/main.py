@@ -214,8 +214,9 @@ def status(state_dir: str, output: str, cluster: bool, kubeconfig: str | None, *
     if cluster:
         from ovsmesh.cli import cluster_status
 
-        click.echo(cluster_status.status(kubeconfig, output))
-        return
+        text, code = cluster_status.status(kubeconfig, output)
+        click.echo(text)
+        sys.exit(code)
     from ovsmesh.cli import inspect
 
     _root()

@@ -5,7 +5,7 @@ Pure: the time is an argument.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ovsmesh.controller.membership import (
 )
 from ovsmesh.dataplane.report import NOT_REACHED, timestamp
 from ovsmesh.errors import Problem
+from ovsmesh.mesh.types import Node
 from ovsmesh.probe.quorum import CUT_OFF, Vote
 from ovsmesh.reasons import Reason
 from ovsmesh.text import listed
@@ -135,6 +136,42 @@ def speaks_for(report: AgentReport, uid: str, created: str) -> bool:
         return report.owner == uid
     observed, made = seconds(report.observed_at), seconds(created)
     return observed is None or made is None or observed >= made
+
+
+def voters(
+    members: Iterable[Node], reports: Mapping[str, AgentReport], created: Callable[[str], str], now: float
+) -> tuple[dict[str, AgentReport], set[str]]:
+    """Return the reports that tell of peers, and the names of all that should have a vote.
+
+    A static member has one if it uses it: it may well have no agent in this cluster. `created` is as a Node has it.
+    """
+    heard, able = {}, set()
+    for member in members:
+        report = reports.get(member.name)
+        told = report.vote if report is not None else None
+        recent = told is not None and now - (told.at or 0.0) <= SILENT
+        if report is not None and recent and speaks_for(report, member.uid, created(member.name)):
+            heard[member.name] = report
+        if member.uid or member.name in heard:
+            able.add(member.name)
+    return heard, able
+
+
+def bad_pairs(heard: Mapping[str, AgentReport], able: Collection[str]) -> dict[tuple[str, str], str]:
+    """Return each end of each bad pair, from where it stands, with what it, or else the other end, says of it."""
+    bad = {(name, peer.name): str(peer) for name, report in heard.items() for peer in report.lost}
+    mirrored = {(peer, name): f"{name} does not reach this node; it has {text}" for (name, peer), text in bad.items()}
+    return {pair: text for pair, text in (mirrored | bad).items() if pair[0] in able and pair[1] in able}
+
+
+def why_isolated(name: str, heard: Mapping[str, AgentReport]) -> str:
+    """Return why a node counts as isolated, with the likely cause as one agent names it."""
+    own = heard.get(name)
+    if own is not None and own.vote is not None and own.vote.lonely and own.lost:
+        return f"it can't reach most other nodes; {own.lost[0]}"
+    says = ((other, peer) for other, report in heard.items() for peer in report.lost if peer.name == name)
+    other, peer = next(says, ("", None))
+    return f"most other nodes can't reach it; as {other} says: {peer}" if peer else "most other nodes can't reach it"
 
 
 def agent_condition(report: AgentReport | None, uid: str, created: str, now: float) -> ObjectCondition:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from ovsmesh.controller.membership import NODES, TAINT, Membership, NodeView
-from ovsmesh.controller.node_conditions import SILENT, AgentReport, Wanted, changes, judge, speaks_for
+from ovsmesh.controller.node_conditions import AgentReport, Wanted, bad_pairs, changes, judge, voters, why_isolated
 from ovsmesh.errors import Problem
 from ovsmesh.kube.client import JSON, Api, Conflict, Forbidden, Invalid, NotFound, path_of
 from ovsmesh.kube.events import EventRecorder, ObjectReference
@@ -84,23 +84,18 @@ class Reachability:
         """Return the isolated Nodes, each with the reason, and the seconds after which to decide again."""
         if self._why is not None and self._last[0] is membership and self._last[1] is reports and clock < self._until:
             return self._why, self._until - clock
-        heard, now = {}, time.time()
-        for member in membership.members:
-            report, node = reports.get(member.name), nodes.get(member.name)
-            if report is None or report.vote is None or now - (report.vote.at or 0.0) > SILENT:
-                continue
-            if speaks_for(report, member.uid, node.created if node else ""):
-                heard[member.name] = report
-        # those that may well have no agent, static ones, have a vote where they use it
-        members = {m.name for m in membership.members if m.uid or m.name in heard}
+        now = time.time()
+        heard, able = voters(
+            membership.members, reports, lambda name: nodes[name].created if name in nodes else "", now
+        )
         if self._why is None:
             ready = {name: node.ready for name, node in nodes.items()}
             self._why = {n: r.message for n, r in ready.items() if r is not None and r.reason == Reason.Isolated}
         votes = {name: report.vote for name, report in heard.items() if report.vote}
-        found = self._quorum.decide(votes, members, frozenset(self._why), clock, now)
-        self._why = {name: self._why.get(name) or _why(name, heard) for name in sorted(found.isolated)}
-        apart = members if found.split else found.isolated | found.doubtful
-        bad = _bad_pairs(heard, members)
+        found = self._quorum.decide(votes, able, frozenset(self._why), clock, now)
+        self._why = {name: self._why.get(name) or why_isolated(name, heard) for name in sorted(found.isolated)}
+        apart = able if found.split else found.isolated | found.doubtful
+        bad = bad_pairs(heard, able)
         # what is one node's fault is not told of each of its pairs
         quiet = {pair for pair in bad if not apart.isdisjoint(pair)}
         self._pairs = {pair: clock if pair in quiet else self._pairs.get(pair, clock) for pair in bad}
@@ -152,23 +147,6 @@ class Reachability:
             text = f"packets are lost between {listed(pairs, 5)}"
             problems.append(Problem(Reason.PeersUnreachable, text, fatal=False))
         return problems
-
-
-def _why(name: str, heard: Mapping[str, AgentReport]) -> str:
-    """Return why a node counts as isolated, with the likely cause as one agent names it."""
-    own = heard.get(name)
-    if own is not None and own.vote is not None and own.vote.lonely and own.lost:
-        return f"it can't reach most other nodes; {own.lost[0]}"
-    says = ((other, peer) for other, report in heard.items() for peer in report.lost if peer.name == name)
-    other, peer = next(says, ("", None))
-    return f"most other nodes can't reach it; as {other} says: {peer}" if peer else "most other nodes can't reach it"
-
-
-def _bad_pairs(heard: Mapping[str, AgentReport], members: Collection[str]) -> dict[_Pair, str]:
-    """Return each end of each bad pair with what it, or else the other end, says of it."""
-    bad = {(name, peer.name): str(peer) for name, report in heard.items() for peer in report.lost}
-    mirrored = {(peer, name): f"{name} does not reach this node; it has {text}" for (name, peer), text in bad.items()}
-    return {pair: text for pair, text in (mirrored | bad).items() if pair[0] in members and pair[1] in members}
 
 
 class NodeWriter:
