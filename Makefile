@@ -37,7 +37,7 @@ test-unit: setup-dev ## tests that carry no marker: they need nothing of the mac
 	$(PYTEST) -n 2 -m 'not (root or network or lab or docker or browser or kube or kernel or e2e)'
 
 test-browser: setup-dev ## the agent's page in a real, headless Chromium
-	$(PYTEST) -m browser tests/browser
+	$(PYTEST) -m 'browser and not lab' tests/browser
 
 # What such a machine can't carry runs in the other parts: the control plane and kubelets, which are built with a newer Go
 # than Debian has, and the tests in User-mode Linux.

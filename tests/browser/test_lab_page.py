@@ -1,0 +1,57 @@
+"""The page of a real agent in a real mesh: what it shows is what the agent serves."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ovsmesh.lab import netns
+from ovsmesh.lab.host import Host
+from tests.integration.test_lab_check import fault, tunnel
+from tests.support.chromium import Chromium, Page
+from tests.support.labtools import Make
+
+pytestmark = [pytest.mark.lab, pytest.mark.browser]
+
+VERDICT = "document.getElementById('verdict').textContent"
+
+
+@contextmanager
+def page_of(host: Host, folder: Path) -> Iterator[Page]:
+    """The page as someone on the host sees it."""
+    browser = netns.within(host.ns, lambda: Chromium(folder))
+    try:
+        yield browser.open("http://127.0.0.1:9474/")
+    finally:
+        browser.close()
+
+
+def test_the_page_shows_what_packets_do_and_that_the_agent_is_gone(lab: Make, tmp_path: Path) -> None:
+    mesh = lab(3, 1)
+    one, three = mesh.host(1), mesh.host(3)
+    with page_of(one, tmp_path) as page:
+        page.until(f"{VERDICT}.startsWith('✔ h1')")
+        page.until("document.querySelectorAll('#matrix-tables td[class^=rtt]').length === 6")
+        peers = {row[0]: row for row in page.rows("#peers-table")}
+        assert peers.keys() == {"h2", "h3"} and peers["h2"][1] == "ok"
+        page.until(
+            "[...document.querySelectorAll('#peers-table tbody tr')].every(row => !row.textContent.includes('–, –'))"
+        )
+        about = page.text("#about-table")
+        assert "datapath" in about and "version unknown" not in about and "digest" in about
+        assert "start" in [row[1] for row in page.rows("#history-table")]
+
+        with fault(mesh, f"{tunnel(one, three)} drop", f"{tunnel(three, one)} drop"):
+            page.until(f"{VERDICT}.startsWith('✖') && {VERDICT}.includes('h3')")
+            page.until("document.querySelector('#problems').textContent.includes('h3')")
+            page.until("document.querySelectorAll('#matrix-tables td.bad').length === 2")
+            page.until("document.querySelector('#history-table').textContent.includes('h3 unreachable')")
+        page.until(f"{VERDICT}.startsWith('✔ h1')")
+        assert not page.complaints()
+
+        one.stop_agent(signal.SIGKILL)
+        page.until(f"{VERDICT}.startsWith('✖ the agent does not answer since ')")
