@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -389,15 +390,55 @@ def confirm(digest: str, state_dir: str) -> None:
     StateDir(state_dir).request_confirm(digest)
 
 
+class _Plugin(click.Group):
+    """The commands of `kubectl ovsmesh`: those that ask one node run in the pod of its agent."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return cli.list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        from ovsmesh.cli.kubectl import COMMANDS
+
+        local = cli.get_command(ctx, cmd_name)
+        return local if local is None or cmd_name not in COMMANDS else _in_pod_of_agent(local)
+
+
+def _in_pod_of_agent(local: click.Command) -> click.Command:
+    """Return the command that runs this one in the pod of a node's agent."""
+
+    @click.command(
+        local.name,
+        help=f"{cleandoc(local.help or '')}\n\nRuns in the pod of a node's agent; other options are handed to it.",
+        context_settings={"ignore_unknown_options": True},
+    )
+    @_option("--on", "Node whose agent runs it.", usual="SRC's" if local.name == "trace" else "any", metavar="NODE")
+    @_kubeconfig("Cluster to ask.")
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def command(on: str | None, kubeconfig: str | None, arguments: tuple[str, ...]) -> None:
+        from ovsmesh.cli import kubectl
+
+        # refuses here what the command does not take
+        given = click.Context(local, info_name=click.get_current_context().command_path)
+        values, _, _ = local.make_parser(given).parse_args(list(arguments))
+        ends = [values.get(p.name) for p in local.params if isinstance(p, click.Argument)]
+        code = kubectl.run(
+            local.name or "", arguments, [end for end in ends if isinstance(end, str)], on or "", kubeconfig
+        )
+        sys.exit(code)
+
+    return command
+
+
 def kubectl() -> None:
     """Run `kubectl ovsmesh …`, the console script kubectl-ovsmesh. Its `status` is the cluster's."""
-    main(prog_name="kubectl ovsmesh", default_map={"status": {"cluster": True}})
+    group = _Plugin(cli.name, params=cli.params, help=cli.help, context_settings=cli.context_settings)
+    main(group, prog_name="kubectl ovsmesh", default_map={"status": {"cluster": True}})
 
 
-def main(**settings: Any) -> None:
+def main(command: click.Command = cli, **settings: Any) -> None:
     """Run the console script. An error that a user can correct is one line on standard error, exit status 1."""
     try:
-        cli(standalone_mode=True, **settings)
+        command(standalone_mode=True, **settings)
     except OvsmeshError as error:
         logs.fail(str(error))
         sys.exit(1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -54,6 +54,9 @@ JSON = "application/json-patch+json"
 APPLY = "application/apply-patch+yaml"
 """Kinds of patch. JSON takes a list of operations; APPLY takes a whole object, and creates it where it is absent."""
 
+Query = Mapping[str, str | Sequence[str]]
+"""Parameters of a request; one with several values is repeated."""
+_NONE: Mapping[str, str] = {}
 TIMEOUT = 10.0
 """Seconds to connect, and seconds for each read of an answer."""
 _ERRORS: dict[int, type[ApiError]] = {
@@ -171,6 +174,13 @@ class Api:
             raise self._error(response, self._read(response, "GET", path), "watch", path)
         return Stream(response, path, silence)
 
+    def upgrade(self, path: str, query: Query, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
+        """Return the answer 101 to a request for another protocol, on a connection that is the caller's."""
+        response = self._send("GET", path, query, more=headers)
+        if response.status != 101:
+            raise self._error(response, self._read(response, "GET", path), "GET", path)
+        return response
+
     # ------------------------------------------------------------ how it is asked
 
     def _ask(
@@ -197,11 +207,17 @@ class Api:
         return f"API server {self.server}: {method} {path}"
 
     def _send(
-        self, method: str, path: str, query: Mapping[str, str], body: object = None, kind: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        query: Query,
+        body: object = None,
+        kind: str = "application/json",
+        more: Mapping[str, str] = _NONE,
     ) -> urllib3.BaseHTTPResponse:
         """Return the answer with its body unread. After a 401 the credentials are read again, once."""
-        url = f"{self.server}{path}?{urlencode(query)}" if query else self.server + path
-        headers = {"Accept": "application/json", "User-Agent": self._agent}
+        url = f"{self.server}{path}?{urlencode(query, doseq=True)}" if query else self.server + path
+        headers = {"Accept": "application/json", "User-Agent": self._agent, **more}
         if body is not None:
             headers["Content-Type"] = kind
         session = self._transport.session()
