@@ -36,6 +36,7 @@ containerd|containerd|dev|runs the containers of the nodes in the end to end tes
 runc|runc|dev|starts the containers of both
 buildah|buildah|dev|builds the image where no Docker runs
 chromium|chromium|dev|opens the page of the agent in the tests
+promtool|prometheus|dev|checks the alert rules of manifests/monitoring
 busybox|busybox-static|dev|the content of the containers of the tests
 linux.uml|user-mode-linux|dev|a kernel with the openvswitch datapath, for the kernel tests'
 

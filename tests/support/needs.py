@@ -57,7 +57,7 @@ _PROGRAMS = {
     **dict.fromkeys(("ovsdb-server", "ovs-vswitchd", "ovs-vsctl"), "lab"),
     **dict.fromkeys(("docker", "dockerd", "containerd", "ctr", "runc"), "docker"),
     **dict.fromkeys(("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome"), "browser"),
-    **dict.fromkeys(("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"), "kube"),
+    **dict.fromkeys(("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "promtool"), "kube"),
     **dict.fromkeys(("kubelet", "kube-proxy"), "e2e"),
     "linux.uml": "kernel",
 }  # fmt: skip
