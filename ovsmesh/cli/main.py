@@ -278,6 +278,28 @@ def matrix(state_dir: str, output: str, worst: int | None, **options: Any) -> No
     sys.exit(matrices.exit_code(found))
 
 
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@_with(*_NODE, *_CONTAINERS)
+@_option("-o --output", "Format of the output.", "table", type=click.Choice(["table", "json", "yaml"]))
+@_kubeconfig("Cluster in which pod names are looked up.")
+def trace(source: str, destination: str, state_dir: str, output: str, kubeconfig: str | None, **options: Any) -> None:
+    """Follow packets from SRC to DST and say at which hop they stop.
+
+    SRC and DST are addresses of the mesh, names of nodes or Docker containers, or pods as NAMESPACE/NAME. One of them
+    is on this node. Exit status: 0 packets arrive and all hops are as wanted, 2 not so, 1 it can't be told.
+    """
+    from ovsmesh.cli.formats import serialize
+    from ovsmesh.cli.trace import trace as run
+    from ovsmesh.trace.text import EXIT, render, to_dict
+
+    _root()
+    found = run(_options(state_dir, options), source, destination, kubeconfig)
+    click.echo(render(found).rstrip() if output == "table" else serialize(to_dict(found), output))
+    sys.exit(EXIT[found.state])
+
+
 def _show(report: Report, output: str) -> None:
     """Print a report and exit: 0 all is well, 2 it is not."""
     from ovsmesh.cli.formats import serialize

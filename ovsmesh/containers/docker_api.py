@@ -18,12 +18,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ovsmesh.dataplane.types import Daemon
 from ovsmesh.file_watch import FileWatch
 
 _ANSWER = 20.0
 """Seconds for one answer of a daemon that is up."""
+_QUESTION = 3.0
+"""Seconds for one answer that somebody waits for at a terminal."""
 _START = 120.0
 """Seconds that a daemon may take to answer: it listens long before it is ready."""
 _SOON = 0.5
@@ -201,6 +204,26 @@ def _read(path: str, began: float) -> Daemon:
         flags=_command_line(found) if found else (),
         read_at=began,
     )
+
+
+def container_addresses(path: str, name: str) -> tuple[str, ...] | None:
+    """Return the addresses of a running container, by its name or id; None where there is no such container.
+
+    Raises OSError where no daemon answers at the socket `path`.
+    """
+    api = _Connection(path)
+    api.timeout = _QUESTION
+    try:
+        found = _get(api, f"/containers/{quote(name, safe='')}/json", {})
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f"{path}: {error}") from None
+    finally:
+        api.close()
+    if not found:
+        return None
+    networks = _dict(_dict(found.get("NetworkSettings")).get("Networks"))
+    addresses = [_dict(n).get(key) for n in networks.values() for key in ("IPAddress", "GlobalIPv6Address")]
+    return tuple(str(address) for address in addresses if address)
 
 
 def _get(api: _Connection, path: str, absent: Any) -> Any:

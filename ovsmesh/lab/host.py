@@ -281,7 +281,7 @@ class Host:
         try:
             sock = netns.within(self.ns, lambda: socket.create_connection(READYZ, timeout))
             with sock:
-                sock.sendall(f"GET {path} HTTP/1.0\r\nHost: agent\r\n\r\n".encode())
+                sock.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
                 parts = []
                 while part := sock.recv(65536):
                     parts.append(part)

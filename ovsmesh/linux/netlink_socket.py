@@ -170,7 +170,26 @@ class NetlinkSocket:
                     waiting &= reply.seq != self._seq
         return refused
 
-    def _send(self, some: Sequence[bytes], flags: int = 0) -> int:
+    def transaction(self, batch: Sequence[bytes]) -> dict[int, int]:
+        """Send one transaction of nf_tables, from its begin to its end; return position → errno for what was refused.
+
+        All of it is done, or nothing. Raise TimeoutError if the kernel does not answer.
+        """
+        some = [bytearray(message) for message in batch]
+        _U16.pack_into(some[-2], _FLAGS_OFFSET, _U16.unpack_from(some[-2], _FLAGS_OFFSET)[0] | _ACK)
+        refused: dict[int, int] = {}
+        first = self._send(some)
+        while True:
+            for reply in messages(self._socket.recv(_READ_BYTES)):
+                if reply.type != ERROR or not first <= reply.seq <= self._seq:
+                    continue
+                if code := error_code(reply):
+                    refused[reply.seq - first] = code
+                # without the subsystem the begin is what is refused, and nothing else is answered
+                if reply.seq >= self._seq - 1 or reply.seq == first:
+                    return refused
+
+    def _send(self, some: Sequence[bytes | bytearray], flags: int = 0) -> int:
         """Send messages, each padded to four bytes, as one; return the sequence number of the first.
 
         `flags` are added to those of the last message.

@@ -108,6 +108,11 @@ class Ovs:
         row = self._bridge(link)
         return None if row is None else str(row.datapath_type or "system")
 
+    def ports_of(self, bridge: str) -> list[str]:
+        """Return the names of the ports of an OVS bridge; [] where there is no such bridge."""
+        row = self._bridge(bridge)
+        return [] if row is None else sorted(port.name for port in row.ports)
+
     def _bridge(self, name: str) -> Any:
         return next((row for row in self._idl.tables["Bridge"].rows.values() if row.name == name), None)
 

@@ -1,0 +1,247 @@
+"""Ask the kernel about one network namespace: links, addresses, policy rules, and the route that it really picks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from ipaddress import ip_address, ip_network
+
+from ovsmesh.linux import netlink_socket, rtnetlink
+from ovsmesh.linux.netlink_socket import Message, NetlinkError, NetlinkSocket, attributes
+from ovsmesh.linux.rtnetlink import NeighbourEntry
+from ovsmesh.linux.rtnetlink_parser import parse_address, parse_neighbour, parse_route
+from ovsmesh.mesh.types import IPAddress
+from ovsmesh.trace.types import LinkFound, PolicyRule, RouteFound
+
+_NEWRULE, _GETRULE = 32, 34
+_GETTFILTER = 46
+_REQUEST, _DUMP = 0x1, 0x300
+_FIB_MATCH, _LOOKUP_TABLE = 0x2000, 0x1000
+"""RTM_F_ flags of a request: the entry of the table, and which table."""
+_ROUTE_TYPES = {**rtnetlink.ROUTE_TYPES, 4: "anycast", 9: "throw"}
+_ACTIONS = {1: "table", 2: "goto", 3: "nop", 6: "blackhole", 7: "unreachable", 8: "prohibit"}
+_TABLES = {253: "default", 254: "main", 255: "local"}
+_U32 = struct.Struct("=I")
+_INGRESS = 0xFFFFFFF2
+"""TC_H_CLSACT, TC_H_MIN_INGRESS."""
+_PERMANENT = 0x80
+_FAILED = 0x20
+
+
+def _message(kind: int, flags: int, body: bytes) -> bytes:
+    return struct.pack("=IHHII", 16 + len(body), kind, _REQUEST | flags, 0, 0) + body
+
+
+def _attribute(kind: int, data: bytes) -> bytes:
+    return struct.pack("=HH", len(data) + 4, kind) + data + b"\0" * (-len(data) % 4)
+
+
+def _family(version: int) -> int:
+    return socket.AF_INET if version == 4 else socket.AF_INET6
+
+
+class Kernel:
+    """One network namespace: the calling thread's at the time it is made. Not thread-safe."""
+
+    def __init__(self) -> None:
+        """Open the socket. Raises OSError where that is not permitted."""
+        self.netlink = NetlinkSocket(netlink_socket.ROUTE)
+        self._names: dict[int, str] = {}
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.netlink.close()
+
+    def _dump(self, kind: int, body: bytes, flags: int = _DUMP) -> list[Message]:
+        found: list[Message] = []
+        try:
+            self.netlink.request(_message(kind, flags, body), found.append)
+        except NetlinkError:
+            return []
+        return found
+
+    def links(self) -> dict[str, LinkFound]:
+        """Return all links by name."""
+        raw = [self._link(message) for message in self._dump(rtnetlink.GETLINK, struct.pack("=BxHiII", 0, 0, 0, 0, 0))]
+        self._names = {link.number: link.name for link, _ in raw}
+        return {link.name: link._replace(master=self._names.get(master, "")) for link, master in raw}
+
+    @staticmethod
+    def _link(message: Message) -> tuple[LinkFound, int]:
+        _, _, index, flags, _ = struct.unpack_from("=BxHiII", message.payload)
+        attrs = attributes(message.payload, 16)
+        info = attributes(memoryview(attrs.get(18, b"")))
+        port = attributes(memoryview(info.get(5, b"")))
+        xdp = attributes(memoryview(attrs.get(43, b""))).get(2, b"\0")
+        link = LinkFound(
+            attrs.get(3, b"").rstrip(b"\0").decode(errors="replace"),
+            index,
+            bool(flags & 1),
+            bool(flags & 0x40),
+            _U32.unpack(attrs[4])[0] if 4 in attrs else 0,
+            attrs.get(1, b"").hex(":"),
+            "",
+            _U32.unpack(attrs[5])[0] if 5 in attrs else 0,
+            struct.unpack("=i", attrs[37])[0] if 37 in attrs else None,
+            info.get(1, b"").rstrip(b"\0").decode(errors="replace"),
+            port.get(1, b"\3")[0] if info.get(4, b"").startswith(b"bridge") else 3,
+            "an XDP program" if xdp[0] else "",
+            attrs.get(20, b"").rstrip(b"\0").decode(errors="replace"),
+        )
+        return link, _U32.unpack(attrs[10])[0] if 10 in attrs else 0
+
+    def traffic_filters(self, index: int) -> bool:
+        """Return whether a link has tc filters on what arrives."""
+        return bool(self._dump(_GETTFILTER, struct.pack("=BxHiIII", 0, 0, index, 0, _INGRESS, 0)))
+
+    def addresses(self) -> dict[str, int]:
+        """Return address, without its prefix length → index of its link."""
+        found = {}
+        for message in self._dump(rtnetlink.GETADDR, struct.pack("=BBBBI", 0, 0, 0, 0, 0)):
+            if entry := parse_address(message.payload):
+                found[entry.address.partition("/")[0]] = entry.ifindex
+        return found
+
+    def neighbours(self, version: int, index: int) -> dict[str, NeighbourEntry]:
+        """Return the neighbours on a link, by address, that have a MAC."""
+        body = struct.pack("=BxHiHBB", _family(version), 0, index, 0, 0, 0)
+        entries = (parse_neighbour(message.payload) for message in self._dump(rtnetlink.GETNEIGH, body))
+        return {e.dst: e for e in entries if e and e.ifindex == index and e.mac and not e.state & _FAILED}
+
+    def fdb(self, bridge: int) -> dict[str, str]:
+        """Return MAC → port of a bridge, in any VLAN. `links` must have been read before."""
+        found: dict[str, str] = {}
+        for message in self._dump(rtnetlink.GETNEIGH, struct.pack("=BxHiHBB", rtnetlink.AF_BRIDGE, 0, 0, 0, 0, 0)):
+            entry = parse_neighbour(message.payload)
+            if entry and entry.master == bridge:
+                found[entry.mac] = self._names.get(entry.ifindex, f"#{entry.ifindex}")
+        return found
+
+    def route(
+        self, target: IPAddress, source: IPAddress | None = None, iif: int = 0, mark: int = 0, uid: int | None = None
+    ) -> RouteFound:
+        """Return the route that a packet takes. With `iif`, one that arrives on that link, as forwarding looks it up.
+
+        `links` must have been read before.
+        """
+        picked = self._route(target, source, iif, mark, 0)
+        if picked.error and not picked.type:
+            # the kernel does not say which entry refuses
+            return self._entry(target, source, iif, mark, picked.error)
+        entry = self._route(target, source, iif, mark, _FIB_MATCH)
+        # the entry has type, gateway and MTU as they were written; the pick has what the kernel does
+        return entry._replace(via=entry.via or picked.via, dev=entry.dev or picked.dev, error=picked.error)
+
+    def _entry(self, target: IPAddress, source: IPAddress | None, iif: int, mark: int, error: str) -> RouteFound:
+        """Return the entry that a packet meets, found by going through rules and tables as the kernel does."""
+        body = struct.pack("=BBBBBBBBI", _family(target.version), 0, 0, 0, 0, 0, 0, 0, 0)
+        parsed = (parse_route(message.payload) for message in self._dump(rtnetlink.GETROUTE, body))
+        entries = [e for e in parsed if e and target in ip_network(e.dst) and e.type not in ("broadcast", "multicast")]
+        for rule in self.policy(target, source, self._names.get(iif, ""), mark):
+            if not rule.matches:
+                continue
+            if rule.action in ("blackhole", "unreachable", "prohibit"):
+                return RouteFound(error=error)
+            inside = [e for e in entries if e.table == rule.table]
+            if rule.action != "table" or not inside:
+                continue
+            best = max(inside, key=lambda e: (int(e.dst.partition("/")[2]), -e.metric))
+            if best.type == "unicast" and error == _word(22):
+                error = "its source is refused: it would be answered on another link (rp_filter)"
+            elif best.type == "unicast" and error == _word(113):
+                error = "forwarding is off"
+            dev = self._names.get(best.oif, "")
+            return RouteFound(best.type, best.via, dev, best.table, best.mtu, error, best.dst)
+        return RouteFound(error=error)
+
+    def _route(self, target: IPAddress, source: IPAddress | None, iif: int, mark: int, flags: int) -> RouteFound:
+        bits = target.max_prefixlen
+        body = struct.pack(
+            "=BBBBBBBBI", _family(target.version), bits, bits if source else 0, 0, 0, 0, 0, 0, _LOOKUP_TABLE | flags
+        )
+        body += _attribute(1, target.packed)
+        body += _attribute(2, source.packed) if source else b""
+        body += _attribute(3, _U32.pack(iif)) if iif else b""
+        body += _attribute(16, _U32.pack(mark)) if mark else b""
+        found: list[Message] = []
+        try:
+            self.netlink.request(_message(rtnetlink.GETROUTE, 0, body), found.append)
+        except NetlinkError as error:
+            return RouteFound(error=_word(error.errno or 0))
+        _, _, _, _, table, _, _, kind, _ = struct.unpack_from("=BBBBBBBBI", found[0].payload)
+        attrs = attributes(found[0].payload, 12)
+        metrics = attributes(memoryview(attrs.get(8, b"")))
+        info = struct.unpack_from("=IIiI", attrs[12]) if len(attrs.get(12, b"")) >= 16 else (0, 0, 0, 0)
+        oif = _U32.unpack(attrs[4])[0] if 4 in attrs else 0
+        via = attrs.get(5) or attrs.get(18, b"\0\0")[2:]
+        return RouteFound(
+            _ROUTE_TYPES.get(kind, str(kind)),
+            str(ip_address(via)) if len(via) in (4, 16) else "",
+            self._names.get(oif, f"#{oif}" if oif else ""),
+            _U32.unpack(attrs[15])[0] if 15 in attrs else table,
+            _U32.unpack(metrics[2])[0] if 2 in metrics else 0,
+            _word(-info[2]) if info[2] < 0 else "",
+        )
+
+    def policy(
+        self, target: IPAddress, source: IPAddress | None, iif: str = "", mark: int = 0
+    ) -> tuple[PolicyRule, ...]:
+        """Return the policy rules in their order, and which ones match a packet."""
+        body = struct.pack("=BBBBBBBBI", _family(target.version), 0, 0, 0, 0, 0, 0, 0, 0)
+        found = [self._rule(message, target, source, iif, mark) for message in self._dump(_GETRULE, body)]
+        return tuple(sorted(found, key=lambda rule: rule.priority))
+
+    @staticmethod
+    def _rule(message: Message, target: IPAddress, source: IPAddress | None, iif: str, mark: int) -> PolicyRule:
+        _, dst_len, src_len, tos, table, _, _, action, flags = struct.unpack_from("=BBBBBBBBI", message.payload)
+        attrs = attributes(message.payload, 12)
+        number = _U32.unpack(attrs[15])[0] if 15 in attrs else table
+        words, matches = [], True
+        for name, kind, length, address in (("from", 2, src_len, source), ("to", 1, dst_len, target)):
+            if kind in attrs and length:
+                net = ip_network((attrs[kind], length), strict=False)
+                words.append(f"{name} {net}")
+                matches &= address is not None and address.version == net.version and address in net
+            elif name == "from":
+                words.append("from all")
+        for name, kind, link in (("iif", 3, iif), ("oif", 17, "")):
+            if kind in attrs:
+                wanted = attrs[kind].rstrip(b"\0").decode(errors="replace")
+                words.append(f"{name} {wanted}")
+                matches &= wanted == (link or ("lo" if name == "iif" else ""))
+        if 10 in attrs:
+            value, mask = _U32.unpack(attrs[10])[0], _U32.unpack(attrs.get(16, b"\xff" * 4))[0]
+            if mask:
+                words.append(f"fwmark {value:#x}/{mask:#x}")
+                matches &= mark & mask == value
+        if tos:
+            words.append(f"tos {tos:#x}")
+            matches = False
+        for kind, name in ((20, "uidrange"), (22, "ipproto"), (23, "sport"), (24, "dport")):
+            if kind in attrs:
+                words.append(name)
+                # ICMP is none of these, but for a rule of its own protocol
+                matches &= name == "ipproto" and attrs[kind][0] in (1, 58)
+        if 14 in attrs and _U32.unpack(attrs[14])[0] != 0xFFFFFFFF:
+            words.append("suppress_prefixlength")
+        kind_name = _ACTIONS.get(action, str(action))
+        words.append(f"lookup {_TABLES.get(number, number)}" if kind_name == "table" else kind_name)
+        if flags & 2:
+            words.insert(0, "not")
+            matches = not matches
+        priority = _U32.unpack(attrs[6])[0] if 6 in attrs else 0
+        return PolicyRule(priority, " ".join(words), number, kind_name, matches)
+
+
+def _word(code: int) -> str:
+    """Return what an error of a route means."""
+    words = {
+        113: "host unreachable",
+        101: "network unreachable",
+        13: "prohibited",
+        22: "blackhole",
+        18: "refused by rp_filter: the source would be answered on another link",
+        19: "no such device",
+    }
+    return words.get(code, os.strerror(code))
