@@ -20,7 +20,7 @@ WORST = 20
 """Peers that have series of their own."""
 
 _OPERATIONS = {"+": "add", "~": "change", "-": "remove"}
-_PEER_STATES = ("ok", "missing", "held", "refused", "unknown", *(s for s in State if s is not State.OK))
+PEER_STATES = ("ok", "missing", "held", "refused", "unknown", *(s for s in State if s is not State.OK))
 _PASSES_SOME = (State.SMALL, State.LOSSY)
 _PASSES_NOTHING = tuple(state for state in State if state in NOT_REACHED and state not in _PASSES_SOME)
 _ORDER = (*_PASSES_NOTHING, *_PASSES_SOME, "missing", "unknown", State.UNPROBED)
@@ -126,7 +126,7 @@ METRICS: tuple[Metric[Scrape], ...] = (
         "ovsmesh_peers",
         "gauge",
         "Peers of this node by state; each is in one state.",
-        lambda s: [((state,), s.status.report.count(state)) for state in _PEER_STATES],
+        lambda s: [((state,), s.status.report.count(state)) for state in PEER_STATES],
         ("state",),
     ),
     Metric(

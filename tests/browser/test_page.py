@@ -236,7 +236,9 @@ def test_fifty_nodes_are_a_full_matrix_that_has_text_in_every_cell(
     with shown(chromium, served, "fifty", width=1600) as page:
         found = cells(page)
         assert len(found) == 2500 and all(text for (one, other), (text, _) in found.items() if one != other)
-        assert found["node-01", "node-02"] == ("✖", "bad") and found["node-03", "node-02"] == ("▲ 25 %", "loss")
+        assert found["node-01", "node-02"] == ("✖", "bad")
+        assert found["node-03", "node-02"] == ("▲ 1.0\n25%\n1462", "loss")
+        assert found["node-00", "node-01"] == ("2.0\n0%\n1462", "rtt1")
         title = page.js("document.querySelector('#matrix-tables td.bad').title")
         assert title.startswith("node-01 to node-02: unreachable since ") and "100 % lost" in title
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.support.needs import needs
+from tests.support.needs import absent, needs
 
 _PROGRAMS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
 _OPTIONS = (
@@ -44,15 +44,12 @@ _DEADLINE = 60.0
 
 
 class ChromiumError(Exception):
-    """The browser is missing or does not answer; the text says what to install or what it wrote."""
+    """The browser does not answer; the text says what it wrote."""
 
 
 def program() -> str:
-    """The path of the browser. Raises ChromiumError."""
-    for name in _PROGRAMS:
-        if (path := shutil.which(name)) is not None:
-            return path
-    raise ChromiumError("no Chromium on PATH: install the package chromium (scripts/setup.sh --dev does)")
+    """The path of the browser. Skips the test where there is none; in CI it fails."""
+    return next(filter(None, map(shutil.which, _PROGRAMS)), "") or absent("chromium", "chromium")
 
 
 @needs("browser")

@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
 from types import CodeType, FunctionType, ModuleType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 
@@ -57,7 +57,7 @@ _PROGRAMS = {
     **dict.fromkeys(("ovsdb-server", "ovs-vswitchd", "ovs-vsctl"), "lab"),
     **dict.fromkeys(("docker", "dockerd", "containerd", "ctr", "runc"), "docker"),
     **dict.fromkeys(("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome"), "browser"),
-    **dict.fromkeys(("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"), "kube"),
+    **dict.fromkeys(("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "promtool"), "kube"),
     **dict.fromkeys(("kubelet", "kube-proxy"), "e2e"),
     "linux.uml": "kernel",
 }  # fmt: skip
@@ -78,6 +78,14 @@ def needs(what: str) -> Callable[[T], T]:
         return thing
 
     return note
+
+
+def absent(program: str, package: str) -> NoReturn:
+    """Skip the test for want of a program that Debian has and other systems may not; fail it in CI."""
+    text = f"no {program} on PATH: install the package {package} (scripts/setup.sh --dev does)"
+    if os.environ.get("CI"):
+        pytest.fail(text, pytrace=False)
+    pytest.skip(text)
 
 
 def built_ahead(make: Callable[[], T]) -> Callable[[], T]:
