@@ -308,7 +308,7 @@ def _body(published: _Published) -> Object:
 
 
 _WORST = (
-    State.UNREACHABLE, State.SMALL, State.LOSSY, "missing", "unknown", "refused",
+    State.UNREACHABLE, State.NOT_FORWARDED, State.SMALL, State.LOSSY, "missing", "unknown", "refused",
 )  # fmt: skip
 """States of the peers that are named, the worst first."""
 

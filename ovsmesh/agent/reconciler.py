@@ -289,8 +289,8 @@ class Reconciler:
 
     def _reconcile_and_publish(self, publishers: Sequence[Publisher]) -> None:
         result = self.reconcile()
-        if self._prober and result.mesh is not None and result.facts is not None:
-            self._prober.update(targets(result.mesh, self._node, result.facts))
+        if self._prober and result.mesh is not None and result.facts is not None and result.have is not None:
+            self._prober.update(targets(result.mesh, self._node, result.facts, result.have.dataplane))
         self._publish(publishers)
         if result.converged:
             for problem in self._source.commit():

@@ -40,9 +40,9 @@ def check(options: Options, peer: str = "") -> Report:
     with opened(options, StateDir(options.state_dir)) as driver:
         found = result.look(driver, source, options.node)
         figures = driver.figures()
-    if found.mesh is None or found.facts is None:
+    if found.mesh is None or found.facts is None or found.have is None:
         raise OvsmeshError("; ".join(map(str, found.problems)))
-    wanted = targets(found.mesh, options.node, found.facts)
+    wanted = targets(found.mesh, options.node, found.facts, found.have.dataplane)
     reach = _probe({name: paths for name, paths in wanted.items() if peer in ("", name)})
     context = dataclasses.replace(inspect.context(options, source, figures.version), reach=reach)
     report = inspect.report(options, found, figures.traffic, context)

@@ -120,6 +120,7 @@ def _agents(names: list[str]) -> str:
 
 _MARKS = {
     State.UNREACHABLE: ("X", "X unreachable"),
+    State.NOT_FORWARDED: ("F", "F not forwarded to pods"),
     "missing": ("M", "M wiring missing"),
     "refused": ("R", "R refused"),
     "unknown": ("?", "? unknown: nobody has measured it"),

@@ -169,6 +169,33 @@ def _self(mesh: Mesh, self_name: str) -> Node:
     return me
 
 
+def loop_flows(me: Node, facts: Facts) -> dict[int, tuple[str, str]]:
+    """Return, for each IP version of a node's pods, the flow that lets in what peers forward back to it: its loops.
+
+    A loop is an echo request from the node's own gateway address to the same (see probe.path). The flow is one a
+    node, whichever peer it comes from. The host must not see a packet from its own address, which it would log: the
+    frame gets an address that no bridge passes on (IEEE 802.1D, table 7-10), and is read on obr0 itself.
+    """
+    found: dict[int, tuple[str, str]] = {}
+    for version, address in gateways(me, facts).items():
+        match = (
+            "icmp,icmp_type=8,nw_dst={0},nw_src={0}"
+            if version == 4
+            else "icmp6,icmp_type=128,ipv6_dst={0},ipv6_src={0}"
+        )
+        found[version] = f"50 dl_dst={mac(me)},{match.format(address)}", "mod_dl_dst:01:80:c2:00:00:01,LOCAL"
+    return found
+
+
+def gateways(me: Node, facts: Facts) -> dict[int, IPAddress]:
+    """Return the gateway of a node's first range in each IP version that its kernel has."""
+    found: dict[int, IPAddress] = {}
+    for cidr in me.pod_cidrs:
+        if facts.ipv6 or cidr.version == 4:
+            found.setdefault(cidr.version, gateway(cidr))
+    return found
+
+
 def _sysctls(me: Node, facts: Facts) -> dict[str, str]:
     v6 = facts.ipv6 and any(c.version == 6 for c in me.pod_cidrs)
     # ip_forward first: the kernel resets other settings when it flips
@@ -232,7 +259,7 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
     joined, refused = peers(mesh, me, w)
     clusters = [c for c in mesh.cluster_cidrs if facts.ipv6 or c.version == 4]
     grows: dict[str, dict[Any, Any]] = {kind: {} for kind in PEER_KINDS}
-    grows["flows"] = {"0 ": "drop"}
+    grows["flows"] = {"0 ": "drop"} | dict(loop_flows(me, facts).values())
     # packets to a missing peer must not leak to the default gateway
     grows["routes"] = {(str(c), FALLBACK_METRIC): Route("unreachable") for c in clusters}
     for kind, into in grows.items():

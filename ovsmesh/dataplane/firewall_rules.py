@@ -135,6 +135,11 @@ def _accept(tool: str, own: list[IPNetwork], cluster: list[IPNetwork]) -> dict[R
         found[f"mesh-in{more}"] = f"-i {KBR} -o {KBR} -d {mine} -j ACCEPT"
         found[f"leave{more}"] = f"-i {KBR} ! -o {KBR} -s {mine} -j ACCEPT"
         found[f"return{more}"] = f"-o {KBR} -d {mine} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
+    # what a peer sends to itself through this node shows it whether packets to the pods here are forwarded
+    echo = "-p icmp -m icmp --icmp-type 8" if tool == IPTABLES[0] else "-p ipv6-icmp -m icmp6 --icmpv6-type 128"
+    for m, theirs in enumerate(cluster if own else ()):
+        name = "mesh-probe" + (f"-{m + 1}" if m else "")
+        found[name] = f"-i {KBR} -o {KBR} -s {theirs} -d {theirs} {echo} -j ACCEPT"
     return {(tool, "FORWARD", name): Rule(text) for name, text in found.items()}
 
 

@@ -17,7 +17,7 @@ from ovsmesh.names import ENCAPSULATIONS
 from ovsmesh.reasons import Reason
 from ovsmesh.text import counted, listed
 
-NOT_REACHED = frozenset({State.UNREACHABLE, State.LOSSY, State.SMALL})
+NOT_REACHED = frozenset({State.UNREACHABLE, State.NOT_FORWARDED, State.LOSSY, State.SMALL})
 """States of a peer that is wired as wanted, and to which packets are lost all the same."""
 
 
@@ -204,6 +204,11 @@ def cause(reach: Reach, mtu: int, encapsulation: str, own: str, peer: str) -> st
         if reach.heard:
             return f"its packets arrive here, and ours are not answered: is {carried} blocked from {own} to {peer}?"
         return f"nothing arrives from it: is the host down, or {carried} blocked between {own} and {peer}?"
+    if reach.state is State.NOT_FORWARDED:
+        return (
+            "it answers, but forwards no packets to its pods and back: a firewall rule or policy there drops them "
+            "(FORWARD), or ip_forward is 0 there"
+        )
     if reach.state is State.SMALL:
         return (
             f"packets above {reach.path_mtu} bytes are lost, and pods send up to {mtu}: "
@@ -420,7 +425,7 @@ def _headline(
     if mesh is None:
         return f"{name} waits for a mesh: nothing was read yet, so nothing is touched"
     wanted = [peer for peer in peers if peer.state != "held"]
-    dead = [peer.name for peer in wanted if peer.state == State.UNREACHABLE]
+    dead = [peer.name for peer in wanted if peer.state in (State.UNREACHABLE, State.NOT_FORWARDED)]
     if dead:
         return f"{name}: {len(dead)} of {len(wanted)} peers not reachable: {listed(dead, 3)}"
     poor = [peer.name for peer in wanted if peer.state in NOT_REACHED]

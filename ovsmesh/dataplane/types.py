@@ -233,6 +233,7 @@ class State(StrEnum):
     OK = "ok"
     LOSSY = "lossy"
     SMALL = "small packets only"
+    NOT_FORWARDED = "not forwarded"
     UNREACHABLE = "unreachable"
 
 

@@ -198,7 +198,7 @@ class FlowTable:
             return
         event, table, cookie, match, actions = found.groups()
         key = _sorted(match)
-        held = self._raw.get(f"100 {key}")
+        held = self._raw.get(f"100 {key}", self._raw.get(f"50 {key}"))
         # without a match the missing priority could be any
         managed = table == "0" and int(cookie, 16) == COOKIE and key != ""
         expected = held is None if event == "DELETED" else held == (actions or "drop")

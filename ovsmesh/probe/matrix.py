@@ -33,7 +33,17 @@ _DIGEST = re.compile(r"[0-9a-f]{12}")
 
 UNKNOWN = "unknown"
 WORST: tuple[str, ...] = (
-    *(State.UNREACHABLE, "missing", "refused", State.SMALL, State.LOSSY, UNKNOWN, State.UNPROBED, State.OK),
+    *(
+        State.UNREACHABLE,
+        State.NOT_FORWARDED,
+        "missing",
+        "refused",
+        State.SMALL,
+        State.LOSSY,
+        UNKNOWN,
+        State.UNPROBED,
+        State.OK,
+    ),
 )
 """States of a cell as of a peer in a report, the worst first. One that is not named counts as unreachable does."""
 STATES = frozenset({*map(str, WORST), *map(str, State)})

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from ovsmesh.dataplane.types import State
 
-CUT_OFF = frozenset({State.UNREACHABLE})
-"""States of a peer that no packet gets through to."""
+CUT_OFF = frozenset({State.UNREACHABLE, State.NOT_FORWARDED})
+"""States of a peer to whose pods no packet gets through."""
 LISTED = 10
 """Peers that a report names at most."""
 STALE = 420.0

@@ -2,7 +2,8 @@
 
 Up to a hundred peers are probed at least every five seconds each; above that the budget is shared, so each waits
 longer. Quick probes go first, and regular ones keep half of the budget while both wait: nobody is starved.
-Times are seconds on a monotonic clock and come as arguments; nothing is sent here.
+Nothing here takes longer the more paths there are, except a change of the mesh. Times are seconds on a monotonic
+clock and come as arguments; nothing is sent here.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ RATE = 20.0
 SHORTEST, LONGEST_OF_FEW = 1.0, 5.0
 """Seconds between two regular probes of a peer: with few peers, and with a hundred."""
 _BURST = 20.0
-_TICK = 0.25
-"""Seconds between wake-ups for regular probes."""
+_TICK, _QUICK_TICK = 0.25, 0.05
+"""Seconds between wake-ups for regular probes and their losses, and for the losses of others."""
+_SLACK = 0.02
+"""Seconds that a probe may count as lost early, so that its end falls on the same tick as its sending."""
+_EPSILON = 1e-3
 _ONE = 1.0 - 1e-6
 """A whole token, as far as floating point tells."""
 
@@ -30,11 +34,37 @@ Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
 
+class Wanted(NamedTuple):
+    """A path to probe: bytes of a full packet, and whether this node's switch lets loops in."""
+
+    size: int
+    let_in: bool = True
+
+
 class Due(NamedTuple, Generic[Key]):
     """A probe to send now, and the path that it is for."""
 
     key: Key
     probe: Probe
+
+
+class _Timers(Generic[Key]):
+    """Keys by time."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Key]] = []
+        self._count = 0
+
+    def add(self, at: float, key: Key) -> None:
+        self._count += 1
+        heapq.heappush(self._heap, (at, self._count, key))
+
+    def next(self) -> float:
+        return self._heap[0][0] if self._heap else math.inf
+
+    def pop(self, now: float) -> Key | None:
+        """Return the first key whose time has come."""
+        return heapq.heappop(self._heap)[2] if self._heap and self._heap[0][0] <= now else None
 
 
 class Scheduler(Generic[Key]):
@@ -45,54 +75,64 @@ class Scheduler(Generic[Key]):
         self._rate = rate
         self._paths: dict[Key, Path] = {}
         self._groups: dict[Hashable, deque[Key]] = {}
-        self._heap: list[tuple[float, int, Hashable]] = []
-        self._count = 0
+        self._regulars: _Timers[Hashable] = _Timers()
+        self._in_turn: set[Hashable] = set()
+        """What is in `_regulars`: each group once, and those that left until their time comes."""
+        self._quicks: _Timers[Key] = _Timers()
+        self._queued: set[Key] = set()
+        """What is in `_quicks`: each path once."""
+        self._expiries: _Timers[Key] = _Timers()
+        self._hurried: set[Key] = set()
         self._tokens, self._filled = _BURST, now
         self._quick_last = False
         self.sent = self.lost = 0
         """Probes of all paths since the start, those of peers that left too."""
         self.changed = False
         """Whether a path has changed its state; the caller sets it back."""
-        self._busy: set[Key] = set()
-        """Paths with probes under way, or with quick ones to send: few, whatever the size of the mesh."""
 
-    def update(self, wanted: Mapping[Hashable, Mapping[Key, int]], now: float) -> None:
-        """Probe these from now on: group → key → bytes of a full packet. A path that stays keeps what it knows."""
-        keep = {key: size for sizes in wanted.values() for key, size in sizes.items()}
-        for key in [key for key, path in self._paths.items() if keep.get(key) != path.full]:
+    def update(self, wanted: Mapping[Hashable, Mapping[Key, Wanted]], now: float) -> None:
+        """Probe these from now on, by group and key. A path that stays keeps what it knows."""
+        keep = {key: path for paths in wanted.values() for key, path in paths.items()}
+        for key in [key for key, path in self._paths.items() if key not in keep or keep[key].size != path.full]:
             del self._paths[key]
-        for key, size in keep.items():
-            if key not in self._paths:
-                self._paths[key] = Path(size, now)
+            self._hurried.discard(key)
+        for key, (size, let_in) in keep.items():
+            self._paths.setdefault(key, Path(size, now)).let_in = let_in
         old = self._groups
-        self._groups = {group: deque(sizes) for group, sizes in wanted.items() if sizes}
+        self._groups = {group: deque(keys) for group, keys in wanted.items() if keys}
         for group, keys in self._groups.items():
-            if group not in old:
-                self._push(now, group)
-            elif set(old[group]) == set(keys):
+            if group not in self._in_turn:
+                self._in_turn.add(group)
+                self._regulars.add(now, group)
+            if group in old and set(old[group]) == set(keys):
                 self._groups[group] = old[group]
 
     def interval(self) -> float:
         """Return the seconds between two regular probes of one peer."""
         return max(SHORTEST, len(self._groups) / self._rate)
 
+    @property
+    def hurried(self) -> bool:
+        """Whether an answer decides something, and is to be taken in at once. Others may wait until `wake_at`."""
+        return bool(self._hurried)
+
     def due(self, now: float) -> Iterator[Due[Key]]:
         """Yield the probes to send now; each counts as sent once it was yielded."""
         self._tokens = min(_BURST, self._tokens + max(0.0, now - self._filled) * self._rate)
         self._filled = now
-        for key in list(self._busy):
-            path = self._paths.get(key)
-            if path is not None and (end := path.expires_at()) is not None and end <= now:
-                self._take(path, lambda path: path.expire(now))
-            if path is None or (path.expires_at() is None and path.quick_at() is None):
-                self._busy.discard(key)
+        while (key := self._expiries.pop(now)) is not None:
+            if key in self._paths:
+                self._take(key, self._paths[key], lambda path: path.expire(now + _SLACK + _EPSILON))
         while self._tokens >= _ONE:
             found = self._next(now)
             if found is None:
                 return
+            key, path = found.key, self._paths[found.key]
             self._tokens -= 1.0
-            self._busy.add(found.key)
             self.sent += 1
+            self._follow(key, path)
+            tick = _QUICK_TICK if path.hurried else _TICK
+            self._expiries.add(math.ceil((path.expires_at(found.probe.sequence) - _SLACK) / tick) * tick, key)
             yield found
 
     def _next(self, now: float) -> Due[Key] | None:
@@ -107,22 +147,25 @@ class Scheduler(Generic[Key]):
         return quick
 
     def _quick(self, now: float) -> Due[Key] | None:
-        first: tuple[float, Key] | None = None
-        for key in self._busy:
-            at = self._paths[key].quick_at() if key in self._paths else None
-            if at is not None and at <= now and (first is None or at < first[0]):
-                first = at, key
-        return Due(first[1], self._paths[first[1]].quick(now)) if first else None
+        while (key := self._quicks.pop(now)) is not None:
+            self._queued.discard(key)
+            path = self._paths.get(key)
+            at = path.quick_at() if path else None
+            if path is not None and at is not None:
+                if at <= now:
+                    return Due(key, path.quick(now))
+                self._follow(key, path)
+        return None
 
     def _regular(self, now: float) -> Due[Key] | None:
-        while self._heap and self._heap[0][0] <= now:
-            _, _, group = heapq.heappop(self._heap)
+        while (group := self._regulars.pop(now)) is not None:
             keys = self._groups.get(group)
             if keys is None:
+                self._in_turn.discard(group)
                 continue
             # the other families of a new peer follow at once
             fresh = sum(not self._paths[key].sent for key in keys) > 1
-            self._push(now if fresh else now + self.interval(), group)
+            self._regulars.add(now if fresh else now + self.interval(), group)
             for _ in range(len(keys)):
                 key = keys[0]
                 keys.rotate(-1)
@@ -131,37 +174,46 @@ class Scheduler(Generic[Key]):
                     return Due(key, probe)
         return None
 
-    def _push(self, at: float, group: Hashable) -> None:
-        self._count += 1
-        heapq.heappush(self._heap, (at, self._count, group))
-
     def answered(self, key: Key, sequence: int, now: float) -> float | None:
         """Take in an answer, and return its round trip; None for a path or a probe that nobody waits for."""
         path = self._paths.get(key)
-        return None if path is None else self._take(path, lambda path: path.answered(sequence, now))
+        return None if path is None else self._take(key, path, lambda path: path.answered(sequence, now))
 
     def not_sent(self, key: Key, sequence: int, now: float) -> None:
         """Take in that a probe could not be sent."""
         if key in self._paths:
-            self._take(self._paths[key], lambda path: path.not_sent(sequence, now))
+            self._take(key, self._paths[key], lambda path: path.not_sent(sequence, now))
 
-    def _take(self, path: Path, event: Callable[[Path], Result]) -> Result:
+    def heard(self, group: Hashable, passes_loops: bool, now: float) -> None:
+        """Take in whether the filter of a peer treats loops as packets to its pods, as its agent's version says."""
+        for key in self._groups.get(group, ()):
+            if self._paths[key].passes_loops is not passes_loops:
+                self._take(key, self._paths[key], lambda path: path.heard(passes_loops, now))
+
+    def _take(self, key: Key, path: Path, event: Callable[[Path], Result]) -> Result:
         state, lost = path.state, path.lost
         result = event(path)
         self.changed |= path.state is not state
         self.lost += path.lost - lost
+        self._follow(key, path)
         return result
+
+    def _follow(self, key: Key, path: Path) -> None:
+        """Note what the path wants next."""
+        (self._hurried.add if path.hurried else self._hurried.discard)(key)
+        at = path.quick_at()
+        if at is not None and key not in self._queued:
+            self._queued.add(key)
+            self._quicks.add(at, key)
 
     def wake_at(self, now: float) -> float:
         """Return when `due` has something to do next, if nothing is answered until then."""
-        busy = [self._paths[key] for key in self._busy if key in self._paths]
-        times = [at for path in busy for at in (path.quick_at(), path.expires_at()) if at is not None]
-        if self._heap:
-            # regular probes go out a few at a time: a wake-up costs more than a probe
-            times.append(math.ceil(self._heap[0][0] / _TICK) * _TICK)
+        # regular probes go out a few at a time: a wake-up costs more than a probe
+        regular = math.ceil(self._regulars.next() / _TICK) * _TICK if self._groups else math.inf
+        first = min(self._expiries.next(), self._quicks.next(), regular, now + LONGEST_OF_FEW)
         # without a token, wait for those of a whole tick
         token = now + max(0.0, max(1.0, _TICK * self._rate) - self._tokens) / self._rate
-        return max(min(times, default=now + LONGEST_OF_FEW), token if self._tokens < _ONE else now)
+        return max(first, token if self._tokens < _ONE else now)
 
     def states(self) -> dict[Key, State]:
         """Return the state of each path: cheaper than `results`."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ovsmesh.dataplane import desired
-from ovsmesh.dataplane.types import Facts
-from ovsmesh.mesh.types import IPAddress, Mesh, gateway
+from ovsmesh.dataplane.types import Dataplane, Facts
+from ovsmesh.mesh.types import IPAddress, Mesh
 
 
 class Target(NamedTuple):
@@ -15,21 +15,34 @@ class Target(NamedTuple):
     source: IPAddress
     destination: IPAddress
     size: int
+    source_mac: str
+    destination_mac: str
+    let_in: bool
+    """Whether this node's switch lets in what the peer forwards back."""
 
 
-def targets(mesh: Mesh, self_name: str, facts: Facts) -> dict[str, tuple[Target, ...]]:
-    """Return the paths to each peer, from gateway to gateway, at the MTU of the pods; {} for a node not in the mesh."""
+def targets(mesh: Mesh, self_name: str, facts: Facts, have: Dataplane | None = None) -> dict[str, tuple[Target, ...]]:
+    """Return the paths to each peer, from gateway to gateway, at the MTU of the pods; {} for a node not in the mesh.
+
+    `have` is what was observed: without the flows that let loops in, only echo requests can be sent.
+    """
     me = mesh.node(self_name)
     if me is None:
         return {}
     wiring = desired.wiring(mesh, me, facts)
-    own = {cidr.version: gateway(cidr) for cidr in reversed(me.pod_cidrs) if cidr.version in wiring.families}
+    own = desired.gateways(me, facts)
+    let_in = {
+        version: have is not None and have.flows.get(key) == actions
+        for version, (key, actions) in desired.loop_flows(me, facts).items()
+    }
     joined, _ = desired.peers(mesh, me, wiring)
     found = {}
     for node in mesh.nodes:
         if node.name in joined:
-            theirs = {cidr.version: gateway(cidr) for cidr in reversed(node.pod_cidrs)}
+            theirs = desired.gateways(node, facts)
+            mac = desired.mac(node)
             found[node.name] = tuple(
-                Target(own[version], theirs[version], wiring.mtu) for version in sorted(own.keys() & theirs.keys())
+                Target(own[version], theirs[version], wiring.mtu, wiring.mac, mac, let_in[version])
+                for version in sorted(own.keys() & theirs.keys())
             )
     return found

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ovsmesh.lab import netns
+from ovsmesh.lab.faults import fault, tunnel
 from ovsmesh.lab.host import Host
-from tests.integration.test_lab_check import fault, tunnel
 from tests.support.chromium import Chromium, Page
 from tests.support.labtools import Make
 

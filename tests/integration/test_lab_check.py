@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from ovsmesh.lab import netns, underlay
+from ovsmesh.lab.faults import fault, tunnel
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import wait_for
@@ -31,23 +29,6 @@ def check(host: Host, *options: str) -> tuple[int, dict[str, Any], dict[str, dic
     assert done.returncode in (0, 2), done.stdout + done.stderr
     report = json.loads(done.stdout)
     return done.returncode, report, {peer["name"]: peer for peer in report["peers"]}
-
-
-@contextmanager
-def fault(lab: Lab, *rules: str) -> Iterator[None]:
-    """Have the underlay do this to packets that cross it."""
-    hub = underlay.hub(lab.settings)
-    chain = "type filter hook forward priority 0; policy accept;"
-    netns.run(["nft", "-f", "-"], hub, text=f"table bridge fault {{ chain c {{ {chain} {'; '.join(rules)}; }}; }}\n")
-    try:
-        yield
-    finally:
-        netns.run(["nft", "delete table bridge fault"], hub)
-
-
-def tunnel(source: Host, target: Host) -> str:
-    """Return a match of the tunnel's packets from one host to another."""
-    return f"ip saddr {source.address} ip daddr {target.address} ip protocol gre"
 
 
 def test_all_is_well_and_each_family_has_answered(three: Lab) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from ovsmesh.lab.faults import fault, tunnel
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import wait_for
-from tests.integration.test_lab_check import fault, tunnel
 from tests.support.labtools import SOON, Make, guarded
 
 pytestmark = pytest.mark.lab

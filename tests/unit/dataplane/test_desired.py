@@ -173,7 +173,7 @@ def test_ports_are_of_the_meshs_encapsulation_and_protected(encapsulation: Any) 
 def test_a_mesh_of_one_has_no_peer_parts() -> None:
     alone = want(first(1))
     assert not (alone.ports or alone.neighbours or alone.fdb or alone.filter_peers)
-    assert alone.flows == {"0 ": "drop"}
+    assert not any("in_port" in key for key in alone.flows)
     assert set(alone.routes) == {("10.97.0.0/16", FALLBACK_METRIC), ("fd00:97::/32", FALLBACK_METRIC)}
 
 

@@ -54,6 +54,8 @@ def test_golden_docker() -> None:
         "iptables FORWARD mesh-in: -i kbr0 -o kbr0 -d 10.97.1.0/24 -j ACCEPT",
         "iptables FORWARD leave: -i kbr0 ! -o kbr0 -s 10.97.1.0/24 -j ACCEPT",
         "iptables FORWARD return: -o kbr0 -d 10.97.1.0/24 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+        "iptables FORWARD mesh-probe: -i kbr0 -o kbr0 -s 10.97.0.0/16 -d 10.97.0.0/16"
+        " -p icmp -m icmp --icmp-type 8 -j ACCEPT",
     ]
 
 
@@ -99,6 +101,7 @@ def test_several_ranges_have_names_of_their_own() -> None:
     assert names == [
         *("mesh-out", "mesh-out-to-2", "mesh-in", "leave", "return"),
         *("mesh-out-2", "mesh-out-2-to-2", "mesh-in-2", "leave-2", "return-2"),
+        *("mesh-probe", "mesh-probe-2"),
     ]
 
 

@@ -11,21 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovsmesh.dataplane.types import State
-from ovsmesh.probe.scheduler import RATE, Scheduler
+from ovsmesh.probe.path import Probe
+from ovsmesh.probe.scheduler import RATE, Scheduler, Wanted
 
 FULL = 1462
-Link = Callable[[float, int], bool]
-"""(time, size of the packet) → whether it is answered."""
+Link = Callable[[float, Probe], bool]
+"""(time, what was sent) → whether it comes back."""
 
 
 class Network:
     """Peers behind simulated links, probed by a scheduler on a simulated clock."""
 
-    def __init__(self, links: dict[str, Link], trip: float = 0.001) -> None:
+    def __init__(self, links: dict[str, Link], trip: float = 0.001, let_in: bool = True) -> None:
         self.links, self.trip = links, trip
         self.now = 1000.0
         self.scheduler: Scheduler[str] = Scheduler(self.now)
-        self.scheduler.update({name: {name: FULL} for name in links}, self.now)
+        self.scheduler.update({name: {name: Wanted(FULL, let_in)} for name in links}, self.now)
         self.sent: list[tuple[float, str]] = []
         self.changes: dict[str, list[tuple[float, State]]] = {name: [] for name in links}
         self._answers: list[tuple[float, str, int]] = []
@@ -35,11 +36,11 @@ class Network:
     def run(self, seconds: float) -> None:
         end = self.now + seconds
         while self.now < end:
-            touched = set(self.scheduler._busy)
+            touched = set(self.scheduler._paths)
             for due in self.scheduler.due(self.now):
                 self.sent.append((self.now, due.key))
                 touched.add(due.key)
-                if self.links[due.key](self.now, due.probe.size):
+                if self.links[due.key](self.now, due.probe):
                     heapq.heappush(self._answers, (self.now + self.trip, due.key, due.probe.sequence))
             wake = self.scheduler.wake_at(self.now)
             if self._answers and self._answers[0][0] <= wake:
@@ -75,18 +76,19 @@ class Faulty:
     """A link whose behaviour a test changes."""
 
     def __init__(self) -> None:
-        self.up, self.mtu, self.loss = True, FULL, 0.0
+        self.up, self.mtu, self.loss, self.forwards = True, FULL, 0.0, True
         self._random = random.Random(7)
 
-    def __call__(self, now: float, size: int) -> bool:
-        return self.up and size <= self.mtu and self._random.random() >= self.loss
+    def __call__(self, now: float, probe: Probe) -> bool:
+        passes = self.up and probe.size <= self.mtu and self._random.random() >= self.loss
+        return passes and (self.forwards or probe.echo)
 
 
-def one(peers: int = 1) -> tuple[Network, Faulty]:
+def one(peers: int = 1, let_in: bool = True) -> tuple[Network, Faulty]:
     link = Faulty()
     links: dict[str, Link] = {"web1": link}
-    links |= {f"other{n}": lambda now, size: True for n in range(peers - 1)}
-    return Network(links), link
+    links |= {f"other{n}": lambda now, probe: True for n in range(peers - 1)}
+    return Network(links, let_in=let_in), link
 
 
 def test_a_peer_is_not_well_before_it_has_answered() -> None:
@@ -138,6 +140,91 @@ def test_losses_are_seen_as_losses_and_not_as_a_small_path_mtu() -> None:
     network.until("web1", State.OK, 120)
 
 
+@pytest.mark.parametrize("peers", [1, 3, 100])
+def test_a_peer_that_answers_and_does_not_forward_is_told_from_one_that_is_unreachable(peers: int) -> None:
+    network, link = one(peers)
+    network.run(30)
+    link.forwards = False
+    assert network.until("web1", State.NOT_FORWARDED, 10) < 10
+    network.run(60)
+    link.up = False
+    network.until("web1", State.UNREACHABLE, 30)
+    network.run(60)
+    link.up = True
+    network.until("web1", State.NOT_FORWARDED, 30)
+    network.run(300)
+    assert network.state("web1") is State.NOT_FORWARDED
+    link.forwards = True
+    network.until("web1", State.OK, 30)
+
+
+@pytest.mark.parametrize("peers", [1, 3, 100])
+def test_forwarding_again_is_seen_within_ten_seconds(peers: int) -> None:
+    network, link = one(peers)
+    network.run(30)
+    link.forwards = False
+    network.run(60)
+    link.forwards = True
+    assert network.until("web1", State.OK, 10) < 10
+
+
+def test_a_peer_that_never_forwarded_is_not_called_well() -> None:
+    network, link = one(3)
+    link.forwards = False
+    assert network.until("web1", State.NOT_FORWARDED, 10) > 0
+    assert [state for _, state in network.changes["web1"]] == [State.UNPROBED, State.NOT_FORWARDED]
+
+
+@pytest.mark.parametrize("late", [0.0, 3.0, 20.0])
+def test_a_peer_whose_agent_is_too_old_for_loops_is_judged_by_echoes(late: float) -> None:
+    network, link = one(3)
+    link.forwards = False
+    network.run(late)
+    network.scheduler.heard("web1", False, network.now)
+    network.until("web1", State.OK, 10)
+    network.run(60)
+    assert network.state("web1") is State.OK
+    reach = network.scheduler.results()["web1"]
+    assert reach.loss is not None and reach.loss < 1 and reach.path_mtu is None
+    link.mtu = 1400
+    network.until("web1", State.SMALL, 20)
+    link.mtu, link.forwards = FULL, True
+    # upgraded
+    network.scheduler.heard("web1", True, network.now)
+    network.until("web1", State.OK, 30)
+    link.forwards = False
+    network.until("web1", State.NOT_FORWARDED, 10)
+
+
+def test_echoes_are_sent_while_the_own_switch_lets_no_loop_in() -> None:
+    network, link = one(3, let_in=False)
+    link.forwards = False
+    network.run(60)
+    assert network.state("web1") is State.OK
+    link.up = False
+    network.until("web1", State.UNREACHABLE, 10)
+
+
+def test_a_path_that_carries_only_small_packets_and_then_none_is_unreachable_in_a_large_mesh() -> None:
+    network, link = one(400)
+    network.run(60)
+    link.mtu = 1400
+    network.until("web1", State.SMALL, 60)
+    link.up = False
+    network.until("web1", State.UNREACHABLE, 70)
+
+
+def test_a_peer_that_comes_back_at_once_is_not_probed_twice_as_often() -> None:
+    network, _ = one(3)
+    network.run(20)
+    for _ in range(5):
+        network.scheduler.update({}, network.now)
+        network.scheduler.update({name: {name: Wanted(FULL)} for name in network.links}, network.now)
+    before = len(network.sent)
+    network.run(20)
+    assert len(network.sent) - before <= 3 * 21
+
+
 def test_all_probes_are_counted_those_of_peers_that_left_too() -> None:
     network, link = one(3)
     network.run(20)
@@ -146,7 +233,7 @@ def test_all_probes_are_counted_those_of_peers_that_left_too() -> None:
     network.run(20)
     lost = network.scheduler.lost
     assert 0 < lost <= network.scheduler.results()["web1"].sent
-    network.scheduler.update({"other0": {"other0": FULL}}, network.now)
+    network.scheduler.update({"other0": {"other0": Wanted(FULL)}}, network.now)
     assert (network.scheduler.sent, network.scheduler.lost) == (len(network.sent), lost)
 
 
@@ -166,14 +253,17 @@ def test_one_lost_packet_changes_nothing() -> None:
     period=st.floats(0.1, 40.0),
     share=st.floats(0.0, 1.0),
     mtu=st.integers(60, FULL),
+    drops=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_no_pattern_of_losses_makes_a_state_flap(loss: float, period: float, share: float, mtu: int, seed: int) -> None:
+def test_no_pattern_of_losses_makes_a_state_flap(
+    loss: float, period: float, share: float, mtu: int, drops: bool, seed: int
+) -> None:
     dice = random.Random(seed)
 
-    def link(now: float, size: int) -> bool:
+    def link(now: float, probe: Probe) -> bool:
         bad = (now % period) < period * share
-        return not (bad and (dice.random() < loss or size > mtu))
+        return not (bad and (dice.random() < loss or probe.size > mtu or (drops and not probe.echo)))
 
     network = Network({"web1": link})
     network.run(600)
@@ -182,12 +272,19 @@ def test_no_pattern_of_losses_makes_a_state_flap(loss: float, period: float, sha
 
 
 @settings(max_examples=10, deadline=None)
-@given(dead=st.integers(0, 30), lossy=st.integers(0, 30), good=st.integers(1, 60), seed=st.integers(0, 2**32))
-def test_the_budget_is_kept_and_nobody_is_starved(dead: int, lossy: int, good: int, seed: int) -> None:
+@given(
+    dead=st.integers(0, 30),
+    deaf=st.integers(0, 30),
+    lossy=st.integers(0, 30),
+    good=st.integers(1, 60),
+    seed=st.integers(0, 2**32),
+)
+def test_the_budget_is_kept_and_nobody_is_starved(dead: int, deaf: int, lossy: int, good: int, seed: int) -> None:
     dice = random.Random(seed)
-    links: dict[str, Link] = {f"dead{n}": lambda now, size: False for n in range(dead)}
-    links |= {f"lossy{n}": lambda now, size: dice.random() < 0.7 for n in range(lossy)}
-    links |= {f"good{n}": lambda now, size: True for n in range(good)}
+    links: dict[str, Link] = {f"dead{n}": lambda now, probe: False for n in range(dead)}
+    links |= {f"deaf{n}": lambda now, probe: probe.echo for n in range(deaf)}
+    links |= {f"lossy{n}": lambda now, probe: dice.random() < 0.7 for n in range(lossy)}
+    links |= {f"good{n}": lambda now, probe: True for n in range(good)}
     network = Network(links)
     network.run(60)
     first = network.sent[0][0]

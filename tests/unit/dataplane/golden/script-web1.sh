@@ -99,6 +99,8 @@ ovs-vsctl --timeout=60 \
 # --- flows: to each peer by its MAC; from each peer only its own sources; nothing else
 ovs-ofctl --bundle add-flows obr0 - <<'END'
 cookie=0x6f76736d,priority=0,actions=drop
+cookie=0x6f76736d,priority=50,dl_dst=0a:58:0a:61:01:01,icmp,icmp_type=8,nw_dst=10.97.1.1,nw_src=10.97.1.1,actions=mod_dl_dst:01:80:c2:00:00:01,LOCAL
+cookie=0x6f76736d,priority=50,dl_dst=0a:58:0a:61:01:01,icmp6,icmp_type=128,ipv6_dst=fd00:97:1::1,ipv6_src=fd00:97:1::1,actions=mod_dl_dst:01:80:c2:00:00:01,LOCAL
 cookie=0x6f76736d,priority=100,dl_dst=0a:58:0a:61:02:01,in_port=LOCAL,actions=output:"gre-web2"
 cookie=0x6f76736d,priority=100,dl_dst=0a:58:0a:61:01:01,in_port="gre-web2",ip,nw_src=10.97.2.0/24,actions=LOCAL
 cookie=0x6f76736d,priority=100,dl_dst=0a:58:0a:61:01:01,in_port="gre-web2",ipv6,ipv6_src=fd00:97:2::/64,actions=LOCAL
