@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ from ovsmesh.dataplane.nft_syntax import (
 )
 from ovsmesh.dataplane.types import MARK, Rule, RuleKey
 from ovsmesh.errors import Problem
-from ovsmesh.linux.nft_monitor import ALL_TOOLS, NftMonitor
+from ovsmesh.linux.nft_monitor import ALL_TOOLS, NftMonitor, holders
 from ovsmesh.reasons import Reason
 
 _TIMEOUT = 10.0
@@ -83,6 +84,16 @@ def _run(argv: list[str], script: str | None = None) -> str:
         text = done.stderr.decode(errors="replace").strip() or f"exit code {done.returncode}"
         raise _Failed(f"{argv[0]}: {text}")
     return done.stdout.decode(errors="replace")
+
+
+def _not_installed(tool: str) -> str:
+    return "" if shutil.which(tool) else f"{tool} is not installed"
+
+
+def _legacy_filter(tool: str) -> bool:
+    """Return whether the kernel has the table "filter" of iptables-legacy."""
+    names = Path("/proc/net", tool.replace("tables", "_tables_names"))
+    return names.exists() and "filter" in names.read_text().split()
 
 
 def _first_line(error: Exception) -> str:
@@ -173,11 +184,9 @@ class Firewall:
     def _iptables(self, tool: str) -> Table:
         if tool not in self._legacy:
             self._legacy[tool] = "nf_tables" not in _run([tool, "--version"])
-        if self._legacy[tool]:
-            # asking iptables-legacy would load its modules
-            names = Path("/proc/net", tool.replace("tables", "_tables_names"))
-            if not names.exists() or "filter" not in names.read_text().split():
-                return Table(present=True)
+        # asking iptables-legacy would load its modules
+        if self._legacy[tool] and not _legacy_filter(tool):
+            return Table(present=True)
         return parse_iptables(_run([tool, "-w", _LOCK_WAIT, "-S", "FORWARD"]))
 
     def _refresh(self) -> None:
@@ -257,6 +266,26 @@ class Firewall:
             for tool, (_, why) in self._refused.items()
         ]
         return (*lacking, *refused)
+
+    def unseen(self) -> list[str]:
+        """Return why there may be managed rules that can't be read: a text for each tool that does not work.
+
+        Where nft or iptables does not work, the kernel itself says whether something of it is there.
+        """
+        self._refresh()
+        tools = {tool: "nft" if tool in NFT else tool for tool in (*NFT, *IPTABLES)}
+        why = {tool: self._missing.get(name) or _not_installed(name) for tool, name in tools.items()}
+        if not any(why.values()):
+            return []
+        try:
+            there = holders(MARK) | {tool for tool in IPTABLES if _legacy_filter(tool)}
+        except OSError as error:
+            return [f"the kernel's nf_tables can't be read: {error.strerror}"]
+        return [
+            f"there {'is a table' if tool in NFT else 'are rules'} of {tool} that can't be read: {text}"
+            for tool, text in why.items()
+            if text and tool in there
+        ]
 
     # What this system can do
 

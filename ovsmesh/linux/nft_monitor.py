@@ -6,6 +6,8 @@ message is about.
 
 from __future__ import annotations
 
+import errno
+import struct
 from collections.abc import Iterable, Iterator
 
 from ovsmesh.linux import netlink_socket
@@ -20,6 +22,11 @@ _RECEIVE_BYTES = 4 << 20
 _TOOLS = {1: "inet", 7: "bridge", 2: "iptables", 10: "ip6tables"}
 """NFPROTO_ number → nft family, or the tool whose rules are there."""
 ALL_TOOLS = frozenset(_TOOLS.values())
+_GETTABLE, _GETRULE = 1, 7
+"""NFT_MSG_ types."""
+_REQUEST_DUMP = 0x301
+_ABSENT = (errno.EINVAL, errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT)
+"""What a kernel without nf_tables, or without nfnetlink at all, answers."""
 END = "."
 """What `tools` yields at the end of a transaction."""
 
@@ -48,6 +55,30 @@ def _tool(kind: int, payload: memoryview, mark: bytes) -> str:
     # a rule has its chain's name as attribute 2, a chain has its own as attribute 3
     chain = {_NEWRULE: 2, _DELRULE: 2, _NEWCHAIN: 3, _DELCHAIN: 3}.get(kind, 0)
     return tool if names.get(chain) == b"FORWARD" else ""
+
+
+def holders(mark: str) -> frozenset[str]:
+    """Return the tools, of ALL_TOOLS, whose tables hold something managed, by the kernel's own word.
+
+    It needs neither nft nor iptables. `mark`: the name of managed tables, and a word in each managed iptables rule.
+    Raise OSError if the kernel has nf_tables and does not answer.
+    """
+    found: set[str] = set()
+
+    def take(message: Message) -> None:
+        tool = _tool(message.type & 0xFF, message.payload, mark.encode())
+        if tool in ("inet", "bridge") or (tool and mark.encode() in bytes(message.payload)):
+            found.add(tool)
+
+    try:
+        with NetlinkSocket(netlink_socket.NETFILTER) as sock:
+            for kind in (_GETTABLE, _GETRULE):
+                message = struct.pack("=IHHII", 20, _NFNL_SUBSYS_NFTABLES << 8 | kind, _REQUEST_DUMP, 0, 0)
+                sock.request(message + bytes(_NFGENMSG_BYTES), take)
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise
+    return frozenset(found)
 
 
 class NftMonitor:

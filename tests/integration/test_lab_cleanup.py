@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -19,10 +23,7 @@ from tests.support.labtools import (
     State,
     await_state,
     difference,
-    fdb,
     links,
-    neighbours,
-    ovsdb,
     routes,
     rules,
     wiring,
@@ -85,6 +86,11 @@ def used(bare: tuple[Lab, list[State]]) -> Iterator[tuple[Lab, list[State]]]:
     made, before = bare
     made.write_mesh()
     for host in made.hosts:
+        # what a failed test has left
+        if not host.daemon("ovsdb-server"):
+            host.start_ovsdb()
+        if not host.daemon("ovs-vswitchd"):
+            host.start_vswitchd(restore_wait=False)
         if host.agent_alive():
             host.stop_agent()
         host.start_agent()
@@ -198,35 +204,111 @@ def test_cleanup_leaves_an_unmanaged_port_and_says_so(used: tuple[Lab, list[Stat
     await_state(lambda: whole(host), before[0])
 
 
-def test_cleanup_without_open_vswitch_says_what_it_could_not_do(used: tuple[Lab, list[State]]) -> None:
+@contextmanager
+def ended(argv: list[str], ns: str) -> Iterator[None]:
+    """Run a program in a host's namespace, and end it."""
+    with subprocess.Popen(["ip", "netns", "exec", ns, *argv], stdout=subprocess.DEVNULL) as child:
+        try:
+            yield
+        finally:
+            child.terminate()
+
+
+def without(folder: Path, *programs: str) -> str:
+    """Return a PATH that has all of this machine's programs but these."""
+    for place in ("/usr/sbin", "/usr/bin"):
+        for program in Path(place).iterdir():
+            if program.name not in programs:
+                (folder / program.name).unlink(missing_ok=True)
+                (folder / program.name).symlink_to(program)
+    return str(folder)
+
+
+def kernel_part(host: Host) -> list[object]:
+    """What is managed in the kernel, and does not change by itself when a switch ends."""
+    return [set(links(host)), rules(host), [route.split(" linkdown")[0] for route in routes(host) if "111" in route]]
+
+
+def refused(host: Host, *words: str, path: str = "", options: tuple[str, ...] = ()) -> None:
+    """Assert that cleanup says these words, with and without --dry-run, and changes nothing."""
+    before, files = whole(host) if host.daemon("ovs-vswitchd") else {}, sorted((host.state / "agent").iterdir())
+    there = kernel_part(host)
+    for dry in ((), ("--dry-run",)):
+        command = ["env", f"PATH={path or os.environ['PATH']}", *host.command("cleanup"), *options, *dry]
+        done = host.run(command, check=False)
+        assert done.returncode == 1 and done.stdout == "", done.stdout
+        assert done.stderr.startswith("ovsmesh: nothing was changed"), done.stderr
+        assert all(word in done.stderr for word in words), done.stderr
+    assert kernel_part(host) == there
+    assert sorted((host.state / "agent").iterdir()) == files
+    if before:
+        assert difference(before, whole(host)) == []
+
+
+def test_cleanup_refuses_a_database_that_is_not_there(used: tuple[Lab, list[State]]) -> None:
+    made, _ = used
+    unseen = ("unix:/nope/db.sock", "? bridges", "? flows", "? ports", "2 links", "is installed", "--ovsdb")
+    refused(made.host(1), *unseen, options=("--ovsdb", "unix:/nope/db.sock"))
+    assert_reach(made)
+
+
+def test_cleanup_refuses_the_database_of_another_switch(used: tuple[Lab, list[State]], tmp_path: Path) -> None:
+    made, _ = used
+    host, database, socket = made.host(1), tmp_path / "conf.db", tmp_path / "db.sock"
+    host.run(["ovsdb-tool", "create", str(database), "/usr/share/openvswitch/vswitch.ovsschema"])
+    with ended(["ovsdb-server", str(database), f"--remote=punix:{socket}", "--unixctl=none"], host.ns):
+        wait_for("the other database", socket.exists, SOON)
+        host.run(["ovs-vsctl", f"--db=unix:{socket}", "--no-wait", "init"])
+        refused(host, "the link obr0 is in use", "another Open vSwitch's", options=("--ovsdb", f"unix:{socket}"))
+    assert_reach(made)
+
+
+def test_cleanup_refuses_while_open_vswitch_is_stopped(used: tuple[Lab, list[State]]) -> None:
     made, before = used
     host = made.host(1)
     host.kill_vswitchd()
+    refused(host, "ovs-vswitchd does not answer", "systemctl start", "? flows", "1 bridges")
     host.kill_ovsdb()
-    done = host.ovsmesh("cleanup", timeout=60)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "ovsdb-server" in done.stdout + done.stderr and "can't be seen: ports" in done.stdout, done.stdout
-    # what needs no Open vSwitch is gone
-    assert "kbr0" not in links(host) and not neighbours(host)[1:] and not fdb(host)
-    assert not [route for route in routes(host) if "proto 111" in route]
-    assert "table inet ovsmesh" not in rules(host) and "table bridge ovsmesh" not in rules(host)
-    assert (host.state / "agent").exists()
+    refused(host, "ovsdb-server does not answer", "db.sock is there", "? ports")
     host.start_ovsdb()
-    host.start_vswitchd()
-    assert any(row["name"] == "obr0" for row in ovsdb(host)["Bridge"])
-    again = host.ovsmesh("cleanup")
-    assert again.returncode == 0, again.stdout + again.stderr
-    host.ovs_vsctl("remove", "Open_vSwitch", ".", "other_config", "flow-restore-wait")
-    await_state(lambda: whole(host), before[0])
-
-
-def test_cleanup_with_a_dead_switch_and_a_living_database(used: tuple[Lab, list[State]]) -> None:
-    made, before = used
-    host = made.host(1)
-    host.kill_vswitchd()
-    done = host.ovsmesh("cleanup", timeout=60)
-    assert "ovs-vswitchd" in done.stdout + done.stderr or done.returncode == 0, done.stdout + done.stderr
     host.start_vswitchd(restore_wait=False)
     again = host.ovsmesh("cleanup")
     assert again.returncode == 0, again.stdout + again.stderr
     await_state(lambda: whole(host), before[0])
+
+
+def test_cleanup_works_where_open_vswitch_is_gone_for_good(used: tuple[Lab, list[State]], tmp_path: Path) -> None:
+    made, before = used
+    host, path = made.host(1), without(tmp_path, "ovs-vswitchd", "ovs-vsctl", "ovs-ofctl", "ovs-appctl", "ovsdb-server")
+    host.kill_vswitchd()
+    host.kill_ovsdb()
+    (host.state / "db.sock").unlink()
+    # what a switch that was killed leaves may be a living one's
+    refused(host, "the link obr0 is there", "ip link del obr0", path=path)
+    netns.ip_batch(["link del obr0"], host.ns)
+    done = host.run(["env", f"PATH={path}", *host.command("cleanup")], check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Open vSwitch is not installed here any more" in done.stdout and "nothing of ovsmesh is left" in done.stdout
+    assert "kbr0" not in links(host) and not [route for route in routes(host) if "proto 111" in route]
+    # it comes back after all, with all that it had
+    host.start_ovsdb()
+    host.start_vswitchd(restore_wait=False)
+    again = host.ovsmesh("cleanup")
+    assert again.returncode == 0 and "- bridge obr0" in again.stdout, again.stdout + again.stderr
+    assert "! no agent has run with the state directory" in again.stdout and "? sysctls" in again.stdout
+    await_state(lambda: whole(host), before[0])
+
+
+@pytest.mark.parametrize("tool", ["nft", "iptables"])
+def test_cleanup_refuses_rules_that_it_can_not_read(used: tuple[Lab, list[State]], tmp_path: Path, tool: str) -> None:
+    made, _ = used
+    refused(made.host(1), f"{tool} is not installed", path=without(tmp_path, tool))
+
+
+def test_cleanup_refuses_old_values_that_it_can_not_read(used: tuple[Lab, list[State]]) -> None:
+    made, _ = used
+    file = made.host(1).state / "agent/before.json"
+    good = file.read_text()
+    file.write_text(good[: len(good) // 2])
+    refused(made.host(1), "before.json", "remove that file")
+    file.write_text(good)
