@@ -107,11 +107,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 f"only {', '.join(sorted(PUBLIC))} are answered to {client}; the rest is for this host itself: use "
                 f"ssh -L {port}:127.0.0.1:{port} HOST, or kubectl port-forward to the pod\n"
             )
-        # a web site can give its own name this host's address, and have a browser here read for it
+        # a web site can give a name of its own this host's address, and have a browser here read for it; it has no
+        # name without a dot
         name = (self.headers.get("Host") or "localhost").lower()
         name = name.partition("]")[0].removeprefix("[") if name.startswith("[") else name.partition(":")[0]
-        if name != "localhost" and not _is_address(name):
-            return f"Host: wanted localhost or an address, as in http://127.0.0.1:{port}/\n"
+        if "." in name.rstrip(".") and not _is_address(name):
+            return f"Host {name}: wanted an address, or a name without a dot, as in http://localhost:{port}/\n"
         return ""
 
     def _refuse(self) -> None:
