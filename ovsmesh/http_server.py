@@ -196,6 +196,11 @@ class HttpServer:
             stop.join(0.02)
         self._server.server_close()
 
+    @property
+    def silent(self) -> float:
+        """Return for how many seconds the loop has given no sign of life."""
+        return time.monotonic() - self._beat
+
     def beat(self) -> None:
         """Say that the loop is alive."""
         self._beat = time.monotonic()
@@ -211,8 +216,7 @@ class HttpServer:
         return self._healthz() if path == "/healthz" else None
 
     def _healthz(self) -> Answer:
-        silent = time.monotonic() - self._beat
-        if silent > LOOP_DEADLINE:
-            text = f"the loop has not run for {silent:.0f} s (deadline {LOOP_DEADLINE:.0f} s)\n"
+        if self.silent > LOOP_DEADLINE:
+            text = f"the loop has not run for {self.silent:.0f} s (deadline {LOOP_DEADLINE:.0f} s)\n"
             return HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", text
         return HTTPStatus.OK, "text/plain", "ok\n"

@@ -148,6 +148,19 @@ class Reason(StrEnum):
     Foreign = (auto(), _WARNING, "An unmanaged object stands beside managed ones. It is never touched.",
         "Remove it if you do not need it.")
 
+    # The agent of this host, as other commands find it
+    AgentDown = (auto(), _ERROR, "No agent runs. Forwarding goes on; nothing is repaired, updated or probed.",
+        "Start it: `systemctl start ovsmesh-agent`. `journalctl -u ovsmesh-agent` says why it ended.")
+    AgentHung = (auto(), _ERROR,
+        "The agent runs and does not answer, or its loop stands still. Nothing is repaired, updated or probed.",
+        "Restart it: `systemctl restart ovsmesh-agent`. What is in place stays.")
+    AgentOutdated = (auto(), _ERROR, "The agent runs another version than the one that is installed.",
+        "Restart it: `systemctl restart ovsmesh-agent`. What is in place stays.")
+    AgentNotListening = (auto(), _WARNING, "The agent can't listen at its address: no page, metrics or readiness.",
+        "End what uses the port, or give the agent another `--listen`.")
+    MeshNotTaken = (auto(), _ERROR, "The agent works with another mesh than its source holds.",
+        "Wait two seconds. If it lasts, read the agent's log.")
+
     # Docker and CNI: the mesh itself works on
     DockerElsewhere = (auto(), _WARNING, "Docker's containers are on docker0, which no peer reaches.",
         "Run the agent with `--docker replace`, or with `--docker off` to hide this.")

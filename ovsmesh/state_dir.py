@@ -226,12 +226,24 @@ class StateDir:
             return {}
 
     def write_status(self, status: Mapping[str, Any]) -> None:
-        """Write the agent's status. Raise OSError."""
+        """Write the agent's report. Raise OSError."""
         write_atomic(self.path / "status.json", json.dumps(dict(status)) + "\n", sync=False)
 
+    def touch_status(self) -> None:
+        """Say that the report is still true."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path / "status.json")
+
     def status(self) -> dict[str, Any] | None:
-        """Return the agent's status, None if there is none yet. Raise OvsmeshError if it is garbage."""
+        """Return the agent's last report, None if there is none yet. Raise OvsmeshError if it is garbage."""
         return _load(self.path / "status.json")
+
+    def status_time(self) -> float | None:
+        """Return when that report was last true, in seconds since the epoch; None if there is none."""
+        try:
+            return (self.path / "status.json").stat().st_mtime
+        except OSError:
+            return None
 
     # ------------------------------------------------------------ confirming held removals
 

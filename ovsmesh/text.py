@@ -1,9 +1,10 @@
-"""Make texts of others fit for one line, long lists short, and numbers agree with their nouns."""
+"""Make texts of others fit for one line, long lists short, numbers agree with their nouns, and times readable."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from datetime import UTC, datetime
 
 
 def printable(text: object, most: int | None = None, instead: str = "?") -> str:
@@ -57,3 +58,26 @@ def instead(name: str, names: Iterable[str], most: int = 10) -> str:
     if not known:
         return "there is none"
     return f"did you mean {like}? T{there[1:]}" if like else there
+
+
+def timestamp(seconds: float) -> str:
+    """Return a time as RFC 3339 in UTC, to the second."""
+    return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def clock(seconds: float, now: float) -> str:
+    """Return a time for a reader, in UTC: as "14:02:11Z", with the date where it is more than a day from now."""
+    form = "%H:%M:%SZ" if abs(now - seconds) < 86400 else "%Y-%m-%d %H:%M:%SZ"
+    return datetime.fromtimestamp(int(seconds), UTC).strftime(form)
+
+
+def age(seconds: float) -> str:
+    """Return a duration in two units at most, as kubectl shows it: 45s, 3m5s, 2h10m, 5d."""
+    left = max(0, int(seconds))
+    if left < 60:
+        return f"{left}s"
+    if left < 3600:
+        return f"{left // 60}m{left % 60}s"
+    if left < 86400:
+        return f"{left // 3600}h{left % 3600 // 60}m"
+    return f"{left // 86400}d"

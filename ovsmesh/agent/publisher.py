@@ -12,13 +12,12 @@ import hashlib
 import json
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable
 from http import HTTPStatus
 from importlib import resources
-from typing import Any
 
-from ovsmesh import __version__
 from ovsmesh.agent.metrics import METRICS, Scrape, TunnelTotals
 from ovsmesh.agent.result import RETRIED, AgentCounters, NodeStatus, ReconcileResult
 from ovsmesh.errors import OvsmeshError
@@ -27,13 +26,18 @@ from ovsmesh.metrics import MetricsCollector
 from ovsmesh.probe.exchange import Exchange
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
+from ovsmesh.text import timestamp
 
 log = logging.getLogger("ovsmesh")
 
-_OWN_REASONS = (*RETRIED, Reason.MassRemovalHeld)
+OWN_REASONS = (*RETRIED, Reason.MassRemovalHeld)
 """Reasons of problems that only the agent can know; `status` finds the others itself."""
 _LISTEN_AGAIN = 5.0
 """Seconds between attempts to listen: another process may hold the port, or lo may be down."""
+_WRITE_AGAIN = 5.0
+"""Seconds between reports in the state directory: one of a thousand peers takes 0.05 s of CPU."""
+_STILL_TRUE = 10.0
+"""Seconds between words that the last one is still true."""
 
 Documents = dict[str, Callable[[], object]]
 """Path → what makes the object that is answered there as JSON; None while there is none. Called in HTTP's threads."""
@@ -91,7 +95,8 @@ class AgentHttp(HttpServer):
         if path == "/status.json":
             if first:
                 return HTTPStatus.SERVICE_UNAVAILABLE, "application/json", "{}\n"
-            return HTTPStatus.OK, "application/json", json.dumps(status.report.to_dict()) + "\n"
+            tree = {**status.report.to_dict(), "loopRan": timestamp(time.time() - self.silent)}
+            return HTTPStatus.OK, "application/json", json.dumps(tree) + "\n"
         if path in self._documents:
             found = self._documents[path]()
             code = HTTPStatus.SERVICE_UNAVAILABLE if found is None else HTTPStatus.OK
@@ -126,7 +131,7 @@ class StatusPublisher:
         self._http: AgentHttp | None = None
         self._listen_at = 0.0 if listen else float("inf")
         self._status: NodeStatus | None = None
-        self._written: dict[str, Any] = {}
+        self._file = _StatusFile(state)
         self._documents: Documents = {}
         self._open()
 
@@ -148,9 +153,11 @@ class StatusPublisher:
         self._documents[path] = document
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening, and leave the last report."""
         if self._http is not None:
             self._http.close()
+        if self._status is not None:
+            self._file.close(self._status)
 
     def publish(self, status: NodeStatus) -> None:
         """Show this status; write it too if whether the node converged has changed."""
@@ -166,25 +173,66 @@ class StatusPublisher:
         if self._http is not None:
             self._http.beat()
         if self._status is not None:
-            self._write(self._status)
+            host = self._listen.rpartition(":")[0]
+            self._file.update(self._status, f"{host}:{self._http.port}" if self._http else "")
 
-    def _write(self, status: NodeStatus) -> None:
-        """Write what `ovsmesh status` can't see itself into the state directory, if it has changed."""
-        counters = status.counters
-        facts = {
-            "since": counters.started,
-            "version": __version__,
-            "lastChange": counters.last_change,
-            "drift": counters.drift,
-            "problems": [[p.reason, str(p)] for p in status.result.problems if p.reason in _OWN_REASONS],
-        }
-        if facts == self._written:
+
+class _StatusFile:
+    """Keeps the last report in the state directory, for when the agent does not answer any more.
+
+    The file's time says until when the report was true, but for the figures of the probes.
+    """
+
+    def __init__(self, state: StateDir) -> None:
+        self._state = state
+        self._kept: tuple[NodeStatus, str] | None = None
+        self._next = self._touch_at = 0.0
+        self._thread: threading.Thread | None = None
+        self._error = ""
+
+    def update(self, status: NodeStatus, listen: str) -> None:
+        """Write the report, in a thread of its own, where it may have changed; else say that it is still true.
+
+        `listen` is where the agent really listens, "" for nowhere.
+        """
+        now = time.monotonic()
+        if now < self._next or (self._thread is not None and self._thread.is_alive()):
             return
-        self._written = facts
+        before, self._kept = self._kept, (status, listen)
+        if before is None or before[1] != listen or _differs(status, before[0]):
+            self._next, self._touch_at = now + _WRITE_AGAIN, now + _STILL_TRUE
+            self._thread = threading.Thread(target=self._write, args=(status, listen), name="report", daemon=True)
+            self._thread.start()
+        elif now >= self._touch_at:
+            self._touch_at = now + _STILL_TRUE
+            self._state.touch_status()
+
+    def close(self, status: NodeStatus) -> None:
+        """Write the last report."""
+        if self._thread is not None:
+            self._thread.join(_WRITE_AGAIN)
+        self._write(status, self._kept[1] if self._kept else "")
+
+    def _write(self, status: NodeStatus, listen: str) -> None:
         try:
-            self._state.write_status(facts)
+            self._state.write_status({**status.report.to_dict(), "listen": listen})
+            self._error = ""
         except OSError as error:
-            log.warning("%s: the status file can't be written: %s", self._state.path, error.strerror)
+            if str(error) != self._error:
+                log.warning("%s: the status file can't be written: %s", self._state.path, error.strerror)
+            self._error = str(error)
+
+
+def _differs(now: NodeStatus, before: NodeStatus) -> bool:
+    """Return whether the report of one may say something else than the other's. A report itself takes long to make."""
+    a, b = now.result, before.result
+    if now is before:
+        return False
+    if a is b:
+        # published for what the probes found
+        return True
+    same = (a.converged, a.plan, a.problems) == (b.converged, b.plan, b.problems) and a.mesh is b.mesh
+    return not same or bool(a.drift)
 
 
 class RowPublisher:

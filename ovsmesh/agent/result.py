@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ovsmesh import __version__
 from ovsmesh.dataplane import desired, plan_text
-from ovsmesh.dataplane import report as reports
+from ovsmesh.dataplane.node_report import report, unmanaged_beside
 from ovsmesh.dataplane.plan import Plan, Step, in_sync, plan
+from ovsmesh.dataplane.report import Agent, Report, ReportContext, cause
+from ovsmesh.dataplane.report import ReconcileResult as ReconcileResult
 from ovsmesh.dataplane.types import Dataplane, Facts, Observed, Reach, State
 from ovsmesh.errors import Problem
 from ovsmesh.history import Event, History
@@ -65,32 +67,6 @@ class AgentCounters:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ReconcileResult:
-    """What a look at the system has found, or a reconcile has left."""
-
-    mesh: Mesh | None = None
-    facts: Facts | None = None
-    want: Dataplane | None = None
-    have: Observed | None = None
-    plan: Plan = field(default_factory=Plan)
-    """What is left to do."""
-    problems: tuple[Problem, ...] = ()
-    converged: bool = False
-    """Nothing is left to do and nothing is in the way: every peer that the mesh rightly names is joined.
-
-    A mesh that could not be read and peers that were refused are problems all the same.
-    """
-    mesh_current: bool = False
-    """Whether the source says this now; else it is the last known good mesh."""
-    duration: float = 0.0
-    """Seconds."""
-    mesh_since: float = 0.0
-    """When the mesh was read, in seconds since the epoch; 0 for never."""
-    drift: Plan = field(default_factory=Plan)
-    """What someone else had changed."""
-
-
 class Comparison(NamedTuple):
     """What a node should have, what it has, and the difference."""
 
@@ -105,7 +81,7 @@ class Comparison(NamedTuple):
     def result(self, snapshot: Snapshot, failed: Iterable[Problem] = ()) -> ReconcileResult:
         """Return this as a result; `failed` is what could not be applied."""
         have, todo = self.have, self.plan
-        unmanaged = reports.unmanaged_beside(have, todo)
+        unmanaged = unmanaged_beside(have, todo)
         return ReconcileResult(
             self.mesh,
             self.facts,
@@ -155,24 +131,6 @@ def peers_text(want: Dataplane) -> str:
     return counted(len(want.ports), "peer")
 
 
-def report(
-    result: ReconcileResult, node: str, traffic: Mapping[str, reports.Traffic], context: reports.ReportContext
-) -> reports.Report:
-    """Return the report that every reader is shown."""
-    return reports.report(
-        result.mesh,
-        node,
-        result.facts,
-        result.want,
-        result.have,
-        result.plan,
-        result.problems,
-        result.converged,
-        traffic,
-        context,
-    )
-
-
 class NodeStatus:
     """What the agent publishes after a reconcile, or when a peer became reachable or not. Any thread may read it.
 
@@ -199,7 +157,7 @@ class NodeStatus:
         self._made_at = float("-inf")
         self._node, self._mesh_from = node, mesh_from
         self._making = threading.Lock()
-        self._report: reports.Report | None = None
+        self._report: Report | None = None
 
     @property
     def probes(self) -> Totals:
@@ -207,23 +165,21 @@ class NodeStatus:
         return self._probes()
 
     @property
-    def report(self) -> reports.Report:
+    def report(self) -> Report:
         """The report. It is made at the first access."""
         with self._making:
             if self._report is None or (self._reach and time.monotonic() - self._made_at > _REPORT_AGE):
                 self._made_at, figures = time.monotonic(), self._switch()
-                context = reports.ReportContext(
+                context = ReportContext(
                     now=time.time(),
-                    agent_since=self.counters.started,
-                    agent_version=__version__,
+                    agent=Agent(self.counters.started, __version__),
                     ovs_version=figures.version,
+                    traffic=figures.traffic,
                     mesh_from=self._mesh_from,
-                    mesh_since=self.result.mesh_since or None,
-                    mesh_current=self.result.mesh_current,
                     last_change=self.counters.last_change,
-                    reach=self._reach() if self._reach else None,
+                    reach=self._reach() if self._reach else {},
                 )
-                self._report = report(self.result, self._node, figures.traffic, context)
+                self._report = report(self.result, self._node, context)
             return self._report
 
 
@@ -346,9 +302,7 @@ class EventLog:
             mtu, peers = desired.pod_mtu(mesh, me, now.facts), {peer.name: peer for peer in mesh.nodes}
             for name in sorted(found.keys() & peers.keys()):
                 own, address = str(me.address), str(peers[name].address)
-                lost[name] = (
-                    f"{name} {found[name].state}: {reports.cause(found[name], mtu, mesh.encapsulation, own, address)}"
-                )
+                lost[name] = f"{name} {found[name].state}: {cause(found[name], mtu, mesh.encapsulation, own, address)}"
         self._peers = len(states)
         still = {name: since for name, since in self._lost.items() if name in states and name not in again}
         self._lost = {name: found[name].since or at for name in lost} | still

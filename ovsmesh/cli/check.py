@@ -31,9 +31,8 @@ def check(options: Options, peer: str = "") -> Report:
 
     Raises OvsmeshError where the mesh, the switch or the raw sockets can't be used: then nothing can be told.
     """
-    source = inspect.snapshot(options)
-    if source.mesh is None:
-        raise OvsmeshError("; ".join(map(str, source.problems)))
+    source = inspect.usable(options)
+    assert source.mesh is not None
     if peer and (peer == options.node or source.mesh.node(peer) is None):
         names = [node.name for node in source.mesh.nodes if node.name != options.node]
         raise OvsmeshError(f"--peer {peer}: this node has no such peer; {instead(peer, names)}")
@@ -44,9 +43,12 @@ def check(options: Options, peer: str = "") -> Report:
         raise OvsmeshError("; ".join(map(str, found.problems)))
     wanted = targets(found.mesh, options.node, found.facts, found.have.dataplane)
     reach = _probe({name: paths for name, paths in wanted.items() if peer in ("", name)})
-    context = dataclasses.replace(inspect.context(options, source, figures.version), reach=reach)
-    report = inspect.report(options, found, figures.traffic, context)
-    return dataclasses.replace(report, peers=tuple(p for p in report.peers if peer in ("", p.name)))
+    told = inspect.ask(options)
+    context = inspect.context(options, told, figures)
+    # these probes tell, whatever the agent's do
+    agent = dataclasses.replace(context.agent, alive=True, heard=None)
+    context = dataclasses.replace(context, agent=agent, reach=reach)
+    return inspect.node_report(options, found, told, context, peer)
 
 
 def _probe(wanted: Mapping[str, tuple[Target, ...]]) -> dict[str, Reach]:

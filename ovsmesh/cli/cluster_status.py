@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ovsmesh.cli.formats import serialize
+from ovsmesh.cli.formats import View
 from ovsmesh.controller import node_conditions
 from ovsmesh.controller.node_conditions import AgentReport
 from ovsmesh.dataplane.report import age
@@ -167,14 +167,17 @@ def verdict(cluster: ClusterState) -> tuple[str, int]:
     return f"{counted(len(made), 'node')} converged, and packets get through between all of them", 0
 
 
-def render(cluster: ClusterState, output: str = "table") -> str:
-    """Return the state as a table, JSON or YAML, without a newline at its end."""
-    made = rows(cluster)
-    status = (cluster.mesh or {}).get("status") or {}
+def tree(cluster: ClusterState) -> dict[str, Any]:
+    """Return the state for JSON and YAML."""
     headline, code = verdict(cluster)
-    if output != "table":
-        return serialize({"headline": headline, "well": code == 0, "mesh": status, "nodes": made}, output)
-    lines = [headline]
+    status = (cluster.mesh or {}).get("status") or {}
+    return {"headline": headline, "well": code == 0, "mesh": status, "nodes": rows(cluster)}
+
+
+def render(cluster: ClusterState) -> str:
+    """Return the state as a table, without a newline at its end."""
+    made = rows(cluster)
+    lines = [verdict(cluster)[0]]
     if cluster.mesh is None:
         lines.append(
             f"! there is no Mesh {DEFAULT_MESH}: the controller makes one from the Nodes' podCIDRs. Where it cannot,"
@@ -209,11 +212,11 @@ def _cells(row: Mapping[str, Any], now: float) -> list[str]:
     ]
 
 
-def status(kubeconfig: str | None, output: str) -> tuple[str, int]:
-    """Return the cluster's status as a table, JSON or YAML, and the exit status. Raises OvsmeshError."""
+def view(kubeconfig: str | None) -> View:
+    """Return the cluster's status as it is shown. Raises OvsmeshError, also where the caller may not read it."""
     api = Api(find(kubeconfig))
     try:
         found = read(api)
-        return render(found, output), verdict(found)[1]
     finally:
         api.close()
+    return View(render(found), tree(found), verdict(found)[1])

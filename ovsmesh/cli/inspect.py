@@ -7,24 +7,36 @@ import dataclasses
 import http.client
 import json
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+from ovsmesh import __version__
 from ovsmesh.agent import result
 from ovsmesh.agent.options import Options, opened
-from ovsmesh.agent.result import ReconcileResult
+from ovsmesh.agent.publisher import OWN_REASONS
+from ovsmesh.cli.formats import View
 from ovsmesh.controller.node_conditions import seconds
-from ovsmesh.dataplane.report import Report, ReportContext, Traffic
+from ovsmesh.dataplane.node_report import report
+from ovsmesh.dataplane.plan import Plan
+from ovsmesh.dataplane.report import Agent, ReconcileResult, Report, ReportContext
+from ovsmesh.dataplane.report_text import render_text, table
 from ovsmesh.dataplane.types import Reach, State
-from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.errors import OvsmeshError, Problem, grouped
 from ovsmesh.mesh.file_source import FileSource
+from ovsmesh.mesh.manifest import digest
 from ovsmesh.mesh.source import Snapshot
+from ovsmesh.ovs.figures import SwitchFigures
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
+from ovsmesh.text import age, clock, counted, listed, printable
 
-_AGENT_TIMEOUT, _AGENT_MOST = 2.0, 64 * 1024 * 1024
+_AGENT_TIMEOUT, _AGENT_MOST = 3.0, 64 * 1024 * 1024
 """Seconds and bytes for the answer of the agent on this host."""
+_STILL = 60.0
+"""Seconds after which a loop that has not run is worth a word: its longest pause is half a second."""
 
 
 def snapshot(options: Options) -> Snapshot:
@@ -38,73 +50,224 @@ def snapshot(options: Options) -> Snapshot:
         source.close()
 
 
+def usable(options: Options) -> Snapshot:
+    """Return the mesh as snapshot() does. Raises OvsmeshError where there is none."""
+    source = snapshot(options)
+    if source.mesh is None:
+        raise OvsmeshError(listed(grouped(source.problems), 3, "; "))
+    return source
+
+
 def look(options: Options) -> tuple[ReconcileResult, bool]:
     """Return what the agent would change now, and whether a conflict blocks it or something cannot be observed.
 
     Raises OvsmeshError without a usable mesh.
     """
-    source = snapshot(options)
-    if source.mesh is None:
-        raise OvsmeshError("; ".join(map(str, source.problems)))
+    source = usable(options)
     with opened(options, StateDir(options.state_dir)) as driver:
         found = result.look(driver, source, options.node)
     unclear = found.have is None or bool(found.have.unknown)
     return found, bool(found.plan.blocked) or unclear or not source.confirmed
 
 
+def plan_dict(found: ReconcileResult) -> dict[str, Any]:
+    """Return a plan for JSON and YAML."""
+    todo: Plan = found.plan
+    return {
+        "steps": [{"op": step.op, "kind": step.kind, "text": str(step)[2:]} for step in todo.steps],
+        "blocked": [{"kind": one.step.kind, "text": str(one)[2:]} for one in todo.blocked],
+        "held": [{"op": step.op, "kind": step.kind, "text": str(step)[2:]} for step in todo.held],
+        "heldPeers": list(todo.held_peers),
+        "problems": [{"reason": str(p.reason), "message": str(p), "fatal": bool(p.fatal)} for p in found.problems],
+    }
+
+
 def status(options: Options) -> Report:
     """Return the report of this node. Raises OvsmeshError where no file is known."""
-    state = StateDir(options.state_dir)
-    source = snapshot(options)
-    with opened(options, state) as driver:
+    told = ask(options)
+    # an agent that runs and has no mesh is a state; without one nothing can be told
+    source = snapshot(options) if told.agent.since is not None else usable(options)
+    with opened(options, StateDir(options.state_dir)) as driver:
         found = result.look(driver, source, options.node)
         figures = driver.figures()
-    return report(options, found, figures.traffic, context(options, source, figures.version))
+    return node_report(options, found, told, context(options, told, figures))
 
 
-def _stored(options: Options) -> tuple[dict[str, Any], bool]:
-    """Return what an agent has left for this command, and whether it runs."""
-    state = StateDir(options.state_dir)
+def view_of(found: Report) -> View:
+    """Return a report as it is shown."""
+    return View(render_text(found), found.to_dict(), 0 if found.well else 2)
+
+
+def view(options: Options) -> View:
+    """Return the status of this node as it is shown. Raises OvsmeshError where no file is known."""
+    return view_of(status(options))
+
+
+def nodes_view(matrix: Mapping[str, Any]) -> View:
+    """Return a line for each node of a matrix, as /matrix.json has it; the troubled ones first."""
+    counts = {str(row.get("node")): _map(row.get("counts")) for row in _list(matrix.get("rows"))}
+    rows = []
+    for node in _list(matrix.get("nodes")):
+        name, agent = str(node.get("name")), str(node.get("agent"))
+        states = {state: n for state, n in counts.get(name, {}).items() if isinstance(n, int)}
+        row: dict[str, Any] = {
+            "name": name,
+            "well": agent == "ok" and node.get("well") is True,
+            "agent": agent,
+            "headline": node.get("headline"),
+            "peers": {"reachable": states.get(str(State.OK), 0), "all": sum(states.values())},
+            "version": node.get("version"),
+            "meshDigest": node.get("meshDigest"),
+            "time": node.get("time"),
+        }
+        rows.append(row)
+    rows.sort(key=lambda row: bool(row["well"]))
+    bad = [row["name"] for row in rows if not row["well"]]
+    lines = [f"{len(rows) - len(bad)} of {counted(len(rows), 'node')} well{'; not: ' + listed(bad, 5) if bad else ''}"]
+    silent = [row["name"] for row in rows if row["agent"] == "no answer"]
+    lines += [f"! no answer from the agent of {listed(silent, 8)}"] if silent else []
+    meshes = Counter(str(row["meshDigest"]) for row in rows if row["meshDigest"] and row["name"] not in silent)
+    for other, _ in meshes.most_common()[1:]:
+        names = [row["name"] for row in rows if row["meshDigest"] == other]
+        lines.append(f"! {listed(names, 8)}: another mesh ({other}) than most nodes")
+    now = seconds(str(matrix.get("time"))) or 0.0
+    head = ["NODE", "REACHABLE", "VERSION", "MESH", "AGE", "VERDICT"]
+    lines += ["", *table([head, *(_cells(row, now) for row in rows)])]
+    good = bool(rows) and not bad and len(meshes) < 2
+    return View("\n".join(map(printable, lines)), {"well": good, "nodes": rows}, 0 if good else 2)
+
+
+def _cells(row: Mapping[str, Any], now: float) -> list[str]:
+    at, peers = seconds(str(row["time"])), row["peers"]
+    said = str(row["headline"] or "").removeprefix(f"{row['name']}: ")
+    return [
+        row["name"],
+        f"{peers['reachable']}/{peers['all']}" if peers["all"] else "-",
+        str(row["version"] or "-"),
+        str(row["meshDigest"] or "-"),
+        age(now - at) if at is not None else "-",
+        said if row["agent"] == "ok" else f"{row['agent']}{said and f'; it said: {said}'}",
+    ]
+
+
+# What the agent tells
+
+
+class Told(NamedTuple):
+    """What this host's agent tells, or has told, and how it is."""
+
+    agent: Agent
+    report: Mapping[str, Any]
+    """Its report as JSON; {} where there is none."""
+    note: Problem | None = None
+    """What else is to be said of it."""
+
+
+def ask(options: Options) -> Told:
+    """Ask the agent of this host for its report; read the last one in the state directory if it does not answer."""
+    state, now = StateDir(options.state_dir), time.time()
     stored: dict[str, Any] = {}
     with contextlib.suppress(OvsmeshError):
         stored = state.status() or {}
-    return stored, state.held()
+    heard = state.status_time() if stored else None
+    if not state.held():
+        return _away(Reason.AgentDown, "no agent runs", stored, heard)
+    pid = state.agent().get("pid")
+    who = f"the agent (pid {pid})" if isinstance(pid, int) else "the agent"
+    listen = str(stored.get("listen", options.listen))
+    answer = get(listen, "/status.json")
+    if answer.state == "ok" and _is_this_agents(answer.tree, stored, options.node):
+        return _alive(answer.tree, seconds(str(answer.tree.get("loopRan"))), now)
+    if answer.state == "starting":
+        return _away(Reason.AgentNotReported, f"{who} has just started and has not reported yet", stored, heard)
+    if answer.state == "silent" or heard is None:
+        text = f"{who} does not answer on {listen} within {_AGENT_TIMEOUT:.0f} s"
+        return _away(Reason.AgentHung, text, stored, heard)
+    where = f"on {listen}" if listen else f"on {options.listen}"
+    text = f"{who} can't listen {where}, so this is its report of {clock(heard, now)}"
+    return _alive(stored, heard, now)._replace(note=Problem(Reason.AgentNotListening, text))
 
 
-def context(options: Options, source: Snapshot, version: str) -> ReportContext:
-    """Return what a report depends on besides the system itself. `version` is Open vSwitch's."""
-    stored, running = _stored(options)
-    return ReportContext(
-        now=time.time(),
-        agent_since=_number(stored.get("since")) if running else None,
-        agent_version=str(stored.get("version") or "") if running else "",
-        ovs_version=version,
-        mesh_from=options.mesh,
-        mesh_since=source.since or None,
-        mesh_current=source.confirmed,
-        last_change=_changes(stored.get("lastChange")),
-        reach=_reach(options.listen) if running else None,
-    )
+def listening(options: Options) -> str:
+    """Return where the agent of this host listens, "" for nowhere; where none has run, where one would."""
+    stored: dict[str, Any] = {}
+    with contextlib.suppress(OvsmeshError):
+        stored = StateDir(options.state_dir).status() or {}
+    return str(stored.get("listen", options.listen))
 
 
-def _reach(listen: str) -> dict[str, Reach]:
-    """Return what the running agent's probes found; {} where it does not answer, so that no peer counts as well."""
+def _away(reason: Reason, text: str, stored: Mapping[str, Any], heard: float | None) -> Told:
+    me = _map(stored.get("self"))
+    since = None if reason is Reason.AgentDown else seconds(str(me.get("agentSince")))
+    said = str(stored.get("headline", "")).partition(": ")[2]
+    return Told(Agent(since, str(me.get("agentVersion", "")), Problem(reason, text), False, heard, said), stored)
+
+
+def _alive(tree: Mapping[str, Any], ran: float | None, now: float) -> Told:
+    me = _map(tree.get("self"))
+    version, problem = str(me.get("agentVersion", "")), None
+    if ran is not None and now - ran > _STILL:
+        problem = Problem(Reason.AgentHung, f"the agent's loop has not run for {age(now - ran)}")
+    elif version != __version__:
+        problem = Problem(Reason.AgentOutdated, f"the agent runs version {version}, and {__version__} is installed")
+    return Told(Agent(seconds(str(me.get("agentSince"))), version, problem), tree)
+
+
+def _is_this_agents(tree: Mapping[str, Any], stored: Mapping[str, Any], node: str) -> bool:
+    """Return whether an answer is of the agent whose state directory this is: anyone may listen at its address."""
+    me, before = _map(tree.get("self")), _map(stored.get("self"))
+    return me.get("name") == node and before.get("agentSince", me.get("agentSince")) == me.get("agentSince")
+
+
+class _Answer(NamedTuple):
+    state: str
+    """"ok", "refused" (nobody listens), "starting" (no report yet) or "silent"."""
+    tree: Mapping[str, Any] = {}
+
+
+def get(listen: str, path: str) -> _Answer:
+    """Return the JSON object that an agent answers to a GET, or why there is none."""
     host, _, port = listen.rpartition(":")
+    if not port:
+        return _Answer("refused")
     local = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}.get(host, host)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{local}:{port}/status.json", timeout=_AGENT_TIMEOUT) as answer:
-            peers = json.loads(answer.read(_AGENT_MOST)).get("peers")
-    except (OSError, ValueError, AttributeError, http.client.HTTPException):
-        return {}
-    return {str(peer.get("name")): _one_reach(peer["reach"]) for peer in peers or () if _has_reach(peer)}
+        with opener.open(f"http://{local}:{port}{path}", timeout=_AGENT_TIMEOUT) as answer:
+            return _Answer("ok", _map(json.loads(answer.read(_AGENT_MOST))))
+    except urllib.error.HTTPError as error:
+        return _Answer("starting" if error.code == 503 else "refused")
+    except (TimeoutError, http.client.HTTPException):
+        return _Answer("silent")
+    except urllib.error.URLError as error:
+        return _Answer("silent" if isinstance(error.reason, TimeoutError) else "refused")
+    except (OSError, ValueError, RecursionError):
+        return _Answer("refused")
 
 
-def _has_reach(peer: object) -> bool:
-    return isinstance(peer, dict) and isinstance(peer.get("reach"), dict)
+def context(options: Options, told: Told, figures: SwitchFigures) -> ReportContext:
+    """Return what a report depends on besides the system itself."""
+    me = _map(told.report.get("self"))
+    used = str(me.get("meshDigest", "")) if told.agent.since is not None else ""
+    peers = {str(peer.get("name")): peer for peer in _list(told.report.get("peers"))}
+    changes = {
+        name: (when, str(peer.get("lastChangeText", "")))
+        for name, peer in peers.items()
+        if (when := seconds(str(peer.get("lastChange")))) is not None
+    }
+    return ReportContext(
+        now=time.time(),
+        agent=told.agent,
+        ovs_version=figures.version,
+        traffic=figures.traffic,
+        mesh_from=str(me.get("meshFrom", "")) if used else options.mesh,
+        mesh_in_force=(used, seconds(str(me.get("meshSince")))) if used else None,
+        last_change=changes,
+        reach={name: _reach(peer["reach"]) for name, peer in peers.items() if isinstance(peer.get("reach"), dict)},
+    )
 
 
-def _one_reach(found: dict[str, Any]) -> Reach:
+def _reach(found: Mapping[str, Any]) -> Reach:
     number = {key: value for key, value in found.items() if isinstance(value, (int, float))}
     state, mtu = found.get("state"), found.get("pathMtu")
     return Reach(
@@ -123,32 +286,46 @@ def _one_reach(found: dict[str, Any]) -> Reach:
     )
 
 
-def report(options: Options, found: ReconcileResult, traffic: Mapping[str, Traffic], about: ReportContext) -> Report:
-    """Return the report of what was found, with the problems that only a running agent knows."""
-    stored, running = _stored(options)
-    if running:
-        known = {str(p) for p in found.problems}
-        more = (problem for problem in _problems(stored.get("problems")) if problem.message not in known)
-        found = dataclasses.replace(found, problems=(*found.problems, *more))
-    return result.report(found, options.node, traffic, about)
+def node_report(options: Options, found: ReconcileResult, told: Told, about: ReportContext, peer: str = "") -> Report:
+    """Return the report of what was found, with the problems that only a running agent knows.
+
+    With `peer` it is about this peer alone.
+    """
+    known = {str(problem) for problem in found.problems}
+    more = [*_only_the_agents(told), *_not_in_force(options, found, about), *([told.note] if told.note else ())]
+    problems = (*found.problems, *(problem for problem in more if str(problem) not in known))
+    mesh = found.mesh
+    if mesh is not None and peer:
+        about = dataclasses.replace(about, mesh_in_force=about.mesh_in_force or (digest(mesh), found.mesh_since))
+        mesh = dataclasses.replace(mesh, nodes=tuple(n for n in mesh.nodes if n.name in (peer, options.node)))
+    return report(dataclasses.replace(found, mesh=mesh, problems=problems), options.node, about)
 
 
-# The status file is a hint: what is not of the expected shape is left out.
+def _only_the_agents(told: Told) -> Iterator[Problem]:
+    """Yield the problems that a running agent knows and nobody else can see."""
+    for item in _list(told.report.get("problems")) if told.agent.since is not None and told.agent.alive else ():
+        reason = str(item.get("reason"))
+        if reason in OWN_REASONS:
+            node, where, value = (str(item.get(key, "")) for key in ("node", "field", "value"))
+            yield Problem(Reason[reason], str(item.get("message", "")), node, where, value)
 
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else 0.0
+def _not_in_force(options: Options, found: ReconcileResult, about: ReportContext) -> Iterator[Problem]:
+    """Yield a problem where the agent works with another mesh than its file holds."""
+    if found.mesh is None or not found.mesh_current or about.mesh_in_force is None or about.mesh_from != options.mesh:
+        return
+    used, since = about.mesh_in_force
+    if used != (now := digest(found.mesh)):
+        read = f", read at {clock(since, about.now)}" if since else ""
+        yield Problem(Reason.MeshNotTaken, f"{options.mesh} has mesh {now}, and the agent works with mesh {used}{read}")
 
 
-def _problems(value: object) -> list[Problem]:
-    pairs = [(str(pair[0]), str(pair[1])) for pair in (value if isinstance(value, list) else ()) if _is_pair(pair)]
-    return [Problem(Reason[reason], text) for reason, text in pairs if reason in Reason.__members__]
+# What an agent tells is a hint: what is not of the expected shape is left out.
 
 
-def _changes(value: object) -> dict[str, tuple[float, str]]:
-    items = value.items() if isinstance(value, dict) else ()
-    return {name: (_number(pair[0]), str(pair[1])) for name, pair in items if _is_pair(pair)}
+def _map(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
-def _is_pair(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2
+def _list(value: object) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

@@ -22,7 +22,7 @@ from ovsmesh.names import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_ST
 
 if TYPE_CHECKING:
     from ovsmesh.agent.options import Options
-    from ovsmesh.dataplane.report import Report
+    from ovsmesh.cli.formats import View
 
 CONTROLLER_LISTEN = "127.0.0.1:9475"
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
@@ -179,64 +179,87 @@ def _stop_fd() -> int:
     return read
 
 
+_output = _option("-o --output", "Format of the output.", "table", type=click.Choice(["table", "json", "yaml"]))
+
+
 @cli.command()
 @_with(*_NODE, *_CONTAINERS)
-def plan(state_dir: str, **options: Any) -> None:
+@_option("-o --output", "Format of the output.", "text", type=click.Choice(["text", "json", "yaml"]))
+def plan(state_dir: str, output: str, **options: Any) -> None:
     """Print what the agent would change now.
 
     Exit status: 0 nothing, 2 changes, 1 an error or a conflict with something unmanaged.
     """
     from ovsmesh.cli import inspect
+    from ovsmesh.cli.formats import serialize
+    from ovsmesh.dataplane.report_text import problem_lines
 
     _root()
     result, failed = inspect.look(_options(state_dir, options))
-    for line in result.plan.lines():
-        click.echo(line)
-    for problem in result.problems:
-        click.echo(f"! {problem}", err=True)
-    if failed:
-        sys.exit(1)
     changes = bool(result.plan.steps or result.plan.held)
-    if not changes:
-        click.echo("nothing to change")
-    sys.exit(2 if changes else 0)
+    if output == "text":
+        for line in (*result.plan.lines(), *(() if changes or failed else ("nothing to change",))):
+            click.echo(line)
+        for line in problem_lines(result.problems):
+            click.echo(line, err=True)
+    else:
+        click.echo(serialize(inspect.plan_dict(result), output))
+    sys.exit(1 if failed else 2 if changes else 0)
 
 
 @cli.command()
 @_with(*_NODE, *_CONTAINERS)
-@_option("-o --output", "Format of the output.", "table", type=click.Choice(["table", "json", "yaml"]))
+@_output
+@click.option("--watch", is_flag=True, help="Show it again whenever it changes, at least every 2 seconds.")
+@click.option("--all", "nodes", is_flag=True, help="Show all nodes, as their agents tell this host's agent.")
 @click.option("--cluster", is_flag=True, help="Show all nodes, as the Kubernetes API has them. Does not need root.")
 @_kubeconfig("Cluster to ask, with --cluster.")
-def status(state_dir: str, output: str, cluster: bool, kubeconfig: str | None, **options: Any) -> None:
+def status(
+    state_dir: str, output: str, watch: bool, nodes: bool, cluster: bool, kubeconfig: str | None, **options: Any
+) -> None:
     """Show this node and each peer: what is in place, whether packets arrive, what is missing and why.
 
-    Exit status: 0 all is well, 2 it is not, 1 it can't be told.
+    Exit status: 0 all is well, 2 it is not, 1 it can't be told. With --watch: of what was shown last.
     """
+    from ovsmesh.cli import formats, inspect
+
+    if nodes and cluster:
+        raise click.UsageError("give one of --all and --cluster")
+    view: Callable[[], View]
     if cluster:
         from ovsmesh.cli import cluster_status
 
-        text, code = cluster_status.status(kubeconfig, output)
-        click.echo(text)
-        sys.exit(code)
-    from ovsmesh.cli import inspect
+        view = functools.partial(cluster_status.view, kubeconfig)
+    else:
+        chosen = _options(state_dir, options)
+        if not nodes:
+            _root()
+        view = functools.partial(_all_nodes if nodes else inspect.view, chosen)
+    sys.exit((formats.watch if watch else formats.show)(view, output))
 
-    _root()
-    _show(inspect.status(_options(state_dir, options)), output)
+
+def _all_nodes(options: Options) -> View:
+    from ovsmesh.cli.inspect import nodes_view
+    from ovsmesh.cli.matrix import matrix
+
+    return nodes_view(matrix(options))
 
 
 @cli.command()
 @_with(*_NODE, *_CONTAINERS)
 @_option("--peer", "Check this peer only.", usual="all", metavar="NAME")
-@_option("-o --output", "Format of the output.", "table", type=click.Choice(["table", "json", "yaml"]))
+@_output
 def check(state_dir: str, peer: str | None, output: str, **options: Any) -> None:
     """Send packets of full size to every peer and say which ones get through.
 
     Exit status: 0 all do, 2 some do not or something is missing, 1 it can't be told.
     """
+    from ovsmesh.cli import formats, inspect
     from ovsmesh.cli.check import check as run
 
     _root()
-    _show(run(_options(state_dir, options), peer or ""), output)
+    chosen = _options(state_dir, options)
+    sys.exit(formats.show(lambda: inspect.view_of(run(chosen, peer or "")), output))
 
 
 @cli.command()
@@ -282,7 +305,7 @@ def matrix(state_dir: str, output: str, worst: int | None, **options: Any) -> No
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST")
 @_with(*_NODE, *_CONTAINERS)
-@_option("-o --output", "Format of the output.", "table", type=click.Choice(["table", "json", "yaml"]))
+@_output
 @_kubeconfig("Cluster in which pod names are looked up.")
 def trace(source: str, destination: str, state_dir: str, output: str, kubeconfig: str | None, **options: Any) -> None:
     """Follow packets from SRC to DST and say at which hop they stop.
@@ -298,15 +321,6 @@ def trace(source: str, destination: str, state_dir: str, output: str, kubeconfig
     found = run(_options(state_dir, options), source, destination, kubeconfig)
     click.echo(render(found).rstrip() if output == "table" else serialize(to_dict(found), output))
     sys.exit(EXIT[found.state])
-
-
-def _show(report: Report, output: str) -> None:
-    """Print a report and exit: 0 all is well, 2 it is not."""
-    from ovsmesh.cli.formats import serialize
-    from ovsmesh.dataplane.report_text import render_text
-
-    click.echo(render_text(report).rstrip() if output == "table" else serialize(report.to_dict(), output))
-    sys.exit(0 if report.well else 2)
 
 
 @cli.command()

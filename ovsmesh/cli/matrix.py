@@ -33,7 +33,7 @@ def matrix(options: Options) -> Object:
 
     Raises OvsmeshError where nothing can be told.
     """
-    found = _ask_agent(options.listen)
+    found = _ask_agent(inspect.listening(options))
     if found is not None:
         return found
     silent = f"the agent of this host does not answer on {options.listen or 'any address'}"

@@ -1,21 +1,20 @@
-"""Compute the report of one node, which CLI, status page, metrics and MeshNode show, from desired and observed."""
+"""The report of one node, which CLI, status page, metrics and MeshNode show: its types, its JSON, causes as text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 
-from ovsmesh.dataplane import cni_config, desired
-from ovsmesh.dataplane.plan import Plan, Step
-from ovsmesh.dataplane.types import KBR, PEER_KINDS, Dataplane, Facts, Observed, Reach, State, Unmanaged
+from ovsmesh.dataplane import cni_config
+from ovsmesh.dataplane.plan import Plan
+from ovsmesh.dataplane.types import Dataplane, Facts, Observed, Reach, State
 from ovsmesh.errors import Problem
-from ovsmesh.mesh.manifest import digest
-from ovsmesh.mesh.types import Mesh, Node, gateway
+from ovsmesh.mesh.types import Mesh
 from ovsmesh.names import ENCAPSULATIONS
 from ovsmesh.reasons import Reason
-from ovsmesh.text import counted, listed
+from ovsmesh.text import age as age
+from ovsmesh.text import timestamp as timestamp
 
 NOT_REACHED = frozenset({State.UNREACHABLE, State.NOT_FORWARDED, State.LOSSY, State.SMALL})
 """States of a peer that is wired as wanted, and to which packets are lost all the same."""
@@ -32,24 +31,65 @@ class Traffic(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class ReconcileResult:
+    """What a look at the system has found, or a reconcile has left."""
+
+    mesh: Mesh | None = None
+    facts: Facts | None = None
+    want: Dataplane | None = None
+    have: Observed | None = None
+    plan: Plan = field(default_factory=Plan)
+    """What is left to do."""
+    problems: tuple[Problem, ...] = ()
+    converged: bool = False
+    """Nothing is left to do and nothing is in the way: every peer that the mesh rightly names is joined.
+
+    A mesh that could not be read and peers that were refused are problems all the same.
+    """
+    mesh_current: bool = False
+    """Whether the source says this now; else it is the last known good mesh."""
+    duration: float = 0.0
+    """Seconds."""
+    mesh_since: float = 0.0
+    """When the mesh was read, or, for the last known good one, stored; in seconds since the epoch, 0 for never."""
+    drift: Plan = field(default_factory=Plan)
+    """What someone else had changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """The agent of a host, as whoever makes a report knows it. Times are seconds since the epoch; None: not known."""
+
+    since: float | None = None
+    """When it was started; None when none runs."""
+    version: str = ""
+    problem: Problem | None = None
+    """Why it can't be relied on; None for one that runs as it should."""
+    alive: bool = True
+    """Whether it tells now what the probes find."""
+    heard: float | None = None
+    """When its last report was true, for one that is not alive."""
+    said: str = ""
+    """The verdict of that report."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReportContext:
     """What only the process that asks knows. Times are seconds since the epoch; None: not known."""
 
     now: float
-    agent_since: float | None = None
-    """When the agent on this host was started; None when none runs."""
-    agent_version: str = ""
+    agent: Agent = Agent()
     ovs_version: str = ""
+    traffic: Mapping[str, Traffic] = field(default_factory=dict)
+    """Port → what it has counted."""
     mesh_from: str = ""
     """The file or the API server that the mesh came from."""
-    mesh_since: float | None = None
-    """When the mesh in use was read, or, for the last known good one, when it was stored."""
-    mesh_current: bool = True
-    """False: its source can't be used now, and the last known good mesh is in use."""
+    mesh_in_force: tuple[str, float | None] | None = None
+    """Digest of the mesh that an agent works with and when it was read; None: the report's own."""
     last_change: Mapping[str, tuple[float, str]] = field(default_factory=dict)
     """Peer → when and how a part of it was changed last."""
-    reach: Mapping[str, Reach] | None = None
-    """Peer → what the probes found; None where nobody probes, so the report tells of the wiring alone."""
+    reach: Mapping[str, Reach] = field(default_factory=dict)
+    """Peer → what the probes found, or, where the agent is not alive, had found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +118,7 @@ class Self:
     cni: cni_config.ConflistStatus | None = None
     ovs_version: str = ""
     agent_running: bool = False
+    """Whether an agent runs and tells what it finds."""
     agent_since: float | None = None
     agent_version: str = ""
     mesh_from: str = ""
@@ -87,6 +128,8 @@ class Self:
     """See manifest.digest: hosts with the same mesh have the same."""
     docker: str = ""
     """Where Docker's containers are plugged in; "" where there is no Docker, or it is left alone."""
+    agent_heard: float | None = None
+    """When the last report of an agent that does not run or answer was true."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +138,9 @@ class Peer:
 
     name: str
     state: str
-    """"ok", "missing", "held" (left the mesh, removal held), "refused" or "unknown" (can't be observed now).
+    """"missing", "held" (left the mesh, removal held), "refused" or "unknown" (can't be observed or probed now).
 
-    Where the wiring is in place and the peer is probed: what the probes found, see reach.State.
+    Where the wiring is in place and an agent probes: what the probes found, see types.State.
     """
     address: str = ""
     pod_cidrs: tuple[str, ...] = ()
@@ -128,7 +171,8 @@ class Report:
     @property
     def well(self) -> bool:
         """Whether the node is in sync, an agent keeps it so, and packets get through to every peer."""
-        return self.converged and self.self.agent_running and all(peer.state == "ok" for peer in self.peers)
+        good = self.converged and self.self.agent_running and not any(problem.wrong for problem in self.problems)
+        return good and all(peer.state == "ok" for peer in self.peers)
 
     def count(self, state: str) -> int:
         """Return how many peers are in a state; "wanted" counts all but the held and the refused."""
@@ -140,7 +184,7 @@ class Report:
         """Return the report for JSON and YAML: names in camelCase, times as RFC 3339, nothing that is not set."""
         plain = _plain(self)
         assert isinstance(plain, dict)
-        return plain
+        return {**plain, "well": self.well}
 
 
 def _camel(name: str) -> str:
@@ -150,7 +194,7 @@ def _camel(name: str) -> str:
 
 _JSON_NAMES = {"unmanaged": "foreign"}
 """Field → its key in JSON, where it has had another name since the first release."""
-_TIMES = frozenset({"time", "agent_since", "mesh_since", "last_change", "since", "silent_since"})
+_TIMES = frozenset({"time", "agent_since", "agent_heard", "mesh_since", "last_change", "since", "silent_since"})
 
 
 def _plain(value: Any) -> Any:
@@ -168,23 +212,6 @@ def _plain(value: Any) -> Any:
         for name, item in pairs
         if item is not None and item != ""
     }
-
-
-def timestamp(seconds: float) -> str:
-    """Return a time as RFC 3339 in UTC, to the second."""
-    return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def age(seconds: float) -> str:
-    """Return a duration in two units at most, as kubectl shows it: 45s, 3m5s, 2h10m, 5d."""
-    left = max(0, int(seconds))
-    if left < 60:
-        return f"{left}s"
-    if left < 3600:
-        return f"{left // 60}m{left % 60}s"
-    if left < 86400:
-        return f"{left // 3600}h{left % 3600 // 60}m"
-    return f"{left // 86400}d"
 
 
 _CARRIED_BY = dict(
@@ -217,228 +244,3 @@ def cause(reach: Reach, mtu: int, encapsulation: str, own: str, peer: str) -> st
     if reach.state is State.LOSSY:
         return f"{reach.loss or 0:.0%} of the probes are lost between {own} and {peer}"
     return ""
-
-
-# From the parts to the report
-
-
-def report(
-    mesh: Mesh | None,
-    self_name: str,
-    facts: Facts | None,
-    want: Dataplane | None,
-    have: Observed | None,
-    plan: Plan,
-    problems: tuple[Problem, ...],
-    converged: bool,
-    traffic: Mapping[str, Traffic],
-    context: ReportContext,
-) -> Report:
-    """Return the report of one reconcile, or of one look at the system.
-
-    A node of the mesh that can't be joined counts as refused, for the reason that `problems` gives.
-    `traffic` is keyed by port.
-    """
-    have = have or Observed(Dataplane())
-    # no peer misses an entry of sets that this host's packet filter can't have
-    kinds = [kind for kind in PEER_KINDS if kind != "filter_peers" or want is None or want.filter_peers]
-    peers: tuple[Peer, ...] = ()
-    if mesh is not None:
-        me = mesh.node(self_name)
-        joined = desired.peers(mesh, me, desired.wiring(mesh, me, facts))[0] if me and facts else {}
-        mtu = desired.pod_mtu(mesh, me, facts) if me and facts else 0
-        peers = (
-            *_peers(mesh, self_name, joined, mtu, have, kinds, problems, traffic, context),
-            *_held(plan, have, traffic, context),
-        )
-    conditions = tuple(_conditions(mesh, plan, peers, problems, converged, context))
-    degraded = any(c.type == "Degraded" and c.status == "True" for c in conditions)
-    return Report(
-        context.now,
-        _headline(self_name, mesh, plan, peers, degraded, converged),
-        converged,
-        _self(self_name, mesh, facts, want, have, context),
-        conditions,
-        peers,
-        tuple(plan.lines()),
-        tuple(u.detail for u in have.unmanaged),
-        problems,
-    )
-
-
-def unmanaged_beside(have: Observed, plan: Plan) -> tuple[Problem, ...]:
-    """Return a problem for each unmanaged object that blocks nothing: it is named all the same."""
-    blocking = {blocked.unmanaged for blocked in plan.blocked}
-    return tuple(Problem(Reason.Foreign, u.detail) for u in have.unmanaged if u not in blocking)
-
-
-def _differences(
-    parts: Dataplane, have: Dataplane, kinds: Iterable[str], unmanaged: Mapping[Any, Unmanaged]
-) -> Iterator[str]:
-    """Yield a line for each part of a peer that is not as wanted."""
-    for kind in kinds:
-        wanted, found = getattr(parts, kind), getattr(have, kind)
-        if wanted.items() <= found.items():
-            continue
-        for key, value in wanted.items():
-            old = found.get(key)
-            if old == value:
-                continue
-            line = str(Step("+" if old is None else "~", kind, key, value, old))[2:]
-            # an unmanaged route to the same destination conflicts whatever its metric is
-            hit = unmanaged.get((kind, key)) or (unmanaged.get((kind, key[0])) if kind == "routes" else None)
-            yield f"{line} {'missing' if old is None else 'differs'}{f': {hit.detail}' if hit else ''}"
-
-
-def _peers(
-    mesh: Mesh,
-    self_name: str,
-    joined: Mapping[str, Dataplane],
-    mtu: int,
-    have: Observed,
-    kinds: list[str],
-    problems: Iterable[Problem],
-    traffic: Mapping[str, Traffic],
-    context: ReportContext,
-) -> Iterator[Peer]:
-    unmanaged = {(u.kind, u.key): u for u in have.unmanaged if u.blocks}
-    me = mesh.node(self_name)
-    own = str(me.address) if me else ""
-    known = [kind for kind in kinds if kind not in have.unknown]
-    unknown = sorted(have.unknown & set(PEER_KINDS))
-    why_unknown = next((f": {p.message}" for p in have.problems if p.fatal), "")
-    reasons: dict[str, list[str]] = {}
-    for problem in problems:
-        reasons.setdefault(problem.node, []).append(str(problem).removeprefix(f"node {problem.node}: "))
-    for node in mesh.nodes:
-        if node.name == self_name:
-            continue
-        address, cidrs = str(node.address), tuple(map(str, node.pod_cidrs))
-        parts = joined.get(node.name)
-        if parts is None:
-            why = tuple(reasons.get(node.name, ["it can't be joined"]))
-            yield Peer(node.name, "refused", address, cidrs, missing=why)
-            continue
-        state, missing = "ok", tuple(_differences(parts, have.dataplane, known, unmanaged))
-        if missing:
-            state = "missing"
-        elif unknown:
-            state, missing = "unknown", (f"{', '.join(unknown)} can't be observed{why_unknown}",)
-        reach = None if context.reach is None else context.reach.get(node.name, Reach())
-        if reach is not None and state == "ok":
-            state, why_not = str(reach.state), cause(reach, mtu, mesh.encapsulation, own, address)
-            missing = (why_not,) if why_not else ()
-        port = next(iter(parts.ports), "")
-        when, how = context.last_change.get(node.name, (None, ""))
-        yield Peer(node.name, state, address, cidrs, port, traffic.get(port), when, how, missing, reach)
-
-
-def _held(plan: Plan, have: Observed, traffic: Mapping[str, Traffic], context: ReportContext) -> Iterator[Peer]:
-    for name in plan.held_peers:
-        for port, row in have.dataplane.ports.items():
-            if row.node == name:
-                when, how = context.last_change.get(name, (None, ""))
-                why = ("left the mesh; its removal is held",)
-                yield Peer(name, "held", row.remote, (), port, traffic.get(port), when, how, why)
-
-
-def _mtu_from(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> str:
-    extra = desired.overhead(mesh, me.address)
-    if mesh.mtu is not None and mtu == mesh.mtu:
-        return "set in the mesh"
-    underlay = facts.underlay_mtu
-    return f"underlay {underlay or mtu + extra}{'' if underlay else ' assumed'} − {extra} of {mesh.encapsulation}"
-
-
-def _self(
-    name: str, mesh: Mesh | None, facts: Facts | None, want: Dataplane | None, have: Observed, context: ReportContext
-) -> Self:
-    found = Self(
-        name,
-        docker=have.docker,
-        ovs_version=context.ovs_version,
-        agent_running=context.agent_since is not None,
-        agent_since=context.agent_since,
-        agent_version=context.agent_version,
-        mesh_from=context.mesh_from,
-        mesh_since=context.mesh_since,
-        mesh_current=context.mesh_current,
-        mesh_digest=digest(mesh) if mesh else "",
-    )
-    me = mesh.node(name) if mesh else None
-    if mesh is None or me is None or facts is None:
-        return found
-    mtu = want.links[KBR].mtu if want and KBR in want.links else desired.pod_mtu(mesh, me, facts)
-    return replace(
-        found,
-        address=str(me.address),
-        pod_cidrs=tuple(map(str, me.pod_cidrs)),
-        gateways=tuple(str(gateway(cidr)) for cidr in me.pod_cidrs),
-        encapsulation=mesh.encapsulation,
-        key=mesh.key,
-        mtu=mtu,
-        mtu_from=_mtu_from(mesh, me, facts, mtu),
-        datapath_type=facts.datapath_type,
-        cni=cni_config.conflist_status(facts.cni, want.cni, have.dataplane.cni) if facts.cni and want else None,
-    )
-
-
-def _conditions(
-    mesh: Mesh | None,
-    plan: Plan,
-    peers: tuple[Peer, ...],
-    problems: tuple[Problem, ...],
-    converged: bool,
-    context: ReportContext,
-) -> Iterator[Condition]:
-    if mesh is None:
-        yield Condition("Converged", "Unknown", Reason.NoMesh, "no mesh was read yet, so nothing is touched")
-    elif converged:
-        yield Condition("Converged", "True", Reason.AsWanted)
-    else:
-        only_held = plan.held and not plan.steps
-        reason = Reason.Blocked if plan.blocked else Reason.RemovalHeld if only_held else Reason.Pending
-        text = f"{counted(len(plan.steps), 'change')} to do, {len(plan.blocked)} blocked, {len(plan.held)} held"
-        yield Condition("Converged", "False", reason, text)
-    reasons = [problem.reason for problem in problems if problem.fatal]
-    reasons += [Reason.PeersMissing] * any(peer.state in ("missing", "unknown", "refused") for peer in peers)
-    reasons += [Reason.PeersUnreachable] * any(peer.state in NOT_REACHED for peer in peers)
-    reasons += [Reason.Blocked] * bool(plan.blocked)
-    if reasons:
-        yield Condition("Degraded", "True", reasons[0], ", ".join(dict.fromkeys(reasons)))
-    else:
-        yield Condition("Degraded", "False", Reason.AsWanted)
-    if plan.held:
-        text = f"{counted(len(plan.held_peers), 'peer')}: {listed(plan.held_peers, 8)}"
-        yield Condition("RemovalHeld", "True", Reason.MassRemovalHeld, text)
-    if mesh is not None and context.mesh_current:
-        source = f"from {context.mesh_from}" if context.mesh_from else ""
-        yield Condition("MeshCurrent", "True", Reason.Read, source)
-    elif mesh is not None:
-        old = f", {age(context.now - context.mesh_since)} old" if context.mesh_since is not None else ""
-        yield Condition("MeshCurrent", "False", Reason.LastKnownGood, f"the last known good mesh{old} is in use")
-
-
-def _headline(
-    name: str, mesh: Mesh | None, plan: Plan, peers: tuple[Peer, ...], degraded: bool, converged: bool
-) -> str:
-    if mesh is None:
-        return f"{name} waits for a mesh: nothing was read yet, so nothing is touched"
-    wanted = [peer for peer in peers if peer.state != "held"]
-    dead = [peer.name for peer in wanted if peer.state in (State.UNREACHABLE, State.NOT_FORWARDED)]
-    if dead:
-        return f"{name}: {len(dead)} of {len(wanted)} peers not reachable: {listed(dead, 3)}"
-    poor = [peer.name for peer in wanted if peer.state in NOT_REACHED]
-    if poor:
-        return f"{name}: packets to {len(poor)} of {len(wanted)} peers are lost: {listed(poor, 3)}"
-    bad = sum(peer.state != "ok" for peer in wanted)
-    if bad:
-        return f"{name} is degraded: {bad} of {len(wanted)} peers not converged"
-    if plan.blocked or (degraded and not converged):
-        what = f"{counted(len(plan.blocked), 'part')} blocked" if plan.blocked else "see below"
-        return f"{name} is degraded: {what}"
-    if plan.held:
-        return f"{name} holds back the removal of {counted(len(plan.held_peers), 'peer')}"
-    if plan.steps:
-        return f"{name} is not converged: {counted(len(plan.steps), 'change')} to do"
-    return f"{name} is {'converged, with problems' if degraded else 'converged'}: all {counted(len(wanted), 'peer')} ok"

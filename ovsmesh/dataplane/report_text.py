@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from ovsmesh.dataplane.report import NOT_REACHED, Peer, Report, Self, age, timestamp
-from ovsmesh.text import listed, printable, some
+from ovsmesh.dataplane.report import NOT_REACHED, Peer, Report, Self, Traffic
+from ovsmesh.dataplane.types import Reach, State
+from ovsmesh.errors import Problem, grouped
+from ovsmesh.reasons import Reason
+from ovsmesh.text import age, clock, listed, printable, some, timestamp
+
+_OF_THE_AGENT = (Reason.AgentDown, Reason.AgentHung, Reason.AgentOutdated, Reason.AgentNotReported)
+"""Reasons of problems that a headline states."""
 
 _MOST = 8
 """Lines about one kind of problem, before "and N more": the table has all peers, JSON has everything."""
@@ -21,24 +27,46 @@ def table(rows: Sequence[Sequence[str]], indent: str = "", right: frozenset[int]
         yield (indent + "  ".join(cells)).rstrip()
 
 
+def problem_lines(problems: Iterable[Problem]) -> list[str]:
+    """Return a line for each kind of problem, the worst first: "! " before what is wrong, "note: " before the rest."""
+    worst_first = sorted(problems, key=_is_note)
+    wrong = [f"! {line}" for line in grouped(p for p in worst_first if not _is_note(p))]
+    # what a note is about in the code's words (its field) is no help
+    return wrong + [f"note: {p.message if not p.node else p}" for p in worst_first if _is_note(p)]
+
+
+def _is_note(problem: Problem) -> bool:
+    return not problem.wrong
+
+
 def _some(lines: Iterable[str]) -> list[str]:
     return some(dict.fromkeys(lines), _MOST)
 
 
 def _problems(report: Report) -> Iterator[str]:
-    lines = [f"! {problem}" for problem in sorted(report.problems, key=lambda p: not p.fatal)]
+    for problem in report.problems:
+        if problem.reason in _OF_THE_AGENT and problem.reason is not Reason.AgentNotReported:
+            yield f"! {problem.reason.meaning} {problem.reason.remedy.replace('`', '')}"
+    # what the headline says is not said again
+    rest = [p for p in report.problems if p.reason not in _OF_THE_AGENT and str(p) not in report.headline]
+    lines = problem_lines(p for p in rest if not _is_note(p))
     yield from _some(lines)
-    named = " ".join(lines)
-    bad = [peer for peer in report.peers if peer.state in ("missing", "unknown") or peer.state in NOT_REACHED]
+    blind = any(problem.fatal for problem in report.problems if problem.reason not in _OF_THE_AGENT)
+    bad = [p for p in report.peers if p.state == "missing" or p.state in NOT_REACHED]
+    bad += [p for p in report.peers if p.state == "unknown" and not blind]
     causes: dict[tuple[str, ...], list[str]] = {}
     for peer in bad:
         causes.setdefault(peer.missing, []).append(peer.name)
-    yield from _some(f"! {listed(names, 3)}: {listed(why, 3, '; ')}" for why, names in causes.items())
-    shown = " ".join(line for peer in bad for line in peer.missing)
-    yield from _some(f"! in the way: {detail}" for detail in report.unmanaged if detail not in shown + named)
+    yield from _some(f"! {listed(names, 3)}: {listed(why, 3, '; ')}" for why, names in causes.items() if why)
+    shown = " ".join([report.headline, *lines, *(line for peer in bad for line in peer.missing)])
+    notes = problem_lines(p for p in rest if _is_note(p))
+    yield from _some(
+        f"! in the way: {detail}" for detail in report.unmanaged if detail not in shown and detail not in "".join(notes)
+    )
     if not bad:
         # else what is pending is shown with its peer
         yield from _some(line for line in report.pending if line[0] != "=")
+    yield from _some(notes)
 
 
 def _about(me: Self, now: float) -> Iterator[tuple[str, str]]:
@@ -53,40 +81,57 @@ def _about(me: Self, now: float) -> Iterator[tuple[str, str]]:
         yield "CNI", str(me.cni)
     if me.docker:
         yield "Docker", me.docker
-    if me.agent_since is None:
-        yield "agent", "not running: nothing is repaired or updated"
-    else:
-        since = f"running for {age(now - me.agent_since)} (since {timestamp(me.agent_since)})"
-        yield "agent", " ".join(filter(None, [me.agent_version, since]))
+    yield "agent", _agent(me, now)
     old = f", read {age(now - me.mesh_since)} ago" if me.mesh_since is not None else ""
     good = "" if me.mesh_current else " (the last known good one: its source can't be used now)"
     if me.mesh_from or old:
         digest = f", digest {me.mesh_digest}" if me.mesh_digest else ""
-        yield "mesh", f"{me.mesh_from or 'mesh'}{digest}{old}{good}"
+        nobody = "" if me.agent_since is not None else " by this command: no agent has it in force"
+        yield "mesh", f"{me.mesh_from or 'mesh'}{digest}{old}{nobody}{good}"
 
 
-def _row(peer: Peer, now: float) -> list[str]:
-    traffic = peer.traffic
-    counted = (traffic.rx_packets, traffic.tx_packets, traffic.errors) if traffic else (None,) * 3
-    numbers = ["-" if n is None else str(n) for n in counted]
-    changed = age(now - peer.last_change) if peer.last_change is not None else "-"
-    state = peer.state if not peer.missing or peer.state in NOT_REACHED else f"{peer.state}: {_first(peer.missing)}"
-    cidrs = ",".join(peer.pod_cidrs) or "-"
-    return [peer.name, peer.address or "-", cidrs, peer.port or "-", *numbers, changed, *_reach(peer), state]
+def _agent(me: Self, now: float) -> str:
+    last = f"; last report {age(now - me.agent_heard)} ago, at {clock(me.agent_heard, now)}" if me.agent_heard else ""
+    if me.agent_since is None:
+        return f"not running{last or '; none has reported here'}"
+    if not me.agent_running:
+        return f"{me.agent_version} gives no report now{last}".strip()
+    return f"{me.agent_version} running for {age(now - me.agent_since)} (since {timestamp(me.agent_since)})".strip()
 
 
-def _reach(peer: Peer) -> list[str]:
-    """Return round trip, loss and path MTU; nothing where nobody probes."""
-    found = peer.reach
-    if found is None:
-        return []
-    trip = "-" if found.round_trip is None else f"{found.round_trip * 1000:.1f} ms"
-    loss = "-" if found.loss is None else f"{found.loss:.0%}"
-    return [trip, loss, "-" if found.path_mtu is None else str(found.path_mtu)]
+_HEAD = ["PEER", "ADDRESS", "POD CIDRS", "STATE", "RTT", "LOSS", "MTU", "RX", "TX", "ERRORS"]
 
 
-def _first(missing: tuple[str, ...]) -> str:
-    return missing[0] + (f" (+{len(missing) - 1})" if len(missing) > 1 else "")
+def _row(peer: Peer, mtu: int) -> list[str]:
+    traffic, found = peer.traffic or Traffic(), peer.reach or Reach()
+    if found.state is State.UNPROBED:
+        # too few probes to say anything
+        found = Reach()
+    passes = found.path_mtu or (mtu if peer.state == State.OK else None)
+    return [
+        peer.name,
+        peer.address or "-",
+        ",".join(peer.pod_cidrs) or "-",
+        peer.state,
+        "-" if found.round_trip is None else f"{found.round_trip * 1000:.1f} ms",
+        "-" if found.loss is None else f"{found.loss:.0%}",
+        _number(passes),
+        *(_number(n) for n in (traffic.rx_packets, traffic.tx_packets, traffic.errors)),
+    ]
+
+
+def _number(value: int | None) -> str:
+    """Return a number in five characters at most, as in 12.3k; "-" where it is not known."""
+    if value is None:
+        return "-"
+    if value < 10000:
+        return str(value)
+    size, unit = next((size, unit) for size, unit in _UNITS if value >= size)
+    short = value / size
+    return f"{short:.0f}{unit}" if short >= 100 else f"{short:.1f}{unit}"
+
+
+_UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
 def render_text(report: Report) -> str:
@@ -96,8 +141,6 @@ def render_text(report: Report) -> str:
     conditions = [(c.type, c.status, c.reason, c.message) for c in report.conditions]
     lines += ["", *table([("CONDITION", "STATUS", "REASON", "MESSAGE"), *conditions])]
     if report.peers:
-        reach = ["RTT", "LOSS", "PATH MTU"] if any(peer.reach for peer in report.peers) else []
-        head = ["PEER", "ADDRESS", "POD CIDRS", "PORT", "RX", "TX", "ERRORS", "CHANGED", *reach, "STATE"]
-        rows = [head, *(_row(peer, report.time) for peer in report.peers)]
-        lines += ["", *table(rows, right=frozenset(range(4, len(head) - 1)))]
+        rows = [_HEAD, *(_row(peer, report.self.mtu) for peer in report.peers)]
+        lines += ["", *table(rows, right=frozenset(range(4, len(_HEAD))))]
     return "\n".join(map(printable, lines)) + "\n"

@@ -40,10 +40,10 @@ _TIMEOUT = 10.0
 _LOCK_WAIT = "5"
 """Seconds that iptables waits for the lock that all its users share."""
 _CONSEQUENCE = {
-    "nft": "no masquerading, no source check and no filter for tunnel packets",
+    "nft": "nothing is masqueraded, and neither sources of pods nor senders of tunnel packets are checked",
     "bridge": "a pod may use another pod's source address on this node",
-    "ibrname": "source addresses are checked on the veth ports of all bridges, and forged tunnel addresses"
-    " are not refused between pods of this node",
+    "ibrname": "a pod may forge a tunnel address towards other pods of its node, and the addresses of the mesh"
+    " are refused to containers on other bridges too",
     "inet postrouting": "pods reach nothing outside the mesh, unless something else masquerades them",
     "inet input": "tunnel packets from addresses that are no peers are left to Open vSwitch to refuse",
     "inet forward": "a pod may send packets that look like this node's tunnel packets",
@@ -254,7 +254,7 @@ class Firewall:
 
     def _problems(self) -> tuple[Problem, ...]:
         lacking = [
-            Problem(Reason.FilterUnavailable, f"{why}; without it {_CONSEQUENCE[what]}", field=what)
+            Problem(Reason.FilterUnavailable, f"{_CONSEQUENCE[what]} ({why})", field=what)
             for what, why in self._missing.items()
         ]
         refused = [
@@ -316,7 +316,7 @@ class Firewall:
         if found == wanted_order(wanted):
             return True
         if family == "bridge" and found == wanted_order(supported(wanted, ["ibrname"])):
-            self._missing["ibrname"] = "the kernel has no nft_meta_bridge"
+            self._missing["ibrname"] = "the kernel has no module nft_meta_bridge"
             return True
         return False
 
@@ -338,7 +338,7 @@ class Firewall:
             reduced = supported(wanted, ["ibrname"])
             why = self._check(family, reduced)
             what = "bridge" if why else "ibrname"
-            self._missing[what] = why or "the kernel has no nft_meta_bridge"
+            self._missing[what] = why or "the kernel has no module nft_meta_bridge"
             return
         for chain in dict.fromkeys(key[1] for key in wanted):
             why = self._check(family, {key: rule for key, rule in wanted.items() if key[1] == chain})

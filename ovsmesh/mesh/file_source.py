@@ -17,6 +17,7 @@ from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import MeshError
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import read_regular
+from ovsmesh.text import instead
 
 WRITE_GRACE = 2.0
 """Seconds that a writer may hold the mesh file open before it is read as it is."""
@@ -93,6 +94,7 @@ class FileSource:
         if mesh.node(self.node) is None:
             refused = any(p.node == self.node for p in problems)
             message = f"{where}: has no {'usable ' if refused else ''}entry for this node, {self.node}: "
-            advice = "add it, give --node the name it has there, or run `ovsmesh cleanup`"
+            names = instead(self.node, (node.name for node in mesh.nodes))
+            advice = f"{names}. Give --node the name it has there, add it, or run `ovsmesh cleanup`"
             return self._last.keep(Reason.SelfMissing, message + ("correct it" if refused else advice), problems)
         return self._last.accept(mesh, problems)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ovsmesh.text import counted, instead, listed, nearest, printable, some
+from ovsmesh.text import age, clock, counted, instead, listed, nearest, printable, some
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,19 @@ def test_the_nearest_of_names_that_differ_in_case_keeps_its_own_spelling() -> No
 )
 def test_a_wrong_name_gets_the_nearest_and_the_list(names: tuple[str, ...], text: str) -> None:
     assert instead("wbe1", names, 3) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0s"), (59.9, "59s"), (60, "1m0s"), (3725, "1h2m"), (86400, "1d")],
+)
+def test_age(seconds: float, text: str) -> None:
+    assert age(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("ago", "text"),
+    [(0, "08:00:00Z"), (86399, "08:00:01Z"), (86400, "2027-01-14 08:00:00Z"), (-90000, "2027-01-16 09:00:00Z")],
+)
+def test_a_time_of_another_day_has_its_date(ago: float, text: str) -> None:
+    assert clock(1_800_000_000.0 - ago, 1_800_000_000.0) == text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import socket
 import threading
@@ -51,7 +52,8 @@ class Made(NodeStatus):
     """A status with a report of the test's own."""
 
     def __init__(self, report: Report, counters: AgentCounters = COUNTERS, **changes: Any) -> None:
-        result = ReconcileResult(converged=report.converged, problems=report.problems, **changes)
+        changes = {"problems": report.problems, **changes}
+        result = ReconcileResult(converged=report.converged, **changes)
         super().__init__(result, counters)
         self._report = report
 
@@ -319,22 +321,50 @@ def test_a_status_does_not_change_with_what_is_counted_later() -> None:
     assert not status.counters.drift and list(status.counters.last_change) == ["web1"]
 
 
-def test_the_status_file_says_what_only_the_agent_knows_and_is_written_when_that_changes(tmp_path: Path) -> None:
+def file_of(publisher: StatusPublisher, state: StateDir, status: NodeStatus) -> Any:
+    """Return the status file once the publisher has had its time."""
+    publisher.publish(status)
+    publisher.idle()
+    thread = publisher._file._thread
+    assert thread is not None
+    thread.join(30)
+    return state.status()
+
+
+def test_the_last_report_is_kept_in_the_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ovsmesh.agent.publisher._WRITE_AGAIN", 0.0)
+    state = StateDir(tmp_path)
+    publisher = StatusPublisher("127.0.0.1:0", state)
+    try:
+        one = Made(made(), problems=(Problem(Reason.ApplyFailed, "flows: no"),))
+        told = file_of(publisher, state, one)
+        assert told["headline"] == "web9 is converged" and told["listen"].startswith("127.0.0.1:")
+        (tmp_path / "status.json").unlink()
+        same = Made(made(headline="never shown"), problems=one.result.problems)
+        assert file_of(publisher, state, same) is None, "it says the same"
+        assert file_of(publisher, state, Made(made(headline="another")))["headline"] == "another"
+        reached = Made(made(headline="a peer was lost"))
+        reached.result = one.result
+        file_of(publisher, state, one)
+        assert file_of(publisher, state, reached)["headline"] == "a peer was lost", "published for the probes"
+    finally:
+        publisher.close()
+
+
+def test_the_status_file_says_until_when_it_was_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = StateDir(tmp_path)
     publisher = StatusPublisher("", state)
-    problems = (Problem(Reason.ApplyFailed, "flows: no"), Problem(Reason.SwitchDown, "does not answer"))
-    publisher.publish(NodeStatus(ReconcileResult(problems=problems), COUNTERS))
-    told = state.status()
-    assert told and told["problems"] == [["ApplyFailed", "flows: no"]] and told["drift"] == {"routes": 2}
-    (tmp_path / "status.json").unlink()
-    publisher.publish(NodeStatus(ReconcileResult(problems=problems), COUNTERS))
+    assert file_of(publisher, state, Made(made()))["listen"] == ""
+    os.utime(tmp_path / "status.json", (1.0, 1.0))
+    for module_time in ("_next", "_touch_at"):
+        monkeypatch.setattr(publisher._file, module_time, 0.0)
     publisher.idle()
-    assert state.status() is None
-    publisher.publish(NodeStatus(ReconcileResult(problems=problems), replace(COUNTERS, started=2.0)))
-    assert state.status() is None, "the loop comes first"
-    publisher.idle()
+    now = state.status_time()
+    assert now is not None and now > time.time() - 60
+    publisher.publish(Made(made(headline="the last word")))
+    publisher.close()
     told = state.status()
-    assert told and told["since"] == 2.0
+    assert told is not None and told["headline"] == "the last word"
 
 
 def test_a_port_that_becomes_free_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from ovsmesh.dataplane import desired
+from ovsmesh.dataplane.node_report import report, unmanaged_beside
 from ovsmesh.dataplane.plan import Blocked, Plan, Step, in_sync, plan
-from ovsmesh.dataplane.report import ReportContext, Traffic, age, report, unmanaged_beside
-from ovsmesh.dataplane.report_text import render_text
-from ovsmesh.dataplane.types import Dataplane, Facts, Observed, Unmanaged
+from ovsmesh.dataplane.report import NOT_REACHED, Agent, ReconcileResult, ReportContext, Traffic
+from ovsmesh.dataplane.report_text import problem_lines, render_text
+from ovsmesh.dataplane.types import Dataplane, Facts, Observed, Reach, State, Unmanaged
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.reasons import Reason
@@ -28,13 +29,14 @@ WARNING, ERROR = Problem(Reason.MTUTooHigh, "is too high"), Problem(Reason.PodCI
 STEP = Step("+", "fdb", "0a:58:0a:61:02:01", "obr0", None)
 BLOCKED = Blocked(STEP, Unmanaged("fdb", STEP.key, "is in the way"))
 HELD = Plan(held=(STEP._replace(op="-", have="obr0"),), held_peers=("web8",))
+OK = Reach(State.OK, NOW - 600, round_trip=0.0004, loss=0.0, sent=9)
 CONTEXT = ReportContext(
     NOW,
-    agent_since=NOW - 3725,
-    agent_version="0.1.0",
+    Agent(NOW - 3725, "0.1.0"),
     ovs_version="3.1.0",
+    traffic={"gre-web2": Traffic(12, 34567, 1200, 3400, 0)},
     mesh_from="/etc/ovsmesh/mesh.yaml",
-    mesh_since=NOW - 185,
+    reach={"web2": OK, "web3": OK},
     last_change={"web2": (NOW - 61, "+ port gre-web2")},
 )
 
@@ -47,18 +49,27 @@ def wanted(mesh: Any = MESH) -> Any:
     return desired.dataplane(mesh, "web1", FACTS)
 
 
+def found_by(mesh: Any, have: Any, todo: Plan, problems: Any, converged: bool, **more: Any) -> ReconcileResult:
+    more = {"mesh_current": True, "mesh_since": NOW - 185, **more}
+    return ReconcileResult(mesh, FACTS, wanted(mesh)[0], have, todo, problems, converged, **more)
+
+
 def made(mesh: Any = MESH, observed: Any = None, context: Any = CONTEXT, problems: Any = ()) -> Any:
     want, refused = wanted(mesh)
     have = observed or Observed(want)
     todo = plan(want, have)
     every = (*problems, *refused, *have.problems)
-    traffic = {"gre-web2": Traffic(12, 34, 1200, 3400, 0)}
-    return report(mesh, "web1", FACTS, want, have, todo, every, in_sync(todo, have.problems), traffic, context)
+    return report(found_by(mesh, have, todo, every, in_sync(todo, have.problems)), "web1", context)
+
+
+def lost(**reaches: Reach) -> Any:
+    """Return the report of a node that is wired as wanted, with these findings of its probes."""
+    return made(context=replace(CONTEXT, reach={**CONTEXT.reach, **reaches}))
 
 
 def test_golden_converged() -> None:
     assert render_text(made()).splitlines() == [
-        "web1 is converged: all 2 peers ok",
+        "web1: all 2 peers ok",
         "",
         "  node          web1 192.0.2.11 gre",
         "  pod CIDRs     10.97.1.0/24 (gateway 10.97.1.1)",
@@ -72,9 +83,9 @@ def test_golden_converged() -> None:
         "Degraded     False   AsWanted",
         "MeshCurrent  True    Read      from /etc/ovsmesh/mesh.yaml",
         "",
-        "PEER  ADDRESS     POD CIDRS     PORT      RX  TX  ERRORS  CHANGED  STATE",
-        "web2  192.0.2.12  10.97.2.0/24  gre-web2  12  34       0     1m1s  ok",
-        "web3  192.0.2.13  10.97.3.0/24  gre-web3   -   -       -        -  ok",
+        "PEER  ADDRESS     POD CIDRS     STATE     RTT  LOSS   MTU  RX     TX  ERRORS",
+        "web2  192.0.2.12  10.97.2.0/24  ok     0.4 ms    0%  1462  12  34.6k       0",
+        "web3  192.0.2.13  10.97.3.0/24  ok     0.4 ms    0%  1462   -      -       -",
     ]
 
 
@@ -84,29 +95,131 @@ def test_golden_degraded() -> None:
     ports = {name: port for name, port in want.ports.items() if name != "gre-web3"}
     unmanaged = Unmanaged("routes", "10.97.3.0/24", "an unmanaged route 10.97.3.0/24 via 192.0.2.254 dev eth0")
     have = Observed(copy(want, routes=routes, ports=ports), (unmanaged,))
-    text = render_text(made(observed=have))
-    lines = text.splitlines()
-    assert lines[:2] == [
-        "web1 is degraded: 1 of 2 peers not converged",
+    lines = render_text(made(observed=have)).splitlines()
+    assert lines[:3] == [
+        "web1: 1 of 2 peers not in place: web3",
         "! web3: port gre-web3 remote 192.0.2.13 missing; "
         "route 10.97.3.0/24 via 10.97.3.1 dev kbr0 mtu 1462 missing: "
         "an unmanaged route 10.97.3.0/24 via 192.0.2.254 dev eth0",
+        "",
     ]
-    assert "Converged    False   Blocked       1 change to do, 1 blocked, 0 held" in lines
-    assert "Degraded     True    PeersMissing  PeersMissing, Blocked" in lines
-    assert lines[-1].endswith("missing: port gre-web3 remote 192.0.2.13 missing (+1)")
+    assert "Converged    False   Blocked       1 change to do, 1 blocked" in lines
+    sentences = "1 of 2 peers is not joined, or unknown: web3. An unmanaged object stands where a managed one belongs."
+    assert f"Degraded     True    PeersMissing  {sentences}" in lines
+    assert lines[-1].split()[:4] == ["web3", "192.0.2.13", "10.97.3.0/24", "missing"]
 
 
-def test_switch_down_is_unknown_not_missing() -> None:
+@pytest.mark.parametrize(
+    ("reach", "verdict"),
+    [
+        (
+            Reach(State.UNREACHABLE, NOW - 61),
+            "1 of 2 peers not reachable: web3 (since 07:58:59Z, nothing arrives from it)",
+        ),
+        (
+            Reach(State.UNREACHABLE, NOW - 90061, heard=True),
+            "1 of 2 peers not reachable: web3 (since 2027-01-14 06:58:59Z, its packets arrive, ours are not answered)",
+        ),
+        (
+            Reach(State.UNREACHABLE, NOW - 61, error="a filter of this host drops it"),
+            "1 of 2 peers not reachable: web3 (since 07:58:59Z, probes can't be sent)",
+        ),
+        (
+            Reach(State.SMALL, NOW - 61, path_mtu=1362),
+            "only small packets reach 1 of 2 peers: web3 (since 07:58:59Z, path MTU 1362)",
+        ),
+        (
+            Reach(State.LOSSY, NOW - 61, loss=0.3),
+            "some packets to 1 of 2 peers are lost: web3 (since 07:58:59Z, 30% are lost)",
+        ),
+        (
+            Reach(State.NOT_FORWARDED, NOW - 61),
+            "1 of 2 peers not reachable: web3 (since 07:58:59Z, it answers, but forwards nothing to its pods)",
+        ),
+        (Reach(), "1 of 2 peers not probed yet"),
+    ],
+)
+def test_the_first_line_is_the_verdict_about_packets(reach: Reach, verdict: str) -> None:
+    found = lost(web3=reach)
+    assert found.headline == f"web1: {verdict}" and not found.well
+    assert render_text(found).startswith(f"web1: {verdict}\n")
+
+
+def test_several_peers_with_one_cause_or_several() -> None:
+    dead = Reach(State.UNREACHABLE, NOW - 61)
+    same = lost(web2=replace(dead, since=NOW - 3661), web3=dead)
+    assert same.headline == "web1: 2 of 2 peers not reachable: web2, web3 (since 06:58:59Z, nothing arrives from it)"
+    other = lost(web2=replace(dead, heard=True), web3=dead)
+    assert other.headline.endswith("web2, web3 (since 07:58:59Z, see below)")
+    lines = render_text(other).splitlines()
+    assert lines[1].startswith("! web2: its packets arrive here") and lines[2].startswith("! web3: nothing arrives")
+
+
+@pytest.mark.parametrize("state", sorted(set(State) - {State.OK}))
+def test_no_state_but_ok_is_well(state: State) -> None:
+    found = lost(web3=Reach(state, NOW - 1, loss=0.5, path_mtu=1300))
+    assert not found.well and found.headline != made().headline
+    degraded = next(c for c in found.conditions if c.type == "Degraded")
+    assert degraded.status == str(state in NOT_REACHED)
+
+
+def test_each_peer_is_in_one_state() -> None:
+    found = lost(web3=Reach(State.UNREACHABLE, NOW - 1))
+    states = {peer.state for peer in found.peers}
+    assert sum(found.count(state) for state in states) == len(found.peers)
+
+
+DEAD = Agent(problem=Problem(Reason.AgentDown, "no agent runs"), alive=False, heard=NOW - 185, said="all 2 peers ok")
+
+
+def test_a_dead_agent_is_the_headline_with_its_last_report_and_no_peer_is_ok() -> None:
+    found = made(context=replace(CONTEXT, agent=DEAD))
+    lines = render_text(found).splitlines()
+    assert lines[0] == "web1: no agent runs; its last report, 3m5s ago: all 2 peers ok"
+    assert lines[1].startswith("! No agent runs. Forwarding goes on; nothing is repaired")
+    assert lines[2] == "! web2, web3: not probed now; it was ok 3m5s ago"
+    assert "  agent         not running; last report 3m5s ago, at 07:56:55Z" in lines
+    assert not found.well and {peer.state for peer in found.peers} == {"unknown"}
+    assert not any(peer.reach for peer in found.peers)
+    assert [c.reason for c in found.conditions if c.type == "Degraded"] == ["AgentDown"]
+    plain = found.to_dict()["self"]
+    assert plain["agentRunning"] is False and plain["agentHeard"] == "2027-01-15T07:56:55Z"
+
+
+def test_an_agent_that_never_reported() -> None:
+    agent = Agent(problem=Problem(Reason.AgentDown, "no agent runs"), alive=False)
+    text = render_text(made(context=replace(CONTEXT, agent=agent, reach={})))
+    assert text.startswith("web1: no agent runs\n") and "not running; none has reported here" in text
+
+
+def test_a_hung_agent_is_the_headline() -> None:
+    problem = Problem(Reason.AgentHung, "the agent (pid 7) does not answer")
+    found = made(context=replace(CONTEXT, agent=replace(DEAD, since=NOW - 999, problem=problem, version="0.1.0")))
+    assert found.headline == "web1: the agent (pid 7) does not answer; its last report, 3m5s ago: all 2 peers ok"
+    assert "0.1.0 gives no report now; last report 3m5s ago" in render_text(found) and not found.well
+
+
+def test_an_outdated_agent_is_the_headline_and_its_probes_count() -> None:
+    problem = Problem(Reason.AgentOutdated, "the agent runs version 0.0.9, and 0.1.0 is installed")
+    found = made(context=replace(CONTEXT, agent=replace(CONTEXT.agent, problem=problem)))
+    assert found.headline == "web1: the agent runs version 0.0.9, and 0.1.0 is installed; all 2 peers ok"
+    assert not found.well and found.count("ok") == 2
+
+
+def test_the_mesh_that_the_agent_works_with_is_shown() -> None:
+    text = render_text(made(context=replace(CONTEXT, mesh_in_force=("0123456789ab", NOW - 3600))))
+    assert "mesh.yaml, digest 0123456789ab, read 1h0m ago" in text
+
+
+def test_switch_down_is_unknown_not_missing_and_said_once() -> None:
     want, _ = wanted()
     problem = Problem(Reason.SwitchDown, "ovs-vswitchd does not answer")
     have = Observed(copy(want, flows={}), (), (problem,), frozenset({"flows"}))
     found = made(observed=have)
     assert {peer.state for peer in found.peers} == {"unknown"}
-    assert render_text(found).splitlines()[:2] == [
-        "web1 is degraded: 2 of 2 peers not converged",
-        "! ovs-vswitchd does not answer",
-    ]
+    text = render_text(found)
+    assert text.splitlines()[:2] == ["web1: 2 of 2 peers unknown: ovs-vswitchd does not answer", ""]
+    assert text.count("ovs-vswitchd does not answer") == 2, "the other one is the condition's"
 
 
 def test_refused_peer_says_why() -> None:
@@ -115,7 +228,7 @@ def test_refused_peer_says_why() -> None:
     assert [peer.state for peer in found.peers] == ["ok", "refused"]
     assert "another address family" in found.peers[1].missing[0]
     assert found.count("wanted") == 1 and found.count("refused") == 1
-    assert found.headline == "web1 is degraded: 1 of 2 peers not converged"
+    assert found.headline == "web1: 1 of 2 peers refused: web3"
 
 
 def test_held_removals_and_last_known_good() -> None:
@@ -123,9 +236,8 @@ def test_held_removals_and_last_known_good() -> None:
     small = replace(MESH, nodes=NODES[:1])
     have = Observed(want)
     todo = replace(plan(want, have), held=plan(wanted(small)[0], have).steps, held_peers=("web2", "web3"))
-    context = replace(CONTEXT, mesh_current=False)
-    found = report(small, "web1", FACTS, wanted(small)[0], have, todo, (), False, {}, context)
-    assert found.headline == "web1 holds back the removal of 2 peers"
+    found = report(found_by(small, have, todo, (), False, mesh_current=False), "web1", CONTEXT)
+    assert found.headline == "web1: holds back the removal of 2 peers"
     assert [(peer.name, peer.state, peer.port) for peer in found.peers] == [
         ("web2", "held", "gre-web2"),
         ("web3", "held", "gre-web3"),
@@ -139,21 +251,28 @@ def test_held_removals_and_last_known_good() -> None:
 @pytest.mark.parametrize(
     ("todo", "problems", "converged", "headline", "reasons"),
     [
-        (Plan(), (), True, "web1 is converged: all 2 peers ok", ["AsWanted", "AsWanted"]),
-        (Plan(), (WARNING,), True, "web1 is converged: all 2 peers ok", ["AsWanted", "AsWanted"]),
-        (Plan(), (ERROR,), True, "web1 is converged, with problems: all 2 peers ok", ["AsWanted", "PodCIDRInvalid"]),
-        (Plan(), (ERROR,), False, "web1 is degraded: see below", ["Pending", "PodCIDRInvalid"]),
-        (Plan((STEP,)), (), False, "web1 is not converged: 1 change to do", ["Pending", "AsWanted"]),
-        (Plan((STEP,), (BLOCKED,)), (), False, "web1 is degraded: 1 part blocked", ["Blocked", "Blocked"]),
-        (HELD, (), False, "web1 holds back the removal of 1 peer", ["RemovalHeld", "AsWanted", "MassRemovalHeld"]),
-        (replace(HELD, steps=(STEP,)), (), False, "web1 holds back the", ["Pending", "AsWanted", "MassRemovalHeld"]),
+        (Plan(), (), True, "all 2 peers ok", ["AsWanted", "AsWanted"]),
+        (Plan(), (WARNING,), True, "all 2 peers ok", ["AsWanted", "AsWanted"]),
+        (Plan(), (ERROR,), True, "all 2 peers ok; node web9: is no range", ["AsWanted", "PodCIDRInvalid"]),
+        (Plan(), (ERROR,), False, "node web9: is no range", ["Pending", "PodCIDRInvalid"]),
+        (Plan((STEP,)), (), False, "not converged: 1 change to do", ["Pending", "AsWanted"]),
+        (Plan((STEP,), (BLOCKED,)), (), False, "1 part blocked: is in the way", ["Blocked", "Blocked"]),
+        (HELD, (), False, "holds back the removal of 1 peer", ["RemovalHeld", "AsWanted", "MassRemovalHeld"]),
+        (replace(HELD, steps=(STEP,)), (), False, "holds back the", ["Pending", "AsWanted", "MassRemovalHeld"]),
     ],
 )
 def test_headline_and_reasons(todo: Plan, problems: Any, converged: bool, headline: str, reasons: list[str]) -> None:
-    want, _ = wanted()
-    found = report(MESH, "web1", FACTS, want, Observed(want), todo, problems, converged, {}, CONTEXT)
-    assert found.headline.startswith(headline) and found.converged is converged
+    found = report(found_by(MESH, Observed(wanted()[0]), todo, problems, converged), "web1", CONTEXT)
+    assert found.headline.startswith(f"web1: {headline}") and found.converged is converged
     assert [c.reason for c in found.conditions] == [*reasons, "Read"]
+    assert found.well is (converged and ERROR not in problems)
+
+
+def test_no_condition_repeats_its_reason_as_its_message() -> None:
+    for problems in ((ERROR,), (ERROR, Problem(Reason.DatabaseDown, "does not answer"))):
+        found = report(found_by(MESH, Observed(wanted()[0]), Plan(), problems, False), "web1", CONTEXT)
+        degraded = next(c for c in found.conditions if c.type == "Degraded")
+        assert not any(reason in degraded.message for reason in Reason) and degraded.message.endswith(".")
 
 
 def test_unmanaged_objects_that_block_nothing_are_named() -> None:
@@ -163,7 +282,7 @@ def test_unmanaged_objects_that_block_nothing_are_named() -> None:
 
 
 def test_no_mesh_yet() -> None:
-    found = report(None, "web1", None, None, None, Plan(), (), False, {}, ReportContext(NOW))
+    found = report(ReconcileResult(), "web1", ReportContext(NOW))
     assert "waits for a mesh" in render_text(found) and "not running" in render_text(found)
     assert found.to_dict()["conditions"][0]["status"] == "Unknown"
 
@@ -172,15 +291,34 @@ def test_problems_first_and_bounded() -> None:
     problems = [Problem(Reason.TurnFailed, f"trouble {n}", fatal=False) for n in range(20)]
     problems.append(Problem(Reason.ApplyFailed, "the worst"))
     lines = render_text(made(problems=problems)).splitlines()
-    assert lines[0] == "web1 is converged, with problems: all 2 peers ok"
-    assert lines[1] == "! the worst" and lines[9] == "and 13 more"
+    assert lines[0] == "web1: all 2 peers ok; the worst"
+    assert lines[1] == "! trouble 0" and lines[9] == "and 12 more"
+
+
+def test_one_mistake_at_many_nodes_is_one_line() -> None:
+    problems = [
+        Problem(Reason.UnknownKey, f"unknown key: did you mean address? (line {n})", f"web{n}", "adress", "192.0.2.1")
+        for n in range(10, 40)
+    ]
+    (line,) = problem_lines(problems)
+    assert line == (
+        "! node web10: adress 192.0.2.1: unknown key: did you mean address? (line 10). "
+        "The same at 29 other nodes: web11, web12, web13, and 26 more"
+    )
+
+
+def test_what_the_node_works_without_is_a_note_behind_what_is_wrong() -> None:
+    less = Problem(Reason.FilterUnavailable, "the kernel has less")
+    text = render_text(made(problems=(less, Problem(Reason.TurnFailed, "trouble", fatal=False))))
+    assert text.splitlines()[1:3] == ["! trouble", "note: the kernel has less"]
+    assert made(problems=(less,)).well
 
 
 def test_filter_peers_that_can_not_be_had_are_not_missing() -> None:
     want, _ = wanted()
     want = replace(want, rules={}, filter_peers={})
-    found = report(MESH, "web1", FACTS, want, Observed(want), Plan(), (), True, {}, CONTEXT)
-    assert found.count("ok") == 2
+    result = replace(found_by(MESH, Observed(want), Plan(), (), True), want=want)
+    assert report(result, "web1", CONTEXT).count("ok") == 2
 
 
 def test_dict_is_json_with_camel_case_names() -> None:
@@ -197,14 +335,6 @@ def test_text_can_not_steer_a_terminal() -> None:
     have = Observed(want, (Unmanaged("ports", "evil", "port \x1b[2J\x07evil\nroot", False),))
     text = render_text(made(observed=have))
     assert "\x1b" not in text and "port ?[2J?evil?root" in text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(-1, "0s"), (59.9, "59s"), (60, "1m0s"), (3725, "1h2m"), (86400, "1d")],
-)
-def test_age(seconds: Any, text: Any) -> None:
-    assert age(seconds) == text
 
 
 def test_empty_observed() -> None:
