@@ -325,6 +325,24 @@ def trace(source: str, destination: str, state_dir: str, output: str, kubeconfig
 
 @cli.command()
 @_with(*_NODE, *_CONTAINERS)
+@_option(
+    "-o --output", "File or directory to write to; - is standard output.", usual="the current directory", metavar="FILE"
+)
+def bundle(state_dir: str, output: str | None, **options: Any) -> None:
+    """Write everything that a maintainer asks for into one archive, secrets left out.
+
+    It works with the agent or Open vSwitch dead: its MANIFEST.txt says what could not be had.
+    """
+    from ovsmesh.cli.bundle import bundle as run
+
+    _root()
+    chosen = _chosen(options)
+    given = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    click.echo(run(_options(state_dir, options), [*given, "--state-dir", state_dir], output or ""), err=output == "-")
+
+
+@cli.command()
+@_with(*_NODE, *_CONTAINERS)
 @click.option("--dry-run", is_flag=True, help="Print what would be removed and restored, change nothing.")
 def cleanup(state_dir: str, dry_run: bool, **options: Any) -> None:
     """Remove everything that ovsmesh made and nothing else, and restore what it changed.

@@ -115,7 +115,8 @@ class Host:
         package = str(Path(ovsmesh.__file__).resolve().parents[1])
         path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
         state = str(self.state)
-        options = {f"OVSMESH_{c}_STATE_DIR": f"{state}/agent" for c in ("PLAN", "STATUS", "CLEANUP", "HISTORY")}
+        commands = ("PLAN", "STATUS", "CLEANUP", "HISTORY", "BUNDLE")
+        options = {f"OVSMESH_{c}_STATE_DIR": f"{state}/agent" for c in commands}
         # a lab leaves the machine's own Docker alone
         options["OVSMESH_AGENT_DOCKER"] = "off"
         return {"OVS_RUNDIR": state, "OVS_LOGDIR": state, "OVS_DBDIR": state, "PYTHONPATH": path, **options}
