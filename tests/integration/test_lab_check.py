@@ -125,6 +125,27 @@ def test_status_metrics_and_conditions_tell_of_a_cut_and_of_its_end(three: Lab) 
     assert one.ovsmesh("status").returncode == 0
 
 
+def test_metrics_name_the_peer_and_count_what_the_tunnels_carry(three: Lab) -> None:
+    all_ok(three)
+    one, _, third = three.hosts
+    carried = [f'ovsmesh_tunnel_bytes_total{{direction="{way}"}}' for way in ("receive", "transmit")]
+    wait_for("the ports' counters", lambda: all(metrics(one).get(name, 0) > 0 for name in carried), SOON)
+    well = metrics(one)
+    assert sum(number for name, number in well.items() if name.startswith("ovsmesh_peers{")) == 2
+    assert well["ovsmesh_peers_wanted"] == 2 and well['ovsmesh_peer_unreachable{peer="h3"}'] == 0
+    assert well['ovsmesh_peer_path_mtu_bytes{peer="h3"}'] == live(one)["self"]["mtu"]
+    assert 0 < well["ovsmesh_probe_round_trip_seconds_count"] <= well["ovsmesh_probes_sent_total"]
+    digests = [{name for name in metrics(host) if name.startswith("ovsmesh_mesh_info")} for host in three.hosts]
+    assert len(digests[0]) == 1 and digests[1:] == digests[:-1]
+    with fault(three, f"{tunnel(one, third)} drop", f"{tunnel(third, one)} drop"):
+        wait_for("h3 to be named", lambda: metrics(one)['ovsmesh_peer_unreachable{peer="h3"}'] == 1, SOON)
+        cut = metrics(one)
+        assert cut['ovsmesh_peer_unreachable{peer="h2"}'] == 0
+        assert 'ovsmesh_peer_path_mtu_bytes{peer="h3"}' not in cut
+        assert cut["ovsmesh_probes_lost_total"] > well["ovsmesh_probes_lost_total"]
+    all_ok(three)
+
+
 def test_one_direction_is_named_by_the_end_that_hears_the_other(three: Lab) -> None:
     all_ok(three)
     one, _, third = three.hosts
