@@ -258,7 +258,8 @@ def test_an_agent_that_is_gone_is_said_with_the_time_and_nothing_looks_well(
         assert (
             "Below is what it said then" in first and page.js("document.getElementById('verdict').className") == "bad"
         )
-        assert page.js("document.querySelectorAll('.stale').length") == 5
+        assert page.js("document.body.className") == "stale"
+        page.until("document.querySelectorAll('main .stale').length === 5")
         assert float(page.js("getComputedStyle(document.querySelector('#matrix table')).opacity")) < 1
         page.js("new Promise(done => setTimeout(done, PERIOD + 100))")
         assert page.text("#verdict") == first, "a screen reader hears it once"
