@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import logging
+import re
 import socket
 import socketserver
 import threading
@@ -25,6 +26,8 @@ from ovsmesh.errors import OvsmeshError
 
 log = logging.getLogger("ovsmesh")
 
+_HOST = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9]([-A-Za-z0-9.]{0,251}[A-Za-z0-9])?")
+"""The name of a host: it has a letter, as what has none is an address that was mistyped."""
 _REQUEST_TIME = 10.0
 """Seconds that a connection may last, however slowly its bytes come."""
 _CONNECTIONS = 16
@@ -146,6 +149,17 @@ def _is_address(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def wrong_address(listen: str) -> str:
+    """Return why nobody can listen at an address, "" if it can be tried."""
+    try:
+        _, (host, _) = _address(listen)
+    except OvsmeshError as error:
+        return str(error).partition(": ")[2]
+    if not host or _is_address(host) or _HOST.fullmatch(host):
+        return ""
+    return "wanted ADDRESS:PORT, as in 127.0.0.1:9474 or [::1]:9474"
 
 
 def _address(listen: str) -> tuple[socket.AddressFamily, tuple[str, int]]:

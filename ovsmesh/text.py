@@ -43,10 +43,13 @@ def duration(seconds: float) -> str:
     raise AssertionError(seconds)
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the one of `names` that `name` is most likely a misspelling of; "" where none is like it."""
+def nearest(name: str, names: Iterable[str], alike: float = 0.6) -> str:
+    """Return the one of `names` that `name` is most likely a misspelling of; "" where none is like it.
+
+    `alike`: how alike the two are at least, of 1.
+    """
     known = {each.lower(): each for each in sorted(names)}
-    found = difflib.get_close_matches(name.lower(), known, n=1)
+    found = difflib.get_close_matches(name.lower(), known, n=1, cutoff=alike)
     return known[found[0]] if found else ""
 
 

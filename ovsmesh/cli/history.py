@@ -29,6 +29,15 @@ def start(since: str, now: float) -> float:
     return found
 
 
+def wrong_since(text: str) -> str:
+    """Return why this is no value of `--since`, "" if it is one."""
+    try:
+        start(text, time.time())
+    except OvsmeshError as error:
+        return str(error).rpartition(": ")[2]
+    return ""
+
+
 def entries(state_dir: str, since: str = "") -> list[history.Entry]:
     """Return the entries since then, or all. Raise OvsmeshError where there can't be any, or they can't be read."""
     begin = start(since, time.time()) if since else 0.0

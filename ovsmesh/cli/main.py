@@ -16,19 +16,34 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ovsmesh import __version__, logs
+from ovsmesh import __version__, logs, usage
+from ovsmesh.cli import formats
+from ovsmesh.cli.formats import (
+    CONTAINERS,
+    COUNT,
+    FILE,
+    NODE,
+    SECONDS,
+    flag,
+    kubeconfig_of,
+    listening,
+    log_format_option,
+    log_level_option,
+    option,
+    state_dir_option,
+    with_options,
+)
 from ovsmesh.errors import OvsmeshError
-from ovsmesh.names import CNI_BIN_DIR, DEFAULT_LISTEN, DEFAULT_OVSDB, DEFAULT_STATE
+from ovsmesh.names import DEFAULT_LISTEN
 
 if TYPE_CHECKING:
     from ovsmesh.agent.options import Options
-    from ovsmesh.cli.formats import View
 
 CONTROLLER_LISTEN = "127.0.0.1:9475"
-Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+_READ = "read the packet filter, Open vSwitch's database and flows, and the agent's state directory"
 
 
-class _Lazy(click.Group):
+class _Lazy(usage.Group):
     """Loads the lab's commands when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -48,67 +63,6 @@ def cli() -> None:
     """Connect the pods and containers of many hosts in one flat network, on Open vSwitch."""
 
 
-def _option(name: str, text: str, default: str | None = None, usual: str = "", **settings: Any) -> Decorator:
-    """Return an option. `usual` is shown as the default of one whose default is decided later."""
-    shown = f"{text}  [default: {usual}]" if usual else text
-    return click.option(*name.split(), help=shown, default=default, show_default=default is not None, **settings)
-
-
-def _listen(default: str) -> Decorator:
-    return _option("--listen", "Address for /metrics, /healthz and /readyz.", default, metavar="ADDR:PORT")
-
-
-def _kubeconfig(text: str) -> Decorator:
-    usual = "$KUBECONFIG, the pod's service account, ~/.kube/config"
-    return _option("--kubeconfig", text, usual=usual, metavar="FILE")
-
-
-_SECONDS = click.FloatRange(0)
-_COUNT = click.IntRange(1)
-_LEVELS = click.Choice(["debug", "info", "warning", "error"])
-_log_level = _option("--log-level", "Least severity that is logged.", "info", type=_LEVELS)
-_log_format = _option("--log-format", "Format of the log.", "text", type=click.Choice(logs.FORMATS))
-_state_dir = _option("--state-dir", "Directory in which the agent keeps its state.", DEFAULT_STATE, metavar="DIR")
-_NODE = (
-    _option("--mesh", "Mesh file: a Mesh object in YAML.", metavar="FILE"),
-    _option("--node", "Name of this node in the mesh.", usual="the hostname", metavar="NAME"),
-    _option("--ovsdb", "Socket of the Open vSwitch database.", usual=DEFAULT_OVSDB, metavar="unix:PATH"),
-    _state_dir,
-)
-"""Options that name a node, its mesh and its switch. None means: as the agent that last ran here, or the default."""
-_CONTAINERS = (
-    _option("--cni-dir", "Directory for the CNI conflist, for example /etc/cni/net.d.", usual="none", metavar="DIR"),
-    _option("--cni-bin-dir", "Directories of the CNI plugins.", usual=CNI_BIN_DIR, metavar="DIR:DIR…"),
-    _option(
-        "--docker",
-        "replace: move Docker's containers from docker0 to kbr0. auto: never restart Docker, say what to do. "
-        "off: leave Docker alone.",
-        usual="auto",
-        type=click.Choice(["auto", "replace", "off"]),
-    ),
-    _option("--docker-config", "Configuration of Docker.", usual="/etc/docker/daemon.json", metavar="FILE"),
-    _option("--docker-socket", "Socket of Docker.", usual="/var/run/docker.sock", metavar="PATH"),
-    _option(
-        "--docker-restart",
-        "Command that restarts Docker, run without a shell.",
-        usual="systemctl restart docker",
-        metavar="'ARGV …'",
-    ),
-    _option(
-        "--docker-timeout",
-        "Time for the restart command, and again for Docker to answer.",
-        usual="120",
-        metavar="SECONDS",
-        type=click.FloatRange(1, 3600),
-    ),
-)
-
-
-def _with(*options: Decorator) -> Decorator:
-    """Return one decorator for several options, which help shows in this order."""
-    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
-
-
 _PATHS = ("mesh", "cni_dir", "docker_config", "docker_socket")
 
 
@@ -125,18 +79,20 @@ def _options(state_dir: str, options: Mapping[str, Any]) -> Options:
     return remembered(state_dir, _chosen(options))
 
 
-def _root() -> None:
+def _root(needed: str, instead: str = "") -> None:
     if os.geteuid() != 0:
-        raise OvsmeshError("this reads and changes the host's network; run it as root (sudo)")
+        raise OvsmeshError(f"only root may {needed}; run it as root (sudo){instead}")
 
 
 @cli.command()
-@_with(*_NODE, *_CONTAINERS)
-@_listen(DEFAULT_LISTEN)
-@_option("--kubeconfig", "Kubernetes cluster to read the mesh from.", usual="in a pod, its own", metavar="FILE")
-@click.option("--once", is_flag=True, help="Apply changes until none is left, then exit: 0 converged, 1 not.")
-@_log_level
-@_log_format
+@with_options(*NODE, *CONTAINERS)
+@listening(DEFAULT_LISTEN)
+@option(
+    "--kubeconfig", "Kubernetes cluster to read the mesh from.", usual="in a pod, its own", metavar="FILE", type=FILE
+)
+@flag("--once", "Apply changes until none is left, then exit: 0 converged, 1 not.")
+@log_level_option
+@log_format_option
 def agent(listen: str, once: bool, log_level: str, log_format: str, **options: Any) -> None:
     """Keep this node's part of the mesh in sync until SIGTERM. What is in place then stays."""
     from ovsmesh.agent.main import once as reconcile_once
@@ -146,10 +102,10 @@ def agent(listen: str, once: bool, log_level: str, log_format: str, **options: A
     logs.to_stderr(log_level, log_format)
     chosen = _chosen(options)
     if "mesh" in chosen and "kubeconfig" in chosen:
-        raise OvsmeshError("--mesh and --kubeconfig: give one of them, the mesh comes from a file or from a cluster")
+        raise click.UsageError("--mesh and --kubeconfig: give one of them, the mesh is from a file or from a cluster")
     if "mesh" not in chosen and "kubeconfig" not in chosen:
         _in_pod()
-    _root()
+    _root("change links, routes, packet filter rules and Open vSwitch")
     if not once:
         serve(Options(listen=listen, **chosen), _stop_fd())
         return
@@ -165,7 +121,8 @@ def _in_pod() -> None:
     from ovsmesh.kube.service_account import ServiceAccount
 
     if ServiceAccount.find() is None:
-        raise OvsmeshError("no mesh: give --mesh FILE, or --kubeconfig FILE (in a pod with a service account: neither)")
+        text = "no mesh: give --mesh FILE, or --kubeconfig FILE (in a pod with a service account: neither)"
+        raise click.UsageError(text)
 
 
 def _stop_fd() -> int:
@@ -179,22 +136,21 @@ def _stop_fd() -> int:
     return read
 
 
-_output = _option("-o --output", "Format of the output.", "table", type=click.Choice(["table", "json", "yaml"]))
+_output = option("-o --output", "Format of the output.", "table", type=click.Choice(["table", "json", "yaml"]))
 
 
 @cli.command()
-@_with(*_NODE, *_CONTAINERS)
-@_option("-o --output", "Format of the output.", "text", type=click.Choice(["text", "json", "yaml"]))
+@with_options(*NODE, *CONTAINERS)
+@option("-o --output", "Format of the output.", "text", type=click.Choice(["text", "json", "yaml"]))
 def plan(state_dir: str, output: str, **options: Any) -> None:
     """Print what the agent would change now.
 
     Exit status: 0 nothing, 2 changes, 1 an error or a conflict with something unmanaged.
     """
     from ovsmesh.cli import inspect
-    from ovsmesh.cli.formats import serialize
     from ovsmesh.dataplane.report_text import problem_lines
 
-    _root()
+    _root(_READ)
     result, failed = inspect.look(_options(state_dir, options))
     changes = bool(result.plan.steps or result.plan.held)
     if output == "text":
@@ -203,29 +159,28 @@ def plan(state_dir: str, output: str, **options: Any) -> None:
         for line in problem_lines(result.problems):
             click.echo(line, err=True)
     else:
-        click.echo(serialize(inspect.plan_dict(result), output))
+        click.echo(formats.serialize(inspect.plan_dict(result), output))
     sys.exit(1 if failed else 2 if changes else 0)
 
 
 @cli.command()
-@_with(*_NODE, *_CONTAINERS)
+@with_options(*NODE, *CONTAINERS)
 @_output
-@click.option("--watch", is_flag=True, help="Show it again whenever it changes, at least every 2 seconds.")
-@click.option("--all", "nodes", is_flag=True, help="Show all nodes, as their agents tell this host's agent.")
-@click.option("--cluster", is_flag=True, help="Show all nodes, as the Kubernetes API has them. Does not need root.")
-@_kubeconfig("Cluster to ask, with --cluster.")
-def status(
-    state_dir: str, output: str, watch: bool, nodes: bool, cluster: bool, kubeconfig: str | None, **options: Any
-) -> None:
+@flag("--watch", "Show it again whenever it changes, at least every 2 seconds.")
+@flag("--all", "Show all nodes, as their agents tell this host's agent.")
+@flag("--cluster", "Show all nodes, as the Kubernetes API has them. Does not need root.")
+@kubeconfig_of("Cluster to ask, with --cluster.")
+def status(state_dir: str, output: str, watch: bool, cluster: bool, kubeconfig: str | None, **options: Any) -> None:
     """Show this node and each peer: what is in place, whether packets arrive, what is missing and why.
 
     Exit status: 0 all is well, 2 it is not, 1 it can't be told. With --watch: of what was shown last.
     """
-    from ovsmesh.cli import formats, inspect
+    from ovsmesh.cli import inspect
 
+    nodes = options.pop("all")
     if nodes and cluster:
         raise click.UsageError("give one of --all and --cluster")
-    view: Callable[[], View]
+    view: Callable[[], formats.View]
     if cluster:
         from ovsmesh.cli import cluster_status
 
@@ -233,12 +188,12 @@ def status(
     else:
         chosen = _options(state_dir, options)
         if not nodes:
-            _root()
+            _root(_READ, f". The agent's own report needs no root: curl -s http://{DEFAULT_LISTEN}/status.json")
         view = functools.partial(_all_nodes if nodes else inspect.view, chosen)
     sys.exit((formats.watch if watch else formats.show)(view, output))
 
 
-def _all_nodes(options: Options) -> View:
+def _all_nodes(options: Options) -> formats.View:
     from ovsmesh.cli.inspect import nodes_view
     from ovsmesh.cli.matrix import matrix
 
@@ -246,37 +201,42 @@ def _all_nodes(options: Options) -> View:
 
 
 @cli.command()
-@_with(*_NODE, *_CONTAINERS)
-@_option("--peer", "Check this peer only.", usual="all", metavar="NAME")
+@with_options(*NODE, *CONTAINERS)
+@option("--peer", "Check this peer only.", usual="all", metavar="NAME", type=formats.NodeName())
 @_output
 def check(state_dir: str, peer: str | None, output: str, **options: Any) -> None:
     """Send packets of full size to every peer and say which ones get through.
 
     Exit status: 0 all do, 2 some do not or something is missing, 1 it can't be told.
     """
-    from ovsmesh.cli import formats, inspect
+    from ovsmesh.cli import inspect
     from ovsmesh.cli.check import check as run
 
-    _root()
+    _root(f"send probes from raw sockets and {_READ}")
     chosen = _options(state_dir, options)
     sys.exit(formats.show(lambda: inspect.view_of(run(chosen, peer or "")), output))
 
 
 @cli.command()
-@_state_dir
-@_option("--since", "Show what is newer: an age as 30s, 10m, 1h, 2d, or an RFC 3339 time.", usual="all", metavar="WHEN")
-@_option("-o --output", "Format of the output.", "text", type=click.Choice(["text", "json"]))
+@state_dir_option
+@option(
+    "--since",
+    "Show what is newer: an age as 30s, 10m, 1h, 2d, or an RFC 3339 time.",
+    usual="all",
+    metavar="WHEN",
+    type=formats.Since(),
+)
+@option("-o --output", "Format of the output.", "text", type=click.Choice(["text", "json"]))
 def history(state_dir: str, since: str | None, output: str) -> None:
     """Show what changed, drifted, broke and recovered on this node.
 
     It reads the state directory, and needs no running agent.
     """
     from ovsmesh.cli import history as found
-    from ovsmesh.cli.formats import serialize
 
     entries = found.entries(state_dir, since or "")
     if output == "json":
-        click.echo(serialize(found.tree(entries), output))
+        click.echo(formats.serialize(found.tree(entries), output))
         return
     for line in found.lines(entries):
         click.echo(line)
@@ -285,47 +245,45 @@ def history(state_dir: str, since: str | None, output: str) -> None:
 
 
 @cli.command()
-@_with(*_NODE)
-@_option("-o --output", "Format of the output.", "table", type=click.Choice(["table", "json"]))
-@_option("--worst", "List the worst N directions.", usual="a table, where it fits", metavar="N", type=_COUNT)
+@with_options(*NODE)
+@option("-o --output", "Format of the output.", "table", type=click.Choice(["table", "json"]))
+@option("--worst", "List the worst N directions.", usual="a table, where it fits", metavar="N", type=COUNT)
 def matrix(state_dir: str, output: str, worst: int | None, **options: Any) -> None:
     """Show round trip, loss and path MTU between every two nodes, in each direction.
 
     Asks the agents of all nodes, from any of them. Exit status: 0 all is well, 2 it is not, 1 it can't be told.
     """
     from ovsmesh.cli import matrix as matrices
-    from ovsmesh.cli.formats import serialize
 
     found = matrices.matrix(_options(state_dir, options))
-    click.echo(serialize(found, output) if output == "json" else matrices.render(found, worst))
+    click.echo(formats.serialize(found, output) if output == "json" else matrices.render(found, worst))
     sys.exit(matrices.exit_code(found))
 
 
 @cli.command()
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST")
-@_with(*_NODE, *_CONTAINERS)
+@with_options(*NODE, *CONTAINERS)
 @_output
-@_kubeconfig("Cluster in which pod names are looked up.")
+@kubeconfig_of("Cluster in which pod names are looked up.")
 def trace(source: str, destination: str, state_dir: str, output: str, kubeconfig: str | None, **options: Any) -> None:
     """Follow packets from SRC to DST and say at which hop they stop.
 
     SRC and DST are addresses of the mesh, names of nodes or Docker containers, or pods as NAMESPACE/NAME. One of them
     is on this node. Exit status: 0 packets arrive and all hops are as wanted, 2 not so, 1 it can't be told.
     """
-    from ovsmesh.cli.formats import serialize
     from ovsmesh.cli.trace import trace as run
     from ovsmesh.trace.text import EXIT, render, to_dict
 
-    _root()
+    _root(f"send packets from raw sockets and {_READ}")
     found = run(_options(state_dir, options), source, destination, kubeconfig)
-    click.echo(render(found).rstrip() if output == "table" else serialize(to_dict(found), output))
+    click.echo(render(found).rstrip() if output == "table" else formats.serialize(to_dict(found), output))
     sys.exit(EXIT[found.state])
 
 
 @cli.command()
-@_with(*_NODE, *_CONTAINERS)
-@_option(
+@with_options(*NODE, *CONTAINERS)
+@option(
     "-o --output", "File or directory to write to; - is standard output.", usual="the current directory", metavar="FILE"
 )
 def bundle(state_dir: str, output: str | None, **options: Any) -> None:
@@ -335,15 +293,15 @@ def bundle(state_dir: str, output: str | None, **options: Any) -> None:
     """
     from ovsmesh.cli.bundle import bundle as run
 
-    _root()
+    _root(_READ)
     chosen = _chosen(options)
     given = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     click.echo(run(_options(state_dir, options), [*given, "--state-dir", state_dir], output or ""), err=output == "-")
 
 
 @cli.command()
-@_with(*_NODE, *_CONTAINERS)
-@click.option("--dry-run", is_flag=True, help="Print what would be removed and restored, change nothing.")
+@with_options(*NODE, *CONTAINERS)
+@flag("--dry-run", "Print what would be removed and restored, change nothing.")
 def cleanup(state_dir: str, dry_run: bool, **options: Any) -> None:
     """Remove everything that ovsmesh made and nothing else, and restore what it changed.
 
@@ -351,7 +309,11 @@ def cleanup(state_dir: str, dry_run: bool, **options: Any) -> None:
     """
     from ovsmesh.agent.cleanup import cleanup as clean_up
 
-    _root()
+    _root(
+        f"{_READ}, even with --dry-run"
+        if dry_run
+        else "remove links, routes, packet filter rules and parts of Open vSwitch"
+    )
     lines, clean = clean_up(_options(state_dir, options), dry_run)
     for line in lines:
         click.echo(line)
@@ -359,20 +321,21 @@ def cleanup(state_dir: str, dry_run: bool, **options: Any) -> None:
 
 
 @cli.command()
-@_with(*_NODE)
-@_option("--check checked", "Check whether this host has what a node needs. Exit status 1: it has not.", is_flag=True)
-@_option("--print printed", "Print this host's part of the mesh as a shell script without ovsmesh.", is_flag=True)
-@_option("--wait waited", "Wait until the agent has converged, ping each peer.", metavar="SECONDS", type=_SECONDS)
-def bootstrap(state_dir: str, printed: bool, checked: bool, waited: float | None, **options: Any) -> None:
+@with_options(*NODE)
+@flag("--check", "Check whether this host has what a node needs. Exit status 1: it has not.")
+@flag("--print", "Print this host's part of the mesh as a shell script without ovsmesh.")
+@option("--wait", "Wait until the agent has converged, ping each peer.", metavar="SECONDS", type=SECONDS)
+def bootstrap(state_dir: str, wait: float | None, **options: Any) -> None:
     """Check this host, print its part of the mesh, or wait for its agent.
 
     scripts/bootstrap.sh makes a host a node with these three.
     """
     from ovsmesh.cli.bootstrap import await_converged, check, script
 
-    if [printed, checked, waited is not None].count(True) != 1:
+    printed, checked = options.pop("print"), options.pop("check")
+    if [printed, checked, wait is not None].count(True) != 1:
         raise click.UsageError("give one of --print, --check and --wait SECONDS")
-    _root()
+    _root(_READ)
     chosen = _options(state_dir, options)
     if printed:
         text, problems = script(chosen)
@@ -385,17 +348,17 @@ def bootstrap(state_dir: str, printed: bool, checked: bool, waited: float | None
         for line in checks:
             click.echo(str(line))
         sys.exit(1 if any(line.state == "FAIL" for line in checks) else 0)
-    lines, converged = await_converged(chosen, waited or 0.0)
+    lines, converged = await_converged(chosen, wait or 0.0)
     for text in lines:
         click.echo(text)
     sys.exit(0 if converged else 1)
 
 
 @cli.command()
-@_kubeconfig("Cluster to work in.")
-@_listen(CONTROLLER_LISTEN)
-@_log_level
-@_log_format
+@kubeconfig_of("Cluster to work in.")
+@listening(CONTROLLER_LISTEN)
+@log_level_option
+@log_format_option
 def controller(kubeconfig: str | None, listen: str, log_level: str, log_format: str) -> None:
     """Run the controller of a Kubernetes cluster until SIGTERM.
 
@@ -411,7 +374,7 @@ def controller(kubeconfig: str | None, listen: str, log_level: str, log_format: 
 
 @cli.command()
 @click.argument("digest")
-@_state_dir
+@state_dir_option
 def confirm(digest: str, state_dir: str) -> None:
     """Confirm the mass removal that the agent holds back.
 
@@ -419,10 +382,11 @@ def confirm(digest: str, state_dir: str) -> None:
     """
     from ovsmesh.state_dir import StateDir
 
+    _root("write into the agent's state directory")
     StateDir(state_dir).request_confirm(digest)
 
 
-class _Plugin(click.Group):
+class _Plugin(usage.Group):
     """The commands of `kubectl ovsmesh`: those that ask one node run in the pod of its agent."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -443,8 +407,8 @@ def _in_pod_of_agent(local: click.Command) -> click.Command:
         help=f"{cleandoc(local.help or '')}\n\nRuns in the pod of a node's agent; other options are handed to it.",
         context_settings={"ignore_unknown_options": True},
     )
-    @_option("--on", "Node whose agent runs it.", usual="SRC's" if local.name == "trace" else "any", metavar="NODE")
-    @_kubeconfig("Cluster to ask.")
+    @option("--on", "Node whose agent runs it.", usual="SRC's" if local.name == "trace" else "any", metavar="NODE")
+    @kubeconfig_of("Cluster to ask.")
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def command(on: str | None, kubeconfig: str | None, arguments: tuple[str, ...]) -> None:
         from ovsmesh.cli import kubectl
@@ -461,10 +425,19 @@ def _in_pod_of_agent(local: click.Command) -> click.Command:
     return command
 
 
+def _plugin() -> click.Group:
+    return _Plugin(cli.name, params=cli.params, help=cli.help, context_settings=cli.context_settings)
+
+
+def kubectl_complete() -> None:
+    """Print the completions that kubectl asks its plugin's `kubectl_complete-ovsmesh` for."""
+    for line in formats.complete(_plugin(), "kubectl ovsmesh", sys.argv[1:]):
+        click.echo(line)
+
+
 def kubectl() -> None:
     """Run `kubectl ovsmesh …`, the console script kubectl-ovsmesh. Its `status` is the cluster's."""
-    group = _Plugin(cli.name, params=cli.params, help=cli.help, context_settings=cli.context_settings)
-    main(group, prog_name="kubectl ovsmesh", default_map={"status": {"cluster": True}})
+    main(_plugin(), prog_name="kubectl ovsmesh", default_map={"status": {"cluster": True}})
 
 
 def main(command: click.Command = cli, **settings: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -10,20 +11,21 @@ from typing import Any, TypeVar
 
 import click
 
+from ovsmesh import usage
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.lab import netns
 from ovsmesh.lab.console import Console, Steps, failed, show_matrix, taken_down
 from ovsmesh.lab.demo import play
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.ping import Track
-from ovsmesh.lab.state import MOST_HOSTS, names
+from ovsmesh.lab.state import MOST_HOSTS, MOST_PODS, NAME, names
 from ovsmesh.names import ENCAPSULATIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
 _DATAPATHS = {"auto": "", "kernel": "system", "userspace": "netdev"}
 
 
-class _Group(click.Group):
+class _Group(usage.Group):
     """Ends a command at SIGTERM as at Ctrl-C, so that its lab is taken down."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -42,26 +44,51 @@ def lab() -> None:
     """
 
 
-_name = click.option(
-    "--name", default="lab", show_default=True, help="Name of the lab. Two labs at once need two names."
+_option = functools.partial(click.option, cls=usage.Option)
+
+
+class _Name(usage.TextType):
+    """The name of a lab."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name. Fail for one that no lab can have."""
+        if not NAME.fullmatch(str(value)):
+            self.fail(f"{value!r}: wanted at most 20 of a-z, 0-9 and '-', with no '-' at either end", param, ctx)
+        return str(value)
+
+
+_name = _option(
+    "--name", default="lab", show_default=True, help="Name of the lab. Two labs at once need two names.", type=_Name()
 )
-_count = click.option("--count", default=3, show_default=True, help="Packets for each pair of pods.")
+_count = _option(
+    "--count", default=3, show_default=True, help="Packets for each pair of pods.", type=click.IntRange(1, 10000)
+)
 _SHAPE = (
     _name,
-    click.option("--hosts", default=5, show_default=True, help=f"Number of hosts, 2 to {MOST_HOSTS}."),
-    click.option("--pods", default=2, show_default=True, help="Number of pods on each host."),
-    click.option("--dual-stack", is_flag=True, help="Give pods IPv6 addresses beside IPv4."),
-    click.option("--underlay-v6", "underlay6", is_flag=True, help="Run the tunnels over IPv6."),
-    click.option(
+    _option("--hosts", default=5, show_default=True, help="Number of hosts.", type=click.IntRange(2, MOST_HOSTS)),
+    _option(
+        "--pods", default=2, show_default=True, help="Number of pods on each host.", type=click.IntRange(0, MOST_PODS)
+    ),
+    _option("--dual-stack", is_flag=True, help="Give pods IPv6 addresses beside IPv4."),
+    _option("--underlay-v6", is_flag=True, help="Run the tunnels over IPv6."),
+    _option(
         "--encapsulation",
         default="gre",
         type=click.Choice(ENCAPSULATIONS),
         show_default=True,
         help="Protocol of the tunnels.",
     ),
-    click.option("--key", type=click.IntRange(0, 2**32 - 1), help="Key of the tunnels."),
-    click.option("--underlay-mtu", default=1500, show_default=True, help="MTU between the hosts, in bytes."),
-    click.option(
+    _option("--key", type=click.IntRange(0, 2**32 - 1), help="Key of the tunnels."),
+    _option(
+        "--underlay-mtu",
+        default=1500,
+        show_default=True,
+        help="MTU between the hosts, in bytes.",
+        type=click.IntRange(576, 65535),
+    ),
+    _option(
         "--datapath",
         default="auto",
         type=click.Choice(list(_DATAPATHS)),
@@ -77,10 +104,8 @@ def _shape(command: F) -> F:
     return command
 
 
-def _lab(steps: Steps, datapath: str, hosts: int, **shape: Any) -> Lab:
-    if hosts < 2:
-        raise OvsmeshError(f"--hosts {hosts}: a mesh has at least 2")
-    return Lab(hosts, datapath=_DATAPATHS[datapath], step=steps, **shape)
+def _lab(steps: Steps, datapath: str, hosts: int, underlay_v6: bool, **shape: Any) -> Lab:
+    return Lab(hosts, datapath=_DATAPATHS[datapath], underlay6=underlay_v6, step=steps, **shape)
 
 
 @lab.command()
@@ -107,7 +132,7 @@ def up(**shape: Any) -> None:
 @lab.command()
 @_name
 @_count
-@click.option(
+@_option(
     "-o",
     "--output",
     default="table",

@@ -25,7 +25,7 @@ BASE = Path("/run/ovsmesh-lab")
 MOST_HOSTS = 20
 """40 hosts overflow the kernel's machine-wide neighbour table (gc_thresh3 = 1024)."""
 MOST_PODS = 50
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
 _SOCKET_PATH = 107
 """Bytes that fit a unix socket's address, less the terminating zero."""
 _TOOLS = {"ip": "iproute2", "ovs-vswitchd": "openvswitch-switch", "ovsdb-server": "openvswitch-switch"}
@@ -98,7 +98,7 @@ def check(settings: LabSettings, base: Path) -> None:
         raise LabError(f"{text} (more overflow the kernel's neighbour table, which all namespaces share)")
     if not 0 <= settings.pods <= MOST_PODS:
         raise LabError(f"{settings.pods} pods a host: a lab has 0 to {MOST_PODS}")
-    if not _NAME.fullmatch(settings.name):
+    if not NAME.fullmatch(settings.name):
         raise LabError(f"name {settings.name!r}: wanted at most 20 of a-z, 0-9 and '-', with no '-' at either end")
     longest = f"{base / settings.name}/h{MOST_HOSTS}/ovs-vswitchd.4194304.ctl"
     if len(longest.encode()) > _SOCKET_PATH:

@@ -97,6 +97,11 @@ def clusters_of(texts: tuple[str, ...]) -> tuple[tuple[IPNetwork, ...], tuple[Ra
     return tuple(networks), tuple(range_of(network) for network in networks)
 
 
+def is_name(text: str) -> bool:
+    """Return whether a node may have this name."""
+    return _NAME.fullmatch(text) is not None
+
+
 @lru_cache(maxsize=32768)
 def validate_node(
     name: str, address: str, cidrs: tuple[str, ...], uid: str, zone: str, clusters: tuple[str, ...]

