@@ -120,6 +120,15 @@ def _spoof(version: int, own: list[IPNetwork], cluster: list[IPNetwork], me: Nod
     return {("bridge", "prerouting", name): Rule(text) for name, text in found.items()}
 
 
+def _nested_tag() -> dict[RuleKey, Rule]:
+    """Return the rule against a VLAN tag inside a tag, both of VLAN 0: no rule sees the packet inside, the kernel does.
+
+    It takes off the tags of VLAN 0 one after the other, where the packet is for the host itself.
+    """
+    what = "meta protocol { 0x8100, 0x88a8 } @nh,0,16 & 0x0fff == 0"
+    return {("bridge", "prerouting", "spoof-nested-tag"): Rule(f'{IN_KBR} iifname != "{OBR}" {what} drop')}
+
+
 def _accept(tool: str, own: list[IPNetwork], cluster: list[IPNetwork]) -> dict[RuleKey, Rule]:
     """Return the rules that let the mesh through Docker's FORWARD DROP.
 
@@ -158,7 +167,8 @@ def rules(mesh: Mesh, self_node: Node, facts: Facts) -> dict[RuleKey, Rule]:
         if tool in facts.forward_drop:
             accept |= _accept(tool, own, cluster)
         spoof |= _spoof(version, own, cluster, self_node)
-    return supported(found | _tunnel(mesh, self_node) | spoof | accept, facts.firewall_missing)
+    every = found | _tunnel(mesh, self_node) | spoof | _nested_tag() | accept
+    return supported(every, facts.firewall_missing)
 
 
 def supported(wanted: Mapping[RuleKey, Rule], missing: Collection[str]) -> dict[RuleKey, Rule]:

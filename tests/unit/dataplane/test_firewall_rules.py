@@ -44,6 +44,7 @@ def test_golden_dual_stack() -> None:
         f"bridge prerouting spoof-gateway-v6: {enters} ip6 saddr {{ fd00:97:1::1 }} drop",
         f"bridge prerouting spoof-gateway-nd: {enters} "
         "icmpv6 type nd-neighbor-advert @th,64,128 0xfd000097000100000000000000000001 drop",
+        f"bridge prerouting spoof-nested-tag: {enters} meta protocol {{ 0x8100, 0x88a8 }} @nh,0,16 & 0x0fff == 0 drop",
     ]
 
 
@@ -129,5 +130,5 @@ def test_what_the_packet_filter_does_not_support_is_left_out() -> None:
 
 def test_without_the_bridge_name_the_rules_match_veth_ports() -> None:
     found = [line for line in shown(supported(rules(MESH, ME, Facts()), ["ibrname"])) if line.startswith("bridge")]
-    assert len(found) == 7 and all('meta iifkind "veth" iifname != "obr0"' in line for line in found)
+    assert len(found) == 8 and all('meta iifkind "veth" iifname != "obr0"' in line for line in found)
     assert not any("peers" in line or "192.0.2" in line for line in found)

@@ -85,6 +85,7 @@ table bridge ovsmesh {
     meta ibrname "kbr0" iifname != "obr0" ip6 saddr { fd00:97::/32 } ip6 saddr != { fd00:97:1::/64 } drop comment "spoof-range-v6 7a7ff105"
     meta ibrname "kbr0" iifname != "obr0" ip6 saddr { fd00:97:1::1 } drop comment "spoof-gateway-v6 e4eafe58"
     meta ibrname "kbr0" iifname != "obr0" icmpv6 type nd-neighbor-advert @th,64,128 0xfd000097000100000000000000000001 drop comment "spoof-gateway-nd 789e5e32"
+    meta ibrname "kbr0" iifname != "obr0" meta protocol { 0x8100, 0x88a8 } @nh,0,16 & 0x0fff == 0 drop comment "spoof-nested-tag 9a4d1808"
   }
 }
 END
