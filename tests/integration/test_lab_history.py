@@ -108,8 +108,8 @@ def bundle(host: Host, folder: Path) -> dict[str, str]:
 def test_a_bundle_has_what_a_maintainer_asks_for_and_no_secret(three: Lab, tmp_path: Path) -> None:
     host = three.host(1)
     host.ovs_vsctl("set", "bridge", "obr0", f"external_ids:password={SECRET}", f"external_ids:note={SECRET}")
-    table = f'table ip other {{\n set s {{\n  type ipv4_addr\n  comment "{SECRET}"\n  elements = {{ 203.0.113.77 }}\n }}\n}}\n'
-    host.run(["nft", "-f", "-"], text=table)
+    secret_set = f'type ipv4_addr\n comment "{SECRET}"\n elements = {{ 203.0.113.77 }}\n'
+    host.run(["nft", "-f", "-"], text=f"table ip other {{\n set s {{\n {secret_set} }}\n}}\n")
     host.run(["ip", "link", "set", "eth0", "alias", SECRET])
     try:
         found = bundle(host, tmp_path)
