@@ -90,7 +90,8 @@ class Entry(NamedTuple):
         """The entry in words, without its time."""
         took = "" if self.took is None else duration(self.took)
         if self.event == Event.DRIFT:
-            return f"{self.what}; {f'restored after {took}' if took else 'not restored yet'}"
+            process = f" ({self.who})" if self.who and self.who not in self.what else ""
+            return f"{self.what}{process}; {f'restored after {took}' if took else 'not restored yet'}"
         if self.event == Event.RESOLVED:
             return f"resolved{took and f' after {took}'}: {self.what}"
         if self.event == Event.REACHABLE:

@@ -221,23 +221,30 @@ class EventLog:
         self._history.add(Event.STOP, text, took=time.monotonic() - self._began)
 
     def reconciled(
-        self, before: ReconcileResult, now: ReconcileResult, applied: Iterable[Step], who: str, lifted: str
+        self,
+        before: ReconcileResult,
+        now: ReconcileResult,
+        applied: Iterable[Step],
+        who: str,
+        lifted: str,
+        drift_by: str = "",
     ) -> None:
         """Tell of a reconcile: drift, changes, problems that came and went, whether the node is in sync.
 
-        `who` caused the changes that were `applied`; `lifted` is how the last hold of removals ended.
+        `who` caused the changes that were `applied`. `lifted` is how the last hold of removals ended. `drift_by` are
+        the processes that caused the drift, as far as they are known.
         """
-        self._changes(now, applied, who)
+        self._changes(now, applied, who, drift_by)
         self._held(before, now, lifted)
         self._problems(now)
         self._state(now)
 
-    def _changes(self, now: ReconcileResult, applied: Iterable[Step], who: str) -> None:
+    def _changes(self, now: ReconcileResult, applied: Iterable[Step], who: str, drift_by: str) -> None:
         add, drifted = self._history.add, now.drift.steps
         by = "a restart of Open vSwitch" if any(step.kind == "restore_wait" for step in drifted) else "someone"
         for text, steps in plan_text.drift(drifted, by) if drifted else ():
             took = now.duration if now.converged else None
-            add(Event.DRIFT, text, by, took, plan_text.unnamed(steps))
+            add(Event.DRIFT, text, drift_by or by, took, plan_text.unnamed(steps))
         told = {(step.kind, step.key) for step in (*drifted, *now.plan.steps)}
         done = {(step.kind, step.key): step for step in applied if (step.kind, step.key) not in told}
         if not done:

@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ovsmesh.dataplane.types import KBR, MARK, PROTOCOL, Link, Unmanaged
@@ -22,6 +23,7 @@ from ovsmesh.linux.cache import RtnetlinkCache
 from ovsmesh.linux.netlink_socket import NetlinkError, NetlinkSocket
 from ovsmesh.linux.sysctl import write_sysctl
 from ovsmesh.mesh.types import IPNetwork
+from ovsmesh.text import printable
 
 _GROUPS = (1, 3, 5, 7, 9, 11, 24, 25)
 """RTNLGRP_ LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE, IPV4_NETCONF, IPV6_NETCONF."""
@@ -92,6 +94,12 @@ class Netlink:
             self.cache.finish_dump()
         while self.cache.partial_links:
             self._request(encoder.get_link(self.cache.partial_links.pop()))
+
+    def who(self, parts: Iterable[tuple[str, object]]) -> set[str]:
+        """Return the processes that changed these parts (kind and key) last, as far as they are still there."""
+        noted, self.cache.changed_by = self.cache.changed_by, {}
+        senders = {noted[part] for part in parts if part in noted} - {self._requests.port}
+        return {name for name in map(_process, senders) if name}
 
     def observe(self, cni: bool = False) -> tuple[dict[str, dict[Any, Any]], list[Unmanaged]]:
         """Return what is managed, by field of Dataplane, and the unmanaged things in its way.
@@ -240,6 +248,17 @@ class Netlink:
         port = self.cache.index(value) or _index(value)
         fdb = rtnetlink.NeighbourEntry(rtnetlink.AF_BRIDGE, "", key, port, rtnetlink.NOARP, 0, 0)
         return encoder.neighbour(type_, flags, fdb)
+
+
+def _process(pid: int) -> str:
+    """Return a process of this network namespace by its id; "" where there is none: a port may be no process id."""
+    folder = Path(f"/proc/{pid}")
+    try:
+        if not os.path.samestat(os.stat(folder / "ns/net"), os.stat("/proc/self/ns/net")):
+            return ""
+        return f"{printable((folder / 'comm').read_text().strip(), 32)}, pid {pid}"
+    except OSError:
+        return ""
 
 
 def _index(name: str) -> int:
