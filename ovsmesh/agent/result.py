@@ -203,6 +203,7 @@ class EventLog:
         self._degraded: float | None = None
         """Since when (monotonic)."""
         self._in_sync = False
+        self._digest: tuple[Mesh | None, str] = (None, "")
 
     def start(self, mesh: Mesh | None) -> None:
         """Tell that the agent starts, with this mesh."""
@@ -336,7 +337,9 @@ class EventLog:
             self._history.add(Event.DEGRADED, f"degraded: {why}")
             self._degraded, self._in_sync = at, False
         elif not why and not self._in_sync and now.want is not None and now.mesh is not None:
-            text = f"in sync with {peers_text(now.want)} (mesh {digest(now.mesh)}, {duration(now.duration)})"
+            if self._digest[0] is not now.mesh:
+                self._digest = now.mesh, digest(now.mesh)
+            text = f"in sync with {peers_text(now.want)} (mesh {self._digest[1]}, {duration(now.duration)})"
             self._history.add(Event.IN_SYNC, text, took=None if self._degraded is None else at - self._degraded)
             self._degraded, self._in_sync = None, True
 
