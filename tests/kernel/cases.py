@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -139,6 +139,31 @@ def test_one_byte_more_is_refused_with_the_right_mtu(lab: Lab) -> None:
 
 
 # --- what peers may send
+
+
+def test_trace_follows_packets_on_this_datapath_without_nftables(lab: Lab) -> None:
+    host, (one, other) = lab.host(1), (lab.pod(1, 1), lab.pod(2, 1))
+
+    def trace() -> dict[str, Any]:
+        done = host.ovsmesh("trace", "-o", "json", str(one.addresses[0]), str(other.addresses[0]), timeout=300)
+        assert done.returncode in (0, 2), done.stdout + done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    well = trace()
+    assert well["state"] == "arrives", well
+    assert all(number >= 3 for number in well["seen"].values()) and "underlay" in well["seen"], well
+    ip(host, "route", "add", "blackhole", str(other.addresses[0]))
+    try:
+        assert trace()["stopsAtHop"] == "route"
+    finally:
+        ip(host, "route", "del", "blackhole", str(other.addresses[0]))
+    netns.ip_batch(["link set u2 down"], lab.hub)
+    try:
+        assert trace()["stopsAtHop"] == "network to h2"
+    finally:
+        netns.ip_batch(["link set u2 up"], lab.hub)
+    all_reach_all(lab)
 
 
 def test_spoofed_source_is_refused(lab: Lab) -> None:
