@@ -167,6 +167,14 @@ class Netlink:
             self._do({f"set port {name}": encoder.quiet_port(index)})
 
     def _make_bridge(self, want: Link) -> None:
+        """Make kbr0; where someone has renamed the managed one, rename that back, as pods are plugged into it."""
+        strays = [i for i, one in self.cache.links.items() if one.kind == want.kind and one.alias == MARK]
+        if stray := next((i for i in strays if self.cache.name(i) not in (KBR, _NEW)), 0):
+            down, name = encoder.set_link(stray, up=False), encoder.set_link(stray, name=KBR)
+            changes = encoder.set_link(stray, mac=want.mac, mtu=want.mtu, up=want.up)
+            # a link that is up can't be renamed before Linux 6.2
+            self._do({f"set link {KBR} down": down, f"name link {KBR}": name, f"set link {KBR}": changes})
+            return
         stale = _index(_NEW)
         if stale:
             self._do({f"delete link {_NEW}": encoder.del_link(stale)})
