@@ -300,6 +300,35 @@ def stream(lab: Lab) -> Prober:
     return lab.stream([lab.pair(a, b), lab.pair(b, a)], interval=0.01)
 
 
+def peer_states(host: Host) -> dict[str, str]:
+    status, body = host.http("/status.json", timeout=20.0)
+    peers = json.loads(body).get("peers", ()) if status == 200 else ()
+    return {peer["name"]: peer["state"] for peer in peers}
+
+
+def let_in(host: Host) -> list[int]:
+    """How many probes the flows have let in that the peers forwarded back, in each IP family."""
+    found = [line for line in host.ovs_ofctl("dump-flows", OBR).splitlines() if "mod_dl_dst" in line]
+    return [int(line.partition("n_packets=")[2].partition(",")[0]) for line in found]
+
+
+def test_probes_pass_the_peers_forwarding_and_a_peer_that_does_not_forward_is_named(lab: Lab) -> None:
+    one, third = lab.host(1), lab.host(3)
+    netns.wait_for("all peers ok", lambda: peer_states(one) == {"h2": "ok", "h3": "ok"}, REPAIR)
+    netns.wait_for("probes of both families", lambda: len(let_in(one)) == 2 and all(let_in(one)), REPAIR)
+    third.stop_agent()
+    try:
+        third.run(["sysctl", "-qw", "net.ipv4.ip_forward=0"])
+        start = time.monotonic()
+        netns.wait_for("h3 not to forward", lambda: peer_states(one) == {"h2": "ok", "h3": "not forwarded"}, REPAIR)
+        print(f"named after {time.monotonic() - start:.1f} s")
+    finally:
+        third.start_agent()
+    start = time.monotonic()
+    netns.wait_for("all peers ok again", lambda: peer_states(one) == {"h2": "ok", "h3": "ok"}, REPAIR)
+    print(f"cleared {time.monotonic() - start:.1f} s after its agent was started")
+
+
 def test_killed_agent_loses_no_packet(lab: Lab) -> None:
     host = lab.host(1)
     with stream(lab) as probes:
