@@ -57,3 +57,8 @@ def grouped(problems: Iterable[Problem]) -> list[str]:
         same = f". The same at {counted(len(nodes), 'other node')}: {listed(nodes, 3)}" if nodes else ""
         lines.append(f"{first}{same}")
     return lines
+
+
+def summary(problems: Iterable[Problem]) -> str:
+    """Return the first few kinds of problems as one line, for an error that ends a command."""
+    return listed(grouped(problems), 3, "; ")

@@ -14,7 +14,7 @@ from ovsmesh.cli import inspect, preflight
 from ovsmesh.cli.preflight import FAIL, OK, WARN, Check
 from ovsmesh.dataplane import desired, shell_script
 from ovsmesh.dataplane.types import Facts
-from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.errors import OvsmeshError, Problem, grouped, summary
 from ovsmesh.linux.datapath import kernel_datapath
 from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh, Node, gateway
@@ -38,7 +38,7 @@ def _mesh(options: Options) -> tuple[Snapshot, Mesh, Node]:
     found = inspect.snapshot(options)
     me = found.mesh.node(options.node) if found.mesh else None
     if found.mesh is None or me is None or not found.confirmed:
-        raise OvsmeshError("; ".join(map(str, found.problems)) or f"{options.mesh}: has no node {options.node}")
+        raise OvsmeshError(summary(found.problems) or f"{options.mesh}: has no node {options.node}")
     return found, found.mesh, me
 
 
@@ -80,7 +80,8 @@ def check(options: Options) -> list[Check]:
             return found
         here = compare(driver, wanted, me.name)
     facts, unmanaged = here.facts, here.have.unmanaged if up else ()
-    found += [Check(FAIL if p.fatal else WARN, "mesh", str(p)) for p in source.problems]
+    found += [Check(FAIL, "mesh", line) for line in grouped(p for p in source.problems if p.fatal)]
+    found += [Check(WARN, "mesh", line) for line in grouped(p for p in source.problems if not p.fatal)]
     found += [Check(OK, "mesh", f"{len(wanted.nodes)} nodes, this one is {me.name}")] if not source.problems else []
     carried = up and facts.datapath_type == "netdev" and facts.datapath_carried
     found += preflight.switch(up, version, ovsdb, datapath, carried, wanted.encapsulation)

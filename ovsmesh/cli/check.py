@@ -12,7 +12,7 @@ from ovsmesh.agent.options import Options, opened
 from ovsmesh.cli import inspect
 from ovsmesh.dataplane.report import Report
 from ovsmesh.dataplane.types import Reach, State
-from ovsmesh.errors import OvsmeshError
+from ovsmesh.errors import OvsmeshError, summary
 from ovsmesh.probe.sender import Prober
 from ovsmesh.probe.targets import Target, targets
 from ovsmesh.state_dir import StateDir
@@ -40,7 +40,7 @@ def check(options: Options, peer: str = "") -> Report:
         found = result.look(driver, source, options.node)
         figures = driver.figures()
     if found.mesh is None or found.facts is None or found.have is None:
-        raise OvsmeshError("; ".join(map(str, found.problems)))
+        raise OvsmeshError(summary(found.problems))
     wanted = targets(found.mesh, options.node, found.facts, found.have.dataplane)
     reach = _probe({name: paths for name, paths in wanted.items() if peer in ("", name)})
     told = inspect.ask(options)

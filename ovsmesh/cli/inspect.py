@@ -24,7 +24,7 @@ from ovsmesh.dataplane.plan import Plan
 from ovsmesh.dataplane.report import Agent, ReconcileResult, Report, ReportContext
 from ovsmesh.dataplane.report_text import render_text, table
 from ovsmesh.dataplane.types import Reach, State
-from ovsmesh.errors import OvsmeshError, Problem, grouped
+from ovsmesh.errors import OvsmeshError, Problem, summary
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.mesh.manifest import digest
 from ovsmesh.mesh.source import Snapshot
@@ -54,7 +54,7 @@ def usable(options: Options) -> Snapshot:
     """Return the mesh as snapshot() does. Raises OvsmeshError where there is none."""
     source = snapshot(options)
     if source.mesh is None:
-        raise OvsmeshError(listed(grouped(source.problems), 3, "; "))
+        raise OvsmeshError(summary(source.problems))
     return source
 
 
@@ -172,7 +172,10 @@ def ask(options: Options) -> Told:
     heard = state.status_time() if stored else None
     if not state.held():
         return _away(Reason.AgentDown, "no agent runs", stored, heard)
-    pid = state.agent().get("pid")
+    known = state.agent()
+    pid, other = known.get("pid"), known.get("node", options.node)
+    if other != options.node:
+        return _away(Reason.AgentDown, f"no agent runs for this node; the one here is of node {other}", {}, None)
     who = f"the agent (pid {pid})" if isinstance(pid, int) else "the agent"
     listen = str(stored.get("listen", options.listen))
     answer = get(listen, "/status.json")

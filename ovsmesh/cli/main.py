@@ -33,7 +33,7 @@ from ovsmesh.cli.formats import (
     state_dir_option,
     with_options,
 )
-from ovsmesh.errors import OvsmeshError
+from ovsmesh.errors import OvsmeshError, grouped
 from ovsmesh.names import DEFAULT_LISTEN
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ def agent(listen: str, once: bool, log_level: str, log_format: str, **options: A
         serve(Options(listen=listen, **chosen), _stop_fd())
         return
     result = reconcile_once(Options(listen="", **chosen))
-    for line in (*result.plan.lines(), *result.problems):
-        click.echo(str(line), err=True)
+    for line in (*result.plan.lines(), *grouped(result.problems)):
+        click.echo(line, err=True)
     converged = result.converged and result.mesh_current
     click.echo("converged" if converged else "not converged", err=True)
     sys.exit(0 if converged else 1)
@@ -341,10 +341,10 @@ def bootstrap(state_dir: str, wait: float | None, **options: Any) -> None:
     _root(_READ)
     chosen = _options(state_dir, options)
     if printed:
-        text, problems = script(chosen)
-        click.echo(text, nl=False)
-        for problem in problems:
-            click.echo(f"! {problem}", err=True)
+        made, problems = script(chosen)
+        click.echo(made, nl=False)
+        for text in grouped(problems):
+            click.echo(f"! {text}", err=True)
         sys.exit(1 if any(p.fatal for p in problems) else 0)
     if checked:
         checks = check(chosen)

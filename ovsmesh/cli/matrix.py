@@ -14,7 +14,7 @@ from ovsmesh.agent.options import Options
 from ovsmesh.cli import inspect
 from ovsmesh.dataplane.report import age
 from ovsmesh.dataplane.types import Facts, State
-from ovsmesh.errors import OvsmeshError
+from ovsmesh.errors import OvsmeshError, summary
 from ovsmesh.probe import exchange
 from ovsmesh.probe.matrix import WORST
 from ovsmesh.probe.targets import targets
@@ -41,7 +41,7 @@ def matrix(options: Options) -> Object:
         raise OvsmeshError(f"{silent}; as root (sudo) this command asks the agents of the peers itself")
     source = inspect.snapshot(options)
     if source.mesh is None or source.mesh.node(options.node) is None:
-        why = "; ".join(map(str, source.problems)) or f"node {options.node} is not in the mesh"
+        why = summary(source.problems) or f"node {options.node} is not in the mesh"
         raise OvsmeshError(f"{silent}, and no peer can be asked: {why}")
     found = exchange.collect(source.mesh, targets(source.mesh, options.node, Facts()), None, {})
     if all(node["agent"] == "no answer" for node in found["nodes"]):

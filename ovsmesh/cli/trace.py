@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ovsmesh.agent.options import Options
 from ovsmesh.cli import inspect
-from ovsmesh.errors import OvsmeshError
+from ovsmesh.errors import OvsmeshError, summary
 from ovsmesh.state_dir import StateDir
 from ovsmesh.trace import places
 from ovsmesh.trace.collect import collect
@@ -20,7 +20,7 @@ def trace(options: Options, source: str, target: str, kubeconfig: str | None) ->
     snapshot = inspect.snapshot(options)
     mesh = snapshot.mesh
     if mesh is None:
-        raise OvsmeshError("; ".join(map(str, snapshot.problems)))
+        raise OvsmeshError(summary(snapshot.problems))
     ends = [addresses(mesh, name, options, kubeconfig) for name in (source, target)]
     one, other = places.pair(mesh, ends[0], ends[1])
     if one.address == other.address:

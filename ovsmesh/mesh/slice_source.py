@@ -20,7 +20,7 @@ from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.names import DEFAULT_MESH, MESH_LABEL, MESH_SLICES
 from ovsmesh.reasons import Reason
-from ovsmesh.text import listed
+from ovsmesh.text import instead, listed
 
 GRACE = 0.5
 """Seconds that a start waits for an API server that says nothing; one that refuses is not waited for."""
@@ -179,7 +179,8 @@ class SliceSource:
             return self._kept(error.reason, str(error))
         mesh, problems = assemble(slices, self._last.mesh)
         if mesh.node(self.node) is None:
-            message = f"no MeshSlice has this node, {self.node}: the controller's Events on the Node say why"
+            names = instead(self.node, (node.name for node in mesh.nodes))
+            message = f"no MeshSlice has this node, {self.node}: the controller's Events on the Node say why; {names}"
             return self._kept(Reason.SelfMissing, message, problems)
         self._versions = {one.name: one.resource_version for one in slices}
         if found.problem:

@@ -14,7 +14,7 @@ from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.dataplane import desired
 from ovsmesh.dataplane.plan import Step
 from ovsmesh.dataplane.types import COOKIE, KBR, OBR, Dataplane
-from ovsmesh.errors import OvsmeshError
+from ovsmesh.errors import OvsmeshError, summary
 from ovsmesh.linux import netns
 from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import IPAddress, Mesh, Node, gateway
@@ -52,7 +52,7 @@ def collect(options: Options, snapshot: Snapshot, source: Place, target: Place, 
     with opened(options, StateDir(options.state_dir)) as driver:
         found = result.look(driver, snapshot, options.node)
         if found.mesh is None or found.facts is None or found.want is None or found.have is None:
-            raise OvsmeshError("; ".join(map(str, found.problems)) or f"node {options.node} is not in the mesh")
+            raise OvsmeshError(summary(found.problems) or f"node {options.node} is not in the mesh")
         mesh, me = found.mesh, found.mesh.node(options.node)
         if me is None:
             raise OvsmeshError(f"node {options.node} is not in the mesh; set --node")

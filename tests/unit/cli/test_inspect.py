@@ -151,6 +151,15 @@ def test_an_agent_of_another_version_is_outdated_and_its_probes_count(place: Pla
     assert found.agent.alive
 
 
+def test_the_agent_of_another_node_is_not_this_ones(place: Place) -> None:
+    place.runs()
+    place.state.write_agent({"pid": os.getpid(), "node": "web7"})
+    place.answers(told(self={"name": "web7"}))
+    found = inspect.ask(place.options)
+    assert problem(found) == (Reason.AgentDown, "no agent runs for this node; the one here is of node web7")
+    assert found.report == {} and found.agent.heard is None
+
+
 def test_an_agent_that_has_just_started(place: Place) -> None:
     place.runs()
     place.answers({}, 503)
