@@ -225,11 +225,14 @@ class _StatusFile:
 
 def _differs(now: NodeStatus, before: NodeStatus) -> bool:
     """Return whether the report of one may say something else than the other's. A report itself takes long to make."""
+    a, b = now.result, before.result
     if now is before:
         return False
-    a, b = now.result, before.result
-    same = (a.converged, a.plan, a.problems, now.states) == (b.converged, b.plan, b.problems, before.states)
-    return not same or a.mesh is not b.mesh or bool(a.drift)
+    if a is b:
+        # published for what the probes found
+        return True
+    same = (a.converged, a.plan, a.problems) == (b.converged, b.plan, b.problems) and a.mesh is b.mesh
+    return not same or bool(a.drift)
 
 
 class RowPublisher:
@@ -243,4 +246,5 @@ class RowPublisher:
         self._exchange.update(status.result.mesh, status.result.facts, lambda: status.report)
 
     def idle(self) -> None:
-        """Do nothing: peers ask when they want."""
+        """Forget what nobody has asked for lately."""
+        self._exchange.idle()

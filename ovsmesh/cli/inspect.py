@@ -228,7 +228,7 @@ class _Answer(NamedTuple):
     tree: Mapping[str, Any] = {}
 
 
-def get(listen: str, path: str) -> _Answer:
+def get(listen: str, path: str, timeout: float = _AGENT_TIMEOUT) -> _Answer:
     """Return the JSON object that an agent answers to a GET, or why there is none."""
     host, _, port = listen.rpartition(":")
     if not port:
@@ -236,7 +236,7 @@ def get(listen: str, path: str) -> _Answer:
     local = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}.get(host, host)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{local}:{port}{path}", timeout=_AGENT_TIMEOUT) as answer:
+        with opener.open(f"http://{local}:{port}{path}", timeout=timeout) as answer:
             return _Answer("ok", _map(json.loads(answer.read(_AGENT_MOST))))
     except urllib.error.HTTPError as error:
         return _Answer("starting" if error.code == 503 else "refused")

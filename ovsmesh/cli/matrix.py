@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
@@ -20,8 +17,8 @@ from ovsmesh.probe.matrix import WORST
 from ovsmesh.probe.targets import targets
 from ovsmesh.text import counted, listed, printable
 
-_AGENT_TIME, _AGENT_MOST = exchange.COLLECT_TIME + 5.0, 64 << 20
-"""Seconds and bytes for the answer of the agent on this host."""
+_AGENT_TIME = exchange.COLLECT_TIME + 5.0
+"""Seconds for the answer of the agent on this host."""
 _WIDTH = 80
 _LISTED = 20
 """Directions, and pairs of zones, that are listed where the mesh is too large for a table."""
@@ -33,10 +30,12 @@ def matrix(options: Options) -> Object:
 
     Raises OvsmeshError where nothing can be told.
     """
-    found = _ask_agent(inspect.listening(options))
-    if found is not None:
+    listen = inspect.listening(options)
+    answer = inspect.get(listen, "/matrix.json", _AGENT_TIME)
+    found = dict(answer.tree)
+    if answer.state == "ok" and _is_matrix(found):
         return found
-    silent = f"the agent of this host does not answer on {options.listen or 'any address'}"
+    silent = f"the agent of this host does not answer on {listen or 'any address'}"
     if os.geteuid() != 0:
         raise OvsmeshError(f"{silent}; as root (sudo) this command asks the agents of the peers itself")
     source = inspect.snapshot(options)
@@ -51,16 +50,14 @@ def matrix(options: Options) -> Object:
     return found
 
 
-def _ask_agent(listen: str) -> Object | None:
-    host, _, port = listen.rpartition(":")
-    local = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}.get(host, host)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def _is_matrix(found: Object) -> bool:
+    """Return whether it can be shown: anyone on this host may listen where no agent does."""
     try:
-        with opener.open(f"http://{local}:{port}/matrix.json", timeout=_AGENT_TIME) as answer:
-            found = json.loads(answer.read(_AGENT_MOST))
-    except (OSError, ValueError, http.client.HTTPException):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("rows"), list) else None
+        render(found)
+        exit_code(found)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def exit_code(found: Object) -> int:
@@ -75,7 +72,7 @@ def render(found: Object, worst: int | None = None) -> str:
     grid = _grid(found) if worst is None else []
     lines += ["", *(grid or _list(found, _LISTED if worst is None else worst))]
     zones = _zones(found)
-    return "\n".join([*lines, *(["", *zones] if zones else [])])
+    return "\n".join(map(printable, [*lines, *(["", *zones] if zones else [])]))
 
 
 def _directions(found: Object) -> Iterator[tuple[str, Object]]:
@@ -170,7 +167,7 @@ def _grid(found: Object) -> list[str]:
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     table = [["from \\ to", *heads], *([label, *row] for label, row in zip(labels, rows, strict=True))]
     lines = [
-        "  ".join([printable(row[0]).ljust(first), *(text.rjust(w) for text, w in zip(row[1:], widths, strict=True))])
+        "  ".join([row[0].ljust(first), *(text.rjust(w) for text, w in zip(row[1:], widths, strict=True))])
         for row in table
     ]
     if max(map(len, lines)) > _WIDTH:
@@ -203,10 +200,7 @@ def _list(found: Object, most: int) -> list[str]:
 
 def _columns(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(printable(text).ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _badness(cell: Object) -> tuple[float, ...]:

@@ -200,8 +200,6 @@ _TIMES = frozenset({"time", "agent_since", "agent_heard", "mesh_since", "last_ch
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         pairs = [(f.name, getattr(value, f.name)) for f in fields(value)]
-        if isinstance(value, Problem):
-            pairs.append(("wrong", value.wrong))
     elif isinstance(value, Traffic):
         pairs = list(value._asdict().items())
     elif isinstance(value, tuple):

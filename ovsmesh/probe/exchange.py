@@ -407,16 +407,16 @@ def collect(mesh: Mesh, paths: Mapping[str, Sequence[Target]], own: Row | None, 
     # the ones that are most likely to answer first: time may run out
     order = sorted(paths, key=lambda name: lost.get(name, (float("inf"),)), reverse=True)
     answers = ask({name: paths[name] for name in order}, matrix.most_bytes(len(mesh.nodes)) + _REQUEST_BYTES)
-    now = time.time()
+    now, names = time.time(), matrix.known(mesh)
     rows = {own.node: own} if own else {}
     for name, data in answers.items():
         try:
-            rows[name] = matrix.parse(data, name, mesh, now)
+            rows[name] = matrix.parse(data, name, names, now)
         except RowError as error:
             log.warning("the row of %s is not used: it %s", name, error)
-    for name in [name for name in last if mesh.node(name) is None]:
+    for name in last.keys() - names.nodes:
         del last[name]
-    last.update({name: replace(row, cells=()) for name, row in rows.items()})
+    last.update({name: replace(row, cells=(), counts={}, zones={}) for name, row in rows.items()})
     return matrix.matrix(mesh, own.mesh_digest if own else digest(mesh), rows, last, now)
 
 
@@ -451,6 +451,12 @@ class Exchange:
         self._report = report
         self._server.update(self._gateways)
 
+    def idle(self) -> None:
+        """Forget a matrix that is too old to be shown: that of a thousand nodes has 15 MB."""
+        made = self._made
+        if made is not None and time.monotonic() - made[0] > _CACHE:
+            self._made = None
+
     def close(self) -> None:
         """Stop serving."""
         self._server.close()
@@ -479,7 +485,8 @@ class Exchange:
             mesh, own = self._mesh, self._own()
             if mesh is None or own is None or mesh.node(self._node) is None:
                 return None
-            if self._made is None or self._made[1] is not mesh or time.monotonic() - self._made[0] > _CACHE:
+            made = self._made
+            if made is None or made[1] is not mesh or time.monotonic() - made[0] > _CACHE:
                 found = collect(mesh, self._paths, own, self._last)
-                self._made = time.monotonic(), mesh, found
-            return self._made[2]
+                self._made = made = time.monotonic(), mesh, found
+            return made[2]

@@ -239,13 +239,27 @@ def row(report: Report, mesh: Mesh) -> Row:
 # A row from a peer. Whoever is root there can write anything into it.
 
 
-def parse(data: bytes, node: str, mesh: Mesh, now: float) -> Row:
+class Known(NamedTuple):
+    """What a row may name."""
+
+    nodes: frozenset[str]
+    zones: frozenset[str]
+
+
+def known(mesh: Mesh) -> Known:
+    """Return what a row may name in this mesh."""
+    zones = _zones(mesh)
+    return Known(frozenset(zones), frozenset(zones.values()))
+
+
+def parse(data: bytes, node: str, names: Known, now: float) -> Row:
     """Return the row that `node` sent, as of `now`. Raise RowError for anything else.
 
     A cell of a name that is not in the mesh, or in a state that is not known here, is left out: the two agents may
     have different meshes or versions for a while.
     """
-    if len(data) > most_bytes(len(mesh.nodes)):
+    nodes = len(names.nodes)
+    if len(data) > most_bytes(nodes):
         raise RowError(f"has {len(data)} bytes")
     try:
         found = json.loads(data, parse_constant=_no_constant)
@@ -255,14 +269,13 @@ def parse(data: bytes, node: str, mesh: Mesh, now: float) -> Row:
         raise RowError("is no object")
     if found.get("node") != node:
         raise RowError("is of another node")
-    names = {one.name for one in mesh.nodes}
     theirs = _number(found.get("time"), "time", 0.0, 1e11)
     cells: dict[str, Cell] = {}
-    for item in _list(found.get("cells"), "cells", len(names) + 1):
-        cell = _cell(item, names - {node}, now - (theirs or now), now)
-        if cell is not None and cells.setdefault(cell.peer, cell) is not cell:
+    for item in _list(found.get("cells"), "cells", nodes + 1):
+        cell = _cell(item, names.nodes, now - (theirs or now), now)
+        if cell is not None and cell.peer != node and cells.setdefault(cell.peer, cell) is not cell:
             raise RowError("names a peer twice")
-    if len(cells) > most_cells(len(names)):
+    if len(cells) > most_cells(nodes):
         raise RowError("has too many cells")
     digest = found.get("meshDigest")
     return Row(
@@ -274,8 +287,8 @@ def parse(data: bytes, node: str, mesh: Mesh, now: float) -> Row:
         found.get("converged") is True,
         found.get("well") is True,
         _time(found.get("since"), now - (theirs or now), now),
-        _parse_counts(found.get("counts"), len(names)),
-        _parse_zones(found.get("zones"), set(_zones(mesh).values()), len(names)),
+        _parse_counts(found.get("counts"), nodes),
+        _parse_zones(found.get("zones"), names.zones, nodes),
         tuple(cells[name] for name in sorted(cells)),
     )
 

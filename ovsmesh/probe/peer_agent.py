@@ -14,7 +14,6 @@ from ovsmesh.text import printable
 
 _TIMEOUT = 1.0
 """Seconds for a peer that is up to accept or refuse a connection."""
-_HOPS6 = (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS)
 _BYTES = 1024
 """Of the head of an answer."""
 
@@ -26,7 +25,7 @@ def ask_agent(mesh: Mesh, peer: Node, paths: Sequence[Target]) -> tuple[str, str
     answers = exchange.ask({peer.name: paths}, matrix.most_bytes(len(mesh.nodes)) + _BYTES, _TIMEOUT)
     if peer.name in answers:
         try:
-            row = matrix.parse(answers[peer.name], peer.name, mesh, time.time())
+            row = matrix.parse(answers[peer.name], peer.name, matrix.known(mesh), time.time())
         except matrix.RowError as error:
             return f"its answer {error}", ""
         return "ok", printable(row.headline)
@@ -40,9 +39,6 @@ def _why(path: Target) -> str:
         sock.settimeout(_TIMEOUT)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, KBR.encode())
-            # it hears nothing that may have been forwarded
-            hops = (socket.IPPROTO_IP, socket.IP_TTL) if family == socket.AF_INET else _HOPS6
-            sock.setsockopt(*hops, 255)
             sock.bind((str(path.source), 0))
             sock.connect((str(path.destination), ROW_PORT))
         except ConnectionRefusedError:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +39,7 @@ class Agent:
             self.show(report)
 
     def show(self, report: Report) -> None:
-        self._http.publish(Shown(replace(report, time=time.time())))
+        self._http.publish(Shown(report))
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from ovsmesh.dataplane.report import Peer, Report, Self
 from ovsmesh.dataplane.types import Reach, State
 from ovsmesh.probe import matrix
-from ovsmesh.probe.matrix import Cell, Row, RowError, Tally, parse
+from ovsmesh.probe.matrix import Cell, Row, RowError, Tally, known, parse
 from tests.support.meshkit import first, mesh_of, node
 
 NOW = 1_800_000_000.0
 MESH = first(4)
 """web1 to web4."""
+KNOWN = known(MESH)
 
 
 def sent(**changes: Any) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def sent(**changes: Any) -> dict[str, Any]:
 
 
 def read(found: Any, name: str = "web2") -> Row:
-    return parse(json.dumps(found).encode(), name, MESH, NOW)
+    return parse(json.dumps(found).encode(), name, KNOWN, NOW)
 
 
 def test_a_row_comes_through_as_it_was_sent() -> None:
@@ -42,7 +43,7 @@ def test_a_row_comes_through_as_it_was_sent() -> None:
     one, third = row.cells
     assert one == Cell("web1", "ok", NOW - 3600, 0.0004, None, 0.0)
     assert third == Cell("web3", "small packets only", None, 0.001, None, 0.1, 1362)
-    assert parse(row.encode(), "web2", MESH, NOW) == row
+    assert parse(row.encode(), "web2", KNOWN, NOW) == row
 
 
 HOSTILE = {
@@ -82,7 +83,7 @@ def test_what_is_no_row_of_that_peer_is_refused_whole(what: str) -> None:
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[" * 10_000, b"1" * 5000, b"null"])
 def test_what_is_no_json_object_is_refused(data: bytes) -> None:
     with pytest.raises(RowError):
-        parse(data, "web2", MESH, NOW)
+        parse(data, "web2", KNOWN, NOW)
 
 
 def test_names_that_are_no_peers_and_states_that_are_none_are_left_out() -> None:
@@ -170,7 +171,7 @@ def test_a_large_mesh_sends_the_worst_of_a_row_and_counts_all() -> None:
     assert row.counts == {"ok": 997, "unreachable": 1, "lossy": 1}
     assert (row.zones["a"].pairs, row.zones["b"].pairs) == (500, 499)
     data = row.encode()
-    assert len(data) < matrix.most_bytes(1000) and parse(data, "n000", mesh, NOW).counts == row.counts
+    assert len(data) < matrix.most_bytes(1000) and parse(data, "n000", known(mesh), NOW).counts == row.counts
 
 
 # all rows
