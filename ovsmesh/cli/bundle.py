@@ -241,8 +241,8 @@ def parts(options: Options, given: list[str], state: StateDir) -> Iterator[Part]
         line = [sys.executable, "-m", "ovsmesh", *argv, *given]
         return Part(name, " ".join(["ovsmesh", *argv]), lambda: bounded_run(line, env, _PART, _SLOW, says=True))
 
-    def live(name: str, path: str, most: int = _PART) -> Part:
-        return Part(name, f"http://{options.listen}{path}", lambda: get(options.listen, path, most, _DEADLINE))
+    def live(name: str, path: str, most: int = _PART, deadline: float = _DEADLINE) -> Part:
+        return Part(name, f"http://{options.listen}{path}", lambda: get(options.listen, path, most, deadline))
 
     def file(path: Path, name: str, make: Callable[[], tuple[str, str]]) -> Part:
         return Part(name, str(path), make)
@@ -259,7 +259,7 @@ def parts(options: Options, given: list[str], state: StateDir) -> Iterator[Part]
     yield file(state.path / HISTORY_FILES[0], "history.jsonl", lambda: _history(state))
     yield live("agent/status.json", "/status.json")
     yield live("agent/metrics.txt", "/metrics")
-    yield live("agent/matrix.json", "/matrix.json", 4 << 20)
+    yield live("agent/matrix.json", "/matrix.json", 4 << 20, _SLOW)
     yield file(state.path / "agent.json", "agent/options.json", lambda: _agent(state))
     yield file(
         state.path / "status.json", "agent/status-file.json", lambda: read_file(state.path / "status.json", _PART)
@@ -323,7 +323,8 @@ def parts(options: Options, given: list[str], state: StateDir) -> Iterator[Part]
     for tool in ("iptables", "ip6tables"):
         for variant in ("nft", "legacy"):
             yield command(f"filter/{tool}-{variant}.txt", f"{tool}-{variant}-save", "-c", only=known.comments)
-    yield file(Path(options.cni_dir), "containers/cni-files.txt", lambda: _names_in(options.cni_dir))
+    cni = options.cni_dir
+    yield Part("containers/cni-files.txt", cni or "the CNI directory", lambda: _names_in(cni))
     daemon = Path(options.docker_config)
     yield file(daemon, "containers/daemon.json", lambda: _daemon_json(daemon))
     yield command("containers/docker.txt", *docker, "ps", "--format", "{{.Names}} {{.Networks}} {{.Status}}")
