@@ -37,6 +37,10 @@ _STEMS = ("pass", "pwd", "secret", "token", "credential", "auth", "psk", "commun
 _RULES: tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
     (stems, re.compile(pattern, flags), into)
     for stems, pattern, flags, into in (
+        # what stands under a key that a mesh file should not have may be anything
+        (("unknown key",), r"(node [^\s:]{1,253}: [^\s:]{1,253} )[^\n]{1,4096}?(: unknown key)", 0, rf"\1{LEFT_OUT}\2"),
+        (("unknownkey",), r"(UnknownKey\"[^{}]{0,4096}?\"value\": )(?:\"(?:\\.|[^\"\\]){0,65536}\")", 0,
+         rf'\1"{LEFT_OUT}"'),
         # to the end where the end marker is cut off
         (("-----begin",), r"-----BEGIN [A-Z0-9 ]{1,40}-----.*?(?:-----END [A-Z0-9 ]{1,40}-----|\Z)", re.S, LEFT_OUT),
         # what kubectl keeps of the object as it was applied, secrets of its author included
@@ -47,10 +51,6 @@ _RULES: tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[re.Match[s
         (("bearer", "basic", "digest", "negotiate", "token"),
          r"\b(bearer|basic|digest|negotiate|token)(\s{1,8}|%20)(?=[\w.~+/=-]{8})[\w.~+/=:-]+", re.I, rf"\1 {LEFT_OUT}"),
         (_STEMS, rf"((?:{_NAME})[\w.-]{{0,64}}(\\?[\"']?)\s{{0,8}}(?:=>|:=|[=:])\s{{0,8}})({_VALUE})", re.I, _value),
-        # what stands under a key that a mesh file should not have may be anything
-        (("unknown key",), r"(node [^\s:]{1,253}: [^\s:]{1,253} )[^\n]{1,4096}?(: unknown key)", 0, rf"\1{LEFT_OUT}\2"),
-        (("unknownkey",), r"(UnknownKey\"[^{}]{0,4096}?\"value\": )(?:\"(?:\\.|[^\"\\]){0,65536}\")", 0,
-         rf'\1"{LEFT_OUT}"'),
         (("eyj",), r"\beyJ[\w-]{8,}(?:\.[\w-]*){1,4}", 0, LEFT_OUT),
         (("akia", "asia", "gh", "glpat", "xox", "sk-", "age-"),
          r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
