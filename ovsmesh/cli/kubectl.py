@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube import exec as remote
-from ovsmesh.kube.client import Api, Forbidden, NotFound, Object, path_of
+from ovsmesh.kube.client import Api, Forbidden, NotFound, Object, Unavailable, path_of
 from ovsmesh.kube.config import find
 from ovsmesh.mesh.meshslice import parse_slice
 from ovsmesh.mesh.types import IPAddress
@@ -74,6 +74,13 @@ def _exec(api: Api, pod: AgentPod, argv: Sequence[str], out: remote.Sink) -> int
         ) from error
     except NotFound as error:
         raise OvsmeshError(f"{error}. The agent's pod of node {pod.node} has just gone; try again") from error
+    except Unavailable as error:
+        if error.code != 500:
+            raise
+        raise OvsmeshError(
+            f"{error}. Does the API server reach the kubelet of node {pod.node} (TCP port 10250)?"
+            " On the node itself run the same command as root"
+        ) from error
 
 
 def _to(stream: Any) -> remote.Sink:

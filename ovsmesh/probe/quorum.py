@@ -79,6 +79,7 @@ class Quorum:
         `now` is monotonic; `epoch` is the same moment in seconds since the epoch.
         """
         self._take(votes, now, epoch)
+        members = frozenset(members)
         fresh = {name: vote for name, (vote, at) in self._heard.items() if name in members and now - at <= STALE}
         lonely = {name for name, vote in fresh.items() if vote.lonely}
         self._claims = {name: self._claims.get(name, now) for name in lonely}
@@ -114,8 +115,10 @@ class Quorum:
         listers: dict[str, set[str]] = {}
         for name in voters:
             vote = fresh[name]
+            # of a list that is cut short each name counts for several; a lie counts for little
+            weight = max(1.0, min(vote.unreachable, len(members)) / LISTED)
             for peer in vote.listed:
-                against[peer] = against.get(peer, 0.0) + max(1.0, vote.unreachable / len(vote.listed))
+                against[peer] = against.get(peer, 0.0) + weight
                 listers.setdefault(peer, set()).add(name)
         others = len(members) - 1
         found = {}
@@ -123,7 +126,9 @@ class Quorum:
             able = len(voters) - (name in voters)
             if 2 * able < others or able < 2:
                 continue
-            most = 2 * against.get(name, 0.0) > able and len(listers.get(name, ())) > 1
+            # names are drawn by lot: where the node says so too, fewer are enough
+            enough = able / 4 if name in self._claims else able / 2
+            most = against.get(name, 0.0) > enough and len(listers.get(name, ())) > 1
             found[name] = most or self._believed(name, voters, listers.get(name, set()), others)
         return found
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import subprocess
+import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +22,7 @@ import pytest
 
 from ovsmesh.lab import netns
 from ovsmesh.lab.ping import Pair, Prober, ping
+from tests.support import built
 from tests.support.kubecluster import Cluster, eventually, mebibytes, processes
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
@@ -161,6 +166,36 @@ def test_every_pod_reaches_every_pod_and_the_service(story: Cluster, figure: Fig
         assert len(answers) > 2, answers
     for track in ping(pairs_across(story, pods), count=5, size=POD_MTU, df=True):
         assert track.lost == 0, f"{track.pair}: packets of {POD_MTU} bytes do not pass whole"
+
+
+def test_a_node_is_asked_through_the_api(story: Cluster, tmp_path: Path) -> None:
+    """`kubectl ovsmesh …` as its user runs it: kubectl finds the plugin in the PATH."""
+    plugin = tmp_path / "kubectl-ovsmesh"
+    plugin.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from ovsmesh.cli.main import kubectl; kubectl()' \"$@\"\n")
+    plugin.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{built.control_plane()['kubectl'].parent}:{os.environ['PATH']}",
+        "KUBECONFIG": str(story.plane.kubeconfig()),
+        "HOME": str(tmp_path),
+    }
+
+    def ask(*arguments: str) -> str:
+        argv = [*story.plane.inside(), "kubectl", "ovsmesh", *arguments]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False, env=environment)
+        assert done.returncode == 0, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    assert "all 2 peers ok" in ask("check", "--on", "node2").splitlines()[0]
+    cells = [cell for row in json.loads(ask("matrix", "-o", "json"))["rows"] for cell in row["cells"]]
+    assert [cell["state"] for cell in cells] == ["ok"] * 6
+    source, destination, *_ = sorted(serving(story, 6), key=place)[::2]
+    names = [f"default/{pod['metadata']['name']}" for pod in (source, destination)]
+    assert destination["status"]["podIP"] in ask("trace", *names)
+    assert "start" in ask("history", "--on", "node3")
+    ask("bundle", "--on", "node1", "-o", str(tmp_path / "node1.tar.gz"))
+    with tarfile.open(tmp_path / "node1.tar.gz") as archive:
+        assert any(name.endswith("MANIFEST.txt") for name in archive.getnames())
+    assert ask("status").startswith("3 nodes converged, and packets get through between all of them\n")
 
 
 def test_what_it_takes(story: Cluster, figure: Figure) -> None:

@@ -52,6 +52,8 @@ class Plane(ControlPlane):
             f"--advertise-address={_HUB_ADDRESS}",
             f"--kubelet-client-certificate={certificate}",
             f"--kubelet-client-key={key}",
+            # as kubeadm sets it: no DNS here knows the nodes' names
+            "--kubelet-preferred-address-types=InternalIP",
         )
         self._scheduler: subprocess.Popen[bytes] | None = None
 
