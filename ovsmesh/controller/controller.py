@@ -118,13 +118,16 @@ class Controller:
     def _publish(self) -> None:
         if self._http is None:
             return
-        membership = self._membership
+        membership, reach = self._membership, self._node_writer.reachability
         counts = Counts(
             waiting=self._cache.waiting(),
             leads=self.lease.is_leader,
             nodes=len(membership.members),
             converged=self._converged,
             refused=len(membership.problems) + len(membership.static_problems),
+            isolated=reach.isolated,
+            bad_pairs=reach.bad_pairs,
+            split=reach.split,
             slices=len(self._cache.observed().slices),
             turns=self._passes,
             slice_writes=self._slice_writer.writes,

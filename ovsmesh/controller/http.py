@@ -19,6 +19,9 @@ class Counts:
     nodes: int = 0
     converged: int = 0
     refused: int = 0
+    isolated: int = 0
+    bad_pairs: int = 0
+    split: bool = False
     slices: int = 0
     turns: int = 0
     slice_writes: int = 0
@@ -35,6 +38,9 @@ METRICS: tuple[Metric[Counts], ...] = (
         "ovsmesh_controller_converged_nodes", "gauge", "Members whose own agent says Converged.", lambda c: c.converged
     ),
     Metric("ovsmesh_controller_refused_nodes", "gauge", "Nodes that can't be joined.", lambda c: c.refused),
+    Metric("ovsmesh_controller_isolated_nodes", "gauge", "Nodes that most others can't reach.", lambda c: c.isolated),
+    Metric("ovsmesh_controller_bad_pairs", "gauge", "Pairs of other nodes that lose packets.", lambda c: c.bad_pairs),
+    Metric("ovsmesh_controller_mesh_split", "gauge", "1 while most nodes can't reach most others.", lambda c: c.split),
     Metric("ovsmesh_controller_slices", "gauge", "MeshSlices.", lambda c: c.slices),
     Metric("ovsmesh_controller_turns", "counter", "Reconciles.", lambda c: c.turns),
     Metric("ovsmesh_controller_turn_seconds", "counter", "Seconds spent in reconciles.", lambda c: c.seconds),

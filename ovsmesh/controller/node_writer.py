@@ -74,6 +74,10 @@ class Reachability:
         self._told: dict[str, tuple[frozenset[str], float]] = {}
         """Node → the peers that its Events have named and that are still bad; when the last one was recorded."""
         self.problems: tuple[Problem, ...] = ()
+        self.isolated = self.bad_pairs = 0
+        """How many Nodes are isolated, and how many pairs of others lose packets."""
+        self.split = False
+        """Whether most nodes can't reach most others."""
         self._last: tuple[object, object] = (None, None)
         self._until = 0.0
         """What was decided from last, and until when that holds (monotonic)."""
@@ -100,7 +104,9 @@ class Reachability:
         quiet = {pair for pair in bad if not apart.isdisjoint(pair)}
         self._pairs = {pair: clock if pair in quiet else self._pairs.get(pair, clock) for pair in bad}
         again = self._record(bad, quiet, nodes, clock)
-        self.problems = (*self._problems(found.split, bad.keys() - quiet),)
+        pairs = sorted({(min(pair), max(pair)) for pair in bad.keys() - quiet})
+        self.isolated, self.bad_pairs, self.split = len(self._why), len(pairs), found.split
+        self.problems = (*self._problems(pairs),)
         self._last, self._until = (membership, reports), clock + min(_ALL, found.again, again)
         return self._why, self._until - clock
 
@@ -138,13 +144,12 @@ class Reachability:
                 self._told.pop(name, None)
         return again
 
-    def _problems(self, split: bool, bad: Collection[_Pair]) -> list[Problem]:
+    def _problems(self, pairs: Collection[_Pair]) -> list[Problem]:
         problems = [Problem(Reason.Isolated, text, name) for name, text in (self._why or {}).items()]
-        if split:
+        if self.split:
             problems.append(Problem(Reason.MeshSplit, "most nodes can't reach most others; none of them is to blame"))
-        pairs = sorted({f"{min(pair)} and {max(pair)}" for pair in bad})
         if pairs:
-            text = f"packets are lost between {listed(pairs, 5)}"
+            text = f"packets are lost between {listed((f'{one} and {other}' for one, other in pairs), 5)}"
             problems.append(Problem(Reason.PeersUnreachable, text, fatal=False))
         return problems
 

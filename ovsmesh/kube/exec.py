@@ -41,6 +41,8 @@ def run(api: Api, namespace: str, pod: str, container: str, argv: Sequence[str],
     path = path_of("/api/v1/namespaces", namespace, "pods", pod, "exec")
     key = base64.b64encode(os.urandom(16)).decode()
     headers = {
+        # the API server refuses any other here
+        "Accept": "*/*",
         "Connection": "Upgrade",
         "Upgrade": "websocket",
         "Sec-WebSocket-Version": "13",

@@ -274,6 +274,13 @@ CASES: Mapping[str, tuple[Series, Mapping[str, dict[str, str]]]] = {
         {f"ovsmesh_controller_refused_nodes{{{LEADER}}}": "2x30"},
         {"OvsmeshNodesRefusedByController": {"job": "ovsmesh-controller"}},
     ),
+    "a node is cut off": (
+        {f"ovsmesh_controller_isolated_nodes{{{LEADER}}}": "1x30"},
+        {"OvsmeshNodeIsolated": {"job": "ovsmesh-controller"}},
+    ),
+    "the mesh falls apart": (
+        {f"ovsmesh_controller_mesh_split{{{LEADER}}}": "1x30"}, {"OvsmeshMeshSplit": {"job": "ovsmesh-controller"}}
+    ),
 }  # fmt: skip
 
 

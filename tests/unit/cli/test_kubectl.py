@@ -70,6 +70,8 @@ class Server:
                 url = urlsplit(self.path)
                 if outer.refused and url.path.endswith(outer.refused):
                     self.reply(403, {"reason": "Forbidden", "message": f"you may not {url.path}"})
+                elif url.path.endswith("/exec") and self.headers["Accept"] != "*/*":
+                    self.reply(406, {"reason": "NotAcceptable"})
                 elif url.path.endswith("/exec"):
                     outer.asked.append((url.path, parse_qs(url.query)))
                     key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"

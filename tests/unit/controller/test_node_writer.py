@@ -135,7 +135,9 @@ def test_an_isolated_node_is_marked_and_cleared_and_one_event_says_so(ten: Ten, 
     assert node.ready and node.network and (node.ready.reason, node.network.status) == ("Isolated", "True")
     assert "GRE?" in node.ready.message
     assert ten.events.reasons() == [("web3", "Isolated")]
-    assert [p.reason for p in ten.writer.reachability.problems] == ["Isolated"]
+    found = ten.writer.reachability
+    assert [p.reason for p in found.problems] == ["Isolated"]
+    assert (found.isolated, found.bad_pairs, found.split) == (1, 0, False)
     before = node.ready
     ten.report(*around("web3")[1:], silent=silent)
     ten.pass_time(20)
@@ -154,6 +156,7 @@ def test_one_bad_pair_marks_nobody_and_both_ends_say_so_once(ten: Ten, state: st
     assert ten.events.reasons() == [("web1", "PeersUnreachable"), ("web2", "PeersUnreachable")]
     (problem,) = ten.writer.reachability.problems
     assert not problem.fatal and "web1 and web2" in problem.message
+    assert (ten.writer.reachability.isolated, ten.writer.reachability.bad_pairs) == (0, 1)
     ten.report()
     ten.pass_time(10)
     assert ten.events.reasons() == [("web1", "PeersReachable"), ("web2", "PeersReachable")]
@@ -187,6 +190,7 @@ def test_a_mesh_without_a_majority_marks_nobody_and_tells_of_no_pair(ten: Ten) -
     assert ten.pass_time(100) == []
     assert ten.events.reasons() == []
     assert [p.reason for p in ten.writer.reachability.problems] == ["MeshSplit"]
+    assert ten.writer.reachability.split
 
 
 def test_a_new_leader_goes_on_from_the_marks_that_are_there(ten: Ten) -> None:
