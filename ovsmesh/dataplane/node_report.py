@@ -267,10 +267,11 @@ def _verdict(result: ReconcileResult, peers: tuple[Peer, ...], now: float) -> st
         return f"{share} {'not in place' if worst == 'missing' else worst}: {listed([p.name for p in bad], 3)}"
     if result.plan.blocked:
         return f"{counted(len(result.plan.blocked), 'part')} blocked: {result.plan.blocked[0].unmanaged.detail}"
+    if result.plan.held:
+        # the problem beside it says how long, and how to confirm it
+        return f"holds back the removal of {counted(len(result.plan.held_peers), 'peer')}"
     if fatal is not None and not result.converged:
         return str(fatal)
-    if result.plan.held:
-        return f"holds back the removal of {counted(len(result.plan.held_peers), 'peer')}"
     if result.plan.steps:
         return f"not converged: {counted(len(result.plan.steps), 'change')} to do"
     if worst != "ok":

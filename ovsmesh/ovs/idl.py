@@ -13,6 +13,7 @@ from ovsmesh.errors import OvsmeshError
 from ovsmesh.ovs import json_parser
 
 _PROBE_MS = 5000
+"""Without a word of the server for so long it is asked for one, and as long again later it counts as away."""
 _BACKOFF_MS = (100, 500)
 """Between attempts to reach the server again: it is on this host, and ovs-vswitchd waits for its flows."""
 
@@ -79,9 +80,11 @@ class Replica(ovs.db.idl.Idl):  # type: ignore[misc]
     def __init__(self, remote: str) -> None:
         _prepare()
         self.touched: dict[str, set[Any]] = {table: set() for table in SCHEMA}
-        super().__init__(remote, _helper(SCHEMA), probe_interval=_PROBE_MS)
-        # the setter allows no less than a second
+        super().__init__(remote, _helper(SCHEMA))
         machine = self._session.reconnect
+        # python-ovs does not probe a UNIX socket, as its end is noticed at once; but a server may hang
+        machine.set_probe_interval(_PROBE_MS)
+        # the setter allows no less than a second
         machine.min_backoff, machine.max_backoff = _BACKOFF_MS
 
     def notify(self, event: str, row: Any, updates: Any = None) -> None:

@@ -28,6 +28,7 @@ FACTS = Facts(underlay_mtu=1500)
 WARNING, ERROR = Problem(Reason.MTUTooHigh, "is too high"), Problem(Reason.PodCIDRInvalid, "is no range", "web9")
 STEP = Step("+", "fdb", "0a:58:0a:61:02:01", "obr0", None)
 BLOCKED = Blocked(STEP, Unmanaged("fdb", STEP.key, "is in the way"))
+HOLD = Problem(Reason.MassRemovalHeld, "1 of this node's peers is missing from the mesh")
 HELD = Plan(held=(STEP._replace(op="-", have="obr0"),), held_peers=("web8",))
 OK = Reach(State.OK, NOW - 600, round_trip=0.0004, loss=0.0, sent=9)
 CONTEXT = ReportContext(
@@ -258,6 +259,7 @@ def test_held_removals_and_last_known_good() -> None:
         (Plan((STEP,)), (), False, "not converged: 1 change to do", ["Pending", "AsWanted"]),
         (Plan((STEP,), (BLOCKED,)), (), False, "1 part blocked: is in the way", ["Blocked", "Blocked"]),
         (HELD, (), False, "holds back the removal of 1 peer", ["RemovalHeld", "AsWanted", "MassRemovalHeld"]),
+        (HELD, (HOLD,), False, "holds back the removal of 1 peer", ["RemovalHeld", *["MassRemovalHeld"] * 2]),
         (replace(HELD, steps=(STEP,)), (), False, "holds back the", ["Pending", "AsWanted", "MassRemovalHeld"]),
     ],
 )
