@@ -9,6 +9,7 @@ import hashlib
 import logging
 import random
 import select
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,17 +26,18 @@ from ovsmesh.agent.result import (
     compare,
 )
 from ovsmesh.dataplane.plan import Plan, Step, due, plan
-from ovsmesh.dataplane.report import NOT_REACHED
+from ovsmesh.dataplane.report import NOT_REACHED, Held
 from ovsmesh.dataplane.types import Dataplane, Observed, State
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.history import History
 from ovsmesh.mesh.source import Snapshot, Source
 from ovsmesh.mesh.types import Mesh
+from ovsmesh.names import DEFAULT_STATE
 from ovsmesh.probe.sender import Prober, Totals
 from ovsmesh.probe.targets import targets
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
-from ovsmesh.text import duration, listed
+from ovsmesh.text import clock, duration, listed
 
 log = logging.getLogger("ovsmesh")
 
@@ -70,6 +72,8 @@ class RemovalGuard:
         self._state = state
         self._peers: frozenset[str] = frozenset()
         self._since = _NEVER
+        self._ends = 0.0
+        """When a hold ends, in seconds since the epoch: for people."""
         self.lifted = ""
         """Who lifted the last hold; "" while there is none, or it ended by itself."""
         self.until = _NEVER
@@ -86,7 +90,7 @@ class RemovalGuard:
         if not peers:
             self._since = _NEVER
         elif not peers <= self._peers:
-            self._since, self.lifted = time.monotonic(), ""
+            self._since, self._ends, self.lifted = time.monotonic(), time.time() + REMOVAL_HOLD, ""
         self._peers = peers
         if peers and self._state.confirmation() == held_digest(todo):
             self._state.clear_confirmation()
@@ -99,6 +103,22 @@ class RemovalGuard:
         if peers and not self.lifted:
             self.lifted = f"nobody objected for {duration(REMOVAL_HOLD)}"
         return plan(want, have, confirmed=True)
+
+    def held(self, todo: Plan) -> Held | None:
+        """Return what a plan holds."""
+        return Held(todo.held_peers, held_digest(todo), self._ends) if todo.held else None
+
+    def problems(self, held: Held | None) -> tuple[Problem, ...]:
+        """Return the problem that names the held removals, and how to confirm them."""
+        if held is None:
+            return ()
+        own = "" if str(self._state.path) == DEFAULT_STATE else f" --state-dir {shlex.quote(str(self._state.path))}"
+        text = (
+            f"{len(held.peers)} of this node's peers are missing from the mesh at once ({listed(held.peers, 5)}); "
+            f"their removal is held until {clock(held.until, held.until)}: `ovsmesh confirm {held.digest}{own}` "
+            "carries it out now"
+        )
+        return (Problem(Reason.MassRemovalHeld, text),)
 
 
 class Reconciler:
@@ -180,7 +200,8 @@ class Reconciler:
             failed = [Problem(Reason.NotConverged, text)]
         # an event of this time is read already, and wakes nobody
         self._outdated = self._driver.facts(snapshot.mesh, self._node, probe_firewall=False) != now.facts
-        return replace(now.result(snapshot, (*failed, *_held(now.plan))), drift=drift)
+        held = self._guard.held(now.plan)
+        return replace(now.result(snapshot, (*failed, *self._guard.problems(held))), drift=drift, held=held)
 
     def _compare(self, mesh: Mesh) -> Comparison:
         # the packet filter is not probed: a refused apply() finds out what it can't do
@@ -335,17 +356,6 @@ class Reconciler:
 def held_digest(todo: Plan) -> str:
     """Return what `ovsmesh confirm` names: the held removals and no others."""
     return hashlib.sha256("\n".join(todo.held_peers).encode()).hexdigest()[:12]
-
-
-def _held(todo: Plan) -> tuple[Problem, ...]:
-    if not todo.held:
-        return ()
-    names = listed(todo.held_peers, 5)
-    text = (
-        f"{len(todo.held_peers)} of this node's peers are missing from the mesh at once ({names}); their removal is "
-        f"held for {REMOVAL_HOLD:.0f} s: `ovsmesh confirm {held_digest(todo)}` carries it out now"
-    )
-    return (Problem(Reason.MassRemovalHeld, text),)
 
 
 def readable(fds: Sequence[int], timeout: float = 0.0) -> bool:

@@ -21,7 +21,7 @@ from ovsmesh.cli.formats import View
 from ovsmesh.controller.node_conditions import seconds
 from ovsmesh.dataplane.node_report import report
 from ovsmesh.dataplane.plan import Plan
-from ovsmesh.dataplane.report import Agent, ReconcileResult, Report, ReportContext
+from ovsmesh.dataplane.report import Agent, Held, ReconcileResult, Report, ReportContext
 from ovsmesh.dataplane.report_text import render_text, table
 from ovsmesh.dataplane.types import Reach, State
 from ovsmesh.errors import OvsmeshError, Problem, summary
@@ -37,6 +37,10 @@ _AGENT_TIMEOUT, _AGENT_MOST = 3.0, 64 * 1024 * 1024
 """Seconds and bytes for the answer of the agent on this host."""
 _STILL = 60.0
 """Seconds after which a loop that has not run is worth a word: its longest pause is half a second."""
+
+
+_CONFIRMING, _LOOK = 30.0, 0.2
+"""Seconds for the agent to take a confirmation, and between looks whether it has."""
 
 
 def snapshot(options: Options) -> Snapshot:
@@ -301,7 +305,55 @@ def node_report(options: Options, found: ReconcileResult, told: Told, about: Rep
     if mesh is not None and peer:
         about = dataclasses.replace(about, mesh_in_force=about.mesh_in_force or (digest(mesh), found.mesh_since))
         mesh = dataclasses.replace(mesh, nodes=tuple(n for n in mesh.nodes if n.name in (peer, options.node)))
-    return report(dataclasses.replace(found, mesh=mesh, problems=problems), options.node, about)
+    held = held_by(told) if told.agent.alive else None
+    return report(dataclasses.replace(found, mesh=mesh, problems=problems, held=held), options.node, about)
+
+
+def held_by(told: Told) -> Held | None:
+    """Return the removals that a running agent holds."""
+    found = _map(told.report.get("held"))
+    until, digest_ = seconds(str(found.get("until"))), found.get("digest")
+    if told.agent.since is None or until is None or not isinstance(digest_, str):
+        return None
+    peers = found.get("peers")
+    return Held(tuple(map(str, peers if isinstance(peers, list) else ())), digest_, until)
+
+
+def confirm(options: Options, wanted: str) -> str:
+    """Confirm the held removals of this digest, and return what the agent made of it, once that is seen.
+
+    Raises OvsmeshError where no agent runs, nothing or something else is held, or the agent does not take it.
+    """
+    state = StateDir(options.state_dir)
+    if not state.held():
+        text = f"no agent runs with the state directory {state.path}, so nothing is held; give --state-dir another"
+        raise OvsmeshError(text)
+    told = ask(options)
+    held = held_by(told)
+    if held is None:
+        unsure = told.agent.problem or told.note
+        raise OvsmeshError(
+            f"the agent holds no removal, so there is nothing to confirm{f' ({unsure})' if unsure else ''}"
+        )
+    what = f"the removal of {counted(len(held.peers), 'peer')} ({listed(held.peers, 10)})"
+    if wanted != held.digest:
+        raise OvsmeshError(
+            f"{printable(wanted, 80)} is not what the agent holds: it holds {what}, digest {held.digest}"
+        )
+    state.request_confirm(wanted)
+    end = time.monotonic() + _CONFIRMING
+    while time.monotonic() < end:
+        # the agent announces it nowhere else
+        time.sleep(_LOOK)
+        now = held_by(ask(options))
+        if state.confirmation() is None and (now is None or now.digest != wanted):
+            peers = f"{counted(len(held.peers), 'peer')} now: {listed(held.peers, 10)}"
+            return f"confirmed: the agent removes {peers}"
+        if now is not None and now.digest != wanted:
+            state.clear_confirmation()
+            raise OvsmeshError(f"nothing was confirmed, as what is held has changed meanwhile: it is {now.digest} now")
+    text = f"the agent has not taken the confirmation of {what} within {_CONFIRMING:.0f} s; it does when it can. See"
+    raise OvsmeshError(f"{text} `ovsmesh status`")
 
 
 def _only_the_agents(told: Told) -> Iterator[Problem]:

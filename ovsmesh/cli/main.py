@@ -378,12 +378,12 @@ def controller(kubeconfig: str | None, listen: str, log_level: str, log_format: 
 def confirm(digest: str, state_dir: str) -> None:
     """Confirm the mass removal that the agent holds back.
 
-    DIGEST is in the agent's message and in `status`.
+    DIGEST is in the agent's message and in `status`. Waits until the agent has taken it. Exit status: 0 it has, else 1.
     """
-    from ovsmesh.state_dir import StateDir
+    from ovsmesh.cli import inspect
 
     _root("write into the agent's state directory")
-    StateDir(state_dir).request_confirm(digest)
+    click.echo(inspect.confirm(_options(state_dir, {}), digest))
 
 
 class _Plugin(usage.Group):

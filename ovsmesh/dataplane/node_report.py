@@ -11,6 +11,7 @@ from ovsmesh.dataplane.plan import Plan, Step
 from ovsmesh.dataplane.report import (
     NOT_REACHED,
     Condition,
+    Held,
     Peer,
     ReconcileResult,
     Report,
@@ -32,6 +33,8 @@ def report(result: ReconcileResult, self_name: str, context: ReportContext) -> R
     A node of the mesh that can't be joined counts as refused, for the reason that the result's problems give.
     """
     have = result.have or Observed(Dataplane())
+    held = replace(result.held, left=max(0.0, round(result.held.until - context.now))) if result.held else None
+    result = replace(result, problems=tuple(_counting_down(problem, held) for problem in result.problems))
     problems = (context.agent.problem, *result.problems) if context.agent.problem else result.problems
     mesh, facts, want, plan = result.mesh, result.facts, result.want, result.plan
     # no peer misses an entry of sets that this host's packet filter can't have
@@ -55,7 +58,16 @@ def report(result: ReconcileResult, self_name: str, context: ReportContext) -> R
         tuple(plan.lines()),
         tuple(u.detail for u in have.unmanaged),
         problems,
+        held,
     )
+
+
+def _counting_down(problem: Problem, held: Held | None) -> Problem:
+    """Return a problem about held removals with the time that is left, any other as it is."""
+    if held is None or problem.reason is not Reason.MassRemovalHeld:
+        return problem
+    left = f"is held for another {age(held.left)}, until"
+    return replace(problem, message=problem.message.replace("is held until", left, 1))
 
 
 def unmanaged_beside(have: Observed, plan: Plan) -> tuple[Problem, ...]:

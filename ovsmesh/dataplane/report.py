@@ -31,6 +31,19 @@ class Traffic(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """A mass removal that the agent holds back."""
+
+    peers: tuple[str, ...]
+    digest: str
+    """What `ovsmesh confirm` names: these removals and no others."""
+    until: float
+    """When they are carried out all the same, in seconds since the epoch."""
+    left: float = 0.0
+    """Seconds until then, at the time of the report."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReconcileResult:
     """What a look at the system has found, or a reconcile has left."""
 
@@ -54,6 +67,8 @@ class ReconcileResult:
     """When the mesh was read, or, for the last known good one, stored; in seconds since the epoch, 0 for never."""
     drift: Plan = field(default_factory=Plan)
     """What someone else had changed."""
+    held: Held | None = None
+    """The removals that an agent holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +182,7 @@ class Report:
     """The plan's lines: what is still to be done, is blocked or is held."""
     unmanaged: tuple[str, ...]
     problems: tuple[Problem, ...]
+    held: Held | None = None
 
     @property
     def well(self) -> bool:
@@ -194,7 +210,9 @@ def _camel(name: str) -> str:
 
 _JSON_NAMES = {"unmanaged": "foreign"}
 """Field → its key in JSON, where it has had another name since the first release."""
-_TIMES = frozenset({"time", "agent_since", "agent_heard", "mesh_since", "last_change", "since", "silent_since"})
+_TIMES = frozenset(
+    {"time", "agent_since", "agent_heard", "mesh_since", "last_change", "since", "silent_since", "until"}
+)
 
 
 def _plain(value: Any) -> Any:

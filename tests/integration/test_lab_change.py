@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +30,7 @@ from tests.support.labtools import (
     difference,
     fdb,
     held,
+    live,
     neighbours,
     problems,
     report,
@@ -189,12 +193,23 @@ def test_a_mass_removal_is_held_until_it_is_confirmed(mesh: Lab, good: list[Stat
     assert plan.returncode == 2 and plan.stdout.count("= held port") == 6, plan.stdout
     assert_whole(ping(mesh.pairs(), 2))
     # a wrong digest does nothing; nor does an agent that starts again
-    confirm(host, "000000000000")
+    wrong = confirm(host, "000000000000")
+    assert (wrong.returncode, wrong.stdout) == (1, "") and held(host) in wrong.stderr, wrong.stderr
+    left = live(host)["held"]["left"]
+    wait_for("the hold to count down", lambda: live(host)["held"]["left"] < left, SOON)
     host.stop_agent()
+    nobody = confirm(host, held(host))
+    assert nobody.returncode == 1 and "no agent runs" in nobody.stderr
     host.start_agent()
     await_problem(host, "MassRemovalHeld", "ovsmesh confirm")
     assert len(tunnels(host)) == 9
-    confirm(host, held(host))
+    # the line of the message can be pasted
+    said = re.search(r"`ovsmesh (confirm [^`]*)`", " ".join(problems(host)))
+    assert said is not None
+    done = host.run([sys.executable, "-m", "ovsmesh", *shlex.split(said[1])], check=False)
+    assert (done.returncode, done.stderr) == (0, "") and "confirmed: the agent removes 6 peers now" in done.stdout
+    nothing = confirm(host, "000000000000")
+    assert nothing.returncode == 1 and "nothing to confirm" in nothing.stderr
     wait_for("the six to go", lambda: tunnels(host) == ["gre-h2", "gre-h3", "gre-n150"], SOON)
     wait_for("rest", lambda: not problems(host), SOON)
     mesh.write_mesh()

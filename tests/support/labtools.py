@@ -264,9 +264,10 @@ def tunnels(host: Host) -> list[str]:
     return sorted(host.ovs_vsctl("list-ports", "obr0").split())
 
 
-def confirm(host: Host, digest: str) -> None:
+def confirm(host: Host, digest: str) -> subprocess.CompletedProcess[str]:
     """`ovsmesh confirm`, as `status` says to do it."""
-    host.run([sys.executable, "-m", "ovsmesh", "confirm", digest, "--state-dir", str(host.state / "agent")])
+    command = [sys.executable, "-m", "ovsmesh", "confirm", digest, "--state-dir", str(host.state / "agent")]
+    return host.run(command, check=False)
 
 
 def held(host: Host) -> str:

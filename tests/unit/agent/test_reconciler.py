@@ -259,7 +259,9 @@ def test_a_mass_removal_is_held_and_named(agent: Any, driver: Any, source: Any, 
     assert [p.reason for p in result.problems] == [Reason.MassRemovalHeld]
     text = str(result.problems[0])
     assert "3 of this node's peers are missing from the mesh at once (web2, web3, web4)" in text
-    assert f"`ovsmesh confirm {held_digest(result.plan)}`" in text
+    # the line can be pasted, and the text is the same at each reconcile
+    assert f"`ovsmesh confirm {held_digest(result.plan)} --state-dir {agent._state.path}`" in text
+    assert agent.reconcile().problems == result.problems
     # a removal that is held is neither a failure nor tried again and again
     assert agent.counters.failures == 0 and agent._retry_at == float("inf")
 

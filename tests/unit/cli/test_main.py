@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.cli import inspect
 from ovsmesh.cli import main as cli
 from ovsmesh.dataplane.plan import Plan, plan
-from ovsmesh.dataplane.report import Peer, Report, Self
+from ovsmesh.dataplane.report import Agent, Peer, Report, Self
 from ovsmesh.dataplane.types import Dataplane, State, Unmanaged
-from ovsmesh.errors import Problem
+from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.names import DEFAULT_OVSDB
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
@@ -255,10 +256,59 @@ def test_exit_status_of_status_is_0_only_when_an_agent_runs_and_packets_arrive(
     assert invoke("status").exit_code == code
 
 
-def test_confirm_leaves_the_digest_for_the_agent(tmp_path: Path) -> None:
-    assert invoke("confirm", "0123456789ab", "--state-dir", str(tmp_path)).exit_code == 0
-    assert StateDir(tmp_path).confirmation() == "0123456789ab"
+HELD = {"peers": ["web2", "web3", "web4"], "digest": "0123456789ab", "until": "2999-01-01T00:00:00Z"}
+
+
+@pytest.fixture
+def holding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """Return what an agent that runs with the state directory reports; a confirmation of its digest empties it."""
+    state, tree = StateDir(tmp_path), {"held": HELD}
+    state.lock()
+
+    def ask(_: Options) -> Any:
+        if tree.get("held") == HELD and state.confirmation() == HELD["digest"]:
+            state.clear_confirmation()
+            tree.clear()
+        return inspect.Told(Agent(since=1.0), dict(tree))
+
+    monkeypatch.setattr(inspect, "ask", ask)
+    yield tree
+    state.unlock()
+
+
+def test_confirm_says_what_the_agent_does(holding: Any, tmp_path: Path) -> None:
+    found = invoke("confirm", HELD["digest"], "--state-dir", str(tmp_path))
+    assert (found.exit_code, found.stdout) == (0, "confirmed: the agent removes 3 peers now: web2, web3, web4\n")
     assert invoke("confirm").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("tree", "digest", "words"),
+    [
+        ({"held": HELD}, "ba9876543210", "digest 0123456789ab"),
+        ({"held": HELD}, "../x", "digest 0123456789ab"),
+        ({}, "0123456789ab", "nothing to confirm"),
+        ({"held": "garbage"}, "0123456789ab", "nothing to confirm"),
+    ],
+)
+def test_confirm_that_does_nothing_says_why(holding: Any, tmp_path: Path, tree: Any, digest: str, words: str) -> None:
+    holding.clear()
+    holding.update(tree)
+    found = invoke("confirm", digest, "--state-dir", str(tmp_path))
+    assert found.exit_code == 1 and words in str(found.exception) and isinstance(found.exception, OvsmeshError)
+    assert StateDir(tmp_path).confirmation() is None
+
+
+def test_confirm_without_an_agent_says_so(tmp_path: Path) -> None:
+    found = invoke("confirm", "0123456789ab", "--state-dir", str(tmp_path))
+    assert isinstance(found.exception, OvsmeshError) and "no agent runs" in str(found.exception)
+
+
+def test_an_agent_that_does_not_take_it_is_named(holding: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(inspect, "ask", lambda _: inspect.Told(Agent(since=1.0), {"held": HELD}))
+    monkeypatch.setattr(inspect, "_CONFIRMING", 0.3)
+    found = invoke("confirm", HELD["digest"], "--state-dir", str(tmp_path))
+    assert isinstance(found.exception, OvsmeshError) and "has not taken" in str(found.exception)
 
 
 # errors
@@ -308,8 +358,7 @@ def test_a_bad_mesh_file_is_one_line(
     [
         (["plan", "--state-dir", "{tmp}/none"], "no mesh: no agent has left its options in"),
         (["status", "--state-dir", "{tmp}/none"], "no mesh: no agent has left its options in"),
-        (["confirm", "../x", "--state-dir", "{tmp}"], "is no digest of held removals"),
-        (["confirm", "0123", "--state-dir", "{tmp}/none"], "can't be written"),
+        (["confirm", "0123", "--state-dir", "{tmp}/none"], "no agent runs"),
     ],
 )
 def test_an_error_is_one_line_and_exit_1(
