@@ -17,7 +17,8 @@ usage='usage: scripts/bootstrap.sh [--mesh FILE] [--node NAME] [--docker auto|re
   --wait SECONDS for the agent to converge                                             [default: 120]
   --kubernetes   only what the DaemonSets need of a node: Open vSwitch, kernel modules, sysctls
   --dry-run      print what would be done, and change nothing
-exit: 0 done, 1 something is missing or failed (all of it is said), 2 wrong usage'
+exit: 0 done, 1 something is missing or failed (all of it is said), 2 wrong usage,
+      3 done, and a peer does not answer (as on the first host of a mesh)'
 
 root=/opt/ovsmesh link=/usr/local/bin/ovsmesh unit=/etc/systemd/system/ovsmesh-agent.service
 default=/etc/default/ovsmesh installed_mesh=/etc/ovsmesh/mesh.yaml
@@ -289,9 +290,16 @@ if [ -n "$dry" ] && [ ! -e "$venv/whole" ]; then
   say "would check this host as node $node: ovsmesh bootstrap --check"
 else
   say "checking this host as node $node of $source"
-  checks=$("$venv/bin/ovsmesh" bootstrap --check --mesh "$source" --node "$node" 9>&-) ||
-    { printf '%s\n' "$checks" >&2; die 'this host can not be a node as it is: see each line that begins with FAIL'; }
-  printf '%s\n' "$checks" | { grep '^warn' || true; } >&2
+  rc=0
+  checks=$("$venv/bin/ovsmesh" bootstrap --check --mesh "$source" --node "$node" 9>&-) || rc=$?
+  # 2: this host is as it should be, and peers do not answer yet
+  case $rc in
+    0 | 2) printf '%s\n' "$checks" | { grep -E '^(warn|FAIL)' || true; } >&2 ;;
+    *)
+      printf '%s\n' "$checks" >&2
+      die 'this host can not be a node as it is: see each line that begins with FAIL'
+      ;;
+  esac
 fi
 
 if [ -n "$mesh" ] && ! [ "$mesh" -ef $installed_mesh ]; then
@@ -342,6 +350,14 @@ for old in "$root"/*; do
   [ "$old" = "$venv" ] || { say "removing $old, which nothing uses any more"; rm -rf "$old"; }
 done
 [ -n "$changed" ] || say 'nothing to change'
-say "waiting until the agent has converged ($wait s at most)"
-$link bootstrap --wait "$wait" --mesh $installed_mesh --node "$node" 9>&- ||
-  die 'see above, `ovsmesh status` and journalctl -u ovsmesh-agent; the agent goes on trying'
+say "waiting until the agent has converged ($wait s at most) and peers answer"
+rc=0
+$link bootstrap --wait "$wait" --mesh $installed_mesh --node "$node" 9>&- || rc=$?
+case $rc in
+  0) ;;
+  2)
+    say 'this host is a node and its agent runs, but not every peer answers: see above, and `ovsmesh check`'
+    exit 3
+    ;;
+  *) die 'see above, `ovsmesh status` and journalctl -u ovsmesh-agent; the agent goes on trying' ;;
+esac

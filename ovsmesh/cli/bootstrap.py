@@ -10,22 +10,26 @@ from contextlib import AbstractContextManager
 from ovsmesh.agent.driver import Driver
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.agent.result import compare
+from ovsmesh.cli import check as probed
 from ovsmesh.cli import inspect, preflight
 from ovsmesh.cli.preflight import FAIL, OK, WARN, Check
 from ovsmesh.dataplane import desired, shell_script
-from ovsmesh.dataplane.types import Facts
+from ovsmesh.dataplane.report import Peer
+from ovsmesh.dataplane.types import Facts, State
 from ovsmesh.errors import OvsmeshError, Problem, grouped, summary
 from ovsmesh.linux.datapath import kernel_datapath
 from ovsmesh.mesh.source import Snapshot
-from ovsmesh.mesh.types import Mesh, Node, gateway
+from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.ovs.idl import run_dir
 from ovsmesh.probe import icmp
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
-from ovsmesh.text import counted
+from ovsmesh.text import counted, listed
 
 _DEFAULT_RUN_DIRS = ("/var/run/openvswitch", "/run/openvswitch")
 _POLL = 0.5
+_PEERS = 10.0
+"""Seconds that peers have to answer, once the agent has converged: they may have been started at the same time."""
 _FILTERS = (Reason.FilterUnavailable, Reason.FilterFailed)
 """Problems of the observation that the script has too."""
 _MTU = (Reason.MTUTooHigh, Reason.MTUTooLow)
@@ -90,7 +94,14 @@ def check(options: Options) -> list[Check]:
     found += [Check(FAIL, "conflict", f.detail) for f in unmanaged if f.kind in ("links", "bridges")]
     if facts.underlay_mtu is not None:
         found += preflight.tunnels(wanted, me)
+        found.append(_peers(options, wanted, me))
     return found
+
+
+def exit_code(checks: Iterable[Check]) -> int:
+    """Return the exit status: 0 the host can be a node, 1 it can't, 2 it can and peers do not answer."""
+    bad = {check.name for check in checks if check.state == FAIL}
+    return 0 if not bad else 2 if bad == {"peers"} else 1
 
 
 def _underlay(mesh: Mesh, me: Node, facts: Facts, refused: Iterable[Problem]) -> Iterator[Check]:
@@ -105,10 +116,11 @@ def _underlay(mesh: Mesh, me: Node, facts: Facts, refused: Iterable[Problem]) ->
         yield Check(OK, "mtu", f"{facts.underlay_mtu} on the underlay, {mtu} for containers")
 
 
-def await_converged(options: Options, deadline: float) -> tuple[list[str], bool]:
-    """Wait until an agent runs and has nothing left to do. Return lines that say how each peer answers, and True.
+def await_converged(options: Options, deadline: float) -> tuple[list[str], int]:
+    """Wait until an agent runs and has nothing left to do, and until all peers answer. Return what is said, and how.
 
-    After `deadline` seconds return what is left to do, and False.
+    0: all peers answer, through the tunnel and the peer's forwarding path. 2: the agent has converged, and a peer does
+    not answer within ten seconds more. 1: after `deadline` seconds something is left to do.
     """
     end = time.monotonic() + deadline
     while True:
@@ -116,22 +128,54 @@ def await_converged(options: Options, deadline: float) -> tuple[list[str], bool]
         if not left:
             break
         if time.monotonic() > end:
-            return [f"not converged after {deadline:g} s:", *(f"  {line}" for line in left)], False
+            return [f"not converged after {deadline:g} s:", *(f"  {line}" for line in left)], 1
         # neither the start of an agent nor an empty plan sends an event to other processes
         time.sleep(_POLL)
-    _, wanted, me = _mesh(options)
-    peers = [n for n in wanted.nodes if n.name != me.name]
-    versions = {c.version for c in me.pod_cidrs}
-    gateways = {n.name: [str(gateway(c)) for c in n.pod_cidrs if c.version in versions] for n in peers}
-    answered = icmp.ping([g for found in gateways.values() for g in found])
-    lines = [f"{me.name}: converged, {counted(len(peers), 'peer')}"]
-    for peer in peers:
-        for address in gateways[peer.name]:
-            ms = answered[address]
-            answer = "no answer yet (its agent does not run, or IP protocol 47 is blocked)"
-            answer = answer if ms is None else f"answers in {ms:.1f} ms"
-            lines.append(f"  {peer.name} {peer.address} gateway {address}: {answer}")
-    return lines, True
+    end = min(end, time.monotonic() + _PEERS)
+    while True:
+        report = probed.check(options)
+        if all(peer.state == State.OK for peer in report.peers) or time.monotonic() > end:
+            break
+    lines = [f"{report.self.name}: converged, {counted(len(report.peers), 'peer')}"]
+    lines += [f"  {peer.name} {peer.address}: {_answer(peer)}" for peer in report.peers]
+    good = [peer for peer in report.peers if peer.state == State.OK]
+    if report.peers and not good:
+        lines.append(
+            "no peer answers. If this is the first host of the mesh, that is as it should be: run `ovsmesh check` once "
+            "another one runs"
+        )
+    return lines, 0 if len(good) == len(report.peers) else 2
+
+
+def _answer(peer: Peer) -> str:
+    trip = peer.reach.round_trip if peer.reach else None
+    if peer.state == State.OK:
+        return "answers" if trip is None else f"answers in {trip * 1000:.1f} ms"
+    return f"{peer.state}: {'; '.join(peer.missing)}" if peer.missing else peer.state
+
+
+def _peers(options: Options, wanted: Mesh, me: Node) -> Check:
+    """Check whether the peers answer: through the tunnel where an agent runs, else to their tunnel address."""
+    peers = [node for node in wanted.nodes if node.name != me.name]
+    if not peers:
+        return Check(OK, "peers", "none: this is the only node of the mesh")
+    if StateDir(options.state_dir).held():
+        found = {peer.name: _answer(peer) for peer in probed.check(options).peers if peer.state != State.OK}
+        silent = [f"{name} ({why})" for name, why in found.items()]
+        good = f"all {len(peers)} answer through the tunnel" if len(peers) > 1 else f"{peers[0].name} answers"
+        if not silent:
+            return Check(OK, "peers", good)
+        return Check(FAIL, "peers", f"{len(silent)} of {len(peers)} do not answer: {listed(silent, 5, '; ')}")
+    answers = icmp.ping(str(node.address) for node in peers)
+    silent = [f"{node.name} {node.address}" for node in peers if answers[str(node.address)] is None]
+    later = "whether packets get through the tunnels shows once the agent runs"
+    if not silent:
+        return Check(OK, "peers", f"{len(peers)} of {len(peers)} hosts answer a ping; {later}")
+    text = f"{len(silent)} of {len(peers)} hosts do not answer a ping to their tunnel address: {listed(silent, 5)}"
+    if len(silent) == len(peers):
+        why = "is the underlay connected? If this is the first host, or ICMP is blocked, it can't be told yet"
+        return Check(FAIL, "peers", f"{text}; {why}")
+    return Check(WARN, "peers", f"{text}; {later}")
 
 
 def _left(options: Options) -> list[str]:

@@ -322,15 +322,21 @@ def cleanup(state_dir: str, dry_run: bool, **options: Any) -> None:
 
 @cli.command()
 @with_options(*NODE)
-@flag("--check", "Check whether this host has what a node needs. Exit status 1: it has not.")
+@flag("--check", "Check whether this host has what a node needs, and whether peers answer.")
 @flag("--print", "Print this host's part of the mesh as a shell script without ovsmesh.")
-@option("--wait", "Wait until the agent has converged, ping each peer.", metavar="SECONDS", type=SECONDS)
+@option(
+    "--wait",
+    "Wait until the agent has converged, and packets get through to all peers.",
+    metavar="SECONDS",
+    type=SECONDS,
+)
 def bootstrap(state_dir: str, wait: float | None, **options: Any) -> None:
     """Check this host, print its part of the mesh, or wait for its agent.
 
-    scripts/bootstrap.sh makes a host a node with these three.
+    scripts/bootstrap.sh makes a host a node with these three. Exit status of --check and --wait: 0 all is well, 2 only
+    peers do not answer, 1 anything else.
     """
-    from ovsmesh.cli.bootstrap import await_converged, check, script
+    from ovsmesh.cli.bootstrap import await_converged, check, exit_code, script
 
     printed, checked = options.pop("print"), options.pop("check")
     if [printed, checked, wait is not None].count(True) != 1:
@@ -347,11 +353,11 @@ def bootstrap(state_dir: str, wait: float | None, **options: Any) -> None:
         checks = check(chosen)
         for line in checks:
             click.echo(str(line))
-        sys.exit(1 if any(line.state == "FAIL" for line in checks) else 0)
-    lines, converged = await_converged(chosen, wait or 0.0)
+        sys.exit(exit_code(checks))
+    lines, code = await_converged(chosen, wait or 0.0)
     for text in lines:
         click.echo(text)
-    sys.exit(0 if converged else 1)
+    sys.exit(code)
 
 
 @cli.command()

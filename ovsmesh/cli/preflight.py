@@ -20,7 +20,7 @@ from ovsmesh.dataplane.types import KBR, OBR, PROTOCOL
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.probe import gre
 
-OK, WARN, FAIL = "ok", "warn", "FAIL"
+OK, WARN, FAIL, UNKNOWN = "ok", "warn", "FAIL", "?"
 _KERNEL = (5, 0)
 _OVS = (2, 13)
 _TIMEOUT = 10.0
@@ -36,7 +36,7 @@ _SHOWN = 5
 
 
 class Check(NamedTuple):
-    """The result of one check: `state` is OK, WARN or FAIL."""
+    """The result of one check: `state` is OK, WARN, FAIL, or UNKNOWN for what can't be told."""
 
     state: str
     name: str
@@ -192,8 +192,9 @@ def tunnels(mesh: Mesh, me: Node) -> Iterator[Check]:
         )
     else:
         silent = len(results) - len(arrived)
-        text = f"arrives at {len(arrived)} of {len(results)} peers; {silent} are silent, as peers with a tunnel are"
-        yield Check(OK, "gre", text if results else "no peers yet")
+        text = f"arrives at {len(arrived)} of {len(results)} peers"
+        more = f"; the other {silent} take it without an answer, as peers with a tunnel do, or it is lost"
+        yield Check(UNKNOWN if silent else OK, "gre", f"{text}{more if silent else ''}" if results else "no peers yet")
 
 
 def _closed(ruleset: str | None, encapsulation: str) -> list[str]:

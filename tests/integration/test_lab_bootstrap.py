@@ -224,6 +224,20 @@ def test_a_second_run_changes_nothing(stage: Stage) -> None:
     assert difference(before, network(stage.machine)) == [] and stage.main_pid() == pid
 
 
+@pytest.mark.usefixtures("unchanged")
+def test_a_peer_that_does_not_answer_is_named_and_told_from_a_fault_of_this_host(stage: Stage) -> None:
+    hub, rule = underlay.hub(stage.lab.settings), "ip protocol gre drop"
+    table = f"table bridge cut {{ chain c {{ type filter hook forward priority 0; {rule}; }}; }}"
+    netns.run(["nft", "-f", "-"], hub, text=table)
+    try:
+        done = stage.bootstrap()
+    finally:
+        netns.run(["nft", "delete table bridge cut"], hub)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "h1 192.0.2.11: unreachable: nothing arrives from it" in done.stdout, done.stdout
+    assert "If this is the first host" in done.stdout and "this host is a node and its agent runs" in done.stderr
+
+
 def test_the_agent_has_three_capabilities_and_says_how_it_is(stage: Stage) -> None:
     status = Path(f"/proc/{stage.machine.outer(stage.main_pid())}/status").read_text()
     net_admin, net_raw, sys_ptrace = 12, 13, 19

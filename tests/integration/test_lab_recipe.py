@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ovsmesh.lab.host import Host
-from tests.support.labtools import Make, difference, wiring
+from tests.support.labtools import SOON, Make, difference, wiring
 
 pytestmark = pytest.mark.lab
 
@@ -122,7 +122,7 @@ def test_the_preflight_reports_every_problem_at_once(lab: Make) -> None:
     first, second = made.host(1), made.host(2)
     good = first.ovsmesh("bootstrap", "--check")
     assert good.returncode == 0 and "FAIL" not in good.stdout, good.stdout
-    assert "arrives at 2 of 2 peers" in good.stdout
+    assert "arrives at 2 of 2 peers" in good.stdout and "2 of 2 hosts answer a ping" in good.stdout
     drop = "table ip f { chain input { type filter hook input priority 0; policy drop; ip protocol icmp accept; }; }"
     first.run(["nft", "-f", "-"], text=drop)
     first.run(["ip", "link", "add", "kbr0", "type", "bridge"])
@@ -158,12 +158,27 @@ def test_the_wait_reports_who_answers_and_what_is_left(lab: Make) -> None:
     assert nobody.returncode == 1 and "no agent runs" in nobody.stdout
     for host in made.hosts:
         host.start_agent()
+    made.converged(SOON)
     done = first.ovsmesh("bootstrap", "--wait", "30")
-    assert done.returncode == 0 and done.stdout.startswith("h1: converged, 3 peers\n"), done.stdout + done.stderr
-    made.converged(30)
-    done = first.ovsmesh("bootstrap", "--wait", "30")
-    assert "h2 192.0.2.12 gateway 10.97.2.1: answers in" in done.stdout, done.stdout
-    assert "away 192.0.2.99 gateway 10.97.99.1: no answer yet" in done.stdout
+    assert done.returncode == 2 and done.stdout.startswith("h1: converged, 3 peers\n"), done.stdout + done.stderr
+    assert "h2 192.0.2.12: answers in" in done.stdout and "no peer answers" not in done.stdout, done.stdout
+    assert "away 192.0.2.99: unreachable: nothing arrives from it: is the host down" in done.stdout
+    checked = first.ovsmesh("bootstrap", "--check")
+    assert checked.returncode == 2 and "FAIL  peers        1 of 3 do not answer: away (unreachable" in checked.stdout
+    # they answer the host, and let nothing through to their pods
+    for host in made.hosts[1:]:
+        drop = 'table inet odd { chain f { type filter hook forward priority 10; iifname "kbr0" drop; }; }'
+        host.run(["nft", "-f", "-"], text=drop)
+    dropped = first.ovsmesh("bootstrap", "--wait", "30")
+    assert dropped.returncode == 2 and "h2 192.0.2.12: not forwarded: " in dropped.stdout, dropped.stdout
+    assert "no peer answers. If this is the first host" in dropped.stdout
+    for host in made.hosts[1:]:
+        host.run(["nft", "delete", "table", "inet", "odd"])
+    made.write_mesh()
+    made.converged(SOON)
+    alone = first.ovsmesh("bootstrap", "--wait", "30")
+    assert alone.returncode == 0 and "h3 192.0.2.13: answers in" in alone.stdout, alone.stdout
+    assert first.ovsmesh("bootstrap", "--check").returncode == 0
     first.run(["ip", "route", "add", "10.97.2.0/24", "via", "192.0.2.1"])
     stuck = first.ovsmesh("bootstrap", "--wait", "1")
     assert stuck.returncode == 1 and "not converged after 1 s" in stuck.stdout and "10.97.2.0/24" in stuck.stdout
