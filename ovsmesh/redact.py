@@ -34,6 +34,7 @@ def _value(found: re.Match[str]) -> str:
 
 
 _STEMS = ("pass", "pwd", "secret", "token", "credential", "auth", "psk", "community", "key", "data")
+_YAML = (*_STEMS, "last-applied")
 _RULES: tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
     (stems, re.compile(pattern, flags), into)
     for stems, pattern, flags, into in (
@@ -44,12 +45,19 @@ _RULES: tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[re.Match[s
         # to the end where the end marker is cut off
         (("-----begin",), r"-----BEGIN [A-Z0-9 ]{1,40}-----.*?(?:-----END [A-Z0-9 ]{1,40}-----|\Z)", re.S, LEFT_OUT),
         # what kubectl keeps of the object as it was applied, secrets of its author included
-        (("last-applied",), r"(last-applied-configuration[\"']?\s{0,8}[:=])[^\n]*", 0, rf"\1 {LEFT_OUT}"),
+        (("last-applied",), r"(last-applied-configuration[\"']?\s{0,8}[:=])(?! ?[|>])[^\n]*", 0, rf"\1 {LEFT_OUT}"),
         # as far as the last @ before the end of the word: a password may hold any of / : @
         (("@",), r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s\"'<>]{0,1024}@", 0, rf"\1{LEFT_OUT}@"),
         (("@",), r"(?<![\w.%+:/-])[\w.%+-]{1,128}:[^\s:@/\"'<>]{1,256}@(?=[\w\[])", 0, f"{LEFT_OUT}@"),
-        (("bearer", "basic", "digest", "negotiate", "token"),
-         r"\b(bearer|basic|digest|negotiate|token)(\s{1,8}|%20)(?=[\w.~+/=-]{8})[\w.~+/=:-]+", re.I, rf"\1 {LEFT_OUT}"),
+        (("authorization",), r"(authorization\\?[\"']?\s{0,8}[:=]\s{0,8}\\?[\"']?)[^\n\"'\\]+", re.I, rf"\1{LEFT_OUT}"),
+        (("bearer",), r"\b(bearer)(?:\s{1,8}|%20)(?!tokens?\b|auth|<left out>)[^\s\"'\\<]+", re.I, rf"\1 {LEFT_OUT}"),
+        # in YAML the value goes on to the end of the line, or of the block
+        (_YAML, rf"((?:{_NAME}|last-applied-configuration)[\"']?[ \t]{{0,8}}:[ \t]{{0,8}}[|>][^\n]{{0,8}}\n)"
+         r"(?:[ \t]+[^\n]*(?:\n|\Z))+", re.I, rf"\1  {LEFT_OUT}\n"),
+        (_STEMS, rf"^([ \t-]{{0,64}}[\w.-]{{0,64}}(?:{_NAME})[\w.-]{{0,64}}: )(?![|>])([^\s\"'{{\[][^\n]*)$",
+         re.I | re.M, rf"\1{LEFT_OUT}"),
+        (("basic", "digest", "negotiate", "token"),
+         r"\b(basic|digest|negotiate|token)(\s{1,8}|%20)(?=[\w.~+/=-]{8})[\w.~+/=:-]+", re.I, rf"\1 {LEFT_OUT}"),
         (_STEMS, rf"((?:{_NAME})[\w.-]{{0,64}}(\\?[\"']?)\s{{0,8}}(?:=>|:=|[=:])\s{{0,8}})({_VALUE})", re.I, _value),
         (("eyj",), r"\beyJ[\w-]{8,}(?:\.[\w-]*){1,4}", 0, LEFT_OUT),
         (("akia", "asia", "gh", "glpat", "xox", "sk-", "age-"),

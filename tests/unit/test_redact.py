@@ -42,6 +42,10 @@ PLANTED = [
     f"eyJhbGciOiJIUzI1NiJ9.{SECRET}.abc",
     f"auth={SECRET}",
     f"snmp community={SECRET}",
+    f"Authorization: Basic {SECRET[:7]} {SECRET}",
+    f"bearer {SECRET}",
+    f"password: |\n  one {SECRET}\n  two {SECRET}",
+    f'kubectl.kubernetes.io/last-applied-configuration: |\n  {{"a": "{SECRET}"}}',
     f"! node web2: x-registry {SECRET}: unknown key: known are name, address",
     f'{{"reason": "UnknownKey", "message": "unknown", "node": "b", "field": "x-pull", "value": "{SECRET}"}}',
 ]
@@ -53,6 +57,10 @@ def test_a_secret_is_left_out(text: str) -> None:
         found = redact(around)
         assert SECRET not in found and LEFT_OUT in found
         assert redact(found) == found
+
+
+def test_a_value_of_yaml_goes_on_to_the_end_of_the_line() -> None:
+    assert redact(f"a: 1\n  db_password: correct horse {SECRET}\nb: 2") == f"a: 1\n  db_password: {LEFT_OUT}\nb: 2"
 
 
 def test_json_stays_json() -> None:
