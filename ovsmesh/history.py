@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +35,10 @@ _LINE = 128 << 10
 """Bytes of the parts of one entry: those of a thousand peers, but for some flows."""
 _TEXT = 4096
 """Characters of one text."""
+_SAME, _WINDOW = 5, 60.0
+"""How often the same is told within so many seconds; how often it happened more is told at their end."""
+_ONCE = frozenset({"start", "stop", "held", "confirmed"})
+"""Events that are told each time."""
 RECENT = 200
 """Entries that are kept in memory."""
 _PENDING = 1 << 20
@@ -85,7 +90,8 @@ class Entry(NamedTuple):
         """The entry in words, without its time."""
         took = "" if self.took is None else duration(self.took)
         if self.event == Event.DRIFT:
-            return f"{self.what}; {f'restored after {took}' if took else 'not restored yet'}"
+            process = f" ({self.who})" if self.who and self.who not in self.what else ""
+            return f"{self.what}{process}; {f'restored after {took}' if took else 'not restored yet'}"
         if self.event == Event.RESOLVED:
             return f"resolved{took and f' after {took}'}: {self.what}"
         if self.event == Event.REACHABLE:
@@ -107,6 +113,16 @@ class Entry(NamedTuple):
         return plain | {"parts": list(self.parts)} if self.parts else plain
 
 
+@dataclass
+class _Repeated:
+    """How often the same was told within one window, which begins with the first time (monotonic seconds)."""
+
+    began: float
+    count: int = 0
+    last: Entry | None = None
+    level: int = 0
+
+
 class History:
     """Logs and keeps what happens. `add` may be called from any thread, and waits for nothing."""
 
@@ -119,6 +135,9 @@ class History:
         """Bytes of what is pending."""
         self._wake = threading.Condition()
         self._stopping = self._failing = False
+        self._same: dict[tuple[str, str], _Repeated] = {}
+        self._window_end = math.inf
+        """When the first of them has to be looked at (monotonic)."""
         self._thread: threading.Thread | None = None
         if self._folder:
             # a file that can't be read is a problem of whoever reads it; writing says what is wrong
@@ -132,17 +151,40 @@ class History:
     ) -> None:
         """Log and keep an entry of now. `level` of the log: that of the event where it is not given."""
         entry = Entry(time.time(), event, _line(what), _line(who), took, _bounded(parts))
-        more = f" (`ovsmesh history` has all {len(entry.parts)})" if entry.parts else ""
         level = level or (logging.WARNING if event in _WARNINGS else logging.INFO)
+        with self._wake:
+            self._summarize()
+            # the time that it took to be in sync is part of its words
+            same = self._same.setdefault((event, "" if event == Event.IN_SYNC else what), _Repeated(time.monotonic()))
+            self._window_end = min(self._window_end, same.began + _WINDOW)
+            same.count, same.last, same.level = same.count + 1, entry, level
+            if same.count <= _SAME or event in _ONCE:
+                self._keep(entry, level)
+
+    def _summarize(self) -> None:
+        """Tell how often more something happened whose window is over. Called with the lock."""
+        now = time.monotonic()
+        if now < self._window_end and not self._stopping:
+            return
+        for key, same in list(self._same.items()):
+            if now >= same.began + _WINDOW or self._stopping:
+                del self._same[key]
+                if same.count > _SAME and same.last and same.last.event not in _ONCE:
+                    more = f"{same.last.what}; {same.count - _SAME} times more within {duration(now - same.began)}"
+                    self._keep(same.last._replace(what=more), same.level)
+        self._window_end = min((same.began for same in self._same.values()), default=math.inf) + _WINDOW
+
+    def _keep(self, entry: Entry, level: int) -> None:
+        """Log an entry, and have it written. Called with the lock."""
+        more = f" (`ovsmesh history` has all {len(entry.parts)})" if entry.parts else ""
         log.log(level, "%s%s", entry.text, more, extra={"entry": entry})
         data = json.dumps(entry.to_dict(), ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
-        with self._wake:
-            self._recent.append(entry._replace(parts=()))
-            if self._thread:
-                self._pending.append(data + b"\n")
-                self._waiting += len(data) + 1
-                self._trim()
-                self._wake.notify()
+        self._recent.append(entry._replace(parts=()))
+        if self._thread:
+            self._pending.append(data + b"\n")
+            self._waiting += len(data) + 1
+            self._trim()
+            self._wake.notify()
 
     def recent(self) -> list[Entry]:
         """Return the last entries, the newest last, those of earlier agents included. Their parts are left out."""
@@ -157,6 +199,7 @@ class History:
         """Write what waits, for two seconds at most, and stop."""
         with self._wake:
             self._stopping = True
+            self._summarize()
             self._wake.notify()
         if self._thread:
             self._thread.join(_LAST)
@@ -168,11 +211,13 @@ class History:
         while True:
             with self._wake:
                 while not self._stopping:
+                    self._summarize()
                     due = min(retry_at if self._pending else math.inf, sync_at if unsynced else math.inf)
+                    due = min(due, self._window_end)
                     now = time.monotonic()
-                    if now >= due:
+                    if now >= due and due != self._window_end:
                         break
-                    self._wake.wait(None if due == math.inf else due - now)
+                    self._wake.wait(None if due == math.inf else max(0.0, due - now))
                 stopping = self._stopping
                 batch = deque[bytes]()
                 if stopping or time.monotonic() >= retry_at:

@@ -93,8 +93,19 @@ def run(suite: str, targets: list[str]) -> int:
         for target in targets:
             say(f"{suite}: make {target}")
             start = time.monotonic()
-            # the pid namespace's first process takes all others with it when it ends
-            space = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
+            # the pid namespace's first process takes all others with it when it ends, and ends with this one
+            space = [
+                "setpriv",
+                "--pdeathsig",
+                "KILL",
+                "unshare",
+                "--mount",
+                "--pid",
+                "--uts",
+                "--ipc",
+                "--fork",
+                "--kill-child",
+            ]
             argv = [*space, "sh", "-c", ENTER, "sh", str(root), CLONE, "make", target]
             code = subprocess.run(argv, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
             say(f"{suite}: make {target}: exit {code} after {time.monotonic() - start:.0f} s")

@@ -132,7 +132,9 @@ class Apply:
             self._problems.append(Problem(Reason.ApplyFailed, f"kernel tables: {error.strerror or error}"))
             return
         net.drain()
-        self._problems += [Problem(Reason.ApplyFailed, f"{step}: {text}") for step, text in refused.items()]
+        self._problems += [
+            Problem(Reason.ApplyFailed, f"could not {step.words}: {text}") for step, text in refused.items()
+        ]
 
     def _removals(self, ports: list[str], restored: bool) -> None:
         """Remove ports, and flows and filter rules meanwhile: neither waits for the other. Then remove links."""

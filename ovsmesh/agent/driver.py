@@ -158,6 +158,17 @@ class Driver:
         """Return the present values of the desired sysctls."""
         return read_sysctls(want.sysctls)
 
+    def who(self, drift: Plan) -> str:
+        """Return the processes that caused drift, as far as the kernel has told and they are still there; else "".
+
+        To be called once a reconcile: what was told before the last call is about earlier changes.
+        """
+        found = self.net.who((step.kind, step.key) for step in drift.steps)
+        writer, self.firewall.changed_by = self.firewall.changed_by, ""
+        if writer and any(step.kind in ("rules", "filter_peers") for step in drift.steps):
+            found.add(writer)
+        return "; ".join(sorted(found))
+
     # observing and applying
 
     def observe(self, want: Dataplane) -> Observed:

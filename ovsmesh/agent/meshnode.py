@@ -314,11 +314,9 @@ _WORST = (
 
 
 def _reachability(report: Report) -> Object:
-    """Return what the probes found; {} where nobody probes."""
+    """Return what the probes found."""
     wanted = [peer for peer in report.peers if peer.state not in ("held", "refused")]
     probed = [peer for peer in wanted if peer.reach is not None and peer.reach.state is not State.UNPROBED]
-    if wanted and all(peer.reach is None for peer in wanted):
-        return {}
     cut_off = [peer for peer in probed if peer.state in CUT_OFF]
     reached = [peer.reach for peer in probed if peer.reach is not None and peer.reach.state not in CUT_OFF]
     trips = [reach.round_trip for reach in reached if reach.round_trip is not None]
@@ -349,7 +347,7 @@ def _worst(peer: Peer) -> Object:
 def _lonely(body: Object) -> bool:
     """Return whether the node cannot reach most others. Its agent goes on to say so, as nobody else may."""
     found, wanted = body["reachability"], body["peers"]["wanted"]
-    return bool(found) and Vote(wanted, wanted - found["unprobed"], found["unreachable"], frozenset()).lonely
+    return Vote(wanted, wanted - found["unprobed"], found["unreachable"], frozenset()).lonely
 
 
 def _milliseconds(seconds: float) -> str:

@@ -225,14 +225,11 @@ class _StatusFile:
 
 def _differs(now: NodeStatus, before: NodeStatus) -> bool:
     """Return whether the report of one may say something else than the other's. A report itself takes long to make."""
-    a, b = now.result, before.result
     if now is before:
         return False
-    if a is b:
-        # published for what the probes found
-        return True
-    same = (a.converged, a.plan, a.problems) == (b.converged, b.plan, b.problems) and a.mesh is b.mesh
-    return not same or bool(a.drift)
+    a, b = now.result, before.result
+    same = (a.converged, a.plan, a.problems, now.states) == (b.converged, b.plan, b.problems, before.states)
+    return not same or a.mesh is not b.mesh or bool(a.drift)
 
 
 class RowPublisher:

@@ -152,6 +152,7 @@ class Reconciler:
         self._applied: list[Step] = []
         """What the present reconcile has applied, and who caused it."""
         self._who = "agent start"
+        self._drift_by = ""
 
     # one reconcile
 
@@ -173,7 +174,7 @@ class Reconciler:
             self._driver.dirty()
         before, self.last = self.last, replace(result, duration=time.monotonic() - started)
         self._count(self.last)
-        self._events.reconciled(before, self.last, self._applied, self._who, self._guard.lifted)
+        self._events.reconciled(before, self.last, self._applied, self._who, self._guard.lifted, self._drift_by)
         return self.last
 
     def _reconcile(self, snapshot: Snapshot) -> ReconcileResult:
@@ -183,6 +184,7 @@ class Reconciler:
         self._who = self._cause(before, now)
         drift = now.plan if self.last.converged and before and now.want is before.want else Plan()
         self.counters.drift.update(step.kind for step in drift.steps)
+        self._drift_by = self._driver.who(drift)
         failed: list[Problem] = []
         for _ in range(_ROUNDS):
             steps = due(now.plan, now.have.problems)

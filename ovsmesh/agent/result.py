@@ -203,6 +203,7 @@ class EventLog:
         self._degraded: float | None = None
         """Since when (monotonic)."""
         self._in_sync = False
+        self._digest: tuple[Mesh | None, str] = (None, "")
 
     def start(self, mesh: Mesh | None) -> None:
         """Tell that the agent starts, with this mesh."""
@@ -221,23 +222,30 @@ class EventLog:
         self._history.add(Event.STOP, text, took=time.monotonic() - self._began)
 
     def reconciled(
-        self, before: ReconcileResult, now: ReconcileResult, applied: Iterable[Step], who: str, lifted: str
+        self,
+        before: ReconcileResult,
+        now: ReconcileResult,
+        applied: Iterable[Step],
+        who: str,
+        lifted: str,
+        drift_by: str = "",
     ) -> None:
         """Tell of a reconcile: drift, changes, problems that came and went, whether the node is in sync.
 
-        `who` caused the changes that were `applied`; `lifted` is how the last hold of removals ended.
+        `who` caused the changes that were `applied`. `lifted` is how the last hold of removals ended. `drift_by` are
+        the processes that caused the drift, as far as they are known.
         """
-        self._changes(now, applied, who)
+        self._changes(now, applied, who, drift_by)
         self._held(before, now, lifted)
         self._problems(now)
         self._state(now)
 
-    def _changes(self, now: ReconcileResult, applied: Iterable[Step], who: str) -> None:
+    def _changes(self, now: ReconcileResult, applied: Iterable[Step], who: str, drift_by: str) -> None:
         add, drifted = self._history.add, now.drift.steps
         by = "a restart of Open vSwitch" if any(step.kind == "restore_wait" for step in drifted) else "someone"
         for text, steps in plan_text.drift(drifted, by) if drifted else ():
             took = now.duration if now.converged else None
-            add(Event.DRIFT, text, by, took, plan_text.unnamed(steps))
+            add(Event.DRIFT, text, drift_by or by, took, plan_text.unnamed(steps))
         told = {(step.kind, step.key) for step in (*drifted, *now.plan.steps)}
         done = {(step.kind, step.key): step for step in applied if (step.kind, step.key) not in told}
         if not done:
@@ -329,7 +337,9 @@ class EventLog:
             self._history.add(Event.DEGRADED, f"degraded: {why}")
             self._degraded, self._in_sync = at, False
         elif not why and not self._in_sync and now.want is not None and now.mesh is not None:
-            text = f"in sync with {peers_text(now.want)} (mesh {digest(now.mesh)}, {duration(now.duration)})"
+            if self._digest[0] is not now.mesh:
+                self._digest = now.mesh, digest(now.mesh)
+            text = f"in sync with {peers_text(now.want)} (mesh {self._digest[1]}, {duration(now.duration)})"
             self._history.add(Event.IN_SYNC, text, took=None if self._degraded is None else at - self._degraded)
             self._degraded, self._in_sync = None, True
 

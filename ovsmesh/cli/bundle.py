@@ -264,7 +264,7 @@ def parts(options: Options, given: list[str], state: StateDir) -> Iterator[Part]
     yield file(
         state.path / "status.json", "agent/status-file.json", lambda: read_file(state.path / "status.json", _PART)
     )
-    if options.mesh:
+    if options.mesh and options.mesh != str(state.mesh_file):
         yield file(Path(options.mesh), "mesh/file.json", lambda: _mesh(Path(options.mesh)))
     yield file(state.mesh_file, "mesh/last-good.json", lambda: _mesh(state.mesh_file))
     journal = ("journalctl", "--no-pager", "-o", "short-iso-precise", "-n", _LOG_LINES)

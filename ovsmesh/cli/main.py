@@ -178,6 +178,9 @@ def status(state_dir: str, output: str, watch: bool, cluster: bool, kubeconfig: 
     from ovsmesh.cli import inspect
 
     nodes = options.pop("all")
+    given = click.get_current_context().get_parameter_source("kubeconfig")
+    if given is click.core.ParameterSource.COMMANDLINE and not cluster:
+        raise click.UsageError("--kubeconfig is the cluster to ask with --cluster: give that too")
     if nodes and cluster:
         raise click.UsageError("give one of --all and --cluster")
     view: Callable[[], formats.View]

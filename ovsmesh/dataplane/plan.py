@@ -23,6 +23,7 @@ GUARD_PEERS = 2
 GUARD_SHARE = 3
 """The removal of more than 2 peers, and more than a third of them, at once is held."""
 
+_VERBS = {"+": "add", "~": "change", "-": "remove"}
 _CONTAINERS = ("docker", "cni")
 """Kinds that plug containers into what the others are."""
 _CONTAINER_REASONS = ("Docker", "CNI")
@@ -41,6 +42,11 @@ class Step(NamedTuple):
     def __str__(self) -> str:
         """Return the step as one line."""
         return f"{self.op} {plan_text.subject(*self[:5])}{self.why and ' ' + self.why}"
+
+    @property
+    def words(self) -> str:
+        """The step as a sentence asks for it: "add route 10.97.2.0/24 …"."""
+        return f"{_VERBS[self.op]} {str(self)[2:]}"
 
 
 class Blocked(NamedTuple):

@@ -111,16 +111,16 @@ _LONG = ("rules", "flows")
 """Kinds whose names are too long for a list in a sentence."""
 
 
-def unnamed(steps: Iterable[Step], most: int = 3) -> list[str]:
-    """Return what each step is about, such as "route 10.97.2.0/24"; [] where a sentence about them names them all.
+def unnamed(steps: Iterable[Step], most: int = 3) -> Iterator[str]:
+    """Yield what each step is about, such as "+ route 10.97.2.0/24"; nothing where a sentence names them all.
 
     Flows come last: their names are the longest, and they follow from the ports.
     """
     every = list(steps)
     if all(number <= (1 if kind in _LONG else most) for kind, number in Counter(s.kind for s in every).items()):
-        return []
-    every.sort(key=lambda step: step.kind == "flows")
-    return [f"{step.op} {name(step.kind, step.key)}" for step in every]
+        return
+    for last in (False, True):
+        yield from (f"{step.op} {name(step.kind, step.key)}" for step in every if (step.kind == "flows") is last)
 
 
 def summary(steps: Iterable[Step], most: int = 3) -> str:
@@ -128,16 +128,17 @@ def summary(steps: Iterable[Step], most: int = 3) -> str:
 
     Of each kind at most `most` are named.
     """
-    kinds: dict[str, list[str]] = {}
+    kinds: dict[str, list[Any]] = {}
     for step in steps:
-        kinds.setdefault(step.kind, []).append(name(step.kind, step.key))
+        kinds.setdefault(step.kind, []).append(step.key)
     found = []
     for kind, every in kinds.items():
         if len(every) == 1:
-            found += every
+            found.append(name(kind, every[0]))
             continue
         single = _NAMES[kind]
-        keys = (text.removeprefix(f"{single} ") for text in every)
+        # the rest is only counted
+        keys = [*(name(kind, key).removeprefix(f"{single} ") for key in every[:most]), *every[most:]]
         more = "" if kind in _LONG else f" ({listed(keys, most)})"
         found.append(f"{len(every)} {_PLURALS.get(kind, f'{single}s')}{more}")
     return " and ".join(filter(None, (", ".join(found[:-1]), *found[-1:])))

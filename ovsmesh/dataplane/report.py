@@ -218,6 +218,8 @@ _TIMES = frozenset(
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         pairs = [(f.name, getattr(value, f.name)) for f in fields(value)]
+        if isinstance(value, Problem):
+            pairs.append(("wrong", value.wrong))
     elif isinstance(value, Traffic):
         pairs = list(value._asdict().items())
     elif isinstance(value, tuple):

@@ -202,7 +202,10 @@ def run(count: int, **shape: Any) -> None:
 @lab.command("list")
 def list_labs() -> None:
     """List the labs on this machine."""
-    for name in names():
+    found = names()
+    if not found:
+        click.echo("no labs", err=True)
+    for name in found:
         settings = Lab.open(name).settings
         click.echo(f"{name}: {len(settings.hosts)} hosts × {settings.pods} pods, {settings.encapsulation}")
 

@@ -23,6 +23,8 @@ _NODE_MACS = ("0a:58:", "0e:58:")
 _RELEASED_SECONDS = 2.0
 """The kernel reports the ports of a deleted bridge as released up to this long before the bridge's own end."""
 _TUNNELS = frozenset(TUNNEL_LINKS.values())
+_NOTED = 4096
+"""Changes of which it is noted who made them, until the next drift."""
 _OVS_KINDS = ("openvswitch", "tun")
 """Kind of obr0: with the kernel datapath, with the userspace datapath."""
 
@@ -37,6 +39,9 @@ class RtnetlinkCache:
         """Links of which only the bridge's part was reported: request them."""
         self.orphaned_ports: dict[int, bool] = {}
         """Ports that a deleted kbr0 left behind → whether they were hairpins."""
+        self.changed_by: dict[tuple[str, object], int] = {}
+        """Kind and key of a managed part → sender of the message of its last change."""
+        self._sender = 0
         self._ranges: list[tuple[int, int, int]] = []
         self._released: dict[int, tuple[float, bool]] = {}
         """Ports that kbr0 released → when, and whether they were hairpins."""
@@ -80,7 +85,7 @@ class RtnetlinkCache:
 
     def update(self, message: netlink_socket.Message) -> None:
         """Take in one message of a dump or a notification."""
-        kind = message.type
+        kind, self._sender = message.type, message.sender
         if kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
             route = parser.parse_route(message.payload)
             if route and route.table == rtnetlink.MAIN_TABLE:
@@ -106,8 +111,17 @@ class RtnetlinkCache:
         elif kind == netlink_socket.OVERRUN:
             self.stale = True
 
+    def _note(self, kind: str, key: object) -> None:
+        """Note who changed a managed part."""
+        if self._sender:
+            if len(self.changed_by) >= _NOTED:
+                self.changed_by.clear()
+            self.changed_by[kind, key] = self._sender
+
     def _update_route(self, entry: rtnetlink.RouteEntry, added: bool, replaces: bool) -> None:
         key = (entry.dst, entry.metric)
+        if entry.protocol == PROTOCOL or (replaces and added and key in self.routes):
+            self._note("routes", key)
         if replaces and added:
             # the kernel reports the new route only, not the end of the one that it replaces
             self.routes.pop(key, None)
@@ -159,12 +173,16 @@ class RtnetlinkCache:
             return
         if added and entry.state & rtnetlink.PERMANENT and entry.protocol == PROTOCOL:
             self.neighbours[entry.dst] = entry.mac
+            self._note("neighbours", entry.dst)
             self.changed = True
         elif self.neighbours.pop(entry.dst, None) is not None:
+            self._note("neighbours", entry.dst)
             self.changed = True
 
     def _update_address(self, entry: rtnetlink.AddressEntry, added: bool) -> None:
         key = (entry.address, entry.ifindex)
+        if entry.ifindex == self._indexes.get(KBR):
+            self._note("addresses", entry.address)
         if added:
             self._addresses[key] = entry.protocol
         else:
@@ -203,6 +221,7 @@ class RtnetlinkCache:
                 self._released.clear()
         if {entry.name, old.name if old else ""} & {KBR, OBR}:
             if entry != old:
+                self._note("links", entry.name)
                 self.changed = True
             # a link that goes down loses its routes and neighbours, and the kernel does not report that
             if old is None or not added or old.up != entry.up or old.name != entry.name:

@@ -120,6 +120,8 @@ class Firewall:
         """Families that could not be parsed at the last reading: written again once, then reported."""
         self._legacy: dict[str, bool] = {}
         self._peers: dict[str, str] = {}
+        self.changed_by = ""
+        """The process that changed a table last, as far as the kernel tells."""
         self._monitor: NftMonitor | None = None
         try:
             self._monitor = NftMonitor(MARK)
@@ -160,9 +162,10 @@ class Firewall:
             return
         # our own transaction is among those of its tool, so if there is one it is our own
         of_tool = [tools for tools in transactions if own in tools] if own else []
-        for tools in transactions:
+        for tools, writer in zip(transactions, self._monitor.writers, strict=True):
             if len(of_tool) != 1 or tools is not of_tool[0]:
                 self._dirty |= tools
+                self.changed_by = writer
 
     # Reading
 

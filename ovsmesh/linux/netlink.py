@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ovsmesh.dataplane.types import KBR, MARK, PROTOCOL, Link, Unmanaged
@@ -22,6 +23,7 @@ from ovsmesh.linux.cache import RtnetlinkCache
 from ovsmesh.linux.netlink_socket import NetlinkError, NetlinkSocket
 from ovsmesh.linux.sysctl import write_sysctl
 from ovsmesh.mesh.types import IPNetwork
+from ovsmesh.text import printable
 
 _GROUPS = (1, 3, 5, 7, 9, 11, 24, 25)
 """RTNLGRP_ LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE, IPV4_NETCONF, IPV6_NETCONF."""
@@ -93,6 +95,12 @@ class Netlink:
         while self.cache.partial_links:
             self._request(encoder.get_link(self.cache.partial_links.pop()))
 
+    def who(self, parts: Iterable[tuple[str, object]]) -> set[str]:
+        """Return the processes that changed these parts (kind and key) last, as far as they are still there."""
+        noted, self.cache.changed_by = self.cache.changed_by, {}
+        senders = {noted[part] for part in parts if part in noted} - {self._requests.port}
+        return {name for name in map(_process, senders) if name}
+
     def observe(self, cni: bool = False) -> tuple[dict[str, dict[Any, Any]], list[Unmanaged]]:
         """Return what is managed, by field of Dataplane, and the unmanaged things in its way.
 
@@ -159,6 +167,14 @@ class Netlink:
             self._do({f"set port {name}": encoder.quiet_port(index)})
 
     def _make_bridge(self, want: Link) -> None:
+        """Make kbr0; where someone has renamed the managed one, rename that back, as pods are plugged into it."""
+        strays = [i for i, one in self.cache.links.items() if one.kind == want.kind and one.alias == MARK]
+        if stray := next((i for i in strays if self.cache.name(i) not in (KBR, _NEW)), 0):
+            down, name = encoder.set_link(stray, up=False), encoder.set_link(stray, name=KBR)
+            changes = encoder.set_link(stray, mac=want.mac, mtu=want.mtu, up=want.up)
+            # a link that is up can't be renamed before Linux 6.2
+            self._do({f"set link {KBR} down": down, f"name link {KBR}": name, f"set link {KBR}": changes})
+            return
         stale = _index(_NEW)
         if stale:
             self._do({f"delete link {_NEW}": encoder.del_link(stale)})
@@ -240,6 +256,17 @@ class Netlink:
         port = self.cache.index(value) or _index(value)
         fdb = rtnetlink.NeighbourEntry(rtnetlink.AF_BRIDGE, "", key, port, rtnetlink.NOARP, 0, 0)
         return encoder.neighbour(type_, flags, fdb)
+
+
+def _process(pid: int) -> str:
+    """Return a process of this network namespace by its id; "" where there is none: a port may be no process id."""
+    folder = Path(f"/proc/{pid}")
+    try:
+        if not os.path.samestat(os.stat(folder / "ns/net"), os.stat("/proc/self/ns/net")):
+            return ""
+        return f"{printable((folder / 'comm').read_text().strip(), 32)}, pid {pid}"
+    except OSError:
+        return ""
 
 
 def _index(name: str) -> int:

@@ -39,12 +39,16 @@ class NetlinkError(OSError):
 
 
 class Message(NamedTuple):
-    """A netlink message: its type, flags, sequence number and payload."""
+    """A netlink message: its type, flags, sequence number and payload.
+
+    `sender` is the port of the socket whose request it tells of, mostly the process id of its owner; 0 for the kernel.
+    """
 
     type: int
     flags: int
     seq: int
     payload: memoryview
+    sender: int = 0
 
 
 def messages(data: bytes) -> Iterator[Message]:
@@ -52,10 +56,10 @@ def messages(data: bytes) -> Iterator[Message]:
     view = memoryview(data)
     at = 0
     while at + 16 <= len(view):
-        length, kind, flags, seq, _ = _HEADER.unpack_from(view, at)
+        length, kind, flags, seq, sender = _HEADER.unpack_from(view, at)
         if length < 16 or at + length > len(view):
             return
-        yield Message(kind, flags, seq, view[at + 16 : at + length])
+        yield Message(kind, flags, seq, view[at + 16 : at + length], sender)
         at += (length + 3) & ~3
 
 
@@ -112,6 +116,11 @@ class NetlinkSocket:
     def fileno(self) -> int:
         """Return the file descriptor. It is readable while notifications wait."""
         return self._socket.fileno()
+
+    @property
+    def port(self) -> int:
+        """The port of this socket, which is the sender of what it asks for."""
+        return int(self._socket.getsockname()[0])
 
     def close(self) -> None:
         """Close the socket."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from ovsmesh.linux import netlink_socket
 from ovsmesh.linux.netlink_socket import Message, NetlinkSocket, attributes
+from ovsmesh.text import printable
 
 _NFNLGRP_NFTABLES, _NFNL_SUBSYS_NFTABLES = 7, 10
 _NEWCHAIN, _DELCHAIN, _NEWRULE, _DELRULE, _NEWGEN = 3, 5, 6, 8, 15
@@ -43,6 +44,16 @@ def tools(messages: Iterable[Message], mark: bytes) -> Iterator[str]:
             yield END
         elif tool := _tool(message.type & 0xFF, message.payload, mark):
             yield tool
+
+
+def writers(messages: Iterable[Message]) -> Iterator[str]:
+    """Yield who wrote each transaction, for each END of `tools`, as "nft, pid 812"; "" where it is not told."""
+    for message in messages:
+        if message.type == _NFNL_SUBSYS_NFTABLES << 8 | _NEWGEN and len(message.payload) >= _NFGENMSG_BYTES:
+            found = attributes(message.payload, _NFGENMSG_BYTES)
+            # NFTA_GEN_PROC_NAME and NFTA_GEN_PROC_PID
+            name, pid = found.get(3, b"").rstrip(b"\0").decode(errors="replace"), found.get(2, b"")
+            yield f"{printable(name, 32)}, pid {int.from_bytes(pid)}" if name and len(pid) == 4 else ""
 
 
 def _tool(kind: int, payload: memoryview, mark: bytes) -> str:
@@ -88,6 +99,8 @@ class NftMonitor:
         self._mark = mark.encode()
         self._open: set[str] = set()
         """Tools changed by a transaction whose end was not read yet."""
+        self.writers: list[str] = []
+        """Who wrote each of the transactions that were returned last."""
         self._socket = NetlinkSocket(netlink_socket.NETFILTER, [_NFNLGRP_NFTABLES], _RECEIVE_BYTES)
 
     def fileno(self) -> int:
@@ -101,11 +114,16 @@ class NftMonitor:
     def transactions(self) -> list[frozenset[str]] | None:
         """Return the tools that each finished transaction changed; None if some were missed."""
         finished: list[frozenset[str]] = []
+        self.writers = []
         waiting = list(self._socket.notifications())
+        who = writers(waiting)
         for tool in tools(waiting, self._mark):
             if tool != END:
                 self._open.add(tool)
-            elif self._open:
+                continue
+            writer = next(who)
+            if self._open:
                 finished.append(frozenset(self._open))
+                self.writers.append(writer)
                 self._open.clear()
         return None if any(message.type == netlink_socket.OVERRUN for message in waiting) else finished

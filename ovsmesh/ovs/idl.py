@@ -93,8 +93,12 @@ class Replica(ovs.db.idl.Idl):  # type: ignore[misc]
 
     @property
     def answers(self) -> bool:
-        """Return whether the replica is complete and its server is connected."""
-        return bool(self.has_ever_connected() and self._session.is_connected())
+        """Return whether the replica is complete and its server is connected, and has answered on this connection.
+
+        The kernel takes connections for a server that hangs.
+        """
+        known = self.has_ever_connected() and self._session.is_connected()
+        return bool(known and self.state == self.IDL_S_MONITORING)
 
 
 def references(row: Any, column: str) -> list[Any]:

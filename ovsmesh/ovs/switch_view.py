@@ -12,7 +12,8 @@ from typing import NamedTuple
 from ovsmesh.dataplane.types import COOKIE, OBR
 from ovsmesh.text import printable
 
-_TIMEOUT = 10.0
+_TIMEOUT = 5.0
+"""Seconds for one tool; a switch that has let one wait so long is not asked again."""
 _FLOW = re.compile(
     r"cookie=(0x[0-9a-f]+|0),.*? table=(\d+), n_packets=(\d+),.*? (?:priority=(\d+),?)?(\S*) actions=(\S*)"
 )
@@ -35,16 +36,22 @@ class SwitchView:
     def __init__(self, run_dir: Path, ports: Mapping[str, int]) -> None:
         self._dir = run_dir
         self._ports = ports
+        self._hung = False
         self._names = {str(number): name for name, number in ports.items()}
         self._bridge = f"unix:{run_dir / f'{OBR}.mgmt'}"
 
     def _run(self, *argv: str) -> str | None:
+        if self._hung:
+            return None
         try:
             env = os.environ | {"OVS_RUNDIR": str(self._dir)}
             done = subprocess.run(
                 argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT, env=env, check=False
             )
-        except (OSError, subprocess.TimeoutExpired):
+        except subprocess.TimeoutExpired:
+            self._hung = True
+            return None
+        except OSError:
             return None
         return done.stdout.decode(errors="replace") if done.returncode == 0 else None
 

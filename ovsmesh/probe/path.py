@@ -46,8 +46,8 @@ _SEARCH_TRIES = 3
 """Probes of one size in the search for the path MTU: all must be lost for the size to count as too large."""
 _SEARCH_TIMEOUT = (0.3, 1.0)
 """Seconds to wait for those: eight round trips, within these limits."""
-_RECHECK = 10.0
-"""Seconds between probes of full size on a path that is known to carry only smaller ones."""
+_FAR = 2.0
+"""Two round trips in a row that differ from the mean by this factor make a mean of their own."""
 _GRACE = 6.0
 """Seconds that a peer has to show its agent's version, before loops that never came back are held against it: its
 agent's interval in a mesh of a hundred, and one."""
@@ -115,12 +115,12 @@ class Path:
         "_answered_since",
         "_clean",
         "_clean_since",
+        "_far",
         "_mean",
         "_next_quick",
         "_outcomes",
         "_range",
         "_recent",
-        "_rechecked",
         "_relapses",
         "_round",
         "_sequence",
@@ -167,7 +167,8 @@ class Path:
         self._clean_since = now
         self._relapses: tuple[float, ...] = ()
         self._range = (SMALL_SIZE, full)
-        self._rechecked = now
+        self._far = 0
+        """Whether the last round trip was far above the mean (1), or below (-1)."""
 
     @property
     def echoes(self) -> bool:
@@ -181,10 +182,12 @@ class Path:
         if self._round is not None:
             return None
         self._turn += 1
+        if self.usable < self.full:
+            # whether full size passes again is asked in each turn, beside what is known to pass
+            self._start("recheck", [self.usable], now)
+            return self._send(_Shot(self.full, self.echoes), now)
         size, echo = self.usable, self.echoes
-        if self.state is State.SMALL and self._turn % 2 and now - self._rechecked >= _RECHECK:
-            self._rechecked, size = now, self.full
-        elif self.state in _DEAD and self._turn % (2 if self.state is State.UNREACHABLE else 4) == 0:
+        if self.state in _DEAD and self._turn % (2 if self.state is State.UNREACHABLE else 4) == 0:
             echo = True
         self._round = _Round("regular", [])
         return self._send(_Shot(size, echo), now)
@@ -235,10 +238,23 @@ class Path:
         self._silent_since = None
         if self._answered_since is None:
             self._answered_since = now
-        self._mean = trip if self._mean is None else self._mean + (trip - self._mean) / 8
+        self._average(trip)
         self._round.answered.append(shot)
         self._judge(now)
         return trip
+
+    def _average(self, trip: float) -> None:
+        """Take a round trip into the mean, exponentially weighted by 1/8, as TCP's in RFC 6298."""
+        mean = trip if self._mean is None else self._mean
+        far = 1 if trip > mean * _FAR else -1 if trip < mean / _FAR else 0
+        # a path that got longer or shorter is to show at once
+        self._mean = trip if far and far == self._far else mean + (trip - mean) / 8
+        self._far = far
+
+    def left(self, sequence: int, now: float) -> None:
+        """Take in when a probe left: later than it was asked for, on a busy host."""
+        shot, asked, end = self._under_way[sequence]
+        self._under_way[sequence] = (shot, now, end + now - asked)
 
     def not_sent(self, sequence: int, now: float) -> None:
         """Take in that a probe could not be sent, which is as good as lost."""
@@ -291,10 +307,14 @@ class Path:
             if self._clean == 0:
                 self._clean_since = now
             self._clean += answered
-        if done.kind == "verify":
+        if done.kind == "recheck":
+            self._rechecked(done, now)
+        elif done.kind == "verify":
             self._verified(done, now)
         elif done.kind == "quick":
             self._after_quick(done, now)
+        elif done.kind == "more":
+            self._after_more(done, now)
         else:
             self._after_regular(done, now)
 
@@ -303,11 +323,7 @@ class Path:
 
     def _after_regular(self, done: _Round, now: float) -> None:
         shot = (done.answered + done.lost)[0]
-        if shot.size > self.usable:
-            if done.answered:
-                # full size passes again: three more must, before that is believed
-                self._start("verify", [shot.size] * 3, now)
-        elif not self._counts(shot):
+        if not self._counts(shot):
             if bool(done.answered) == (self.state is State.UNREACHABLE):
                 # an echo that shows something else than the state
                 self._decide(now)
@@ -315,6 +331,15 @@ class Path:
             self._decide(now)
         else:
             self._recover(now)
+
+    def _rechecked(self, done: _Round, now: float) -> None:
+        if any(shot.size > self.usable for shot in done.answered):
+            # three more must pass before that is believed
+            self._start("verify", [self.full] * 3, now)
+        elif any(shot.size <= self.usable for shot in done.lost):
+            self._decide(now)
+        else:
+            self._settle(now)
 
     def _decide(self, now: float) -> None:
         """Send three quick probes of both sizes, and of echoes."""
@@ -342,7 +367,15 @@ class Path:
             self._range = (max(answered), min(lost))
             self._search(now)
         elif lost and self._doubtful():
-            self._start("quick", [self.usable] * 5, now)
+            self._start("more", [self.usable] * 5, now)
+        else:
+            self._recover(now)
+
+    def _after_more(self, done: _Round, now: float) -> None:
+        if len(done.lost) > 1 and not done.answered and self.state not in _DEAD:
+            self._decide(now)
+        elif done.lost and self._doubtful():
+            self._start("more", [self.usable] * 5, now)
         else:
             self._recover(now)
 
@@ -356,15 +389,16 @@ class Path:
         """Settle on a state, or ask for the answers that are still needed for that."""
         bad = self.state in _DEAD or self.state is State.LOSSY
         if bad and 0 < self._clean < self._needed():
-            self._start("quick", [self.usable], now + _RECOVERY_GAP)
+            self._start("more", [self.usable], now + _RECOVERY_GAP)
             return
         self._settle(now)
         if bad and self._clean and (wait := max(self._clean_since, self.since) + self._hold(now) - now) < _SOON:
-            self._start("quick", [self.usable], now + max(wait, _RECOVERY_GAP))
+            self._start("more", [self.usable], now + max(wait, _RECOVERY_GAP))
 
     def _doubtful(self) -> bool:
-        """Whether losses were seen and too few probes to tell a rate."""
-        return self._recent.total < _RECENT and self.state is not State.LOSSY
+        """Whether a loss leaves open whether the path is lossy. Not for long: the losses of all rounds add up."""
+        known = self.state is State.LOSSY or self.state in _DEAD
+        return not known and (self._recent.total < _RECENT or self._recent.lost < _LOSSY)
 
     def _needed(self) -> int:
         return _RECENT if self.state is State.LOSSY else _CLEAN
@@ -418,12 +452,13 @@ class Path:
         low, high = self._range
         answered = [shot.size for shot in done.answered]
         if self.path_mtu is not None and low not in answered + [shot.size for shot in done.lost]:
-            if not done.lost:
+            if not done.lost and self._become(State.OK, now):
                 self.path_mtu = None
-                self._become(State.OK, now)
         elif answered.count(low) >= _CLEAN - 1 and high not in answered:
             if self._become(State.SMALL, now):
-                self.path_mtu, self._rechecked = low, now
+                self.path_mtu = low
+                # the losses were those of larger packets
+                self._recent.clear()
         else:
             self._recover(now)
 

@@ -14,6 +14,7 @@ from ovsmesh.text import printable
 
 _TIMEOUT = 1.0
 """Seconds for a peer that is up to accept or refuse a connection."""
+_HOPS6 = (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS)
 _BYTES = 1024
 """Of the head of an answer."""
 
@@ -39,6 +40,9 @@ def _why(path: Target) -> str:
         sock.settimeout(_TIMEOUT)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, KBR.encode())
+            # it hears nothing that may have been forwarded
+            hops = (socket.IPPROTO_IP, socket.IP_TTL) if family == socket.AF_INET else _HOPS6
+            sock.setsockopt(*hops, 255)
             sock.bind((str(path.source), 0))
             sock.connect((str(path.destination), ROW_PORT))
         except ConnectionRefusedError:

@@ -179,6 +179,10 @@ class Scheduler(Generic[Key]):
         path = self._paths.get(key)
         return None if path is None else self._take(key, path, lambda path: path.answered(sequence, now))
 
+    def left(self, key: Key, sequence: int, now: float) -> None:
+        """Take in when a probe left, which `due` has just given out."""
+        self._paths[key].left(sequence, now)
+
     def not_sent(self, key: Key, sequence: int, now: float) -> None:
         """Take in that a probe could not be sent."""
         if key in self._paths:

@@ -188,9 +188,11 @@ class Prober:
     def _send_due(self, now: float) -> None:
         for key, probe in self._scheduler.due(now):
             send = self._sockets.send_echo if probe.echo else self._sockets.send_loop
+            left = time.monotonic()
             try:
                 send(self._targets[key], self._numbers[key], probe.sequence, probe.size)
                 self._errors.pop(key, None)
+                self._scheduler.left(key, probe.sequence, left)
             except OSError as error:
                 what = "a filter of this host drops it" if error.errno == errno.EPERM else error.strerror or str(error)
                 self._errors[key] = what

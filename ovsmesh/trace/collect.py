@@ -77,8 +77,8 @@ def _physical(driver: Any, found: ReconcileResult, me: Node) -> tuple[str, ...]:
     if underlay is None:
         return ()
     name = underlay[0]
-    if driver.ovs.synced and driver.ovs.bridge_of(name) == "netdev":
-        return tuple(port for port in driver.ovs.ports_of(name) if port != name)
+    if found.facts is not None and found.facts.datapath_type == "netdev":
+        return tuple(port for port in driver.ovs.ports_of(name) if port != name) if driver.ovs.synced else ()
     return (name,)
 
 
@@ -118,19 +118,25 @@ class _Collector:
         """Return the pod that has an address, and the descriptor of its namespace; None where none is found."""
         ports = sorted(self._links.values(), key=lambda link: link.master != KBR)
         tried: set[int] = set()
+        found: tuple[PodFound, int] | None = None
         for port in ports:
             if port.namespace is None or port.namespace not in spaces or port.namespace in tried:
                 continue
+            if found and port.master != KBR:
+                break
             tried.add(port.namespace)
             fd, how = spaces[port.namespace]
             with contextlib.suppress(OSError):
                 view = netns.within(fd, lambda: _inside(place.address, other))
                 if view is None:
                     continue
-                link, found = view
+                if found:
+                    found = replace(found[0], others=(*found[0].others, port.name)), found[1]
+                    continue
+                link, inside = view
                 plugged = [p for p in ports if p.namespace == port.namespace and p.number == link.peer_index]
-                return replace(found, where=how, port=plugged[0] if plugged else None), fd
-        return None
+                found = replace(inside, where=how, port=plugged[0] if plugged else None), fd
+        return found
 
     def _blind(self, spaces: Mapping[int, tuple[int, str]]) -> int:
         ports = [link for link in self._links.values() if link.master == KBR and link.name != OBR]
@@ -300,6 +306,7 @@ class _Collector:
             mtu=s.mtu,
             seen=sent.seen,
             seen_full=sent.seen_full,
+            rewritten=sent.rewritten,
             small=sent.small,
             full=sent.full,
             pod=pod,
@@ -310,6 +317,7 @@ class _Collector:
             route_back=back,
             policy=kernel.policy(target, source, KBR if forwarded else "", mark),
             policy_back=kernel.policy(source, target, KBR) if s.peer else (),
+            peer_mac=desired.mac(s.peer) if s.peer else "",
             neighbour=hop.mac if hop else "",
             pod_neighbour=pod_entry.mac if pod_entry else "",
             fdb=kernel.fdb(kbr.number) if kbr else {},

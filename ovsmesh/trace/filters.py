@@ -100,13 +100,16 @@ class Filters:
                 if count.first or count.last:
                     where = f"{family} {hook}" + (" (tunnel)" if name.startswith("tunnel") else "")
                     hooks.append(HookCount(where, count.first, count.last, name.endswith("back")))
+        suspects = _suspects(_run(["nft", "list", "ruleset"]) or "")
+        suspects += [
+            Drop(f"`{printable(rule, _LONGEST)}`", tool, certain=False)
+            for tool, rule in self._before
+            if "legacy" in tool and not re.search(r"(-A|of) (INPUT|OUTPUT)\b", rule)
+        ]
         grown = self._grown()
-        if self._trace:
-            # nf_tables has named its own rules, iptables-nft's among them
-            grown = [drop for drop in grown if "legacy" in drop.table]
-        else:
-            grown = grown or _suspects(_run(["nft", "list", "ruleset"]) or "")
-        return FilterFound((*drops, *grown), tuple(hooks), _tables(), self._why)
+        # nf_tables has named its own rules, iptables-nft's among them
+        grown = [drop for drop in grown if "legacy" in drop.table] if self._trace else grown or suspects
+        return FilterFound((*drops, *grown), tuple(hooks), _tables(), tuple(suspects), self._why)
 
     def _named(self, verdict: Verdict) -> Drop:
         table = f"{verdict.family} {verdict.table}"
@@ -164,9 +167,15 @@ def _parse(tool: str, text: str) -> list[tuple[tuple[str, str], int]]:
 
 
 def _suspects(ruleset: str) -> list[Drop]:
-    """Return what in the tables of others drops packets of some kind, where nobody can tell of which."""
-    found, table, chain = [], "", ""
+    """Return what in the tables of others drops forwarded packets of some kind."""
+    found, table, chain, hook = [], "", "", ""
     for line in map(str.strip, ruleset.splitlines()):
+        if line.startswith(("table ", "chain ")):
+            hook = ""
+        if line.startswith("type "):
+            hook = line.split(" hook ")[-1].split()[0]
+        if hook in ("input", "output", "ingress"):
+            continue
         if line.startswith("table "):
             table = line.removesuffix(" {")
         elif line.startswith("chain "):

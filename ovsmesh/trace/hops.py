@@ -11,7 +11,18 @@ from dataclasses import replace
 from ovsmesh.dataplane.types import KBR, OBR
 from ovsmesh.mesh.types import IPAddress, gateway
 from ovsmesh.text import listed
-from ovsmesh.trace.types import Evidence, Hop, Kind, LinkFound, PodFound, Point, RouteFound, Verdict
+from ovsmesh.trace.types import (
+    REFUSED_SOURCE,
+    Evidence,
+    Hop,
+    Kind,
+    LinkFound,
+    PodFound,
+    Point,
+    PolicyRule,
+    RouteFound,
+    Verdict,
+)
 
 OK, BROKEN, UNKNOWN = Verdict.OK, Verdict.BROKEN, Verdict.UNKNOWN
 
@@ -19,7 +30,7 @@ OK, BROKEN, UNKNOWN = Verdict.OK, Verdict.BROKEN, Verdict.UNKNOWN
 def repair(e: Evidence) -> str:
     """Return what to do about a managed part that is missing or differs."""
     if e.agent:
-        return "start the agent: it puts this back (systemctl start ovsmesh-agent; `ovsmesh status` says more)"
+        return "start this node's agent, which puts it back: systemctl start ovsmesh-agent"
     return "the agent repairs this within a second; if it stays, `ovsmesh status` says what is in the way"
 
 
@@ -124,7 +135,9 @@ def _interface(e: Evidence, name: str, pod: PodFound, after: Point) -> Hop:
     state = "up" if link.up else "DOWN"
     found = f"{link.name} {state}, MTU {link.mtu} ({pod.where})"
     todo = ""
-    if not link.up:
+    if pod.others:
+        found, todo = f"{found}; {listed(pod.others, 3)} has its address too", "give one of the two another address"
+    elif not link.up:
         todo = f"set it up in the pod: ip link set {link.name} up"
     elif link.mtu != e.mtu:
         todo = f"packets above {min(link.mtu, e.mtu)} bytes are lost: make the pod again, or set its MTU to {e.mtu}"
@@ -164,7 +177,9 @@ def _port(e: Evidence, name: str, pod: PodFound, after: Point) -> Hop:
     if port.filters:
         found += f" ({port.filters})"
     todo = listed((todo for _, todo in flaws), 3, "; ")
-    return Hop(name, found, BROKEN if flaws else OK, wanted, todo, after, Point.PORT if after == Point.SENT else "")
+    # the host answers ARP on a port that is on no bridge, and routes what comes in there: the answer finds no way
+    until = Point.PORT_BACK if after == Point.SENT else ""
+    return Hop(name, found, BROKEN if flaws else OK, wanted, todo, after, until)
 
 
 def _link_text(link: LinkFound | None) -> str:
@@ -173,7 +188,7 @@ def _link_text(link: LinkFound | None) -> str:
 
 def _bridge(e: Evidence, after: Point) -> Hop:
     link = e.links.get(KBR)
-    problem = listed(filter(None, (_missing(e, "links", KBR + " "), _missing(e, "addresses"))), 3, "; ")
+    problem = listed(filter(None, (_missing(e, "links", f"link {KBR} "), _missing(e, "addresses"))), 3, "; ")
     if link is None or not link.up:
         problem = problem or f"{KBR} is {'missing' if link is None else 'down'}"
     return Hop(
@@ -183,6 +198,8 @@ def _bridge(e: Evidence, after: Point) -> Hop:
         f"up, MTU {e.mtu}",
         repair(e) if problem else "",
         after,
+        # its routes go with its address
+        Point.KBR_IN if problem else "",
     )
 
 
@@ -209,6 +226,10 @@ def _routed(e: Evidence) -> Iterator[Hop]:
 def _policy(e: Evidence, after: Point) -> Hop:
     """Return the hop of the policy rules: the route must come from table main, or be the same as there."""
     table = e.route.table
+    if REFUSED_SOURCE in e.route.error and (early := _early(e)):
+        found = f"rule {early[0].priority}: {early[0].text} wins over table main for answers, so the source is refused"
+        todo = f"delete or correct that rule: ip rule del priority {early[0].priority}"
+        return Hop("policy rules", found, BROKEN, "table main decides", todo, after)
     rules = [rule for rule in e.policy if rule.matches]
     early = [rule for rule in rules if rule.priority < 32766 and not (rule.priority == 0 and rule.table == 255)]
     winner = next((rule for rule in early if rule.action == "table" and rule.table == table), None)
@@ -224,6 +245,11 @@ def _policy(e: Evidence, after: Point) -> Hop:
         return Hop("policy rules", f"{found}, with the same route", OK, "table main decides", after=after)
     todo = f"delete or correct that rule: ip rule del priority {rule.priority}"
     return Hop("policy rules", found, BROKEN, "table main decides", todo, after)
+
+
+def _early(e: Evidence) -> list[PolicyRule]:
+    """Return the rules before table main that match an answer."""
+    return [r for r in e.policy_back if r.matches and r.priority < 32766 and r.table != 255]
 
 
 def _as_wanted(e: Evidence, route: RouteFound) -> bool:
@@ -254,17 +280,20 @@ def _route(e: Evidence, after: Point) -> Hop:
 
 def _to_peer(e: Evidence) -> Iterator[Hop]:
     after = Point.KBR_IN if e.source.kind is Kind.POD else Point.SENT
-    problem = _missing(e, "neighbours")
+    hop = _own_gateway(e.target.cidr)
+    wrong = e.neighbour not in ("", e.peer_mac)
+    problem = f"{hop} is {e.neighbour}" if wrong else _missing(e, "neighbours")
     yield Hop(
         "neighbour",
-        problem or f"{_own_gateway(e.target.cidr)} is {e.neighbour or 'unknown'}, permanent",
+        problem or f"{hop} is {e.neighbour or 'unknown'}, permanent",
         BROKEN if problem or not e.neighbour else OK,
-        f"{_own_gateway(e.target.cidr)} permanent on {KBR}",
+        f"{hop} is {e.peer_mac}, permanent",
         repair(e) if problem or not e.neighbour else "",
         after,
+        Point.KBR_OUT if wrong else "",
     )
     link = e.links.get(OBR)
-    problem = _missing(e, "links", OBR + " ") or _missing(e, "bridges")
+    problem = _missing(e, "links", f"link {OBR} ") or _missing(e, "bridges")
     if link is None or not link.up or link.master != KBR or not link.running:
         flaw = "missing" if link is None else "down" if not link.up else f"not on {KBR}" if link.master != KBR else ""
         problem = problem or f"{OBR} is {flaw or 'without a carrier: is ovs-vswitchd running?'}"
@@ -277,12 +306,12 @@ def _to_peer(e: Evidence) -> Iterator[Hop]:
         Point.KBR_OUT,
     )
     problem = _missing(e, "fdb")
-    port = e.fdb.get(e.neighbour, "")
+    port = e.fdb.get(e.peer_mac, "")
     yield Hop(
         "FDB entry",
-        problem or f"{e.neighbour} is behind {port or 'no port'}",
+        problem or f"{e.peer_mac} is behind {port or 'no port'}",
         BROKEN if problem or port != OBR else OK,
-        f"the peer's MAC behind {OBR}",
+        f"{e.peer_mac} behind {OBR}",
         repair(e) if problem or port != OBR else "",
         Point.KBR_OUT,
     )
@@ -295,7 +324,7 @@ def _flow(e: Evidence) -> Hop:
     switch, name = e.switch, f"flow in {OBR}"
     wanted = "in_port=LOCAL to the tunnel port"
     if switch.unanswered or "flows" in e.unknown:
-        todo = "start ovs-vswitchd, or see its log"
+        todo = f"start {'ovsdb-server' if 'ports' in e.unknown else 'ovs-vswitchd'}, or see its log"
         return Hop(name, switch.unanswered or "the flow table can't be read", BROKEN, wanted, todo, Point.OBR)
     problem = _missing(e, "flows", "in_port=LOCAL", "flow 0")
     if e.missing.get("ports") and problem.endswith("differs"):
@@ -389,9 +418,7 @@ def _route_back(e: Evidence) -> Hop:
     route = e.route_back
     wanted = f"{e.source.cidr} dev {KBR}"
     good = route.type == "unicast" and route.dev == KBR and not route.error
-    early = [
-        r for r in e.policy_back if r.matches and r.priority < 32766 and r.table == route.table and route.table < 254
-    ]
+    early = _early(e)
     text = str(route)
     if early and not good:
         text = f"{text}: rule {early[0].priority}: {early[0].text} wins over table main"

@@ -12,7 +12,7 @@ from ovsmesh.linux.netlink_socket import Message, NetlinkError, NetlinkSocket, a
 from ovsmesh.linux.rtnetlink import NeighbourEntry
 from ovsmesh.linux.rtnetlink_parser import parse_address, parse_neighbour, parse_route
 from ovsmesh.mesh.types import IPAddress
-from ovsmesh.trace.types import LinkFound, PolicyRule, RouteFound
+from ovsmesh.trace.types import REFUSED_SOURCE, LinkFound, PolicyRule, RouteFound
 
 _NEWRULE, _GETRULE = 32, 34
 _GETTFILTER = 46
@@ -23,6 +23,7 @@ _ROUTE_TYPES = {**rtnetlink.ROUTE_TYPES, 4: "anycast", 9: "throw"}
 _ACTIONS = {1: "table", 2: "goto", 3: "nop", 6: "blackhole", 7: "unreachable", 8: "prohibit"}
 _TABLES = {253: "default", 254: "main", 255: "local"}
 _U32 = struct.Struct("=I")
+_ELSEWHERE = f"{REFUSED_SOURCE}: it would be answered on another link (rp_filter)"
 _INGRESS = 0xFFFFFFF2
 """TC_H_CLSACT, TC_H_MIN_INGRESS."""
 _PERMANENT = 0x80
@@ -148,7 +149,7 @@ class Kernel:
                 continue
             best = max(inside, key=lambda e: (int(e.dst.partition("/")[2]), -e.metric))
             if best.type == "unicast" and error == _word(22):
-                error = "its source is refused: it would be answered on another link (rp_filter)"
+                error = _ELSEWHERE
             elif best.type == "unicast" and error == _word(113):
                 error = "forwarding is off"
             dev = self._names.get(best.oif, "")
@@ -241,7 +242,7 @@ def _word(code: int) -> str:
         101: "network unreachable",
         13: "prohibited",
         22: "blackhole",
-        18: "refused by rp_filter: the source would be answered on another link",
+        18: _ELSEWHERE,
         19: "no such device",
     }
     return words.get(code, os.strerror(code))

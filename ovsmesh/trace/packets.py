@@ -78,6 +78,8 @@ class Sent:
     """"underlay", "gateway" and "unused": what this node itself has asked the peer's host, gateway and range."""
     heard: bool
     underlay_errors: tuple[str, ...]
+    rewritten: str
+    """See Evidence."""
     path_mtu: int | None
     filter: FilterFound
     mark: int
@@ -116,6 +118,7 @@ class Packets:
                 {name: echo.found() for name, echo in helpers.items()},
                 taps.heard > 0,
                 tuple(taps.errors),
+                self._rewritten(taps),
                 path_mtu,
                 filters.found(),
                 next(iter(filters.marks), 0),
@@ -204,7 +207,8 @@ class Packets:
 
     def _left_to_peer(self, helpers: Mapping[str, Echo], taps: Taps) -> bool:
         """Return whether only the peer can say what becomes of the packets: they reach it, and no answer comes."""
-        if self._s.peer is None or "gateway" not in helpers or not helpers["gateway"].answered:
+        gateway_echo = helpers.get("gateway")
+        if self._s.peer is None or not (taps.heard or (gateway_echo is not None and gateway_echo.answered)):
             return False
         seen = points(taps.seen, self._tap_names, 0)
         return bool(seen.get(Point.UNDERLAY, 1)) and not seen.get(Point.UNDERLAY_BACK)
@@ -244,6 +248,14 @@ class Packets:
         if sent_from != "host for the pod":
             seen[Point.ANSWERED] = found.answered
         return seen
+
+    def _rewritten(self, taps: Taps) -> str:
+        """Return what has become of the addresses of requests where they leave for the peer or the pod."""
+        for which, wanted in (("source", self._s.source.address), ("destination", self._s.target.address)):
+            seen = taps.addresses.get(which, str(wanted))
+            if seen != str(wanted):
+                return f"{which} {seen}"
+        return ""
 
     @staticmethod
     def _forged(main: Echo, seen: Mapping[Point, int]) -> EchoFound:

@@ -69,8 +69,8 @@ class Taps:
         """Tunnel packets of the peer, whatever is in them."""
         self.errors: dict[str, None] = {}
         """ICMP errors about tunnel packets, as "SENDER: type T code C"."""
-        self.macs: dict[str, str] = {}
-        """Tap → destination MAC of the last request seen there."""
+        self.addresses: dict[str, str] = {}
+        """"source" and "destination" of the last request that left by obr0 or the port of the destination."""
 
     def add(self, name: str, device: str) -> None:
         """See the packets on a link. Raises OSError where it is missing."""
@@ -138,8 +138,12 @@ class Taps:
             if kind == "echo":
                 kind = "request" if data[place - 8] in _REQUEST else "reply"
             self.seen[Seen(name, out, kind, data[place + TOKEN - 1])] += 1
-            if kind == "request" and inner == _ETHERNET:
-                self.macs[name] = data[:6].hex(":")
+            if kind == "request" and out and name in ("obr0", "target"):
+                start, length = (inner + 12, 4) if self._version == 4 else (inner + 8, 16)
+                family = socket.AF_INET if self._version == 4 else socket.AF_INET6
+                for n, which in enumerate(("source", "destination")):
+                    packed = data[start + n * length : start + (n + 1) * length]
+                    self.addresses[which] = socket.inet_ntop(family, packed)
             return
 
     def close(self) -> None:

@@ -78,6 +78,10 @@ class Point(StrEnum):
     ANSWERED = "answered"
 
 
+REFUSED_SOURCE = "its source is refused"
+"""In the error of a route: it would be answered on another link, which rp_filter refuses."""
+
+
 class RouteFound(NamedTuple):
     """The route that a kernel picks. Addresses are text, MTU in bytes, 0 for none."""
 
@@ -150,8 +154,8 @@ class PodFound:
     gateway_mac: str = ""
     """Of the route's gateway in the pod's neighbour table; "" where there is no entry."""
     gateway_static: bool = False
-    own_filter: bool = False
-    """Whether the pod has packet filter rules of its own."""
+    others: tuple[str, ...] = ()
+    """Ports of kbr0 behind which another pod has the same address."""
 
 
 class Drop(NamedTuple):
@@ -182,6 +186,8 @@ class FilterFound:
     hooks: tuple[HookCount, ...] = ()
     tables: tuple[str, ...] = ()
     """Every table of others that may see packets of the mesh."""
+    suspects: tuple[Drop, ...] = ()
+    """Rules and policies of others that drop forwarded packets of some kind."""
     blind: str = ""
     """Why no packet could be followed through it; "" where it could."""
 
@@ -260,6 +266,8 @@ class Evidence:
     """How many packets were seen where; no entry where nobody could look."""
     seen_full: Mapping[Point, int] = field(default_factory=dict)
     """The same for packets of full size."""
+    rewritten: str = ""
+    """What somebody's rules have made of the packets' addresses, as "source 10.97.1.1"; "" for nothing."""
     small: EchoFound = field(default_factory=EchoFound)
     full: EchoFound = field(default_factory=EchoFound)
     pod: PodFound | None = None
@@ -274,6 +282,8 @@ class Evidence:
     route_back: RouteFound = field(default_factory=RouteFound)
     policy: tuple[PolicyRule, ...] = ()
     policy_back: tuple[PolicyRule, ...] = ()
+    peer_mac: str = ""
+    """MAC that the peer has on the mesh; "" without a peer."""
     neighbour: str = ""
     """MAC of the next hop as kbr0 knows it now; "" for none."""
     pod_neighbour: str = ""

@@ -153,9 +153,11 @@ def _stop_index(found: Sequence[Hop], points: Sequence[Point], at: Point | None)
         return None
     here = points.index(at) if at in points else 0
     broken = [n for n, hop in enumerate(found) if hop.verdict is BROKEN and hop.after]
-    exact = [n for n in broken if _segment(found[n].after, points) == here]
-    astray = [n for n in broken if _segment(found[n].after, points) < here <= _segment(found[n].until, points)]
-    return next(iter((*exact, *astray)), None)
+    for n in broken:
+        after = _segment(found[n].after, points)
+        if after == here or after < here <= _segment(found[n].until, points):
+            return n
+    return None
 
 
 def _blame(found: Sequence[Hop], points: Sequence[Point], at: Point) -> int | None:
@@ -211,6 +213,11 @@ def _filter(e: Evidence, at: Point | None, back: bool) -> Hop:
         text = listed((f"{drop.rule}, {drop.table}" for drop in drops), 2, "; ")
         how = "dropped by" if drops[0].certain else "dropped, as it seems by"
         return Hop(name, f"{how} {text}", BROKEN, wanted, "delete or correct that rule", at or default)
+    if not back and e.rewritten:
+        text = f"the {e.rewritten.partition(' ')[0]} of packets becomes {e.rewritten.partition(' ')[2]}: somebody's NAT"
+        more = f" (tables of others: {listed(e.filter.tables, 4)})"
+        todo = "exclude the mesh's ranges from that rule: nft list ruleset, iptables-save -t nat"
+        return Hop(name, text + more, BROKEN, "no address is changed", todo, default)
     if not back and e.sent_from == "host for the pod":
         text = "not seen: packets of this node itself take another hook than a pod's"
         return Hop(name, text, UNKNOWN, wanted, after=default)
@@ -219,7 +226,9 @@ def _filter(e: Evidence, at: Point | None, back: bool) -> Hop:
     passed = f"accepted at {counted(len(hooks), 'hook')}" if hooks else "no packet came to it"
     if e.filter.blind:
         passed = e.filter.blind
-    return Hop(name, f"{passed}; {tables}", OK, wanted, after=default)
+    others = "" if back or not e.filter.suspects else "; dropped there, if it matches: "
+    others += "" if not others else listed((f"{drop.rule}, {drop.table}" for drop in e.filter.suspects), 2, "; ")
+    return Hop(name, f"{passed}; {tables}{others}", OK, wanted, after=default)
 
 
 def _drops(e: Evidence, at: Point | None) -> tuple[Drop, ...]:
@@ -248,14 +257,19 @@ def _network(e: Evidence, at: Point | None, cut: bool, lossy: bool, encapsulatio
     assert p is not None
     if e.target.kind is Kind.TUNNEL:
         return [_underlay_answer(e, p, at)]
-    far = at in (Point.UNDERLAY, Point.OBR) and not cut and not lossy
-    through = e.small.answered > 0 or p.gateway_echo.answered > 0
+    far = at is Point.UNDERLAY and not cut and not lossy
+    through = e.small.answered > 0 or p.gateway_echo.answered > 0 or any(_of_peer(error, p) for error in e.small.errors)
     found = [_tunnel(e, p, far, through, encapsulation)]
     if cut or e.full.answered:
         found.append(_path_mtu(e, p, cut))
     if e.target.kind is Kind.POD:
         found.append(_destination(e, p, far and through))
     return found
+
+
+def _of_peer(error: str, p: PeerFound) -> bool:
+    """Return whether an ICMP error was sent by the peer, so that the tunnel has carried both."""
+    return error.startswith((f"{p.gateway}: ", f"{p.address}: "))
 
 
 def _underlay_answer(e: Evidence, p: PeerFound, at: Point | None) -> Hop:
@@ -323,7 +337,7 @@ def _destination(e: Evidence, p: PeerFound, reached: bool) -> Hop:
         return Hop(name, f"{e.target.address} answers", OK, wanted, after=after)
     if not reached:
         return Hop(name, "no packet is known to have come this far", UNKNOWN, wanted, after=after)
-    said = [error for error in e.small.errors if not error.startswith(f"{e.source.address}: ")]
+    said = [error for error in e.small.errors if _of_peer(error, p)]
     unreachable = [error for error in said if "host unreachable" in error]
     refused = [error for error in said if "prohibited" in error or "port unreachable" in error]
     if unreachable:

@@ -23,6 +23,7 @@ from typing import Any
 from benchlib import (
     change,
     cold,
+    detect,
     drift,
     kube_heartbeats,
     kube_joins,
@@ -49,6 +50,7 @@ BENCHES: dict[str, tuple[Bench, str]] = {
     "kill": (restart.kill, "agent killed with SIGKILL and restarted under a stream of packets"),
     "drift": (drift.bench, "each drift: time to its repair, packets lost"),
     "restart": (restart.switch, "ovsdb-server, ovs-vswitchd, or both dead for ten seconds"),
+    "detect": (detect.bench, "faults between hosts: until the reports say so, and until they say it is over"),
     "lab": (scale.bench, "n² pings of 10 hosts × 3 pods, a lab of 20 hosts"),
     "kube-joins": (kube_joins.bench, "three hosts: a Node joins, leaves, changes its address"),
     "kube-1000": (kube_scale.bench, "1,000 Nodes: agent's start, memory, joins, a burst of 500"),

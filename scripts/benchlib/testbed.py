@@ -22,7 +22,7 @@ from ovsmesh.lab import netns
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import LabError
-from ovsmesh.names import API_VERSION
+from ovsmesh.names import API_VERSION, OBR
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,29 @@ class Testbed:
                     f"{len(want)} {kind} wanted, {len(have)} found; missing {missing}, extra {extra}; "
                     f"agent: {self.host.logs(5)}"
                 )
-        # to the peer, from its pods, from its tunnel address; and the default flow
-        if found.flows != 3 * len(self.peers) + 1:
-            raise LabError(f"{3 * len(self.peers) + 1} flows wanted, {found.flows} found")
+        # to the peer, from its pods, from its tunnel address; the one that lets probes in, and the default flow
+        if found.flows != 3 * len(self.peers) + 2:
+            raise LabError(f"{3 * len(self.peers) + 2} flows wanted, {found.flows} found")
         return found
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Have all peers answer: the switch sends each probe back, as a peer would."""
+        own = self.host.pod_cidrs[0][1]
+        match = f"in_port=LOCAL,icmp,icmp_type=8,nw_src={own},nw_dst={own}"
+        self.host.ovs_ofctl("add-flow", OBR, f"priority=200,{match},actions=mod_dl_dst:01:80:c2:00:00:01,IN_PORT")
+        try:
+            yield
+        finally:
+            self.host.ovs_ofctl("--strict", "del-flows", OBR, f"priority=200,{match}")
+
+    def metric(self, name: str) -> float:
+        """Return a metric of the agent. Raises LabError where there is none of that name."""
+        text = self.host.http("/metrics", timeout=10.0)[1]
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        if not found:
+            raise LabError(f"the agent has no metric {name}")
+        return float(found[1])
 
 
 class Readback(NamedTuple):

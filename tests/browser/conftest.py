@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ class Agent:
             self.show(report)
 
     def show(self, report: Report) -> None:
-        self._http.publish(Shown(report))
+        self._http.publish(Shown(replace(report, time=time.time())))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ovsmesh.agent.publisher import AgentHttp
 from ovsmesh.dataplane.report import Condition, Peer, Report, Self, Traffic
 from ovsmesh.dataplane.types import Reach, State
 from ovsmesh.errors import Problem
@@ -120,6 +122,16 @@ def cells(page: Page, table: str = "#matrix-tables") -> dict[tuple[str, str], tu
                 row.cells[0].title, row.closest('table').tHead.rows[0].cells[at + 1].textContent,
                 cell.innerText, cell.className]))""")
     return {(one, other): (text, kind) for one, other, text, kind in found}
+
+
+@pytest.fixture(scope="module")
+def first_page(chromium: Chromium) -> Iterator[Page]:
+    """A page whose functions are asked by themselves."""
+    served = Agent(report(peer("web2")))
+    page = chromium.open(served.url)
+    yield page
+    page.close()
+    served.close()
 
 
 # Well, and not
@@ -274,6 +286,28 @@ def test_an_agent_that_never_answered_is_not_well(chromium: Chromium, agent: Cal
         page.until("document.getElementById('verdict').textContent.startsWith('✔')")
 
 
+@pytest.mark.parametrize(
+    ("states", "converged", "kind"),
+    [
+        (["ok", "ok"], True, "well"),
+        (["ok", "ok"], False, "bad"),
+        (["ok", "not probed yet"], True, ""),
+        (["ok", "unknown"], True, ""),
+        (["ok", "held"], True, ""),
+        (["not probed yet", "unreachable"], True, "bad"),
+        (["not probed yet", "small packets only"], True, "bad"),
+        (["ok", "a state of a later version"], True, ""),
+        ([], True, "well"),
+    ],
+)
+def test_only_what_was_seen_to_work_is_well(first_page: Page, states: list[str], converged: bool, kind: str) -> None:
+    peers = [{"name": f"web{at}", "state": state} for at, state in enumerate(states)]
+    told = {"converged": converged, "well": kind == "well", "self": {"agentRunning": True}, "peers": peers}
+    assert first_page.js(f"judge({json.dumps(told)})[0]") == kind
+    for changed in ({"self": {"agentRunning": False}}, {"problems": [{"wrong": True}]}):
+        assert first_page.js(f"judge({json.dumps(told | changed | {'well': False})})[0]") == "bad"
+
+
 def test_one_document_that_fails_is_named_and_its_last_word_is_marked(
     chromium: Chromium, agent: Callable[..., Agent]
 ) -> None:
@@ -285,6 +319,25 @@ def test_one_document_that_fails_is_named_and_its_last_word_is_marked(
         assert page.js("document.getElementById('history').className") == "stale"
         assert len(page.rows("#history-table")) == 50 and page.text("#verdict").startswith("✔")
         assert page.text("#matrix-tables") == "no node is known yet"
+
+
+def test_what_the_node_works_without_is_a_note_after_what_is_wrong(
+    chromium: Chromium, agent: Callable[..., Agent]
+) -> None:
+    problems = (Problem(Reason.CNILeftover, "files of others"), Problem(Reason.ApplyFailed, "no flows"))
+    with shown(chromium, agent(report(peer("web2"), problems=problems)), "note") as page:
+        assert page.text("#problems") == "no flows\nnote: files of others"
+        assert page.js("[...document.querySelectorAll('#problems li')].map(li => li.className)") == ["problem", "note"]
+        assert page.text("#verdict").startswith("✖")
+
+
+def test_a_loop_that_stands_still_is_said_before_it_counts_as_dead(
+    chromium: Chromium, agent: Callable[..., Agent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = agent(report(peer("web2")))
+    monkeypatch.setattr(AgentHttp, "silent", 100.0)
+    with shown(chromium, served) as page:
+        assert page.text("#verdict").startswith("✖ the agent is stuck: its loop has not run since ")
 
 
 def test_a_loop_that_hangs_is_the_headline(

@@ -133,6 +133,9 @@ FAULTS = {
     "kbr0 down and up": Fault(
         lambda host: netns.ip_batch(["link set kbr0 down", "link set kbr0 up"], host.ns), _kinds("routes neighbours")
     ),
+    "kbr0 renamed with pods on it": Fault(
+        lambda host: netns.ip_batch(["link set kbr0 down", "link set kbr0 name astray"], host.ns), _kinds("links")
+    ),
     "kbr0's MAC changed": Fault(_ip("link", "set", "kbr0", "address", "02:00:00:00:00:02"), _kinds("links")),
     "kbr0's MTU changed": Fault(_ip("link", "set", "kbr0", "mtu", "1300"), _kinds("links")),
     "kbr0 deleted with pods on it": Fault(_ip("link", "del", "kbr0"), _kinds("links")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,24 @@ def test_drift_is_told_in_words_with_the_time_until_it_was_repaired(three: Lab) 
     text = host.ovsmesh("history", "--since", "10m").stdout
     assert f"route {three.host(2).pod_cidrs[0]} was deleted by " in text and "; restored after " in text
     assert entry["what"] in host.agent_log.read_text()
+
+
+def test_a_process_that_drifts_and_still_runs_is_named(three: Lab) -> None:
+    host, cidr = three.host(1), str(three.host(2).pod_cidrs[0])
+    before = len(history(host))
+    argv = ["ip", "netns", "exec", host.ns, "ip", "-batch", "-"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        process.stdin.write(f"route del {cidr} dev kbr0\n")
+        process.stdin.flush()
+        wait_for("the drift to be told", lambda: [e for e in history(host)[before:] if e["event"] == "drift"], SOON)
+        entry = last(host, "drift")
+    assert entry["what"].startswith(f"route {cidr} was deleted by someone")
+    assert entry["who"] == f"ip, pid {process.pid}"
+    before = len(history(host))
+    host.run(["nft", "flush", "chain", "inet", "ovsmesh", "postrouting"])
+    wait_for("the drift to be told", lambda: [e for e in history(host)[before:] if e["event"] == "drift"], SOON)
+    assert last(host, "drift")["who"].startswith("nft, pid ")
 
 
 def test_a_peer_that_is_cut_off_and_comes_back_is_told_with_the_cause(three: Lab) -> None:
@@ -108,8 +127,8 @@ def bundle(host: Host, folder: Path) -> dict[str, str]:
 def test_a_bundle_has_what_a_maintainer_asks_for_and_no_secret(three: Lab, tmp_path: Path) -> None:
     host = three.host(1)
     host.ovs_vsctl("set", "bridge", "obr0", f"external_ids:password={SECRET}", f"external_ids:note={SECRET}")
-    secret_set = "set s { type ipv4_addr; elements = { 203.0.113.77 } }"
-    host.run(["nft", f'add table ip other {{ comment "{SECRET}"; {secret_set} }}'])
+    secret_set = f'type ipv4_addr\n comment "{SECRET}"\n elements = {{ 203.0.113.77 }}\n'
+    host.run(["nft", "-f", "-"], text=f"table ip other {{\n set s {{\n {secret_set} }}\n}}\n")
     host.run(["ip", "link", "set", "eth0", "alias", SECRET])
     try:
         found = bundle(host, tmp_path)

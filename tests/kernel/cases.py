@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -139,6 +139,31 @@ def test_one_byte_more_is_refused_with_the_right_mtu(lab: Lab) -> None:
 
 
 # --- what peers may send
+
+
+def test_trace_follows_packets_on_this_datapath_without_nftables(lab: Lab) -> None:
+    host, (one, other) = lab.host(1), (lab.pod(1, 1), lab.pod(2, 1))
+
+    def trace() -> dict[str, Any]:
+        done = host.ovsmesh("trace", "-o", "json", str(one.addresses[0]), str(other.addresses[0]), timeout=300)
+        assert done.returncode in (0, 2), done.stdout + done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    well = trace()
+    assert well["state"] == "arrives", well
+    assert all(number >= 3 for number in well["seen"].values()) and "underlay" in well["seen"], well
+    ip(host, "route", "add", "blackhole", str(other.addresses[0]))
+    try:
+        assert trace()["stopsAtHop"] == "route"
+    finally:
+        ip(host, "route", "del", "blackhole", str(other.addresses[0]))
+    netns.ip_batch(["link set u2 down"], lab.hub)
+    try:
+        assert trace()["stopsAtHop"] == "network to h2"
+    finally:
+        netns.ip_batch(["link set u2 up"], lab.hub)
+    all_reach_all(lab)
 
 
 def test_spoofed_source_is_refused(lab: Lab) -> None:
@@ -273,6 +298,35 @@ def stream(lab: Lab) -> Prober:
     """About 200 packets a second between two pods, both ways."""
     a, b = lab.pod(1, 1), lab.pod(2, 1)
     return lab.stream([lab.pair(a, b), lab.pair(b, a)], interval=0.01)
+
+
+def peer_states(host: Host) -> dict[str, str]:
+    status, body = host.http("/status.json", timeout=20.0)
+    peers = json.loads(body).get("peers", ()) if status == 200 else ()
+    return {peer["name"]: peer["state"] for peer in peers}
+
+
+def let_in(host: Host) -> list[int]:
+    """How many probes the flows have let in that the peers forwarded back, in each IP family."""
+    found = [line for line in host.ovs_ofctl("dump-flows", OBR).splitlines() if "mod_dl_dst" in line]
+    return [int(line.partition("n_packets=")[2].partition(",")[0]) for line in found]
+
+
+def test_probes_pass_the_peers_forwarding_and_a_peer_that_does_not_forward_is_named(lab: Lab) -> None:
+    one, third = lab.host(1), lab.host(3)
+    netns.wait_for("all peers ok", lambda: peer_states(one) == {"h2": "ok", "h3": "ok"}, REPAIR)
+    netns.wait_for("probes of both families", lambda: len(let_in(one)) == 2 and all(let_in(one)), REPAIR)
+    third.stop_agent()
+    try:
+        third.run(["sysctl", "-qw", "net.ipv4.ip_forward=0"])
+        start = time.monotonic()
+        netns.wait_for("h3 not to forward", lambda: peer_states(one) == {"h2": "ok", "h3": "not forwarded"}, REPAIR)
+        print(f"named after {time.monotonic() - start:.1f} s")
+    finally:
+        third.start_agent()
+    start = time.monotonic()
+    netns.wait_for("all peers ok again", lambda: peer_states(one) == {"h2": "ok", "h3": "ok"}, REPAIR)
+    print(f"cleared {time.monotonic() - start:.1f} s after its agent was started")
 
 
 def test_killed_agent_loses_no_packet(lab: Lab) -> None:

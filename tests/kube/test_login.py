@@ -117,7 +117,7 @@ def test_the_command_line_takes_a_plugin_a_proxy_and_several_files(cluster: Cont
         argv = [sys.executable, "-m", "ovsmesh", "status", "--cluster"]
         env = {"KUBECONFIG": files, "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
         done = subprocess.run(argv, capture_output=True, text=True, timeout=50, check=False, env=env)
-        assert (done.returncode, done.stderr) == (2, "")
+        assert (done.returncode, done.stderr) == (1, "")
         assert "there is no Mesh default" in done.stdout
         assert proxy.targets
         (tmp_path / "plugin").write_text("#!/bin/sh\necho 'your session has ended' >&2\nexit 1\n")

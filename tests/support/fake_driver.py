@@ -30,6 +30,7 @@ class FakeDriver:
     """A system that does what it is told, unless a test says otherwise."""
 
     def __init__(self) -> None:
+        self.culprit = ""
         self.dataplane = Dataplane()
         self.known = FACTS
         self.unmanaged = ()
@@ -77,6 +78,9 @@ class FakeDriver:
     def lose(self, kind: Any, *keys: Any) -> None:
         left = {k: v for k, v in getattr(self.dataplane, kind).items() if k not in keys}
         self.dataplane = dataclasses.replace(self.dataplane, **{kind: left})
+
+    def who(self, drift: Any) -> Any:
+        return self.culprit
 
     def dirty(self) -> None:
         self.dirtied += 1

@@ -193,7 +193,7 @@ def test_a_disk_that_stands_still_holds_nobody_up(
     made.add(Event.START, "one")
     assert stuck.wait(60)
     for _ in range(5000):
-        made.add(Event.CHANGE, "x" * 1000)
+        made.add(Event.START, "x" * 1000)
     assert made._waiting == sum(map(len, made._pending)) <= module._PENDING
     go_on.set()
     made.close()
@@ -226,6 +226,37 @@ def test_a_full_disk_is_logged_once_and_is_not_the_end(
     assert whats(tmp_path) == ["one", "two"]
     said = [message for message in caplog.messages if "history.jsonl" in message]
     assert len(said) == 2 and "No space left on device" in said[0] and "is written again" in said[1]
+
+
+def test_a_fight_over_a_setting_is_told_a_few_times_and_then_counted(
+    made: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("ovsmesh.history.time.monotonic", lambda: clock[0])
+    for _ in range(100):
+        made.add(Event.DRIFT, "x was deleted by someone", "someone", 0.01)
+        made.add(Event.START, "again")
+    made.add(Event.DRIFT, "y was deleted by someone", "someone", 0.01)
+    clock[0] += 61
+    made.add(Event.DRIFT, "x was deleted by someone", "someone", 0.01)
+    monkeypatch.undo()
+    made.close()
+    drift = [entry for entry in read(tmp_path) if entry.event == "drift"]
+    assert [entry.what for entry in drift] == [
+        *["x was deleted by someone"] * 5,
+        "y was deleted by someone",
+        "x was deleted by someone; 95 times more within 1 min 1 s",
+        "x was deleted by someone",
+    ]
+    assert len([what for what in whats(tmp_path) if what == "again"]) == 100
+    assert len([message for message in caplog.messages if message.startswith("x was")]) == 7
+
+
+def test_what_was_not_told_is_counted_when_the_agent_stops(made: History, tmp_path: Path) -> None:
+    for _ in range(9):
+        made.add(Event.PROBLEM, "no")
+    made.close()
+    assert whats(tmp_path)[-1].startswith("no; 4 times more within ")
 
 
 def test_without_a_directory_only_the_last_entries_are_kept(caplog: pytest.LogCaptureFixture) -> None:

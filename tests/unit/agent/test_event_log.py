@@ -107,6 +107,17 @@ def test_drift_is_told_in_words_with_how_long_until_it_was_repaired(agent: Recon
     assert drift.text.startswith("route 10.97.2.0/24 was deleted by someone; restored after ")
 
 
+def test_the_process_that_caused_drift_is_named_where_it_is_known(agent: Reconciler, driver: Any, said: Any) -> None:
+    agent.reconcile()
+    said()
+    driver.culprit = "NetworkManager, pid 812"
+    driver.lose("routes", ("10.97.2.0/24", 111))
+    agent.reconcile()
+    (drift,) = said()
+    assert drift.who == "NetworkManager, pid 812"
+    assert drift.text.startswith("route 10.97.2.0/24 was deleted by someone (NetworkManager, pid 812); restored after ")
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "text"),
     [

@@ -27,6 +27,7 @@ from ovsmesh.agent.publisher import AgentHttp, StatusPublisher
 from ovsmesh.agent.result import AgentCounters, NodeStatus, ReconcileResult
 from ovsmesh.dataplane.plan import Plan, Step
 from ovsmesh.dataplane.report import Condition, Peer, Report, Self, Traffic
+from ovsmesh.dataplane.types import State
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.history import Event, History
 from ovsmesh.reasons import Reason
@@ -343,8 +344,8 @@ def test_the_last_report_is_kept_in_the_state_directory(tmp_path: Path, monkeypa
         same = Made(made(headline="never shown"), problems=one.result.problems)
         assert file_of(publisher, state, same) is None, "it says the same"
         assert file_of(publisher, state, Made(made(headline="another")))["headline"] == "another"
-        reached = Made(made(headline="a peer was lost"))
-        reached.result = one.result
+        reached = Made(made(headline="a peer was lost"), problems=one.result.problems)
+        reached.states = {"web2": State.UNREACHABLE}
         file_of(publisher, state, one)
         assert file_of(publisher, state, reached)["headline"] == "a peer was lost", "published for the probes"
     finally:

@@ -137,6 +137,8 @@ def test_what_can_be_tried_is_taken(nothing_runs: list[Any], listen: str) -> Non
         ["check", "--peer", ""],
         ["matrix", "--worst", "0"],
         ["history", "--since", "yesterday"],
+        ["status", "--kubeconfig", "/k"],
+        ["status", "--all", "--cluster"],
         ["confirm"],
         ["lab", "up", "--hosts", "1"],
         ["lab", "up", "--pods", "-1"],

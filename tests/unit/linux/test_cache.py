@@ -97,6 +97,14 @@ def test_a_route_comes_and_goes(cache: Any) -> None:
     assert cache.routes == {}
 
 
+def test_who_changed_a_managed_part_last_is_noted(cache: Any) -> None:
+    feed(cache, route(gone=True)._replace(sender=812), neighbour(gone=True)._replace(sender=813))
+    feed(cache, route("10.97.9.0/24", via="192.0.2.9", protocol=4)._replace(sender=814), fdb(gone=True))
+    assert cache.changed_by == {("routes", ("10.97.2.0/24", 111)): 812, ("neighbours", "10.97.2.1"): 813}
+    feed(cache, route()._replace(sender=815), address(gone=True)._replace(sender=816))
+    assert cache.changed_by["routes", ("10.97.2.0/24", 111)] == 815 and 816 in cache.changed_by.values()
+
+
 def test_an_unreachable_route_has_no_link(cache: Any) -> None:
     # IPv6 reports the loopback device
     feed(cache, route("fd00:97::/32", 4278198272, type="unreachable", via="", oif=1, mtu=0))

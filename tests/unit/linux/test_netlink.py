@@ -74,6 +74,19 @@ def test_kbr0_is_made_marked_and_up(net: Netlink) -> None:
     assert net.observe()[0]["links"] == {KBR: BRIDGE}
 
 
+def test_a_kbr0_that_was_renamed_is_renamed_back_with_its_ports(net: Netlink) -> None:
+    wire(net)
+    (before,) = printed("ip", "-j", "link", "show", KBR)
+    for command in (f"ip link set {KBR} down", f"ip link set {KBR} name astray"):
+        sh(command)
+    assert KBR not in net.observe()[0]["links"]
+    net.set_link(KBR, BRIDGE, None)
+    (after,) = printed("ip", "-j", "link", "show", KBR)
+    assert after["ifindex"] == before["ifindex"] and "UP" in after["flags"]
+    assert net.observe()[0]["links"][KBR] == BRIDGE
+    assert printed("bridge", "-j", "link", "show", "dev", OBR)[0]["master"] == KBR
+
+
 def test_obr0_is_enslaved_and_quiet(net: Netlink) -> None:
     wire(net)
     (port,) = printed("bridge", "-j", "-d", "link", "show", "dev", OBR)

@@ -127,11 +127,45 @@ def test_the_path_mtu_is_found_to_the_byte_and_its_end_too(peers: int, mtu: int)
     assert network.scheduler.results()["web1"].path_mtu is None
 
 
+@pytest.mark.parametrize("peers", [1, 100])
+def test_the_end_of_a_small_path_mtu_is_seen_within_ten_seconds(peers: int) -> None:
+    network, link = one(peers)
+    network.run(20)
+    link.mtu = 1362
+    network.until("web1", State.SMALL, 20)
+    network.run(60)
+    assert network.state("web1") is State.SMALL
+    link.mtu = FULL
+    assert network.until("web1", State.OK, 10) < 10
+
+
+@pytest.mark.parametrize("peers", [1, 100])
+def test_a_longer_way_shows_in_the_round_trip_within_ten_seconds_and_one_slow_packet_does_not(peers: int) -> None:
+    network, _ = one(peers)
+    network.run(30)
+
+    def shown() -> float:
+        return network.scheduler.results()["web1"].round_trip or 0.0
+
+    network.trip = 0.041
+    network.run(10 if peers > 1 else 2.5)
+    assert shown() > 0.03
+    network.trip = 0.001
+    network.run(30)
+    assert shown() < 0.005
+    network.trip, before = 0.041, len(network.sent)
+    while not any(key == "web1" for _, key in network.sent[before:]):
+        network.run(0.05)
+    network.trip = 0.001
+    network.run(0.5)
+    assert shown() < 0.01
+
+
 def test_losses_are_seen_as_losses_and_not_as_a_small_path_mtu() -> None:
     network, link = one(3)
     network.run(20)
     link.loss = 0.3
-    network.until("web1", State.LOSSY, 60)
+    network.until("web1", State.LOSSY, 20)
     network.run(120)
     reach = network.scheduler.results()["web1"]
     assert reach.state is State.LOSSY and reach.loss is not None and 0.15 < reach.loss < 0.45
@@ -235,6 +269,15 @@ def test_all_probes_are_counted_those_of_peers_that_left_too() -> None:
     assert 0 < lost <= network.scheduler.results()["web1"].sent
     network.scheduler.update({"other0": {"other0": Wanted(FULL)}}, network.now)
     assert (network.scheduler.sent, network.scheduler.lost) == (len(network.sent), lost)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_lossy_path_is_not_called_unreachable(seed: int) -> None:
+    dice = random.Random(seed)
+    network = Network({"web1": lambda now, probe: dice.random() >= 0.3})
+    network.run(600)
+    assert State.UNREACHABLE not in {state for _, state in network.changes["web1"]}
+    assert State.LOSSY in {state for _, state in network.changes["web1"]}
 
 
 def test_one_lost_packet_changes_nothing() -> None:
