@@ -1,17 +1,20 @@
 """The demo: a mesh of five hosts, a ping from every pod to every pod, then faults while packets run.
 
-A repair is timed by a stream of packets across the broken part, not by what the agent says of itself.
+A repair is timed by a stream of packets across the broken part, not by what the agent says of itself. What no agent
+can repair, a cut in the network between, is timed until `ovsmesh status` names it.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ovsmesh.lab import netns
 from ovsmesh.lab.console import Console, Steps, failed, show_matrix, show_summary, taken_down
+from ovsmesh.lab.faults import cut, fault, limit
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import LabError, wait_for
@@ -26,6 +29,9 @@ _CALM = 0.15
 """Seconds of packets before a fault, so that it meets traffic that passes."""
 _DEAD = 0.5
 """Seconds that ovs-vswitchd stays dead before it is started again."""
+_SMALL_MTU = 1400
+"""Bytes of the largest packet that passes where the path MTU is cut."""
+_WIDTH = 80
 
 
 def play(name: str, out: Console) -> None:
@@ -64,6 +70,9 @@ class _Show:
         self._repeat("the flow table emptied", self._empty_flows)
         self._restart_switch()
         self._join_and_leave()
+        out.heading("faults of the network between hosts, until `ovsmesh status` says so")
+        out.print(f"[bold]{'':<52}{'named':>8}{'over':>9}[/]")
+        self._cut_network()
         out.heading("after all faults")
         plans = [host.ovsmesh("plan").returncode for host in self.lab.hosts]
         out.print(f"`ovsmesh plan`: nothing to change on {plans.count(0)} of {len(plans)} hosts")
@@ -163,6 +172,40 @@ class _Show:
         self._line("a host leaves", [last - at])
         self._note("from the rename to the last packet through; then senders get “unreachable”")
         lab.remove_host(host.index)
+
+    # --- faults that no agent can repair
+
+    def _cut_network(self) -> None:
+        """Cut GRE between two hosts, and the path MTU between two others, at once."""
+        first, second, third, fourth = self.lab.hosts[:4]
+        rules = {(first, second): cut(first, second), (third, fourth): limit(third, fourth, _SMALL_MTU)}
+        with self.out.status("GRE cut, path MTU cut"):
+            with fault(self.lab, *(rule for some in rules.values() for rule in some)):
+                named = self._times(rules, lambda state: state not in ("ok", "lossy"))
+                said = [host.ovsmesh("status").stdout.splitlines() for host, _ in rules]
+            over = self._times(rules, lambda state: state == "ok")
+        what = ("GRE cut between {} and {}", f"packets above {_SMALL_MTU} bytes lost between {{}} and {{}}")
+        for text, pair, lines in zip(what, rules, said, strict=True):
+            shown = text.format(*(host.name for host in pair))
+            self.out.print(f"[green]✓[/] {shown:<50}{_ms(named[pair]):>8}{_ms(over[pair]):>9}")
+            for line in [*lines[:1], *[line for line in lines if line.startswith("! ") and pair[1].name in line][:1]]:
+                self._note(line if len(line) <= _WIDTH - 2 else f"{line[: _WIDTH - 3]}…")
+
+    def _times(self, pairs: Iterable[tuple[Host, Host]], seen: Callable[[str], bool]) -> dict[tuple[Host, Host], float]:
+        """Return after how many seconds from now the agent of each pair's first host has said so of the second."""
+        at, found = time.monotonic(), dict[tuple[Host, Host], float]()
+        waiting = list(pairs)
+
+        def all_said() -> bool:
+            for host, peer in [pair for pair in waiting if pair not in found]:
+                _, body = host.http("/status.json")
+                peers = json.loads(body).get("peers", ()) if body.startswith("{") else ()
+                if any(one["name"] == peer.name and seen(one["state"]) for one in peers):
+                    found[host, peer] = time.monotonic() - at
+            return len(found) == len(waiting)
+
+        wait_for("status to say so", all_said, _DEADLINE * 2, every=0.05)
+        return found
 
     # --- lines
 

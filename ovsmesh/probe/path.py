@@ -252,9 +252,9 @@ class Path:
         self._far = far
 
     def left(self, sequence: int, now: float) -> None:
-        """Take in when a probe left: later than it was asked for, on a busy host."""
-        shot, asked, end = self._under_way[sequence]
-        self._under_way[sequence] = (shot, now, end + now - asked)
+        """Take in when a probe left: later than it was asked for, on a busy host. It expires when it would have."""
+        shot, _, end = self._under_way[sequence]
+        self._under_way[sequence] = (shot, now, end)
 
     def not_sent(self, sequence: int, now: float) -> None:
         """Take in that a probe could not be sent, which is as good as lost."""

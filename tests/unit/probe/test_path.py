@@ -259,6 +259,18 @@ def test_a_peer_that_comes_back_at_once_is_not_probed_twice_as_often() -> None:
     assert len(network.sent) - before <= 3 * 21
 
 
+@pytest.mark.parametrize("late", [0.0, 0.03, 0.4, 2.0])
+def test_a_probe_that_leaves_late_expires_all_the_same(late: float) -> None:
+    network, link = one()
+    link.up, scheduler = False, network.scheduler
+    while network.state("web1") is State.UNPROBED:
+        for due in scheduler.due(network.now):
+            scheduler.left(due.key, due.probe.sequence, network.now + late)
+        network.now = scheduler.wake_at(network.now)
+        assert network.now < 1010
+    assert network.state("web1") is State.UNREACHABLE
+
+
 def test_all_probes_are_counted_those_of_peers_that_left_too() -> None:
     network, link = one(3)
     network.run(20)
