@@ -115,7 +115,7 @@ class Host:
         package = str(Path(ovsmesh.__file__).resolve().parents[1])
         path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
         state = str(self.state)
-        commands = ("PLAN", "STATUS", "CLEANUP", "HISTORY", "BUNDLE")
+        commands = ("BUNDLE", "CHECK", "CLEANUP", "CONFIRM", "HISTORY", "MATRIX", "PLAN", "STATUS", "TRACE")
         options = {f"OVSMESH_{c}_STATE_DIR": f"{state}/agent" for c in commands}
         # a lab leaves the machine's own Docker alone
         options["OVSMESH_AGENT_DOCKER"] = "off"
