@@ -215,6 +215,11 @@ def test_kbr0_made_again_has_its_containers_again(fresh: Dockers) -> None:
     one.run("a1")
     two.run("a2")
     reaches(one, "a1", two.address("a2"), 56)
+    # a container is traced by its name, from inside its own network
+    traced = one.host.ovsmesh("trace", "-o", "json", "a1", two.address("a2"))
+    found = json.loads(traced.stdout or "{}")
+    assert traced.returncode == 0 and found["source"]["name"] == "a1", traced.stdout + traced.stderr
+    assert found["sentFrom"] == "pod" and {hop["verdict"] for hop in found["hops"]} == {"ok"}, traced.stdout
     count = one.restarts()
     netns.ip_batch(["link del kbr0"], one.host.ns)
     reaches(one, "a1", two.address("a2"), MTU - 28)
