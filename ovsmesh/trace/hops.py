@@ -169,7 +169,7 @@ def _port(e: Evidence, name: str, pod: PodFound, after: Point) -> Hop:
         flaws.append(("DOWN", f"ip link set {port.name} up"))
     if port.master != KBR:
         flaws.append((f"on {port.master or 'no bridge'}", f"ip link set {port.name} master {KBR}"))
-    elif port.up and port.port_state != 3:
+    elif port.up and port.port_state != 3 and (bridge := e.links.get(KBR)) is not None and bridge.up:
         flaws.append(("not forwarding (state " + str(port.port_state) + ")", "look at STP on kbr0: bridge -d link"))
     if port.up and not port.running and pod.interface.up:
         flaws.append(("without a carrier", "its other end is down"))
@@ -191,6 +191,8 @@ def _bridge(e: Evidence, after: Point) -> Hop:
     problem = listed(filter(None, (_missing(e, "links", f"link {KBR} "), _missing(e, "addresses"))), 3, "; ")
     if link is None or not link.up:
         problem = problem or f"{KBR} is {'missing' if link is None else 'down'}"
+        # its ports then take nothing in
+        after = Point.SENT
     return Hop(
         KBR,
         problem or _link_text(link),

@@ -29,6 +29,7 @@ def host() -> Iterator[str]:
         with inside(host):
             sh("sysctl -qw net.ipv4.ip_forward=1", "ip link add kbr0 type bridge", "ip link set kbr0 up")
             sh(f"ip link add vp1 type veth peer name eth0 netns {pod}", "ip link set vp1 master kbr0 up")
+            sh("sysctl -qw net.ipv4.conf.kbr0.rp_filter=2")
             sh("ip addr add 10.97.1.1/24 dev kbr0", "ip route add 10.97.2.0/24 via 10.97.1.9 dev kbr0 mtu lock 1462")
         with inside(pod):
             sh("ip link set eth0 up", "ip addr add 10.97.1.2/24 dev eth0", "ip route add default via 10.97.1.1")

@@ -150,7 +150,14 @@ CASES = {
         "bridge port",
         lost(Point.PORT, links=LINKS | {"vp1": PORT._replace(master="")}),
     ),
-    "kbr0 is down": ("kbr0", lost(Point.PORT, missing=missing("links", "link kbr0 state down → up differs"))),
+    "kbr0 is down": (
+        "kbr0",
+        lost(
+            Point.SENT,
+            missing=missing("links", "link kbr0 state down → up differs"),
+            links=LINKS | {"kbr0": LINKS["kbr0"]._replace(up=False), "vp1": PORT._replace(port_state=0)},
+        ),
+    ),
     "kbr0 has no address, and its routes went with it": (
         "kbr0",
         lost(
