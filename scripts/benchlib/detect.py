@@ -1,7 +1,7 @@
 """Faults between hosts: seconds until the agents' reports say so, with the right cause, and until they say it is over.
 
 Each fault has 20 tries, each at another pair of hosts, by agents that are new: a path that was bad before has to be
-well for longer each time. A report is made anew once a second, which is part of each figure.
+well for longer each time. A report is made again once a second, which is part of each figure.
 """
 
 from __future__ import annotations
