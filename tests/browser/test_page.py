@@ -324,7 +324,7 @@ def test_one_document_that_fails_is_named_and_its_last_word_is_marked(
 def test_what_the_node_works_without_is_a_note_after_what_is_wrong(
     chromium: Chromium, agent: Callable[..., Agent]
 ) -> None:
-    problems = (Problem(Reason.CNILeftover, "files of others"), Problem(Reason.ApplyFailed, "no flows"))
+    problems = (Problem(Reason.CNILeftover, "files of others", field="cni"), Problem(Reason.ApplyFailed, "no flows"))
     with shown(chromium, agent(report(peer("web2"), problems=problems)), "note") as page:
         assert page.text("#problems") == "no flows\nnote: files of others"
         assert page.js("[...document.querySelectorAll('#problems li')].map(li => li.className)") == ["problem", "note"]
