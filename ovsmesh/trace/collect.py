@@ -236,7 +236,6 @@ class _Collector:
             self._errors.get(port, ""),
             self._switch.number(port),
             *self._shadows(port),
-            dropped=grown("0 "),
         )
 
     def _shadows(self, port: str) -> tuple[str, str]:

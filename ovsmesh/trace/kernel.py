@@ -88,7 +88,6 @@ class Kernel:
             info.get(1, b"").rstrip(b"\0").decode(errors="replace"),
             port.get(1, b"\3")[0] if info.get(4, b"").startswith(b"bridge") else 3,
             "an XDP program" if xdp[0] else "",
-            attrs.get(20, b"").rstrip(b"\0").decode(errors="replace"),
         )
         return link, _U32.unpack(attrs[10])[0] if 10 in attrs else 0
 
@@ -119,9 +118,7 @@ class Kernel:
                 found[entry.mac] = self._names.get(entry.ifindex, f"#{entry.ifindex}")
         return found
 
-    def route(
-        self, target: IPAddress, source: IPAddress | None = None, iif: int = 0, mark: int = 0, uid: int | None = None
-    ) -> RouteFound:
+    def route(self, target: IPAddress, source: IPAddress | None = None, iif: int = 0, mark: int = 0) -> RouteFound:
         """Return the route that a packet takes. With `iif`, one that arrives on that link, as forwarding looks it up.
 
         `links` must have been read before.

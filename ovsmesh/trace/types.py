@@ -138,7 +138,6 @@ class LinkFound(NamedTuple):
     """State of a bridge port: 3 is forwarding (BR_STATE_)."""
     filters: str = ""
     """What else may drop on it: "XDP program", "tc filter"; "" for nothing."""
-    alias: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +162,6 @@ class Drop(NamedTuple):
 
     rule: str
     table: str
-    back: bool | None = None
-    """Whether it met answers; None where that is not known."""
     certain: bool = True
     """False where only its counter grew, which others' packets may have done."""
 
@@ -245,8 +242,6 @@ class Switch:
     shadow_out: str = ""
     """An unmanaged flow that takes the packet before the managed one."""
     shadow_back: str = ""
-    dropped: int | None = None
-    """Packets of the default flow."""
     unanswered: str = ""
     """Why the switch can't be asked."""
 
@@ -275,8 +270,6 @@ class Evidence:
     target_pod: PodFound | None = None
     blind_ports: int = 0
     """Ports of kbr0 that lead where nobody can look from here."""
-    elsewhere: str = ""
-    """Where the source was found, if not on kbr0."""
     links: Mapping[str, LinkFound] = field(default_factory=dict)
     route: RouteFound = field(default_factory=RouteFound)
     route_back: RouteFound = field(default_factory=RouteFound)
