@@ -142,7 +142,7 @@ class History:
         if self._folder:
             # a file that can't be read is a problem of whoever reads it; writing says what is wrong
             with contextlib.suppress(OvsmeshError):
-                self._recent.extend(entry._replace(parts=()) for entry in read(self._folder))
+                self._recent.extend(entry._replace(parts=()) for entry in read(self._folder, most=RECENT))
             self._thread = threading.Thread(target=self._run, name="history", daemon=True)
             self._thread.start()
 
@@ -323,16 +323,19 @@ def _bounded(parts: Iterable[str]) -> tuple[str, ...]:
 # Reading
 
 
-def read(folder: str | os.PathLike[str], since: float = 0.0) -> list[Entry]:
+def read(folder: str | os.PathLike[str], since: float = 0.0, most: int | None = None) -> list[Entry]:
     """Return the entries of a state directory from `since` (seconds since the epoch) on, the newest last.
 
-    Needs no agent. Raise OvsmeshError if a file is there and can't be read.
+    Of the last `most` lines only, where that is given. Needs no agent.
+    Raise OvsmeshError if a file is there and can't be read.
     """
-    found: list[bytes] = []
+    lines: list[bytes] = []
     seen = set()
     # the newer is opened first: when it becomes the older one meanwhile, nothing is left out
     for name in HISTORY_FILES:
         path = Path(folder) / name
+        if most is not None and len(lines) >= most:
+            break
         try:
             data, identity = _tail(path)
         except FileNotFoundError:
@@ -342,8 +345,9 @@ def read(folder: str | os.PathLike[str], since: float = 0.0) -> list[Entry]:
             raise OvsmeshError(f"{path}: can't be read: {error.strerror or error}{root}") from error
         if identity not in seen:
             seen.add(identity)
-            found.append(data)
-    lines = (line for data in reversed(found) for line in data.split(b"\n"))
+            lines[:0] = filter(None, data.split(b"\n"))
+    if most is not None:
+        lines = lines[-most:]
     return [entry for entry in map(_entry, lines) if entry is not None and entry.time >= since]
 
 

@@ -65,6 +65,23 @@ def test_it_survives_a_restart(made: History, tmp_path: Path) -> None:
     assert whats(tmp_path) == ["one", "two"] == [entry.what for entry in again.recent()]
 
 
+def test_a_start_reads_as_many_lines_as_it_keeps_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, first in (("history.jsonl.1", 0), ("history.jsonl", 150)):
+        found = (json.dumps(Entry(1.0, "change", str(n)).to_dict()) for n in range(first, first + 150))
+        (tmp_path / name).write_text("\n".join(found) + "\n")
+    parsed: list[bytes] = []
+    parse = module._entry
+
+    def counted(line: bytes) -> Entry | None:
+        parsed.append(line)
+        return parse(line)
+
+    monkeypatch.setattr(module, "_entry", counted)
+    history = History(tmp_path)
+    assert [entry.what for entry in history.recent()] == [str(n) for n in range(100, 300)] and len(parsed) == 200
+    history.close()
+
+
 def test_a_line_that_a_power_cut_has_torn_is_skipped_and_spoils_no_other(made: History, tmp_path: Path) -> None:
     made.add(Event.START, "one")
     made.add(Event.STOP, "two")
