@@ -191,7 +191,7 @@ def status(state_dir: str, output: str, watch: bool, cluster: bool, kubeconfig: 
     else:
         chosen = _options(state_dir, options)
         if not nodes:
-            _root(_READ, f". The agent's own report needs no root: curl -s http://{DEFAULT_LISTEN}/status.json")
+            _root(_READ, ". Without root, what the agents tell: `ovsmesh status --all`, `ovsmesh matrix`")
         view = functools.partial(_all_nodes if nodes else inspect.view, chosen)
     sys.exit((formats.watch if watch else formats.show)(view, output))
 

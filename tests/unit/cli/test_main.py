@@ -375,7 +375,7 @@ def test_an_error_is_one_line_and_exit_1(
     [
         ("agent", "change links, routes, packet filter rules"),
         ("plan", "read the packet filter"),
-        ("status", "curl -s http://127.0.0.1:9474/status.json"),
+        ("status", "`ovsmesh status --all`"),
         ("check", "send probes from raw sockets"),
         ("cleanup", "remove links, routes"),
         ("cleanup --dry-run", "even with --dry-run"),
