@@ -50,7 +50,8 @@ def render(trace: Trace) -> str:
         lines += textwrap.wrap(trace.todo, _WIDTH, initial_indent="! ", subsequent_indent="  ")
     lines += ["", f"  from  {_place(e.source, e.self_name)}", f"  to    {_place(e.target, e.self_name)}"]
     how = {"pod": "from inside the pod", "host": "from this node", "host for the pod": "from this node, as if from it"}
-    lines.append(f"  sent  {_echo(e.small)}, {how[e.sent_from]}")
+    sent = f"{_echo(e.small)}, {how[e.sent_from]}"
+    lines += textwrap.wrap(sent, _WIDTH, initial_indent="  sent  ", subsequent_indent="        ")
     if e.full.sent or e.full.refused:
         lines.append(f"        {_echo(e.full)}")
     for note in e.notes:
@@ -77,7 +78,7 @@ def to_dict(trace: Trace) -> dict[str, Any]:
         "destination": _end(e.target),
         "sentFrom": e.sent_from,
         "packets": [_sent(found) for found in (e.small, e.full) if found.sent or found.refused],
-        "seen": {str(point): e.seen[point] for point in Point if point in e.seen},
+        "seen": [{"at": str(point), "packets": e.seen[point]} for point in Point if point in e.seen],
         "hops": [
             {
                 "number": number,

@@ -382,3 +382,4 @@ def test_json_says_where_it_stops_and_gives_every_hop_its_verdict() -> None:
     at = found["hops"][found["stopsAt"] - 1]
     assert (at["name"], at["verdict"]) == ("flow in obr0", "broken") and at["wanted"] and at["todo"]
     assert {hop["verdict"] for hop in found["hops"]} == {"ok", "broken", "unknown"}
+    assert {"at": "obr0", "packets": 3} in found["seen"] and {"at": "underlay", "packets": 0} in found["seen"]
