@@ -8,7 +8,6 @@ hosts without nf_tables too. Rows are asked for only when somebody asks for the 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import heapq
 import logging
@@ -21,6 +20,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote, unquote
 
 from ovsmesh.dataplane.report import Report
 from ovsmesh.dataplane.types import Facts
@@ -29,6 +29,7 @@ from ovsmesh.mesh.types import IPAddress, Mesh
 from ovsmesh.names import KBR, ROW_PORT
 from ovsmesh.probe import matrix
 from ovsmesh.probe.matrix import Row, RowError
+from ovsmesh.probe.row_socket import answer_program, attach, listener, new_socket
 from ovsmesh.probe.targets import Target, targets
 
 log = logging.getLogger("ovsmesh")
@@ -45,119 +46,13 @@ _AT_ONCE = 64
 _CONNECTIONS, _OF_ONE = 64, 2
 """Connections that are served at the same time: in all, and of one peer."""
 _REQUEST_BYTES, _REQUEST_TIME = 1024, 2.0
-_REQUEST = b"GET /row.json HTTP/1.0\r\nHost: gateway\r\nConnection: close\r\n\r\n"
-
-_TTL = 255
-_IP_FREEBIND, _IPV6_FREEBIND = 15, 78
+_REQUEST = b"GET /row.json%s HTTP/1.0\r\nHost: gateway\r\n\r\n"
+_NAMES_BYTES = 900
+"""Of the names of peers in a request."""
 _IP_BIND_ADDRESS_NO_PORT = 24
-_SO_ATTACH_FILTER = 26
-"""Numbers of Linux, from its in.h, in6.h and socket.h."""
-
-
-# Sockets that only the mesh reaches
-
-
-def _new_socket(version: int) -> socket.socket:
-    """Return a TCP socket whose packets can be told from forwarded ones."""
-    family = socket.AF_INET if version == 4 else socket.AF_INET6
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    try:
-        if version == 4:
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, _TTL)
-        else:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, _TTL)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _listener(address: IPAddress, peers: Collection[IPAddress], device: int) -> socket.socket:
-    sock = _new_socket(address.version)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # the address may be away for a moment
-        freebind = (socket.IPPROTO_IP, _IP_FREEBIND) if address.version == 4 else (socket.IPPROTO_IPV6, _IPV6_FREEBIND)
-        sock.setsockopt(*freebind, 1)
-        try:
-            _attach(sock, accept_program(address.version, peers, device))
-        except OSError as error:
-            # more peers than the kernel takes in one program: the rest is checked after the handshake
-            log.debug("row exchange: %d addresses in a socket filter: %s", len(peers), error)
-            _attach(sock, accept_program(address.version, (), device))
-        sock.bind((str(address), ROW_PORT))
-        sock.listen(_CONNECTIONS)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-_Line = tuple[int, int, int, int]
-"""An instruction of a classic BPF program: code, jumps if true and if false, operand."""
-_DEVICE, _HEADER = 0xFFFFF008, 0xFFF00000
-"""SKF_AD_OFF + SKF_AD_IFINDEX, and SKF_NET_OFF: where a program finds a packet's device and its IP header."""
-_LOAD, _LOAD_BYTE, _JUMP, _IF, _IF_SET, _RETURN = 0x20, 0x30, 0x05, 0x15, 0x45, 0x06
-_DROP, _PASS = (_RETURN, 0, 0, 0), (_RETURN, 0, 0, 0xFFFFFFFF)
-_CHUNK = 200
-"""A jump reaches over 255 lines at most."""
-_TCP_FLAGS, _RST = 13, 4
-
-
-def _load_ttl(version: int) -> _Line:
-    return _LOAD_BYTE, 0, 0, _HEADER + (8 if version == 4 else 7)
-
-
-def answer_program(version: int) -> list[_Line]:
-    """Return a program for a socket that asks: nothing that was forwarded, but any refusal, which has a usual TTL."""
-    refusal: list[_Line] = [(_LOAD_BYTE, 0, 0, _TCP_FLAGS), (_IF_SET, 0, 1, _RST), _PASS, _DROP]
-    return [_load_ttl(version), (_IF, 0, 1, _TTL), _PASS, *refusal]
-
-
-def accept_program(version: int, peers: Collection[IPAddress], device: int) -> list[_Line]:
-    """Return a classic BPF program for a listening socket.
-
-    It lets packets in that came in on the device, with a TTL of 255, from one of `peers`; from anywhere without any.
-    """
-    lines: list[_Line] = [(_LOAD, 0, 0, _DEVICE), (_IF, 1, 0, device), _DROP]
-    lines += [_load_ttl(version), (_IF, 1, 0, _TTL), _DROP]
-    if not peers:
-        return [*lines, _PASS]
-    offsets = [12] if version == 4 else [8, 12, 16, 20]
-    # gateways have most of their words in common; what differs is one word in nearly all meshes
-    columns = list(zip(*(struct.unpack(f"!{len(offsets)}I", peer.packed) for peer in peers), strict=True))
-    varied = []
-    for offset, column in zip(offsets, columns, strict=True):
-        if len(set(column)) > 1:
-            varied.append((_HEADER + offset, column))
-        else:
-            lines += [(_LOAD, 0, 0, _HEADER + offset), (_IF, 1, 0, column[0]), _DROP]
-    if not varied:
-        lines.append(_PASS)
-    elif len(varied) == 1:
-        (offset, column), *_ = varied
-        lines.append((_LOAD, 0, 0, offset))
-        for start in range(0, len(column), _CHUNK):
-            chunk = column[start : start + _CHUNK]
-            lines += [(_IF, len(chunk) - n, 0, word) for n, word in enumerate(chunk)]
-            lines += [(_JUMP, 0, 0, 1), _PASS]
-    else:
-        for words in zip(*(column for _, column in varied), strict=True):
-            left = 2 * len(words)
-            for (offset, _), word in zip(varied, words, strict=True):
-                left -= 2
-                lines += [(_LOAD, 0, 0, offset), (_IF, 0, left + 1, word)]
-            lines.append(_PASS)
-    return [*lines, _DROP]
-
-
-def _attach(sock: socket.socket, program: Sequence[_Line]) -> None:
-    """Attach the program. Raise OSError where the kernel does not take it."""
-    if len(program) > 4096:
-        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(program), ctypes.addressof(code)))
+"""From Linux's in.h."""
+_MORE_TIME = 1.0
+"""Seconds for the second question in a large mesh: what was found of those that did not answer the first."""
 
 
 # Serving the own row
@@ -177,9 +72,12 @@ _Gateways = Mapping[IPAddress, frozenset[IPAddress]]
 
 
 class RowServer:
-    """Answers the agents of peers with what `row` returns, in a thread of its own. At rest it only waits."""
+    """Answers the agents of peers with what `row` returns, in a thread of its own. At rest it only waits.
 
-    def __init__(self, row: Callable[[], bytes | None]) -> None:
+    `row` is called with the names of the peers whose cells are wanted; with none for a whole row.
+    """
+
+    def __init__(self, row: Callable[[Collection[str]], bytes | None]) -> None:
         self._row = row
         self._wanted: tuple[int, _Gateways] = (0, {})
         self._listeners: dict[int, tuple[socket.socket, frozenset[str]]] = {}
@@ -213,7 +111,7 @@ class RowServer:
         self._close_all()
         for address, peers in gateways.items():
             try:
-                sock = _listener(address, peers, device)
+                sock = listener(address, peers, device)
             except OSError as error:
                 log.warning("no row of the matrix is served on %s port %d: %s", address, ROW_PORT, error.strerror)
                 continue
@@ -288,8 +186,10 @@ class RowServer:
 
     def _answer(self, request: bytes) -> bytes:
         code, body = "404 Not Found", b""
-        if request.startswith(b"GET /row.json "):
-            row = self._row()
+        method, path, *_ = (*request.decode(errors="replace").split(None, 2), "", "")
+        path, _, query = path.partition("?")
+        if (method, path) == ("GET", "/row.json"):
+            row = self._row(frozenset(map(unquote, filter(None, query.split("&")))))
             code, body = ("503 Service Unavailable", b"") if row is None else ("200 OK", row)
         head = f"HTTP/1.0 {code}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         return head.encode() + body
@@ -301,17 +201,16 @@ class RowServer:
 class _Question:
     """One connection to a peer's gateway."""
 
-    def __init__(self, name: str, path: Target) -> None:
-        self.name = name
+    def __init__(self, name: str, path: Target, request: bytes) -> None:
+        self.name, self.request = name, request
         self.data = bytearray()
-        self.sent = 0
-        self.sock = _new_socket(path.destination.version)
+        self.sock = new_socket(path.destination.version)
         try:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, KBR.encode())
             self.sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
             # ends without the last words of TCP, which the kernel says with a usual TTL
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            _attach(self.sock, answer_program(path.destination.version))
+            attach(self.sock, answer_program(path.destination.version))
             self.sock.bind((str(path.source), 0))
             self.sock.connect_ex((str(path.destination), ROW_PORT))
         except BaseException:
@@ -320,8 +219,8 @@ class _Question:
 
     def proceed(self, limit: int) -> bool:
         """Send and receive what is possible now. Return whether the peer has said all. Raise OSError."""
-        if self.sent < len(_REQUEST):
-            self.sent += self.sock.send(_REQUEST[self.sent :])
+        if self.request:
+            self.request = self.request[self.sock.send(self.request) :]
             return False
         while True:
             part = self.sock.recv(65536)
@@ -340,8 +239,14 @@ class _Question:
         return body if b"Content-Length: %d" % len(body) in lines else None
 
 
-def ask(paths: Mapping[str, Sequence[Target]], limit: int, seconds: float = COLLECT_TIME) -> dict[str, bytes]:
-    """Return what the peers answered within `seconds`, by name. Those named first are asked first."""
+def ask(
+    paths: Mapping[str, Sequence[Target]], limit: int, seconds: float = COLLECT_TIME, about: Collection[str] = ()
+) -> dict[str, bytes]:
+    """Return what the peers answered within `seconds`, by name. Those named first are asked first.
+
+    `about`: ask for their cells of these peers only.
+    """
+    request = _REQUEST % ("?" * bool(about) + "&".join(quote(name, safe="") for name in about)).encode()
     start = time.monotonic()
     waiting = [
         (start + n * _OTHER_FAMILY, order, name, path)
@@ -365,7 +270,7 @@ def ask(paths: Mapping[str, Sequence[Target]], limit: int, seconds: float = COLL
                 if name in found:
                     continue
                 try:
-                    question = _Question(name, path)
+                    question = _Question(name, path, request)
                 except OSError as error:
                     log.debug("row of %s: %s", name, error)
                     continue
@@ -378,20 +283,19 @@ def ask(paths: Mapping[str, Sequence[Target]], limit: int, seconds: float = COLL
                 question = asked[fd]
                 try:
                     done = question.proceed(limit)
-                    if question.sent == len(_REQUEST):
-                        poll.modify(fd, select.POLLIN)
                 except BlockingIOError:
-                    poll.modify(fd, select.POLLIN if question.sent == len(_REQUEST) else select.POLLOUT)
-                    continue
+                    done = False
                 except OSError as error:
                     log.debug("row of %s: %s", question.name, error)
                     end(question)
                     continue
-                if done:
-                    body = question.body()
-                    if body is not None:
-                        found.setdefault(question.name, body)
-                    end(question)
+                if not done:
+                    poll.modify(fd, select.POLLOUT if question.request else select.POLLIN)
+                    continue
+                body = question.body()
+                if body is not None:
+                    found.setdefault(question.name, body)
+                end(question)
     finally:
         for question in list(asked.values()):
             end(question)
@@ -406,18 +310,41 @@ def collect(mesh: Mesh, paths: Mapping[str, Sequence[Target]], own: Row | None, 
     lost = {cell.peer: matrix.badness(cell) for cell in own.cells} if own else {}
     # the ones that are most likely to answer first: time may run out
     order = sorted(paths, key=lambda name: lost.get(name, (float("inf"),)), reverse=True)
-    answers = ask({name: paths[name] for name in order}, matrix.most_bytes(len(mesh.nodes)) + _REQUEST_BYTES)
+    limit = matrix.most_bytes(len(mesh.nodes)) + _REQUEST_BYTES
+    answers = ask({name: paths[name] for name in order}, limit)
     now, names = time.time(), matrix.known(mesh)
-    rows = {own.node: own} if own else {}
+    rows = _parsed(answers, names, now) | ({own.node: own} if own else {})
+    if not all(row.complete for row in rows.values()):
+        silent = _fitting(names.nodes - rows.keys())
+        known = {name: paths[name] for name in order if name in answers}
+        more = _parsed(ask(known, limit, _MORE_TIME, silent), names, now) if silent else {}
+        rows |= {name: rows[name].plus(row.cells) for name, row in more.items() if name in rows}
+    if own:
+        rows[own.node] = own.worst(len(mesh.nodes)).plus(own.about(names.nodes - rows.keys()).cells)
+    for name in last.keys() - names.nodes:
+        del last[name]
+    last.update({name: replace(row, cells=(), counts={}, zones={}) for name, row in rows.items()})
+    return matrix.matrix(mesh, own.mesh_digest if own else digest(mesh), rows, last, now)
+
+
+def _parsed(answers: Mapping[str, bytes], names: matrix.Known, now: float) -> dict[str, Row]:
+    rows = {}
     for name, data in answers.items():
         try:
             rows[name] = matrix.parse(data, name, names, now)
         except RowError as error:
             log.warning("the row of %s is not used: it %s", name, error)
-    for name in last.keys() - names.nodes:
-        del last[name]
-    last.update({name: replace(row, cells=(), counts={}, zones={}) for name, row in rows.items()})
-    return matrix.matrix(mesh, own.mesh_digest if own else digest(mesh), rows, last, now)
+    return rows
+
+
+def _fitting(names: Collection[str]) -> list[str]:
+    """Return those that fit one request."""
+    found, length = [], 0
+    for name in sorted(names):
+        length += len(quote(name, safe="")) + 1
+        if length <= _NAMES_BYTES:
+            found.append(name)
+    return found
 
 
 class Exchange:
@@ -471,12 +398,14 @@ class Exchange:
                 self._row = now, matrix.row(report(), mesh)
             return self._row[1]
 
-    def _serve(self) -> bytes | None:
-        own = self._own()
-        if own is None:
+    def _serve(self, about: Collection[str]) -> bytes | None:
+        own, mesh = self._own(), self._mesh
+        if own is None or mesh is None:
             return None
+        if about:
+            return own.about(about).worst(len(mesh.nodes)).encode()
         if self._encoded is None or self._encoded[0] is not own:
-            self._encoded = own, own.encode()
+            self._encoded = own, own.worst(len(mesh.nodes)).encode()
         return self._encoded[1]
 
     def matrix(self) -> dict[str, Any] | None:

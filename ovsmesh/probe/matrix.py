@@ -139,6 +139,19 @@ class Row:
         """Whether there is a cell for each peer that was counted."""
         return len(self.cells) >= sum(self.counts.values())
 
+    def about(self, peers: Collection[str]) -> Row:
+        """Return the row with the cells of these peers only."""
+        return replace(self, cells=tuple(cell for cell in self.cells if cell.peer in peers))
+
+    def plus(self, cells: Iterable[Cell]) -> Row:
+        """Return the row with these cells too."""
+        have = {cell.peer for cell in self.cells}
+        return replace(self, cells=(*self.cells, *(cell for cell in cells if cell.peer not in have)))
+
+    def worst(self, nodes: int) -> Row:
+        """Return the row with as many cells as it may have in a mesh of so many nodes: the worst."""
+        return replace(self, cells=_worst(self.cells, most_cells(nodes)))
+
     def encode(self) -> bytes:
         """Return the row as it goes to a peer."""
         found = {
@@ -207,7 +220,7 @@ def _tallies(cells: Iterable[Cell], zones: Mapping[str, str]) -> dict[str, Tally
 
 
 def row(report: Report, mesh: Mesh) -> Row:
-    """Return a node's own row from its report."""
+    """Return a node's own row from its report, with the cells of all peers."""
     names = {node.name for node in mesh.nodes}
     cells = []
     for peer in report.peers:
@@ -232,7 +245,7 @@ def row(report: Report, mesh: Mesh) -> Row:
         me.agent_since,
         _counts(cells),
         _tallies(cells, _zones(mesh)),
-        _worst(cells, most_cells(len(mesh.nodes))),
+        tuple(cells),
     )
 
 

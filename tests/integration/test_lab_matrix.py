@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from ovsmesh.lab.faults import fault, tunnel
+from ovsmesh.lab.faults import delay, fault, tunnel
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import wait_for
 from tests.support.labtools import SOON, Make, guarded
-from tests.support.matrixkit import all_ok, matrix, pairs, states
+from tests.support.matrixkit import all_ok, cells, matrix, pairs, states
 
 pytestmark = pytest.mark.lab
 
@@ -75,4 +75,17 @@ def test_a_dead_agents_row_is_filled_from_the_other_ends(mesh: Lab) -> None:
         assert states(third) == dict.fromkeys(pairs(mesh), "ok")
     finally:
         third.start_agent()
+    all_ok(mesh)
+
+
+def test_a_slow_underlay_shows_in_both_directions(mesh: Lab) -> None:
+    all_ok(mesh)
+    one, third = mesh.host(1), mesh.host(3)
+    with delay(mesh, third, 0.04):
+
+        def slow() -> bool:
+            found = {pair: cell.get("roundTrip", 0.0) for pair, cell in cells(one).items()}
+            return all((trip > 0.036) == ("h3" in pair) for pair, trip in found.items())
+
+        wait_for("40 ms more to and from h3, and nowhere else", slow, SOON)
     all_ok(mesh)

@@ -1,94 +1,110 @@
-"""Who the kernel lets in: the programs of the sockets, run on packets as it would run them."""
+"""What agents ask each other, and what becomes of the answers."""
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
+from typing import Any
 
 import pytest
 
-from ovsmesh.probe.exchange import accept_program, answer_program
+from ovsmesh.dataplane.types import Facts
+from ovsmesh.probe import exchange, matrix
+from ovsmesh.probe.exchange import RowServer, collect
+from ovsmesh.probe.matrix import Cell, Row
+from ovsmesh.probe.targets import targets
+from tests.support.meshkit import mesh_of, node
 
-PASS, KBR = 0xFFFFFFFF, 7
-
-
-def run(program: list[tuple[int, int, int, int]], header: bytes, tcp: bytes = b"", device: int = KBR) -> int:
-    """Return what a classic BPF program returns for a packet."""
-    at = value = 0
-    while True:
-        code, if_true, if_false, operand = program[at]
-        at += 1
-        if code == 0x20 and operand == 0xFFFFF008:
-            value = device
-        elif code in (0x20, 0x30):
-            size = 4 if code == 0x20 else 1
-            data, offset = (header, operand - 0xFFF00000) if operand >= 0xFFF00000 else (tcp, operand)
-            assert offset + size <= len(data)
-            value = int.from_bytes(data[offset : offset + size])
-        elif code == 0x05:
-            at += operand
-        elif code == 0x15:
-            at += if_true if value == operand else if_false
-        elif code == 0x45:
-            at += if_true if value & operand else if_false
-        else:
-            assert code == 0x06
-            return operand
+LARGE = mesh_of(*(node(f"n{n:03}", f"192.0.{n // 250}.{n % 250}", f"10.{n // 250}.{n % 250}.0/24") for n in range(200)))
+NAMES = [one.name for one in LARGE.nodes]
 
 
-def header(source: str, ttl: int = 255) -> bytes:
-    address = ip_address(source)
-    if address.version == 4:
-        return bytes([0x45, *bytes(7), ttl, 6, 0, 0]) + address.packed + bytes(4)
-    return bytes([0x60, *bytes(6), ttl]) + address.packed + bytes(16)
+def whole(name: str) -> Row:
+    """The row of a node that reaches all others, n007 least well."""
+    cells = tuple(Cell(peer, "ok", 1.0, 0.05 if peer == "n007" else 0.001) for peer in NAMES if peer != name)
+    return Row(name, 1.8e9, counts={"ok": 199}, cells=cells)
 
 
-def passes(program: list[tuple[int, int, int, int]], source: str, ttl: int = 255, device: int = KBR) -> bool:
-    return run(program, header(source, ttl), device=device) == PASS
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, ...]]]:
+    """What was asked about; the agents of n100 and n101 are silent."""
+    questions: list[tuple[str, ...]] = []
+
+    def ask(paths: Mapping[str, Any], limit: int, seconds: float = 0.0, about: Collection[str] = ()) -> Any:
+        questions.append(tuple(about))
+        rows = [whole(name) for name in paths if name not in ("n100", "n101")]
+        found = {row.node: (row.about(about) if about else row).worst(200).encode() for row in rows}
+        assert all(len(data) < limit for data in found.values())
+        return found
+
+    monkeypatch.setattr(exchange, "ask", ask)
+    yield questions
 
 
-MESHES = {
-    "one peer": ["10.97.2.1"],
-    "four": ["10.97.2.1", "10.97.3.1", "192.168.4.1", "250.1.2.1"],
-    "a thousand": [f"10.{n // 250}.{n % 250}.1" for n in range(1000)],
-    "one IPv6 peer": ["fd00:97:2::1"],
-    "IPv6": ["fd00:97:2::1", "fd00:97:3::1"],
-    "a thousand IPv6": [f"fd00:97:{n:x}::1" for n in range(1000)],
-    "unlike": ["fd00:97:2::1", "fd01:98:2:3::5", "2001:db8::1", "fd00:97:2::8001"],
-}
+def cells(found: Any) -> dict[tuple[str, str], Any]:
+    return {(row["node"], cell["peer"]): cell for row in found["rows"] for cell in row["cells"]}
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_peers_get_in_and_nobody_else(name: str) -> None:
-    peers = [ip_address(text) for text in MESHES[name]]
-    program = accept_program(peers[0].version, peers, KBR)
-    assert all(0 <= jump <= 255 for line in program for jump in line[1:3])
-    for text in MESHES[name][:: max(1, len(peers) // 20)] + MESHES[name][-1:]:
-        assert passes(program, text)
-        assert not passes(program, text, ttl=254), "it was forwarded"
-        assert not passes(program, text, device=KBR + 1), "it came in elsewhere"
-        for near in (1, -1, 1 << 8, 1 << 16, 1 << 24):
-            other = ip_address(text) + near
-            assert passes(program, str(other)) == (other in peers)
+@pytest.mark.parametrize("own", [whole("n000"), None])
+def test_in_a_large_mesh_a_silent_row_is_asked_of_the_others(asked: list[tuple[str, ...]], own: Row | None) -> None:
+    found = collect(LARGE, targets(LARGE, "n000", Facts()), own, {})
+    silent = ("n100", "n101") if own else ("n000", "n100", "n101")
+    assert asked == [(), silent]
+    rows = {row["node"]: row for row in found["rows"]}
+    # what the two measured of each other nobody tells
+    expected = {"ok": 198, "unknown": 1} if own else {"ok": 197, "unknown": 2}
+    assert rows["n100"]["counts"] == expected and not found["complete"]
+    by = cells(found)
+    assert by["n100", "n101"]["state"] == "unknown" and by["n100", "n007"]["fromOtherEnd"]
+    assert rows["n050"]["counts"] == {"ok": 199} and len(rows["n050"]["cells"]) <= 100 + len(silent)
+    # the worst are there
+    assert by["n050", "n007"]["roundTrip"] == 0.05
 
 
-def test_a_thousand_peers_of_one_family_fit_the_kernels_limits() -> None:
-    for name in ("a thousand", "a thousand IPv6"):
-        peers = [ip_address(text) for text in MESHES[name]]
-        program = accept_program(peers[0].version, peers, KBR)
-        # 8 bytes a line; net.core.optmem_max was 20 KiB before Linux 6.7
-        assert len(program) < 1100
+def test_what_was_told_is_kept_without_its_cells(asked: list[tuple[str, ...]]) -> None:
+    last = {"gone": whole("gone")}
+    collect(LARGE, targets(LARGE, "n000", Facts()), whole("n000"), last)
+    assert last.keys() == set(NAMES) - {"n100", "n101"}
+    assert not any(row.cells or row.counts for row in last.values())
 
 
-def test_without_peers_only_way_and_distance_count() -> None:
-    program = accept_program(4, (), KBR)
-    assert run(program, header("203.0.113.1")) == PASS
-    assert run(program, header("203.0.113.1", 254)) == run(program, header("203.0.113.1"), device=1) == 0
+def test_names_that_do_not_fit_one_request_are_left_out() -> None:
+    names = [f"{n:02}-{'x' * 200}" for n in range(20)]
+    assert exchange._fitting(names) == names[:4]
 
 
-@pytest.mark.parametrize("source", ["10.97.2.1", "fd00:97:2::1"])
-def test_an_answer_that_was_forwarded_is_not_heard_but_a_refusal_is(source: str) -> None:
-    program = answer_program(ip_address(source).version)
-    syn_ack, reset = bytes(13) + b"\x12" + bytes(6), bytes(13) + b"\x14" + bytes(6)
-    assert run(program, header(source), syn_ack) == PASS
-    assert run(program, header(source, 254), syn_ack) == 0
-    assert run(program, header(source, 64), reset) == PASS
+@pytest.mark.parametrize(
+    ("request_line", "code", "about"),
+    [
+        (b"GET /row.json HTTP/1.0", 200, frozenset()),
+        (b"GET /row.json?n1&a%20b HTTP/1.0", 200, frozenset({"n1", "a b"})),
+        (b"GET /row.json", 200, frozenset()),
+        (b"GET /row.json?&&=%ff HTTP/1.0", 200, frozenset({"=\ufffd"})),
+        (b"GET / HTTP/1.0", 404, None),
+        (b"POST /row.json HTTP/1.0", 404, None),
+        (b"\xff\x00", 404, None),
+        (b"", 404, None),
+    ],
+)
+def test_one_thing_is_answered(request_line: bytes, code: int, about: frozenset[str] | None) -> None:
+    wanted: list[Collection[str]] = []
+
+    def row(about: Collection[str]) -> bytes:
+        wanted.append(about)
+        return b"{}"
+
+    with closing(RowServer(row)) as server:
+        head, _, body = server._answer(request_line + b"\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 %d " % code) and b"Content-Length: %d" % len(body) in head
+    assert wanted == ([] if about is None else [about])
+
+
+def test_without_a_mesh_there_is_no_row() -> None:
+    with closing(RowServer(lambda _: None)) as server:
+        assert server._answer(b"GET /row.json HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.0 503 ")
+
+
+def test_a_row_of_all_peers_fits_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = [Cell("n" * 253, "small packets only", 1.8e9, 59.123456, 59.123456, 0.999999, 65535) for _ in range(100)]
+    row = Row("n" * 253, 1.8e9, "x" * 300, "1" * 40, "d" * 12, True, True, 1.8e9, {}, {}, tuple(full))
+    assert len(row.encode()) < matrix.most_bytes(100)
