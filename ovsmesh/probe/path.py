@@ -298,6 +298,9 @@ class Path:
         lost = sum(shot.size <= self.usable and self._counts(shot) for shot in done.lost)
         if answered and self.state in _DEAD and self._recent.lost == self._recent.total:
             self._recent.clear()
+        if answered and self.state is State.UNPROBED:
+            # what went out before the peer was there is no loss of the path
+            self._outcomes.clear()
         for kept in (self._outcomes, self._recent):
             kept.add(answered, lost)
         self.lost += len(done.lost)

@@ -161,6 +161,15 @@ def test_a_longer_way_shows_in_the_round_trip_within_ten_seconds_and_one_slow_pa
     assert shown() < 0.01
 
 
+def test_probes_of_the_time_before_the_peer_was_there_are_no_loss() -> None:
+    network, link = one()
+    link.up = False
+    network.run(1.1)
+    link.up = True
+    network.until("web1", State.OK, 10)
+    assert network.scheduler._paths["web1"].reach().loss == 0
+
+
 def test_losses_are_seen_as_losses_and_not_as_a_small_path_mtu() -> None:
     network, link = one(3)
     network.run(20)
