@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ovsmesh.dataplane import cni_config, desired
+from ovsmesh.dataplane import cni_config, desired, plan_text
 from ovsmesh.dataplane.plan import Plan, Step
 from ovsmesh.dataplane.report import (
     NOT_REACHED,
@@ -278,7 +278,8 @@ def _verdict(result: ReconcileResult, peers: tuple[Peer, ...], now: float) -> st
     if worst in ("missing", "unknown", "refused"):
         return f"{share} {'not in place' if worst == 'missing' else worst}: {listed([p.name for p in bad], 3)}"
     if result.plan.blocked:
-        return f"{counted(len(result.plan.blocked), 'part')} blocked: {result.plan.blocked[0].unmanaged.detail}"
+        names = [plan_text.name(one.step.kind, one.step.key) for one in result.plan.blocked]
+        return f"something unmanaged is in the way of {listed(names, 3)}"
     if result.plan.held:
         # the problem beside it says how long, and how to confirm it
         return f"holds back the removal of {counted(len(result.plan.held_peers), 'peer')}"
