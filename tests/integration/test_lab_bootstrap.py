@@ -44,8 +44,9 @@ _RESTLESS = (
     "var/cache/apt",
     "var/lib/systemd",
     "var/lib/libuuid",
+    "var/lib/ovsmesh",
 )
-"""What a machine writes by itself."""
+"""What a machine and the agent write by themselves."""
 
 
 class Stage(NamedTuple):
