@@ -46,7 +46,7 @@ def _why(path: Target) -> str:
             sock.bind((str(path.source), 0))
             sock.connect((str(path.destination), ROW_PORT))
         except ConnectionRefusedError:
-            return f"not running: {path.destination} refuses port {ROW_PORT}"
+            return f"not running, or older than this one: {path.destination} refuses port {ROW_PORT}"
         except OSError:
             return "unknown"
     return f"hung: it accepts at {path.destination} port {ROW_PORT}, and does not answer"
