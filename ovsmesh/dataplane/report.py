@@ -244,9 +244,9 @@ def cause(reach: Reach, mtu: int, encapsulation: str, own: str, peer: str) -> st
 
     `mtu` is the pods' MTU in bytes; `own` and `peer` are the two tunnel addresses.
     """
+    if reach.error and reach.state in (State.UNREACHABLE, State.NOT_FORWARDED):
+        return f"packets to {reach.destination} can't be sent: {reach.error}"
     if reach.state is State.UNREACHABLE:
-        if reach.error:
-            return f"probes to {reach.destination} can't be sent: {reach.error}"
         carried = _CARRIED_BY[encapsulation]
         if reach.heard:
             return f"its packets arrive here, and ours are not answered: is {carried} blocked from {own} to {peer}?"

@@ -20,7 +20,13 @@ from typing import NamedTuple
 from ovsmesh.checksum import internet_checksum
 from ovsmesh.mesh.types import IPAddress
 from ovsmesh.names import KBR, OBR, PROBE_MAGIC
+from ovsmesh.probe.route import RouteLookup
 from ovsmesh.probe.targets import Target
+
+
+class Astray(OSError):
+    """Packets of this node's pods to the peer do not go to kbr0, wherever a probe goes."""
+
 
 SHOWS_VERSION = 1
 """Flag in each probe: the filter of this version's agent treats loops as packets to its pods."""
@@ -68,8 +74,11 @@ class ProbeSockets:
             self._raw[6] = _raw_socket(6, self._identifier)
         self._out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         self._in = _tap()
+        self._routes = RouteLookup()
         self._tapped = 0
         """Interface number of obr0 as the tap is bound to it."""
+        self._bridge = 0
+        """Interface number of kbr0."""
 
     @property
     def versions(self) -> frozenset[int]:
@@ -84,11 +93,12 @@ class ProbeSockets:
         """Close all of them."""
         for sock in (*self._raw.values(), self._out, self._in):
             sock.close()
+        self._routes.close()
 
     def follow_bridge(self) -> None:
         """Read on obr0 as it is now: it may have been made again. To be called before probes are sent."""
         try:
-            number = socket.if_nametoindex(OBR)
+            self._bridge, number = socket.if_nametoindex(KBR), socket.if_nametoindex(OBR)
         except OSError:
             return
         if number != self._tapped:
@@ -109,7 +119,12 @@ class ProbeSockets:
         self._raw[version].sendmsg([packet], [about], 0, (str(target.destination), 0))
 
     def send_loop(self, target: Target, number: int, sequence: int, size: int) -> None:
-        """Send a packet through the tunnel that the peer forwards back. Raises OSError."""
+        """Send a packet through the tunnel that the peer forwards back.
+
+        Raises OSError; Astray where this host would not send a pod's packet into the tunnel.
+        """
+        if where := self._routes.astray(self._bridge, target.source, target.destination):
+            raise Astray(0, f"this host sends them {where}: a rule (`ip rule`) or another route comes first")
         version, own = target.source.version, target.source.packed
         packet = self._icmp(version, number, sequence, size)
         if version == 4:

@@ -32,6 +32,8 @@ _QUICK_GAP = 0.1
 _SEARCH_GAP = 0.02
 _RECENT, _LOSSY = 20, 4
 """A path is lossy when at least 4 of its last 20 probes were lost."""
+_MORE = 12
+"""Probes that follow where a loss leaves open whether the path is lossy."""
 _CLEAN = 4
 """Answers in a row after which a path may be well again."""
 _RELAPSE_MEMORY, _RELAPSES = 600.0, 16
@@ -370,7 +372,7 @@ class Path:
             self._range = (max(answered), min(lost))
             self._search(now)
         elif lost and self._doubtful():
-            self._start("more", [self.usable] * 5, now)
+            self._start("more", [self.usable] * _MORE, now)
         else:
             self._recover(now)
 
@@ -378,7 +380,7 @@ class Path:
         if len(done.lost) > 1 and not done.answered and self.state not in _DEAD:
             self._decide(now)
         elif done.lost and self._doubtful():
-            self._start("more", [self.usable] * 5, now)
+            self._start("more", [self.usable] * _MORE, now)
         else:
             self._recover(now)
 

@@ -19,7 +19,7 @@ from ovsmesh.probe.path import Path, Probe
 
 RATE = 20.0
 """Probes a second, all together."""
-SHORTEST, LONGEST_OF_FEW = 1.0, 5.0
+SHORTEST, LONGEST_OF_FEW = 0.5, 5.0
 """Seconds between two regular probes of a peer: with few peers, and with a hundred."""
 _BURST = 20.0
 _TICK, _QUICK_TICK = 0.25, 0.05

@@ -71,7 +71,8 @@ class Prober:
         self._trips = _TRIPS
         self._heard: dict[str, float] = {}
         self._version_heard: dict[str, float] = {}
-        self._errors: dict[_Key, str] = {}
+        self._errors: dict[tuple[_Key, bool], str] = {}
+        """Why probes to a path can't be sent: loops, or echo requests (True)."""
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         """Readable after the state of a peer has changed, until `drain`."""
@@ -100,7 +101,7 @@ class Prober:
             for held in (self._heard, self._version_heard):
                 for name in held.keys() - peers.keys():
                     del held[name]
-            self._errors = {key: text for key, text in self._errors.items() if key in wanted}
+            self._errors = {of: text for of, text in self._errors.items() if of[0] in wanted}
             self._scheduler.update(groups, time.monotonic())
         os.eventfd_write(self._wake, 1)
 
@@ -136,7 +137,7 @@ class Prober:
                 silent_since=None if reach.silent_since is None else reach.silent_since + epoch - now,
                 # what came before the first loss came before the fault
                 heard=heard.get(name, _NEVER) > max(now - _HEARD, (reach.silent_since or _NEVER) + _MARGIN),
-                error=errors.get(key, ""),
+                error=errors.get((key, False), errors.get((key, True), "")),
                 destination=str(key[1]),
             )
             old = found.get(name)
@@ -191,11 +192,11 @@ class Prober:
             left = time.monotonic()
             try:
                 send(self._targets[key], self._numbers[key], probe.sequence, probe.size)
-                self._errors.pop(key, None)
+                self._errors.pop((key, probe.echo), None)
                 self._scheduler.left(key, probe.sequence, left)
             except OSError as error:
                 what = "a filter of this host drops it" if error.errno == errno.EPERM else error.strerror or str(error)
-                self._errors[key] = what
+                self._errors[key, probe.echo] = what
                 self._scheduler.not_sent(key, probe.sequence, now)
 
     def _take(self, got: Received) -> int:

@@ -120,6 +120,25 @@ def test_the_agents_rules_let_probes_through_where_they_let_pods_through(three: 
     all_ok(three)
 
 
+@pytest.mark.parametrize("family", ["-4", "-6"])
+@pytest.mark.parametrize("rule", ["blackhole", "table 999"])
+def test_a_policy_rule_that_takes_pods_packets_elsewhere_is_named_here(three: Lab, family: str, rule: str) -> None:
+    all_ok(three)
+    one, third = three.host(1), three.host(3)
+    cidr = str(third.pod_cidrs[family == "-6"])
+    one.run(["ip", family, "route", "add", cidr, "dev", "lo", "table", "999"])
+    one.run(["ip", family, "rule", "add", "pref", "100", "to", cidr, *rule.split()])
+    try:
+        bad = lambda: states(one)["h3"] in ("not forwarded", "unreachable") and states(one)["h2"] == "ok"  # noqa: E731
+        wait_for("h3 not to be reached", bad, SOON)
+        said = one.ovsmesh("status").stdout
+        assert "ip rule" in said and ("to lo" in said or "nowhere" in said), said
+    finally:
+        one.run(["ip", family, "rule", "del", "pref", "100"])
+        one.run(["ip", family, "route", "del", cidr, "dev", "lo", "table", "999"])
+    all_ok(three)
+
+
 ODD = {
     "strict rp_filter": ["net.ipv4.conf.all.rp_filter=1"],
     "log_martians": ["net.ipv4.conf.all.log_martians=1", "net.ipv4.conf.kbr0.log_martians=1"],
