@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ovsmesh.agent.options import Options
+from ovsmesh.agent import result
+from ovsmesh.agent.options import Options, opened
 from ovsmesh.cli import inspect
 from ovsmesh.errors import OvsmeshError, summary
+from ovsmesh.mesh.source import Snapshot
 from ovsmesh.state_dir import StateDir
 from ovsmesh.trace import places
-from ovsmesh.trace.collect import collect
+from ovsmesh.trace.collect import prepare
 from ovsmesh.trace.names import addresses
-from ovsmesh.trace.types import Trace
+from ovsmesh.trace.types import Evidence, Place, Trace
 from ovsmesh.trace.verdict import decide
 
 
@@ -21,7 +23,7 @@ def trace(options: Options, source: str, target: str, kubeconfig: str | None) ->
     mesh = snapshot.mesh
     if mesh is None:
         raise OvsmeshError(summary(snapshot.problems))
-    ends = [addresses(mesh, name, options, kubeconfig) for name in (source, target)]
+    ends = [addresses(mesh, name, options.docker_socket, kubeconfig) for name in (source, target)]
     one, other = places.pair(mesh, ends[0], ends[1])
     if one.address == other.address:
         raise OvsmeshError(f"both ends are {one.address}; give two that differ")
@@ -38,13 +40,20 @@ def trace(options: Options, source: str, target: str, kubeconfig: str | None) ->
             f"for the other side run `ovsmesh trace {other.address} {one.address}` on {other.node}"
         )
     runs = StateDir(options.state_dir).held()
-    found = collect(options, snapshot, one, other, runs)
+    found = _collect(options, snapshot, one, other, runs)
     decided = decide(replace(found, notes=tuple(notes)), mesh.encapsulation)
     if runs and found.missing:
         # the agent repairs what is missing in less time than this takes
-        again = decide(replace(collect(options, snapshot, one, other, runs), notes=tuple(notes)), mesh.encapsulation)
+        again = decide(replace(_collect(options, snapshot, one, other, runs), notes=tuple(notes)), mesh.encapsulation)
         if again.state == "arrives":
             note = f"a first try was not as wanted ({decided.headline.partition(': ')[2]}); the agent has repaired that"
             return replace(again, evidence=replace(again.evidence, notes=(*notes, note)))
         return again
     return decided
+
+
+def _collect(options: Options, snapshot: Snapshot, source: Place, target: Place, agent_runs: bool) -> Evidence:
+    with opened(options, StateDir(options.state_dir)) as driver:
+        found = result.look(driver, snapshot, options.node)
+        collector = prepare(driver, found, options.node, options.ovsdb, source, target, agent_runs)
+    return collector.evidence()

@@ -6,23 +6,18 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ovsmesh.agent import result
-from ovsmesh.agent.options import Options, opened
-from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.dataplane import desired
 from ovsmesh.dataplane.plan import Step
 from ovsmesh.dataplane.types import COOKIE, KBR, OBR, Dataplane
 from ovsmesh.errors import OvsmeshError, summary
 from ovsmesh.linux import netns
-from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import IPAddress, Mesh, Node, gateway
 from ovsmesh.ovs.idl import run_dir
 from ovsmesh.ovs.switch_view import SwitchView
 from ovsmesh.probe.peer_agent import ask_agent
 from ovsmesh.probe.targets import targets
-from ovsmesh.state_dir import StateDir
 from ovsmesh.text import printable
 from ovsmesh.trace.kernel import Kernel
 from ovsmesh.trace.packets import From, Packets, Sent, Way
@@ -40,38 +35,43 @@ from ovsmesh.trace.types import (
     Switch,
 )
 
+if TYPE_CHECKING:
+    from ovsmesh.agent.driver import Driver
+    from ovsmesh.agent.result import ReconcileResult
+
 _SETTLE = 2.5
 """Seconds until the switch has added the packets of its datapath to its flows' counters."""
 
 
-def collect(options: Options, snapshot: Snapshot, source: Place, target: Place, agent_runs: bool) -> Evidence:
-    """Return what was found on the way from `source`, on this node, to `target`.
+def prepare(
+    driver: Driver, found: ReconcileResult, name: str, ovsdb: str, source: Place, target: Place, agent_runs: bool
+) -> Collector:
+    """Return what collects the evidence of a trace from `source`, on this node, to `target`.
 
-    Raises OvsmeshError where the system can't be read or no packet can be sent at all.
+    `found` is a look at this node, which has this `name`; `ovsdb` is the socket of its switch. Raises OvsmeshError
+    where the system can't be read.
     """
-    with opened(options, StateDir(options.state_dir)) as driver:
-        found = result.look(driver, snapshot, options.node)
-        if found.mesh is None or found.facts is None or found.want is None or found.have is None:
-            raise OvsmeshError(summary(found.problems) or f"node {options.node} is not in the mesh")
-        mesh, me = found.mesh, found.mesh.node(options.node)
-        if me is None:
-            raise OvsmeshError(f"node {options.node} is not in the mesh; set --node")
-        wiring = desired.wiring(mesh, me, found.facts)
-        peer = None if target.node == me.name else mesh.node(target.node)
-        joined = desired.peers(mesh, me, wiring)[0]
-        if peer is not None and peer.name not in joined:
-            why = "; ".join(str(p) for p in found.problems if p.node == peer.name) or "it can't be joined"
-            raise OvsmeshError(f"node {peer.name}, where {target} is, is not joined: {why}")
-        phys = _physical(driver, found, me)
-        form = encapsulation(mesh.encapsulation, mesh.key is not None, me.address.version) if peer else None
-        parts = joined[peer.name] if peer else Dataplane()
-        way = Way(source, target, me, peer, wiring.mtu, form, phys, frozenset())
-        switch = SwitchView(run_dir(options.ovsdb), dict(driver.ovs.ofports))
-        errors = dict(driver.ovs.errors) if driver.ovs.synced else {}
-    return _Collector(way, mesh, found, found.want, parts, switch, errors, agent_runs).evidence()
+    if found.mesh is None or found.facts is None or found.want is None or found.have is None:
+        raise OvsmeshError(summary(found.problems) or f"node {name} is not in the mesh")
+    mesh, me = found.mesh, found.mesh.node(name)
+    if me is None:
+        raise OvsmeshError(f"node {name} is not in the mesh; set --node")
+    wiring = desired.wiring(mesh, me, found.facts)
+    peer = None if target.node == me.name else mesh.node(target.node)
+    joined = desired.peers(mesh, me, wiring)[0]
+    if peer is not None and peer.name not in joined:
+        why = "; ".join(str(p) for p in found.problems if p.node == peer.name) or "it can't be joined"
+        raise OvsmeshError(f"node {peer.name}, where {target} is, is not joined: {why}")
+    phys = _physical(driver, found, me)
+    form = encapsulation(mesh.encapsulation, mesh.key is not None, me.address.version) if peer else None
+    parts = joined[peer.name] if peer else Dataplane()
+    way = Way(source, target, me, peer, wiring.mtu, form, phys, frozenset())
+    switch = SwitchView(run_dir(ovsdb), dict(driver.ovs.ofports))
+    errors = dict(driver.ovs.errors) if driver.ovs.synced else {}
+    return Collector(way, mesh, found, found.want, parts, switch, errors, agent_runs)
 
 
-def _physical(driver: Any, found: ReconcileResult, me: Node) -> tuple[str, ...]:
+def _physical(driver: Driver, found: ReconcileResult, me: Node) -> tuple[str, ...]:
     """Return the links that tunnel packets pass: behind a bridge of the userspace datapath, its other ports."""
     underlay = driver.net.underlay(str(me.address))
     if underlay is None:
@@ -82,7 +82,7 @@ def _physical(driver: Any, found: ReconcileResult, me: Node) -> tuple[str, ...]:
     return (name,)
 
 
-class _Collector:
+class Collector:
     """Sends the packets of one trace and looks at everything that they meet."""
 
     def __init__(
@@ -104,6 +104,7 @@ class _Collector:
         self._s = replace(way, own=frozenset(self._kernel.addresses()))
 
     def evidence(self) -> Evidence:
+        """Send the packets and return all that was found. Raises OvsmeshError where none can be sent at all."""
         try:
             with netns.known(self._kernel.netlink) as spaces:
                 return self._evidence(spaces)

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterable
 from ipaddress import ip_address
 
-from ovsmesh.agent.options import Options
 from ovsmesh.containers.docker_api import container_addresses
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import Api, NotFound, path_of
@@ -19,10 +18,11 @@ _DEADLINE = 5.0
 """Seconds for the API server."""
 
 
-def addresses(mesh: Mesh, name: str, options: Options, kubeconfig: str | None) -> tuple[str, tuple[IPAddress, ...]]:
+def addresses(mesh: Mesh, name: str, docker: str, kubeconfig: str | None) -> tuple[str, tuple[IPAddress, ...]]:
     """Return what the user called it, "" for an address itself, and its addresses.
 
-    Raises OvsmeshError with what was looked at, where it is nothing that is known.
+    `docker` is the path of Docker's socket. Raises OvsmeshError with what was looked at, where it is nothing that is
+    known.
     """
     with contextlib.suppress(ValueError):
         return "", (ip_address(name),)
@@ -32,7 +32,7 @@ def addresses(mesh: Mesh, name: str, options: Options, kubeconfig: str | None) -
         if found := places.of_node(mesh, name):
             return shown, found
         looked.append(f"no node of the mesh has this name: {instead(name, [node.name for node in mesh.nodes])}")
-        container, why = _container(options, name)
+        container, why = _container(docker, name)
         if container:
             return shown, container
         looked.append(why)
@@ -50,12 +50,12 @@ def _parsed(texts: Iterable[object]) -> tuple[IPAddress, ...]:
     return tuple(found)
 
 
-def _container(options: Options, name: str) -> tuple[tuple[IPAddress, ...], str]:
+def _container(docker: str, name: str) -> tuple[tuple[IPAddress, ...], str]:
     """Return the addresses of a container of this host, or why there are none."""
     try:
-        found = container_addresses(options.docker_socket, name)
+        found = container_addresses(docker, name)
     except OSError as error:
-        return (), f"Docker was not asked ({options.docker_socket}: {error.strerror or error})"
+        return (), f"Docker was not asked ({docker}: {error.strerror or error})"
     if found is None:
         return (), "no Docker container of this host has it (for one of another host give its address)"
     return _parsed(

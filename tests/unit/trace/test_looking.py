@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from ovsmesh.agent.options import Options
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.ovs import switch_view
 from ovsmesh.trace import filters, names, taps
@@ -192,18 +191,17 @@ def texts(found: tuple[str, tuple[object, ...]]) -> tuple[str, list[str]]:
 
 
 def test_a_name_is_a_node_or_a_container_of_this_host(docker: str, tmp_path: Path) -> None:
-    options = Options(docker_socket=docker)
     nothing = str(tmp_path / "none")
-    assert texts(names.addresses(MESH, "10.97.1.2", options, nothing)) == ("", ["10.97.1.2"])
-    assert texts(names.addresses(MESH, "h2", options, nothing)) == ("h2", ["10.97.2.1", "fd00:97:2::1"])
-    assert texts(names.addresses(MESH, "web", options, nothing)) == ("web", ["10.97.1.7", "fd00:97:1::7"])
+    assert texts(names.addresses(MESH, "10.97.1.2", docker, nothing)) == ("", ["10.97.1.2"])
+    assert texts(names.addresses(MESH, "h2", docker, nothing)) == ("h2", ["10.97.2.1", "fd00:97:2::1"])
+    assert texts(names.addresses(MESH, "web", docker, nothing)) == ("web", ["10.97.1.7", "fd00:97:1::7"])
     with pytest.raises(OvsmeshError, match="uses the host's network"):
-        names.addresses(MESH, "host", options, nothing)
+        names.addresses(MESH, "host", docker, nothing)
 
 
 def test_a_name_that_nobody_has_says_what_was_looked_at(docker: str, tmp_path: Path) -> None:
     with pytest.raises(OvsmeshError) as error:
-        names.addresses(MESH, "h22", Options(docker_socket=docker), str(tmp_path / "none"))
+        names.addresses(MESH, "h22", docker, str(tmp_path / "none"))
     text = str(error.value)
     assert all(part in text for part in ("h22: ", "did you mean h2?", "no Docker container", "no cluster was asked"))
 
@@ -217,12 +215,12 @@ def test_a_pod_is_found_by_its_namespace_and_name(tmp_path: Path) -> None:
         }
         stub.objects["/api/v1/namespaces/shop/pods/cart"] = pod
         config = str(stub.kubeconfig())
-        options = Options(docker_socket=str(tmp_path / "none"))
-        assert texts(names.addresses(MESH, "shop/cart", options, config)) == (
+        docker = str(tmp_path / "none")
+        assert texts(names.addresses(MESH, "shop/cart", docker, config)) == (
             "shop/cart",
             ["10.97.2.9", "fd00:97:2::9"],
         )
         with pytest.raises(OvsmeshError, match="no pod in namespace shop"):
-            names.addresses(MESH, "shop/nosuch", options, config)
+            names.addresses(MESH, "shop/nosuch", docker, config)
     finally:
         stub.down()
