@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import socket
 import struct
@@ -20,7 +21,6 @@ from typing import NamedTuple
 from ovsmesh.checksum import internet_checksum
 from ovsmesh.mesh.types import IPAddress
 from ovsmesh.names import KBR, OBR, PROBE_MAGIC
-from ovsmesh.probe.route import RouteLookup
 from ovsmesh.probe.targets import Target
 
 
@@ -48,6 +48,12 @@ _PROTOCOL = {4: socket.IPPROTO_ICMP, 6: socket.IPPROTO_ICMPV6}
 _REQUEST, _REPLY = {4: 8, 6: 128}, {4: 0, 6: 129}
 _BODY = struct.Struct("!BBHHH8s8sI")
 """ICMP header, then magic, token of the sending process, and flags with the number of the path."""
+
+
+_GET_ROUTE, _NEW_ROUTE, _NLMSG_ERROR, _NLM_F_REQUEST = 26, 24, 2, 1
+_RTA_DST, _RTA_SRC, _RTA_IIF, _RTA_OIF = 1, 2, 3, 4
+_UNICAST = 1
+_NETLINK_HEAD, _ROUTE_BODY = struct.Struct("=IHHII"), struct.Struct("=BBBBBBBBI")
 
 
 class Received(NamedTuple):
@@ -259,3 +265,61 @@ def _prepare(sock: socket.socket, program: Iterable[tuple[int, int, int, int]]) 
     sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
+
+
+class RouteLookup:
+    """Asks the kernel where it would send a pod's packet. Raises OSError without a netlink socket."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        # the kernel has answered when a request is sent
+        self._socket.setblocking(False)
+        self._sequence = 0
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def astray(self, bridge: int, gateway: IPAddress, destination: IPAddress) -> str:
+        """Return where packets go that pods of this node send to a peer, if not to kbr0; "" where all is well.
+
+        `bridge` is kbr0's number, `gateway` this node's, `destination` the peer's. Also "" where the kernel can't be
+        asked.
+        """
+        try:
+            kind, link, error = self._ask(ip_address(int(gateway) + 1), destination, bridge)
+            if error:
+                # what a policy rule or a route refuses, and what a kernel says that does not forward
+                refused = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EINVAL)
+                return f"nowhere ({os.strerror(error)})" if error in refused else ""
+            if kind != _UNICAST:
+                return "nowhere (a route or a rule refuses them)"
+            return "" if link in (bridge, 0) else f"to {socket.if_indextoname(link)}"
+        except OSError:
+            return ""
+
+    def _ask(self, source: IPAddress, destination: IPAddress, link: int) -> tuple[int, int, int]:
+        """Return the route's type and outgoing link, and the error that the kernel gave instead."""
+        family = socket.AF_INET if destination.version == 4 else socket.AF_INET6
+        bits = destination.max_prefixlen
+        body = _ROUTE_BODY.pack(family, bits, bits, 0, 0, 0, 0, 0, 0)
+        attributes = ((_RTA_DST, destination.packed), (_RTA_SRC, source.packed), (_RTA_IIF, struct.pack("=I", link)))
+        body += b"".join(struct.pack("=HH", 4 + len(value), name) + value for name, value in attributes)
+        self._sequence += 1
+        self._socket.send(
+            _NETLINK_HEAD.pack(_NETLINK_HEAD.size + len(body), _GET_ROUTE, _NLM_F_REQUEST, self._sequence, 0) + body
+        )
+        while True:
+            answer = self._socket.recv(8192)
+            _, what, _, sequence, _ = _NETLINK_HEAD.unpack_from(answer)
+            if sequence == self._sequence:
+                break
+        if what == _NLMSG_ERROR:
+            return 0, 0, -int(struct.unpack_from("=i", answer, _NETLINK_HEAD.size)[0])
+        kind, at, out = _ROUTE_BODY.unpack_from(answer, _NETLINK_HEAD.size)[7], _NETLINK_HEAD.size + _ROUTE_BODY.size, 0
+        while what == _NEW_ROUTE and at + 4 <= len(answer):
+            length, name = struct.unpack_from("=HH", answer, at)
+            if name == _RTA_OIF:
+                out = int(struct.unpack_from("=I", answer, at + 4)[0])
+            at += max(4, (length + 3) & ~3)
+        return kind, out, 0
