@@ -16,6 +16,7 @@ import pytest
 
 from ovsmesh.history import Entry
 from ovsmesh.logs import LineFormatter
+from ovsmesh.state_dir import StateDir
 
 HOSTILE = "a\nb\r\x1b[31m\u2028<0>c\u202e" + "x" * 100_000
 
@@ -72,16 +73,18 @@ def test_json_has_the_parts_of_an_entry_of_the_history() -> None:
 
 
 def run(tmp_path: Path, *options: str, stream: Any, journal: str) -> None:
-    """Start an agent that ends at once with an error: its state directory is a file."""
-    (tmp_path / "file").write_text("")
-    argv = [sys.executable, "-m", "ovsmesh", "agent", "--mesh", "/nope", "--state-dir", str(tmp_path / "file" / "s")]
+    """Start an agent that ends at once with an error: another one has its state directory."""
+    state = StateDir(tmp_path / "s")
+    argv = [sys.executable, "-m", "ovsmesh", "agent", "--mesh", "/nope", "--state-dir", str(state.path)]
     env = {**os.environ, "JOURNAL_STREAM": journal}
-    subprocess.run([*argv, *options], stderr=stream, env=env, timeout=60)
+    state.lock()
+    try:
+        subprocess.run([*argv, *options], stderr=stream, env=env, timeout=60)
+    finally:
+        state.unlock()
 
 
-@pytest.mark.parametrize(
-    ("options", "begin"), [((), "<3>state directory "), (("--log-format", "json"), '<3>{"time": ')]
-)
+@pytest.mark.parametrize(("options", "begin"), [((), "<3>/"), (("--log-format", "json"), '<3>{"time": ')])
 def test_where_journald_reads_the_stream_lines_begin_with_a_severity(
     tmp_path: Path, options: tuple[str, ...], begin: str
 ) -> None:
@@ -90,18 +93,19 @@ def test_where_journald_reads_the_stream_lines_begin_with_a_severity(
         found = os.fstat(theirs.fileno())
         run(tmp_path, *options, stream=theirs, journal=f"{found.st_dev}:{found.st_ino}")
         theirs.close()
-        assert ours.recv(65536).decode().startswith(begin)
+        said = ours.recv(65536).decode()
+        assert said.startswith(begin) and "another agent runs" in said
 
 
 def test_a_stream_that_is_not_journald_s_has_none_whatever_the_environment_says(tmp_path: Path) -> None:
     found = os.stat("/dev/null")
     with (tmp_path / "log").open("wb") as log:
         run(tmp_path, stream=log, journal=f"{found.st_dev}:{found.st_ino}")
-    assert (tmp_path / "log").read_text().startswith("ovsmesh: state directory ")
+    assert (tmp_path / "log").read_text().startswith(f"ovsmesh: {tmp_path}/s/agent.lock: another agent runs")
 
 
 def test_an_error_that_ends_an_agent_is_json_too(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log:
         run(tmp_path, "--log-format", "json", stream=log, journal="")
     (line,) = (tmp_path / "log").read_text().splitlines()
-    assert json.loads(line)["level"] == "error" and "state directory" in json.loads(line)["message"]
+    assert json.loads(line)["level"] == "error" and "another agent runs" in json.loads(line)["message"]
