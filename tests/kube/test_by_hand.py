@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from ovsmesh.agent.meshnode import MeshNodeWriter
+from ovsmesh.dataplane.types import Reach, State
 from ovsmesh.kube.client import JSON, MERGE, Api
 from ovsmesh.kube.config import load
 from tests.support import slicekit
@@ -194,6 +195,18 @@ MESHNODE: Edits = {
     "/status/peers/wanted": [9, -1, "x", GONE],
     "/status/peers/installed": [9, -1, "x", GONE],
     "/status/peers/up": [9, -1, "x", GONE],
+    "/status/reachability": [{}, 7, GONE],
+    "/status/reachability/reachable": ["9/9", "9" * 40, 9, GONE],
+    "/status/reachability/unreachable": [0, -1, "x", GONE],
+    "/status/reachability/unprobed": [9, -1, "x", GONE],
+    "/status/reachability/worstRoundTrip": ["0.01 ms", "9" * 40, 7, GONE],
+    "/status/reachability/pathMTU": [576, -1, "x", GONE],
+    "/status/reachability/worstPeers": [[], "x", GONE],
+    "/status/reachability/worstPeers/0": [GONE, {}],
+    "/status/reachability/worstPeers/0/name": ["other", "", 7, GONE],
+    "/status/reachability/worstPeers/0/state": ["ok", "s" * 70, 7, GONE],
+    "/status/reachability/worstPeers/0/since": ["2020-01-01T00:00:00Z", "yesterday", 7, GONE],
+    "/status/reachability/worstPeers/0/cause": ["nobody's fault", "c" * 300, 7, GONE],
     "/status/mtu": [9, -1, "x", GONE],
     "/status/versions": [{}, 7, GONE],
     "/status/versions/agent": ["0", "v" * 200, 7, GONE],
@@ -226,7 +239,8 @@ def test_a_meshnode_edited_or_deleted_by_hand(kube: Cluster, state: Path) -> Non
     with closing(Api(load(config))) as api:
         writer = MeshNodeWriter(api, "n0", lambda: {"default-000": "7"}, check=0.2).start()
         with closing(writer):
-            writer.publish(published(uid=made["metadata"]["uid"]))
+            reach = {"y": Reach(State.OK, 1.0, 0.002), "z": Reach(State.UNREACHABLE, 1.0)}
+            writer.publish(published(uid=made["metadata"]["uid"], reach=reach))
             eventually(lambda: writer.writes == 1)
             wanted = now()
             for field, values in MESHNODE.items():
