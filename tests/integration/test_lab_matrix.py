@@ -63,6 +63,8 @@ def test_a_dead_agents_row_is_filled_from_the_other_ends(mesh: Lab) -> None:
     third.stop_agent()
     try:
         for index in (1, 5):
+            # an agent asks its peers again after three seconds
+            wait_for("the agent to be dead", lambda n=index: matrix(mesh.host(n))[0] == 2, SOON)  # type: ignore[misc]
             code, found = matrix(mesh.host(index))
             by = {(row["node"], cell["peer"]): cell for row in found["rows"] for cell in row["cells"]}
             assert code == 2 and set(by) == pairs(mesh)

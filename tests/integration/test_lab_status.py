@@ -160,7 +160,9 @@ def test_all_nodes_are_shown_from_any_of_them(three: Lab) -> None:
 
 def test_watching_shows_each_change_and_ends_in_peace(three: Lab) -> None:
     host = three.host(1)
-    argv = ["ip", "netns", "exec", host.ns, *host.command("status"), "--watch", "-o", "json"]
+    # who runs the tests in the background may have them ignore SIGINT
+    argv = ["env", "--default-signal=INT", "ip", "netns", "exec", host.ns]
+    argv += [*host.command("status"), "--watch", "-o", "json"]
     watching = subprocess.Popen(
         argv, env={**os.environ, **host.env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

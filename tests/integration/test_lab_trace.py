@@ -458,7 +458,8 @@ def test_nothing_stays_whenever_it_ends(mesh: Lab, how: signal.Signals) -> None:
     host = mesh.host(1)
     before = wiring(host)
     with ruled(hub(mesh), "bridge cut", RULE.format("forward", 0) + f" {TUNNEL} drop; {TUNNEL_BACK} drop;"):
-        argv = ["ip", "netns", "exec", host.ns, *host.command("trace"), *ADDRESSES[4]]
+        # who runs the tests in the background may have them ignore SIGINT
+        argv = ["env", "--default-signal=INT", "ip", "netns", "exec", host.ns, *host.command("trace"), *ADDRESSES[4]]
         child = subprocess.Popen(argv, env=os.environ | host.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             wait_for(

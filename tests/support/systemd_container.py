@@ -64,6 +64,7 @@ exec env -i container=ovsmesh PATH="$2" /lib/systemd/systemd --system --show-sta
 _UNDERLAY = """\
 [Unit]
 After=ovs-vswitchd.service
+StartLimitIntervalSec=0
 [Service]
 Type=oneshot
 Restart=on-failure
