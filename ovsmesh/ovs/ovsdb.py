@@ -269,8 +269,12 @@ class Ovs:
             return
         kind, ports = row.datapath_type, dict.fromkeys(self._ports)
         for number, each in enumerate(("system" if kind == "netdev" else "netdev", kind)):
+            row = self._bridge(OBR)
+            if row is None:
+                # deleted by someone meanwhile: the next look at the bridge says so
+                return
             txn = self._transaction(None, {}, (), False, False)
-            self._bridge(OBR).datapath_type = each
+            row.datapath_type = each
             self._commit(txn, ports if number else {}, len(ports), lambda: None)
 
     @property
