@@ -1,4 +1,4 @@
-"""What happens to the bridge between two transactions. All else of the database is tried with a real one, in the lab."""
+"""What happens to the bridge between two transactions. All else is tried with a real database, in the lab."""
 
 from __future__ import annotations
 
