@@ -48,12 +48,14 @@ def test_a_file_that_is_no_daemon_json_is_named_and_not_touched(calm: Calm) -> N
         refused(docker, *words, str(docker.config))
         unmoved(docker, file=text)
     docker.config.unlink()
-    for make, remove in ((os.mkfifo, os.unlink), (os.mkdir, os.rmdir)):
-        make(docker.config)
-        done = docker.once()
-        # an option that can never be right: nothing is begun
-        assert done.returncode == 2 and f"{str(docker.config)!r}: is there, and is not a file" in done.stderr
-        remove(docker.config)
+    os.mkfifo(docker.config)
+    refused(docker, "FIFO")
+    docker.config.unlink()
+    docker.config.mkdir()
+    # an option that can never be right: nothing is begun
+    done = docker.once()
+    assert done.returncode == 2 and f"{str(docker.config)!r}: is there, and is not a file" in done.stderr
+    docker.config.rmdir()
     docker.configure(PLAIN)
 
 
