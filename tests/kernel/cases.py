@@ -240,7 +240,9 @@ def neighbours(host: Host) -> list[str]:
 
 
 def fdb(host: Host) -> list[str]:
-    return sorted(host.run(["bridge", "fdb", "show", "br", KBR, "dev", OBR]).stdout.splitlines())
+    """The peers' entries. The kernel's own, of obr0's addresses, are others once that is made again."""
+    lines = host.run(["bridge", "fdb", "show", "br", KBR, "dev", OBR]).stdout.splitlines()
+    return sorted(line for line in lines if "static" in line)
 
 
 def addresses(host: Host) -> str:
