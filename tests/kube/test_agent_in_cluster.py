@@ -96,10 +96,7 @@ def test_an_agent_follows_slices_and_starts_without_the_api(two: ClusterLab) -> 
 
 def start_again(cluster: ClusterLab, host: Host) -> None:
     """Start the agent with the token that it has, as the API server is away."""
-    config = cluster.plane.folder / f"agent-{host.name}.kubeconfig"
-    options = [f"--kubeconfig={config}", f"--node={host.name}", f"--ovsdb={host.ovsdb}"]
-    state = f"--state-dir={cluster.state(host)}"
-    cluster._start(host.name, host.ns, "agent", *options, state, "--listen=127.0.0.1:9474")
+    cluster.start_agent(host, cluster.plane.folder / f"agent-{host.name}.serviceaccount")
 
 
 def test_once_and_the_other_commands_work_on_a_cluster_s_mesh(two: ClusterLab) -> None:
