@@ -274,7 +274,7 @@ def parts(options: Options, given: list[str], state: StateDir) -> Iterator[Part]
     logs = Path(os.environ.get("OVS_LOGDIR") or "/var/log/openvswitch")
     for program in ("ovs-vswitchd", "ovsdb-server"):
         path = logs / f"{program}.log"
-        yield file(path, f"log/{program}.txt", lambda path=path: read_file(path, 1 << 20, end=True))  # type: ignore[misc]
+        yield file(path, f"log/{program}.txt", partial(read_file, path, 1 << 20, end=True))
     yield command(
         "log/kernel.txt", "dmesg", only=lambda t: "\n".join([x for x in t.splitlines() if _KERNEL.search(x)][-500:])
     )

@@ -87,7 +87,7 @@ def _exit_status(data: bytes, program: str, pod: str) -> int:
 
 def _messages(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
     """Yield the messages until the server closes the connection."""
-    # what came together with the answer's head is in its buffer already
+    # what came together with the answer's head is in its buffer already; urllib3 has no public way to that
     stream: IO[bytes] = response._fp.fp  # type: ignore[attr-defined]
     sock: Any = getattr(response.connection, "sock", None)
     if sock is None or stream is None:

@@ -122,6 +122,6 @@ def _frames(sock: socket.socket) -> Iterator[bytes]:
 
 
 def _put(sock: socket.socket, frame: bytes) -> None:
-    # a frame that finds no room is lost, as on a wire
+    # a frame that the full queue does not take is lost, as on a wire
     with suppress(OSError):
         sock.send(frame)

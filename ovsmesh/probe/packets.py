@@ -8,19 +8,19 @@ socket reads it; the bridge throws it away behind that. Requests of peers are re
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import socket
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 from typing import NamedTuple
 
 from ovsmesh.checksum import internet_checksum
 from ovsmesh.mesh.types import IPAddress
 from ovsmesh.names import KBR, OBR, PROBE_MAGIC
+from ovsmesh.probe.row_socket import Line, attach
 from ovsmesh.probe.targets import Target
 
 
@@ -33,7 +33,7 @@ SHOWS_VERSION = 1
 BATCH = 64
 """Packets that are read at a time: a flood of them holds nobody up."""
 _SNAP = 128
-_SO_ATTACH_FILTER, _SO_TIMESTAMPNS, _SO_RCVBUFFORCE = 26, 35, 33
+_SO_TIMESTAMPNS, _SO_RCVBUFFORCE = 35, 33
 _SOL_PACKET, _PACKET_IGNORE_OUTGOING = 263, 23
 _IP_PMTUDISC_PROBE = 3
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER = 10, 23
@@ -257,11 +257,9 @@ def _tap() -> socket.socket:
     return sock
 
 
-def _prepare(sock: socket.socket, program: Iterable[tuple[int, int, int, int]]) -> None:
-    """Attach a classic BPF program, and have the kernel tell when it took a packet in."""
-    lines = [struct.pack("=HBBI", *line) for line in program]
-    code = ctypes.create_string_buffer(b"".join(lines))
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(lines), ctypes.addressof(code)))
+def _prepare(sock: socket.socket, program: Sequence[Line]) -> None:
+    """Attach a program, and have the kernel tell when it took a packet in."""
+    attach(sock, program)
     sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)

@@ -60,7 +60,7 @@ def listener(address: IPAddress, peers: Collection[IPAddress], device: int) -> s
     return sock
 
 
-_Line = tuple[int, int, int, int]
+Line = tuple[int, int, int, int]
 """An instruction of a classic BPF program: code, jumps if true and if false, operand."""
 _DEVICE, _HEADER = 0xFFFFF008, 0xFFF00000
 """SKF_AD_OFF + SKF_AD_IFINDEX, and SKF_NET_OFF: where a program finds a packet's device and its IP header."""
@@ -71,22 +71,22 @@ _CHUNK = 200
 _TCP_FLAGS, _RST = 13, 4
 
 
-def _load_ttl(version: int) -> _Line:
+def _load_ttl(version: int) -> Line:
     return _LOAD_BYTE, 0, 0, _HEADER + (8 if version == 4 else 7)
 
 
-def answer_program(version: int) -> list[_Line]:
+def answer_program(version: int) -> list[Line]:
     """Return a program for a socket that asks: nothing that was forwarded, but any refusal, which has a usual TTL."""
-    refusal: list[_Line] = [(_LOAD_BYTE, 0, 0, _TCP_FLAGS), (_IF_SET, 0, 1, _RST), _PASS, _DROP]
+    refusal: list[Line] = [(_LOAD_BYTE, 0, 0, _TCP_FLAGS), (_IF_SET, 0, 1, _RST), _PASS, _DROP]
     return [_load_ttl(version), (_IF, 0, 1, _TTL), _PASS, *refusal]
 
 
-def accept_program(version: int, peers: Collection[IPAddress], device: int) -> list[_Line]:
+def accept_program(version: int, peers: Collection[IPAddress], device: int) -> list[Line]:
     """Return a classic BPF program for a listening socket.
 
     It lets packets in that came in on the device, with a TTL of 255, from one of `peers`; from anywhere without any.
     """
-    lines: list[_Line] = [(_LOAD, 0, 0, _DEVICE), (_IF, 1, 0, device), _DROP]
+    lines: list[Line] = [(_LOAD, 0, 0, _DEVICE), (_IF, 1, 0, device), _DROP]
     lines += [_load_ttl(version), (_IF, 1, 0, _TTL), _DROP]
     if not peers:
         return [*lines, _PASS]
@@ -118,7 +118,7 @@ def accept_program(version: int, peers: Collection[IPAddress], device: int) -> l
     return [*lines, _DROP]
 
 
-def attach(sock: socket.socket, program: Sequence[_Line]) -> None:
+def attach(sock: socket.socket, program: Sequence[Line]) -> None:
     """Attach the program. Raise OSError where the kernel does not take it."""
     if len(program) > 4096:
         raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))

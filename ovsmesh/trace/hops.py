@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ovsmesh.dataplane.types import KBR, OBR
-from ovsmesh.mesh.types import IPAddress, gateway
+from ovsmesh.mesh.types import IPAddress, IPNetwork, gateway
 from ovsmesh.text import listed
 from ovsmesh.trace.types import (
     REFUSED_SOURCE,
@@ -111,8 +111,8 @@ def _from_pod(e: Evidence) -> Iterator[Hop]:
     yield _bridge(e, Point.PORT)
 
 
-def _own_gateway(cidr: object) -> str:
-    return str(gateway(cidr)) if cidr is not None else ""  # type: ignore[arg-type]
+def _own_gateway(cidr: IPNetwork | None) -> str:
+    return str(gateway(cidr)) if cidr is not None else ""
 
 
 def _unseen_source(e: Evidence) -> Hop:
@@ -144,7 +144,7 @@ def _interface(e: Evidence, name: str, pod: PodFound, after: Point) -> Hop:
     return Hop(name, found, BROKEN if todo else OK, wanted, todo, after)
 
 
-def _pod_route(e: Evidence, name: str, pod: PodFound, other: IPAddress, after: Point, cidr: object) -> Hop:
+def _pod_route(e: Evidence, name: str, pod: PodFound, other: IPAddress, after: Point, cidr: IPNetwork | None) -> Hop:
     route, own = pod.route, _own_gateway(cidr)
     same = e.peer is None and e.source.cidr == e.target.cidr
     wanted = f"dev {pod.interface.name}" if same and not route.via else f"via {own} dev {pod.interface.name}"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import socket
-import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ovsmesh.mesh.types import IPAddress
+from ovsmesh.probe.row_socket import Line, attach
 from ovsmesh.trace.echo import TOKEN
 from ovsmesh.trace.types import Point
 
-_SO_ATTACH_FILTER = 26
 _OUTGOING = 4
 _ETHERNET = 14
 _PORT = {"vxlan": 4789, "geneve": 6081}
@@ -76,19 +74,19 @@ class Taps:
         """See the packets on a link. Raises OSError where it is missing."""
         sock = self._open(device, socket.SOCK_RAW)
         places = [_ETHERNET + offset for offset in offsets(self._version)]
-        _attach(sock, _any_of(places, self._token[:4]))
+        attach(sock, _any_of(places, self._token[:4]))
         self._sockets[sock.fileno()] = name, sock, _ETHERNET
 
     def add_underlay(self, name: str, device: str, form: Encapsulation, peer: IPAddress) -> None:
         """See them inside tunnel packets, and what else the peer sends. Raises OSError where the link is missing."""
         sock = self._open(device, socket.SOCK_DGRAM)
-        _attach(sock, _any_of([form.inner + offset for offset in offsets(self._version)], self._token[:4]))
+        attach(sock, _any_of([form.inner + offset for offset in offsets(self._version)], self._token[:4]))
         self._sockets[sock.fileno()] = name, sock, form.inner
         heard = self._open(device, socket.SOCK_DGRAM, 1 << 16)
-        _attach(heard, _from_peer(form, peer))
+        attach(heard, _from_peer(form, peer))
         self._sockets[heard.fileno()] = "heard", heard, 0
         errors = self._open(device, socket.SOCK_DGRAM)
-        _attach(errors, _about_peer(peer))
+        attach(errors, _about_peer(peer))
         self._sockets[errors.fileno()] = "errors", errors, peer.version
 
     @staticmethod
@@ -97,7 +95,7 @@ class Taps:
         sock = socket.socket(socket.AF_PACKET, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-            _attach(sock, [(0x06, 0, 0, 0)])
+            attach(sock, [(0x06, 0, 0, 0)])
             sock.bind((device, 3))
         except OSError:
             sock.close()
@@ -178,7 +176,7 @@ def points(seen: Mapping[Seen, int], taps: Sequence[str], phase: int) -> dict[Po
 
 # filters in classic BPF (socket(7)): (operation, jump if true, jump if false, value)
 
-_Program = list[tuple[int, int, int, int]]
+_Program = list[Line]
 _LOAD, _LOAD_BYTE, _LOAD_HALF, _EQUAL, _RETURN = 0x20, 0x30, 0x28, 0x15, 0x06
 
 
@@ -215,8 +213,3 @@ def _about_peer(peer: IPAddress) -> _Program:
     if peer.version == 4:
         return _all_of([(_LOAD_BYTE, 9, 1), (_LOAD_BYTE, 20, 3), *_words(28 + 16, peer.packed)])
     return _all_of([(_LOAD_BYTE, 6, 58), *_words(48 + 24, peer.packed)])
-
-
-def _attach(sock: socket.socket, program: _Program) -> None:
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(program), ctypes.addressof(code)))

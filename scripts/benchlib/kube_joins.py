@@ -14,6 +14,7 @@ import statistics
 import time
 from collections import defaultdict
 from contextlib import ExitStack
+from functools import partial
 
 from benchlib.event_probe import EventProbe
 from benchlib.figures import Figure, percentile
@@ -178,7 +179,7 @@ def _moves(plan: Plan, cluster: ClusterLab, new: Host) -> tuple[list[float], lis
             time.sleep(random.uniform(0.3, 0.8))
             since = time.time()
             cluster.set_address(new, address)
-            netns.wait_for(f"ports to {address}", lambda at=address: _all_to(cluster, new, at), _TIMEOUT)  # type: ignore[misc]
+            netns.wait_for(f"ports to {address}", partial(_all_to, cluster, new, address), _TIMEOUT)
             _until_passing(cluster, stream, time.time())
             took.append(max(_passing(track, since) for track in stream.tracks) - since)
             time.sleep(0.5)

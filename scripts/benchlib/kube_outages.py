@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from benchlib.figures import Figure
 from benchlib.kube_testbed import cluster_lab
@@ -77,7 +78,7 @@ def _ways(plan: Plan, s: Storm) -> list[tuple[str, int, Callable[[], None]]]:
         s.watch_fault(fault)
 
     for fault in FAULTS:
-        ways.append((f"watches get {fault}", plan.tries(5, 1), lambda fault=fault: inject(fault)))  # type: ignore[misc]
+        ways.append((f"watches get {fault}", plan.tries(5, 1), partial(inject, fault)))
     if not plan.quick:
         ways.append((f"watches get {STALL}", 1, lambda: s.watch_fault(STALL)))
     return ways

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import ClassVar
 
 from benchlib.event_probe import Event, EventProbe, generation
@@ -153,7 +154,7 @@ def again(plan: Plan) -> list[Figure]:
                 time.sleep(1)
                 written["killed"].update(counters.written())
                 for words, times in looks.items():
-                    times.append(_timed(lambda words=words: _look(s, words)))  # type: ignore[misc]
+                    times.append(_timed(partial(_look, s, words)))
                 plan.progress(f"  {size} peers: second run {once[-1]:.2f} s, wrote {dict(written['once'])}")
     figures = [
         Figure("again", f"`agent --once`, nothing to do, {size:,}", "s", tuple(once)),

@@ -222,14 +222,14 @@ def test_a_full_disk_is_logged_once_and_is_not_the_end(
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr(module, "_AGAIN", 0.01)
-    write, room, tried = os.write, [10], threading.Semaphore(0)
+    write, free, tried = os.write, [10], threading.Semaphore(0)
 
     def short(handle: int, data: bytes) -> int:
         tried.release()
-        if room[0] == 0:
+        if free[0] == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        done = write(handle, data[: room[0]])
-        room[0] -= done if room[0] < 1000 else 0
+        done = write(handle, data[: free[0]])
+        free[0] -= done if free[0] < 1000 else 0
         return done
 
     monkeypatch.setattr("ovsmesh.history.os.write", short)
@@ -238,7 +238,7 @@ def test_a_full_disk_is_logged_once_and_is_not_the_end(
     for _ in range(4):
         assert tried.acquire(timeout=60)
     assert (tmp_path / "history.jsonl").read_bytes() == b""
-    room[0] = 1 << 20
+    free[0] = 1 << 20
     made.close()
     assert whats(tmp_path) == ["one", "two"]
     said = [message for message in caplog.messages if "history.jsonl" in message]

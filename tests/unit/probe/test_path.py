@@ -331,7 +331,7 @@ def test_no_pattern_of_losses_makes_a_state_flap(
 
     network = Network({"web1": link})
     network.run(600)
-    # the wait doubles with each change for the worse, so there is room for nine of them in ten minutes
+    # the wait doubles with each change for the worse, so ten minutes hold nine of them
     assert len(network.changes["web1"]) <= 24
 
 
