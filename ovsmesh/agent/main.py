@@ -22,6 +22,7 @@ from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.agent.systemd import SystemdNotifier
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.history import History
+from ovsmesh.linux.netlink import PodRoutes
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.mesh.source import Source
 from ovsmesh.ovs.idl import run_dir
@@ -72,7 +73,9 @@ def _agent(
         prober = None
         if probing:
             try:
-                prober = Prober()
+                routes = PodRoutes()
+                ending.callback(routes.close)
+                prober = Prober(routes.astray)
             except OSError as error:
                 raise OvsmeshError(f"the agent needs raw sockets to probe its peers: {error.strerror}") from None
             ending.callback(prober.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import select
 import time
@@ -13,6 +14,7 @@ from ovsmesh.cli import inspect
 from ovsmesh.dataplane.report import Report
 from ovsmesh.dataplane.types import Reach, State
 from ovsmesh.errors import OvsmeshError, summary
+from ovsmesh.linux.netlink import PodRoutes
 from ovsmesh.probe.sender import Prober
 from ovsmesh.probe.targets import Target, targets
 from ovsmesh.state_dir import StateDir
@@ -52,11 +54,14 @@ def check(options: Options, peer: str = "") -> Report:
 
 
 def _probe(wanted: Mapping[str, tuple[Target, ...]]) -> dict[str, Reach]:
-    try:
-        prober = Prober(_RATE)
-    except OSError as error:
-        raise OvsmeshError(f"no probe can be sent, as raw sockets can't be used: {error.strerror}") from None
-    try:
+    with contextlib.ExitStack() as ending:
+        try:
+            routes = PodRoutes()
+            ending.callback(routes.close)
+            prober = Prober(routes.astray, _RATE)
+        except OSError as error:
+            raise OvsmeshError(f"no probe can be sent, as raw sockets can't be used: {error.strerror}") from None
+        ending.callback(prober.close)
         prober.update(wanted)
         start = time.monotonic()
         least = start + _LEAST + len(wanted) / _RATE
@@ -67,5 +72,3 @@ def _probe(wanted: Mapping[str, tuple[Target, ...]]) -> dict[str, Reach]:
             select.select([prober.fd], [], [], 0.5 if undecided else max(0.0, least - now))
             prober.drain()
         return prober.results()
-    finally:
-        prober.close()

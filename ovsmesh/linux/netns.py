@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.linux import rtnetlink_encoder as encoder
 from ovsmesh.linux.netlink_socket import Message, NetlinkError, NetlinkSocket, attributes
 
 _CLONE_NEWNET = 0x40000000
-_NEWNSID, _GETNSID = 88, 90
-_NETNSA_NSID, _NETNSA_FD = 1, 3
+_NETNSA_NSID = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 T = TypeVar("T")
 
@@ -94,9 +94,8 @@ def _number(netlink: NetlinkSocket, fd: int) -> int | None:
         raw = attributes(message.payload, 4).get(_NETNSA_NSID, b"\xff\xff\xff\xff")
         numbers.append(struct.unpack("=i", raw)[0])
 
-    body = struct.pack("=B3xHHI", 0, 8, _NETNSA_FD, fd)
     try:
-        netlink.request(struct.pack("=IHHII", 16 + len(body), _GETNSID, 1, 0, 0) + body, take)
+        netlink.request(encoder.get_namespace_number(fd), take)
     except NetlinkError:
         return None
     return numbers[0] if numbers and numbers[0] >= 0 else None

@@ -15,11 +15,13 @@ import struct
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from ipaddress import ip_address
 from typing import Any, TypeVar
 
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.linux import rtnetlink
 from ovsmesh.linux.rtnetlink import AddressEntry, NeighbourEntry, RouteEntry
+from ovsmesh.mesh.types import IPAddress
 
 _Entry = TypeVar("_Entry", RouteEntry, NeighbourEntry)
 
@@ -47,9 +49,11 @@ def _without_package_init() -> Iterator[None]:
 
 with _without_package_init():
     from pyroute2.netlink import ctrlmsg
+    from pyroute2.netlink.rtnl.fibmsg import fibmsg
     from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
     from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
     from pyroute2.netlink.rtnl.ndmsg import ndmsg
+    from pyroute2.netlink.rtnl.nsidmsg import nsidmsg
     from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 _REQUEST, _DUMP = 0x1, 0x300
@@ -66,6 +70,7 @@ _DUMP_CLASSES = {
     rtnetlink.GETADDR: ifaddrmsg,
     rtnetlink.GETROUTE: rtmsg,
     rtnetlink.GETNEIGH: ndmsg,
+    rtnetlink.GETRULE: fibmsg,
 }
 
 _ADVICE = "install the version that ovsmesh requires"
@@ -126,9 +131,43 @@ def address(type_: int, flags: int, entry: AddressEntry) -> bytes:
     return _bytes(ifaddrmsg, type_, flags, fields, attributes)
 
 
-def dump(type_: int, family: int) -> bytes:
-    """Return a request for all entries of GETLINK, GETADDR, GETROUTE or GETNEIGH in an address family."""
-    return _bytes(_DUMP_CLASSES[type_], type_, _DUMP, {"family": family})
+def dump(type_: int, family: int, **fields: int) -> bytes:
+    """Return a request for all entries of GETLINK, GETADDR, GETROUTE, GETNEIGH or GETRULE in an address family."""
+    return _bytes(_DUMP_CLASSES[type_], type_, _DUMP, {"family": family, **fields})
+
+
+def dump_filters(ifindex: int, parent: int) -> bytes:
+    """Return a request for the tc filters of a link."""
+    with _without_package_init():
+        # all queueing disciplines come with it: 30 ms that an agent has no use for
+        from pyroute2.netlink.rtnl.tcmsg import tcmsg
+    return _bytes(tcmsg, rtnetlink.GETTFILTER, _DUMP, {"index": ifindex, "parent": parent})
+
+
+def get_route(target: IPAddress, source: IPAddress | None = None, iif: int = 0, mark: int = 0, flags: int = 0) -> bytes:
+    """Return a request for the route that a packet takes; with `iif`, one that arrives on that link.
+
+    `flags` are RTM_F_ flags.
+    """
+    return bytes(_get_route(target, source, iif, mark, flags).data)
+
+
+def get_forwarding_route(target: IPAddress, source: IPAddress, iif: int) -> bytes:
+    """Return the same as get_route() does for a packet that arrives on a link: for every probe that is sent."""
+    values = (target.packed, source.packed, _u32(iif))
+    shape = (rtnetlink.GETROUTE, target.version)
+    template = _templates.get(shape)
+    if template is None:
+        other = _OTHER_ADDRESSES[target.version]
+        template = _Template(_get_route(other, other, _OTHER_NUMBERS["oif"]), ("RTA_DST", "RTA_SRC", "RTA_IIF"))
+        _check(template, values, get_route(target, source, iif), "request for a route")
+        _templates[shape] = template
+    return template.fill(values)
+
+
+def get_namespace_number(fd: int) -> bytes:
+    """Return a request for the number that a network namespace has in the socket's own."""
+    return _bytes(nsidmsg, rtnetlink.GETNSID, 0, {}, [("NETNSA_FD", fd)])
 
 
 def new_bridge(name: str, mac: str, mtu: int) -> bytes:
@@ -236,6 +275,17 @@ def _route(type_: int, flags: int, entry: RouteEntry) -> Message:
     return _encode(rtmsg, type_, flags, fields, attributes)
 
 
+def _get_route(target: IPAddress, source: IPAddress | None, iif: int = 0, mark: int = 0, flags: int = 0) -> Message:
+    bits = target.max_prefixlen
+    family = socket.AF_INET if target.version == 4 else socket.AF_INET6
+    fields = {"family": family, "dst_len": bits, "src_len": bits if source else 0, "flags": flags}
+    attributes: Attributes = [("RTA_DST", str(target))]
+    attributes += [("RTA_SRC", str(source))] if source else []
+    attributes += [("RTA_IIF", iif)] if iif else []
+    attributes += [("RTA_MARK", mark)] if mark else []
+    return _encode(rtmsg, rtnetlink.GETROUTE, 0, fields, attributes)
+
+
 def _neighbour(type_: int, flags: int, entry: NeighbourEntry) -> Message:
     fields = {
         "family": _packed(entry.dst)[0] if entry.dst else entry.family,
@@ -292,6 +342,7 @@ def _places(message: Message) -> dict[str, tuple[int, int]]:
 _templates: dict[tuple[Any, ...], _Template] = {}
 _OTHER_NUMBERS = {"metric": 0x5A5A5A5A, "oif": 0x5B5B, "mtu": 0x5C5C, "ifindex": 0x5D5D}
 _OTHER_MAC = "5a:5b:5c:5d:5e:5f"
+_OTHER_ADDRESSES: dict[int, IPAddress] = {4: ip_address("203.0.113.91"), 6: ip_address("2001:db8:5a5b::5c5d")}
 
 
 def _other(entry: _Entry) -> _Entry:
@@ -300,7 +351,7 @@ def _other(entry: _Entry) -> _Entry:
     for name, value in entry._asdict().items():
         if name in ("dst", "via") and value:
             length = "/9" if "/" in value else ""
-            changed[name] = ("2001:db8:5a5b::5c5d" if ":" in value else "203.0.113.91") + length
+            changed[name] = f"{_OTHER_ADDRESSES[6 if ':' in value else 4]}{length}"
         elif name in _OTHER_NUMBERS and value:
             changed[name] = _OTHER_NUMBERS[name]
         elif name == "mac":
@@ -316,9 +367,11 @@ def _new_template(
     Raise OvsmeshError if filling it in gives other bytes than `encode` does.
     """
     template = _Template(encode(_other(entry)), fields)
-    if template.fill(fields.values()) != bytes(encode(entry).data):
-        raise OvsmeshError(
-            f"this version of pyroute2 encodes a {type(entry).__name__} in a way that can't be filled in; {_ADVICE}"
-        )
+    _check(template, fields.values(), bytes(encode(entry).data), type(entry).__name__)
     _templates[shape] = template
     return template
+
+
+def _check(template: _Template, values: Iterable[bytes], whole: bytes, what: str) -> None:
+    if template.fill(values) != whole:
+        raise OvsmeshError(f"this version of pyroute2 encodes a {what} in a way that can't be filled in; {_ADVICE}")

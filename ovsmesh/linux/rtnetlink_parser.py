@@ -73,6 +73,13 @@ def parse_route(payload: memoryview) -> RouteEntry | None:
     )
 
 
+def picked(payload: memoryview) -> tuple[int, int]:
+    """Return the RTN_ type and the link of a route that was picked for a packet; link 0 for none."""
+    kind = _RTMSG.unpack_from(payload)[7]
+    link = attributes(payload, _RTMSG.size).get(4)
+    return kind, _U32.unpack(link)[0] if link else 0
+
+
 @_none_if_malformed
 def parse_neighbour(payload: memoryview) -> NeighbourEntry | None:
     """Return a neighbour of IPv4 or IPv6, or an FDB entry of a bridge."""

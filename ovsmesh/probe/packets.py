@@ -8,12 +8,11 @@ socket reads it; the bridge throws it away behind that. Requests of peers are re
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address
 from typing import NamedTuple
 
@@ -49,11 +48,8 @@ _REQUEST, _REPLY = {4: 8, 6: 128}, {4: 0, 6: 129}
 _BODY = struct.Struct("!BBHHH8s8sI")
 """ICMP header, then magic, token of the sending process, and flags with the number of the path."""
 
-
-_GET_ROUTE, _NEW_ROUTE, _NLMSG_ERROR, _NLM_F_REQUEST = 26, 24, 2, 1
-_RTA_DST, _RTA_SRC, _RTA_IIF, _RTA_OIF = 1, 2, 3, 4
-_UNICAST = 1
-_NETLINK_HEAD, _ROUTE_BODY = struct.Struct("=IHHII"), struct.Struct("=BBBBBBBBI")
+PodRoute = Callable[[int, IPAddress, IPAddress], str]
+"""(number of kbr0, this node's gateway, a peer's) → where pods' packets to the peer go, "" where they go to kbr0."""
 
 
 class Received(NamedTuple):
@@ -72,7 +68,7 @@ class Received(NamedTuple):
 class ProbeSockets:
     """The sockets of one process. Raises OSError without the right to use raw sockets."""
 
-    def __init__(self) -> None:
+    def __init__(self, astray: PodRoute) -> None:
         self._token = os.urandom(8)
         self._identifier = int.from_bytes(os.urandom(2))
         self._raw: dict[int, socket.socket] = {4: _raw_socket(4, self._identifier)}
@@ -80,7 +76,7 @@ class ProbeSockets:
             self._raw[6] = _raw_socket(6, self._identifier)
         self._out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         self._in = _tap()
-        self._routes = RouteLookup()
+        self._astray = astray
         self._tapped = 0
         """Interface number of obr0 as the tap is bound to it."""
         self._bridge = 0
@@ -99,7 +95,6 @@ class ProbeSockets:
         """Close all of them."""
         for sock in (*self._raw.values(), self._out, self._in):
             sock.close()
-        self._routes.close()
 
     def follow_bridge(self) -> None:
         """Read on obr0 as it is now: it may have been made again. To be called before probes are sent."""
@@ -129,7 +124,7 @@ class ProbeSockets:
 
         Raises OSError; Astray where this host would not send a pod's packet into the tunnel.
         """
-        if where := self._routes.astray(self._bridge, target.source, target.destination):
+        if where := self._astray(self._bridge, target.source, target.destination):
             raise Astray(0, f"this host sends them {where}: a rule (`ip rule`) or another route comes first")
         version, own = target.source.version, target.source.packed
         packet = self._icmp(version, number, sequence, size)
@@ -263,61 +258,3 @@ def _prepare(sock: socket.socket, program: Sequence[Line]) -> None:
     sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
-
-
-class RouteLookup:
-    """Asks the kernel where it would send a pod's packet. Raises OSError without a netlink socket."""
-
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-        # the kernel has answered when a request is sent
-        self._socket.setblocking(False)
-        self._sequence = 0
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
-
-    def astray(self, bridge: int, gateway: IPAddress, destination: IPAddress) -> str:
-        """Return where packets go that pods of this node send to a peer, if not to kbr0; "" where all is well.
-
-        `bridge` is kbr0's number, `gateway` this node's, `destination` the peer's. Also "" where the kernel can't be
-        asked.
-        """
-        try:
-            kind, link, error = self._ask(ip_address(int(gateway) + 1), destination, bridge)
-            if error:
-                # what a policy rule or a route refuses, and what a kernel says that does not forward
-                refused = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EINVAL)
-                return f"nowhere ({os.strerror(error)})" if error in refused else ""
-            if kind != _UNICAST:
-                return "nowhere (a route or a rule refuses them)"
-            return "" if link in (bridge, 0) else f"to {socket.if_indextoname(link)}"
-        except OSError:
-            return ""
-
-    def _ask(self, source: IPAddress, destination: IPAddress, link: int) -> tuple[int, int, int]:
-        """Return the route's type and outgoing link, and the error that the kernel gave instead."""
-        family = socket.AF_INET if destination.version == 4 else socket.AF_INET6
-        bits = destination.max_prefixlen
-        body = _ROUTE_BODY.pack(family, bits, bits, 0, 0, 0, 0, 0, 0)
-        attributes = ((_RTA_DST, destination.packed), (_RTA_SRC, source.packed), (_RTA_IIF, struct.pack("=I", link)))
-        body += b"".join(struct.pack("=HH", 4 + len(value), name) + value for name, value in attributes)
-        self._sequence += 1
-        self._socket.send(
-            _NETLINK_HEAD.pack(_NETLINK_HEAD.size + len(body), _GET_ROUTE, _NLM_F_REQUEST, self._sequence, 0) + body
-        )
-        while True:
-            answer = self._socket.recv(8192)
-            _, what, _, sequence, _ = _NETLINK_HEAD.unpack_from(answer)
-            if sequence == self._sequence:
-                break
-        if what == _NLMSG_ERROR:
-            return 0, 0, -int(struct.unpack_from("=i", answer, _NETLINK_HEAD.size)[0])
-        kind, at, out = _ROUTE_BODY.unpack_from(answer, _NETLINK_HEAD.size)[7], _NETLINK_HEAD.size + _ROUTE_BODY.size, 0
-        while what == _NEW_ROUTE and at + 4 <= len(answer):
-            length, name = struct.unpack_from("=HH", answer, at)
-            if name == _RTA_OIF:
-                out = int(struct.unpack_from("=I", answer, at + 4)[0])
-            at += max(4, (length + 3) & ~3)
-        return kind, out, 0

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ovsmesh.dataplane.types import Reach, State
 from ovsmesh.mesh.types import IPAddress
 from ovsmesh.metrics import Histogram
-from ovsmesh.probe.packets import BATCH, ProbeSockets, Received
+from ovsmesh.probe.packets import BATCH, PodRoute, ProbeSockets, Received
 from ovsmesh.probe.scheduler import RATE, Scheduler, Wanted
 from ovsmesh.probe.targets import Target
 
@@ -53,13 +53,13 @@ class Totals(NamedTuple):
 class Prober:
     """Probes the peers that `update` names until `close`. All methods may be called from any thread."""
 
-    def __init__(self, rate: float = RATE) -> None:
+    def __init__(self, astray: PodRoute, rate: float = RATE) -> None:
         """Open the sockets and start, with a budget of `rate` probes a second.
 
-        Raises OSError without the right to use raw sockets.
+        `astray` is called in the thread that sends. Raises OSError without the right to use raw sockets.
         """
         self._lock = threading.Lock()
-        self._sockets = ProbeSockets()
+        self._sockets = ProbeSockets(astray)
         self._scheduler: Scheduler[_Key] = Scheduler(time.monotonic(), rate)
         self._targets: dict[_Key, Target] = {}
         self._numbers: dict[_Key, int] = {}

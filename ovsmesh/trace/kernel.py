@@ -8,15 +8,13 @@ import struct
 from ipaddress import ip_address, ip_network
 
 from ovsmesh.linux import netlink_socket, rtnetlink
+from ovsmesh.linux import rtnetlink_encoder as encoder
 from ovsmesh.linux.netlink_socket import Message, NetlinkError, NetlinkSocket, attributes
 from ovsmesh.linux.rtnetlink import NeighbourEntry
 from ovsmesh.linux.rtnetlink_parser import parse_address, parse_neighbour, parse_route
 from ovsmesh.mesh.types import IPAddress
 from ovsmesh.trace.types import REFUSED_SOURCE, LinkFound, PolicyRule, RouteFound
 
-_NEWRULE, _GETRULE = 32, 34
-_GETTFILTER = 46
-_REQUEST, _DUMP = 0x1, 0x300
 _FIB_MATCH, _LOOKUP_TABLE = 0x2000, 0x1000
 """RTM_F_ flags of a request: the entry of the table, and which table."""
 _ROUTE_TYPES = {**rtnetlink.ROUTE_TYPES, 4: "anycast", 9: "throw"}
@@ -28,14 +26,6 @@ _INGRESS = 0xFFFFFFF2
 """TC_H_CLSACT, TC_H_MIN_INGRESS."""
 _PERMANENT = 0x80
 _FAILED = 0x20
-
-
-def _message(kind: int, flags: int, body: bytes) -> bytes:
-    return struct.pack("=IHHII", 16 + len(body), kind, _REQUEST | flags, 0, 0) + body
-
-
-def _attribute(kind: int, data: bytes) -> bytes:
-    return struct.pack("=HH", len(data) + 4, kind) + data + b"\0" * (-len(data) % 4)
 
 
 def _family(version: int) -> int:
@@ -54,17 +44,17 @@ class Kernel:
         """Close the socket."""
         self.netlink.close()
 
-    def _dump(self, kind: int, body: bytes, flags: int = _DUMP) -> list[Message]:
+    def _dump(self, request: bytes) -> list[Message]:
         found: list[Message] = []
         try:
-            self.netlink.request(_message(kind, flags, body), found.append)
+            self.netlink.request(request, found.append)
         except NetlinkError:
             return []
         return found
 
     def links(self) -> dict[str, LinkFound]:
         """Return all links by name."""
-        raw = [self._link(message) for message in self._dump(rtnetlink.GETLINK, struct.pack("=BxHiII", 0, 0, 0, 0, 0))]
+        raw = [self._link(message) for message in self._dump(encoder.dump(rtnetlink.GETLINK, 0))]
         self._names = {link.number: link.name for link, _ in raw}
         return {link.name: link._replace(master=self._names.get(master, "")) for link, master in raw}
 
@@ -93,26 +83,26 @@ class Kernel:
 
     def traffic_filters(self, index: int) -> bool:
         """Return whether a link has tc filters on what arrives."""
-        return bool(self._dump(_GETTFILTER, struct.pack("=BxHiIII", 0, 0, index, 0, _INGRESS, 0)))
+        return bool(self._dump(encoder.dump_filters(index, _INGRESS)))
 
     def addresses(self) -> dict[str, int]:
         """Return address, without its prefix length → index of its link."""
         found = {}
-        for message in self._dump(rtnetlink.GETADDR, struct.pack("=BBBBI", 0, 0, 0, 0, 0)):
+        for message in self._dump(encoder.dump(rtnetlink.GETADDR, 0)):
             if entry := parse_address(message.payload):
                 found[entry.address.partition("/")[0]] = entry.ifindex
         return found
 
     def neighbours(self, version: int, index: int) -> dict[str, NeighbourEntry]:
         """Return the neighbours on a link, by address, that have a MAC."""
-        body = struct.pack("=BxHiHBB", _family(version), 0, index, 0, 0, 0)
-        entries = (parse_neighbour(message.payload) for message in self._dump(rtnetlink.GETNEIGH, body))
+        request = encoder.dump(rtnetlink.GETNEIGH, _family(version), ifindex=index)
+        entries = (parse_neighbour(message.payload) for message in self._dump(request))
         return {e.dst: e for e in entries if e and e.ifindex == index and e.mac and not e.state & _FAILED}
 
     def fdb(self, bridge: int) -> dict[str, str]:
         """Return MAC → port of a bridge, in any VLAN. `links` must have been read before."""
         found: dict[str, str] = {}
-        for message in self._dump(rtnetlink.GETNEIGH, struct.pack("=BxHiHBB", rtnetlink.AF_BRIDGE, 0, 0, 0, 0, 0)):
+        for message in self._dump(encoder.dump(rtnetlink.GETNEIGH, rtnetlink.AF_BRIDGE)):
             entry = parse_neighbour(message.payload)
             if entry and entry.master == bridge:
                 found[entry.mac] = self._names.get(entry.ifindex, f"#{entry.ifindex}")
@@ -133,8 +123,8 @@ class Kernel:
 
     def _entry(self, target: IPAddress, source: IPAddress | None, iif: int, mark: int, error: str) -> RouteFound:
         """Return the entry that a packet meets, found by going through rules and tables as the kernel does."""
-        body = struct.pack("=BBBBBBBBI", _family(target.version), 0, 0, 0, 0, 0, 0, 0, 0)
-        parsed = (parse_route(message.payload) for message in self._dump(rtnetlink.GETROUTE, body))
+        request = encoder.dump(rtnetlink.GETROUTE, _family(target.version))
+        parsed = (parse_route(message.payload) for message in self._dump(request))
         entries = [e for e in parsed if e and target in ip_network(e.dst) and e.type not in ("broadcast", "multicast")]
         for rule in self.policy(target, source, self._names.get(iif, ""), mark):
             if not rule.matches:
@@ -154,17 +144,9 @@ class Kernel:
         return RouteFound(error=error)
 
     def _route(self, target: IPAddress, source: IPAddress | None, iif: int, mark: int, flags: int) -> RouteFound:
-        bits = target.max_prefixlen
-        body = struct.pack(
-            "=BBBBBBBBI", _family(target.version), bits, bits if source else 0, 0, 0, 0, 0, 0, _LOOKUP_TABLE | flags
-        )
-        body += _attribute(1, target.packed)
-        body += _attribute(2, source.packed) if source else b""
-        body += _attribute(3, _U32.pack(iif)) if iif else b""
-        body += _attribute(16, _U32.pack(mark)) if mark else b""
         found: list[Message] = []
         try:
-            self.netlink.request(_message(rtnetlink.GETROUTE, 0, body), found.append)
+            self.netlink.request(encoder.get_route(target, source, iif, mark, _LOOKUP_TABLE | flags), found.append)
         except NetlinkError as error:
             return RouteFound(error=_word(error.errno or 0))
         _, _, _, _, table, _, _, kind, _ = struct.unpack_from("=BBBBBBBBI", found[0].payload)
@@ -186,8 +168,8 @@ class Kernel:
         self, target: IPAddress, source: IPAddress | None, iif: str = "", mark: int = 0
     ) -> tuple[PolicyRule, ...]:
         """Return the policy rules in their order, and which ones match a packet."""
-        body = struct.pack("=BBBBBBBBI", _family(target.version), 0, 0, 0, 0, 0, 0, 0, 0)
-        found = [self._rule(message, target, source, iif, mark) for message in self._dump(_GETRULE, body)]
+        request = encoder.dump(rtnetlink.GETRULE, _family(target.version))
+        found = [self._rule(message, target, source, iif, mark) for message in self._dump(request)]
         return tuple(sorted(found, key=lambda rule: rule.priority))
 
     @staticmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
@@ -258,3 +259,32 @@ def test_the_agent_imports_the_message_classes_alone_and_leaves_pyroute2_usable(
     assert "pyroute2.netlink.rtnl.rtmsg" in loaded
     assert not {"pyroute2", "pyroute2.iproute", "pyroute2.ndb", "asyncio"} & set(loaded)
     assert "lo" in names
+
+
+ROUTES = {
+    # header, rtmsg, RTA_DST, RTA_SRC, RTA_IIF, RTA_MARK, packed by hand from <linux/rtnetlink.h>
+    ("10.97.2.1", "10.97.1.2", 2, 0): (
+        "340000001a0001000000000000000000 022020000000000000000000 080001000a610201 080002000a610102 0800030002000000"
+    ),
+    ("fd00:97:2::1", "fd00:97:1::2", 2, 0): (
+        "4c0000001a0001000000000000000000 0a8080000000000000000000 14000100fd000097000200000000000000000001"
+        "14000200fd000097000100000000000000000002 0800030002000000"
+    ),
+    (
+        "10.97.2.1",
+        "",
+        0,
+        9,
+    ): "2c0000001a0001000000000000000000 022000000000000000000000 080001000a610201 0800100009000000",
+}
+
+
+@pytest.mark.parametrize("asked", ROUTES)
+@pytest.mark.skipif(sys.byteorder == "big", reason="the bytes are those of a little-endian machine")
+def test_a_request_for_a_route(asked: tuple[str, str, int, int]) -> None:
+    target, source, link, mark = asked
+    addresses = ip_address(target), ip_address(source) if source else None
+    wanted = bytes.fromhex(ROUTES[asked])
+    assert encoder.get_route(*addresses, link, mark) == wanted
+    if addresses[1] is not None:
+        assert encoder.get_forwarding_route(addresses[0], addresses[1], link) == wanted
