@@ -96,14 +96,23 @@ def _cut(size: int, most: int) -> str:
     return f"cut off after {most} bytes" if size > most else ""
 
 
-def get(listen: str, path: str, most: int, deadline: float) -> tuple[str, str]:
-    """Return what the agent that listens at `listen` answers, and a note where it is not whole. Raise Absent."""
+def opened(listen: str, path: str, timeout: float) -> http.client.HTTPResponse:
+    """Ask the agent that listens at `listen`, past any proxy, and return its answer, to be closed.
+
+    Raise HTTPError for an answer that is not 200, else OSError, ValueError or HTTPException.
+    """
     host, _, port = listen.rpartition(":")
     local = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}.get(host, host)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    answer: http.client.HTTPResponse = opener.open(f"http://{local}:{port}{path}", timeout=timeout)
+    return answer
+
+
+def get(listen: str, path: str, most: int, deadline: float) -> tuple[str, str]:
+    """Return what the agent that listens at `listen` answers, and a note where it is not whole. Raise Absent."""
     try:
         data, end = b"", time.monotonic() + deadline
-        with opener.open(f"http://{local}:{port}{path}", timeout=deadline) as answer:
+        with opened(listen, path, deadline) as answer:
             while len(data) <= most and time.monotonic() < end and (more := answer.read1(1 << 16)):
                 data += more
     except urllib.error.HTTPError as error:

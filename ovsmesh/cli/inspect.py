@@ -8,12 +8,11 @@ import http.client
 import json
 import time
 import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ovsmesh import __version__
+from ovsmesh import __version__, bounded
 from ovsmesh.agent import result
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.agent.publisher import OWN_REASONS
@@ -234,13 +233,10 @@ class _Answer(NamedTuple):
 
 def get(listen: str, path: str, timeout: float = _AGENT_TIMEOUT) -> _Answer:
     """Return the JSON object that an agent answers to a GET, or why there is none."""
-    host, _, port = listen.rpartition(":")
-    if not port:
+    if not listen.rpartition(":")[2]:
         return _Answer("refused")
-    local = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}.get(host, host)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{local}:{port}{path}", timeout=timeout) as answer:
+        with bounded.opened(listen, path, timeout) as answer:
             return _Answer("ok", _map(json.loads(answer.read(_AGENT_MOST))))
     except urllib.error.HTTPError as error:
         return _Answer("starting" if error.code == 503 else "refused")

@@ -58,7 +58,9 @@ class _Show:
         """Show everything. Return whether a ping of the first or the last matrix failed, or a plan was not empty."""
         out = self.out
         out.heading("peers of h1, from `ovsmesh status`")
-        lines = self.lab.host(1).ovsmesh("status").stdout.splitlines()
+        one, *others = self.lab.hosts
+        self._times([(one, other) for other in others], lambda state: state == "ok")
+        lines = one.ovsmesh("status").stdout.splitlines()
         out.print("\n".join(line for line in lines if re.match(r"PEER|h\d", line)), markup=False)
         out.heading("every pod pings every pod, round trips in ms")
         bad = self._matrix(first=True)
