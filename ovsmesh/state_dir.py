@@ -240,10 +240,11 @@ class StateDir:
 
     def status_time(self) -> float | None:
         """Return when that report was last true, in seconds since the epoch; None if there is none."""
-        try:
-            return (self.path / "status.json").stat().st_mtime
-        except OSError:
-            return None
+        return _written_at(self.path / "status.json")
+
+    def agent_time(self) -> float | None:
+        """Return when the agent started that runs or ran last, in seconds since the epoch; None if none has."""
+        return _written_at(self.path / "agent.json")
 
     # ------------------------------------------------------------ confirming held removals
 
@@ -294,6 +295,13 @@ class StateDir:
                 left = sorted(str(self.path / entry) for entry in os.listdir(self.path))
             return left or [f"{self.path}: {error.strerror}"]
         return []
+
+
+def _written_at(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def _load(path: Path) -> dict[str, Any] | None:

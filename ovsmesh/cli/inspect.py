@@ -169,11 +169,9 @@ class Told(NamedTuple):
 def ask(options: Options) -> Told:
     """Ask the agent of this host for its report; read the last one in the state directory if it does not answer."""
     state, now = StateDir(options.state_dir), time.time()
-    stored: dict[str, Any] = {}
-    with contextlib.suppress(OvsmeshError):
-        stored = state.status() or {}
-    heard = state.status_time() if stored else None
-    if not state.held():
+    runs = state.held()
+    stored, heard = _kept(state, runs)
+    if not runs:
         return _away(Reason.AgentDown, "no agent runs", stored, heard)
     known = state.agent()
     pid, other = known.get("pid"), known.get("node", options.node)
@@ -184,7 +182,7 @@ def ask(options: Options) -> Told:
     answer = get(listen, "/status.json")
     if answer.state == "ok" and _is_this_agents(answer.tree, stored, options.node):
         return _alive(answer.tree, seconds(str(answer.tree.get("loopRan"))), now)
-    if answer.state == "starting":
+    if answer.state == "starting" or (answer.state == "refused" and heard is None):
         return _away(Reason.AgentNotReported, f"{who} has just started and has not reported yet", stored, heard)
     if answer.state == "silent" or heard is None:
         text = f"{who} does not answer on {listen} within {_AGENT_TIMEOUT:.0f} s"
@@ -196,10 +194,23 @@ def ask(options: Options) -> Told:
 
 def listening(options: Options) -> str:
     """Return where the agent of this host listens, "" for nowhere; where none has run, where one would."""
+    state = StateDir(options.state_dir)
+    stored, _ = _kept(state, state.held())
+    return str(stored.get("listen", options.listen))
+
+
+def _kept(state: StateDir, runs: bool) -> tuple[Mapping[str, Any], float | None]:
+    """Return the report in the state directory, and when it was last true; {} where the agent that runs has none.
+
+    What an agent before it knew of its peers says nothing of now.
+    """
     stored: dict[str, Any] = {}
     with contextlib.suppress(OvsmeshError):
-        stored = StateDir(options.state_dir).status() or {}
-    return str(stored.get("listen", options.listen))
+        stored = state.status() or {}
+    heard, started = state.status_time() if stored else None, state.agent_time()
+    if runs and heard is not None and started is not None and heard < started:
+        return {}, None
+    return stored, heard
 
 
 def _away(reason: Reason, text: str, stored: Mapping[str, Any], heard: float | None) -> Told:

@@ -65,6 +65,7 @@ class Place:
     def runs(self) -> None:
         self.state.lock()
         self.state.write_agent({"pid": os.getpid()})
+        os.utime(self.state.path / "agent.json", (time.time() - 3600,) * 2)
 
     def reported(self, ago: float = 0.0, **changes: Any) -> None:
         self.state.write_status({"listen": "127.0.0.1:1", **told(**changes)})
@@ -165,6 +166,22 @@ def test_an_agent_that_has_just_started(place: Place) -> None:
     place.answers({}, 503)
     found = inspect.ask(place.options)
     assert problem(found)[0] is Reason.AgentNotReported and not found.agent.alive
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_the_report_of_an_agent_before_it_says_nothing_of_one_that_has_just_started(
+    place: Place, listens: bool
+) -> None:
+    place.reported(ago=4000, listen="127.0.0.1:1")
+    place.runs()
+    if listens:
+        place.answers({}, 503)
+    found = inspect.ask(place.options)
+    assert problem(found)[0] is Reason.AgentNotReported and found.report == {} and found.agent.heard is None
+    place.answers(told(self={"agentSince": "2026-11-29T09:00:00Z"}, headline="web1: 1 peer not probed yet"))
+    found = inspect.ask(place.options)
+    assert found.report["headline"] == "web1: 1 peer not probed yet" and found.note is None
+    assert inspect.listening(place.options) == place.options.listen
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:1", ""])
