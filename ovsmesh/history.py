@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.state_dir import HISTORY_FILES
-from ovsmesh.text import duration, printable
+from ovsmesh.text import duration, printable, seconds
 
 log = logging.getLogger("ovsmesh")
 
@@ -45,9 +45,6 @@ _PENDING = 1 << 20
 """Bytes that wait for a disk that is slow or full: as many as the files hold."""
 _AGAIN, _SYNC, _LAST = 10.0, 1.0, 2.0
 """Seconds between attempts to write, between two syncs, and for the last write when the agent stops."""
-
-_YEAR_9999 = 253370764800.0
-"""Seconds since the epoch."""
 
 
 class Event(StrEnum):
@@ -391,12 +388,3 @@ def _number(value: object) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) and number >= 0 else None
-
-
-def seconds(text: str) -> float | None:
-    """Return an RFC 3339 time in seconds since the epoch; None for another text. Without a zone it is this host's."""
-    try:
-        found = datetime.fromisoformat(text).timestamp() if len(text) < 64 else math.nan
-    except (ValueError, OverflowError, OSError):
-        return None
-    return found if 0 <= found < _YEAR_9999 else None

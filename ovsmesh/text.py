@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from datetime import UTC, datetime
+
+_YEAR_9999 = 253370764800.0
+"""Seconds since the epoch."""
 
 
 def printable(text: object, most: int | None = None, instead: str = "?") -> str:
@@ -66,6 +70,15 @@ def instead(name: str, names: Iterable[str], most: int = 10) -> str:
 def timestamp(seconds: float) -> str:
     """Return a time as RFC 3339 in UTC, to the second."""
     return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def seconds(text: str) -> float | None:
+    """Return an RFC 3339 time in seconds since the epoch; None for another text. Without a zone it is this host's."""
+    try:
+        found = datetime.fromisoformat(text).timestamp() if len(text) < 64 else math.nan
+    except (ValueError, OverflowError, OSError):
+        return None
+    return found if 0 <= found < _YEAR_9999 else None
 
 
 def clock(seconds: float, now: float) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ovsmesh import __version__
 from ovsmesh.agent.result import NodeStatus
-from ovsmesh.dataplane.report import NOT_REACHED, Peer, Report, timestamp
+from ovsmesh.dataplane.report import NOT_REACHED, Peer, Report
 from ovsmesh.dataplane.types import State
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import AlreadyExists, Api, Conflict, NotFound, Object, path_of
@@ -23,6 +23,7 @@ from ovsmesh.kube.http import ApiError
 from ovsmesh.names import API_VERSION, MESH_NODE, MESH_NODES
 from ovsmesh.probe.quorum import CUT_OFF, LISTED, Vote, rank
 from ovsmesh.reasons import Reason
+from ovsmesh.text import timestamp
 
 log = logging.getLogger("ovsmesh")
 

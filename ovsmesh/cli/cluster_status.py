@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from ovsmesh.cli.formats import View
 from ovsmesh.controller import node_conditions
 from ovsmesh.controller.node_conditions import AgentReport
-from ovsmesh.dataplane.report import age
 from ovsmesh.dataplane.report_text import table
 from ovsmesh.kube.client import Api, NotFound, Object, path_of
 from ovsmesh.kube.config import find
@@ -22,7 +21,7 @@ from ovsmesh.mesh.types import Node
 from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
 from ovsmesh.probe.quorum import Quorum
 from ovsmesh.reasons import Reason
-from ovsmesh.text import counted, listed, printable, some
+from ovsmesh.text import age, counted, listed, printable, seconds, some
 
 _STATES: Mapping[str, str] = {Reason.AgentNotReported: "unknown", Reason.AgentSilent: "silent"}
 """States of a node whose agent is not heard."""
@@ -197,7 +196,7 @@ def render(cluster: ClusterState) -> str:
 
 def _cells(row: Mapping[str, Any], now: float) -> list[str]:
     peers, reach = row["peers"], row["reachability"] or {}
-    at = node_conditions.seconds(row["observedAt"])
+    at = seconds(row["observedAt"])
     state = f"{row['state']}: {row['message']}" if row["message"] else row["state"]
     return [
         row["name"],

@@ -11,6 +11,7 @@ from typing import Any
 from ovsmesh import history
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.state_dir import StateDir
+from ovsmesh.text import seconds
 
 _AGO = re.compile(r"([0-9]{1,9})([smhd])", re.ASCII)
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -22,7 +23,7 @@ def start(since: str, now: float) -> float:
     ago = _AGO.fullmatch(since)
     if ago:
         return max(0.0, now - int(ago[1]) * _UNITS[ago[2]])
-    found = history.seconds(since)
+    found = seconds(since)
     if found is None:
         wanted = "how long ago, as in 30s, 10m, 1h or 2d, or a time, as in 2026-11-29T14:00:00Z"
         raise OvsmeshError(f"--since {since[:80]!a}: wanted {wanted}")

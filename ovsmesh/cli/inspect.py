@@ -17,7 +17,6 @@ from ovsmesh.agent import result
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.agent.publisher import OWN_REASONS
 from ovsmesh.cli.formats import View
-from ovsmesh.controller.node_conditions import seconds
 from ovsmesh.dataplane.node_report import report
 from ovsmesh.dataplane.plan import Plan
 from ovsmesh.dataplane.report import Agent, Held, ReconcileResult, Report, ReportContext
@@ -30,7 +29,7 @@ from ovsmesh.mesh.source import Snapshot
 from ovsmesh.ovs.figures import SwitchFigures
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
-from ovsmesh.text import age, clock, counted, listed, printable
+from ovsmesh.text import age, clock, counted, listed, printable, seconds
 
 _AGENT_TIMEOUT, _AGENT_MOST = 3.0, 64 * 1024 * 1024
 """Seconds and bytes for the answer of the agent on this host."""

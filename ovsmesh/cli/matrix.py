@@ -9,13 +9,13 @@ from typing import Any
 
 from ovsmesh.agent.options import Options
 from ovsmesh.cli import inspect
-from ovsmesh.dataplane.report import age
+from ovsmesh.dataplane.report_text import table
 from ovsmesh.dataplane.types import Facts, State
 from ovsmesh.errors import OvsmeshError, summary
 from ovsmesh.probe import exchange
 from ovsmesh.probe.matrix import WORST
 from ovsmesh.probe.targets import targets
-from ovsmesh.text import counted, listed, printable
+from ovsmesh.text import age, counted, listed, printable
 
 _AGENT_TIME = exchange.COLLECT_TIME + 5.0
 """Seconds for the answer of the agent on this host."""
@@ -165,10 +165,10 @@ def _grid(found: Object) -> list[str]:
         labels = [f"{head:>2} {name}" for head, name in zip(heads, names, strict=True)]
     first = max(map(len, [*labels, "from \\ to"]))
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    table = [["from \\ to", *heads], *([label, *row] for label, row in zip(labels, rows, strict=True))]
+    grid = [["from \\ to", *heads], *([label, *row] for label, row in zip(labels, rows, strict=True))]
     lines = [
         "  ".join([row[0].ljust(first), *(text.rjust(w) for text, w in zip(row[1:], widths, strict=True))])
-        for row in table
+        for row in grid
     ]
     if max(map(len, lines)) > _WIDTH:
         return []
@@ -189,18 +189,13 @@ def _list(found: Object, most: int) -> list[str]:
         state = cell["state"] + ("*" if cell.get("fromOtherEnd") else "")
         when = age(now - since) if now is not None and since is not None else "-"
         rows.append([node, cell["peer"], state, when, *trips, loss, str(cell.get("pathMtu", "-"))])
-    lines = _columns(rows)
+    lines = [*table(rows)]
     if any(cell.get("fromOtherEnd") for _, cell in every[:most]):
         lines.append("* measured by the other end")
     total = sum(found["counts"].values())
     if total > len(rows) - 1:
         lines.append(f"the worst {len(rows) - 1} of {total}; --worst N shows more, -o json what was collected")
     return lines
-
-
-def _columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _badness(cell: Object) -> tuple[float, ...]:
@@ -221,4 +216,4 @@ def _zones(found: Object) -> list[str]:
         ok = f"{one['ok']}/{one['pairs']}"
         rows.append([one["from"] or "-", one["to"] or "-", ok, str(one["unknown"] or "-"), *trips])
     more = [f"and {len(zones) - _LISTED} more pairs of zones"] if len(zones) > _LISTED else []
-    return [*_columns(rows), *more] if zones else []
+    return [*table(rows), *more] if zones else []

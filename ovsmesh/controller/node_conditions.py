@@ -6,7 +6,6 @@ Pure: the time is an argument.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from datetime import datetime
 from typing import Any, NamedTuple
 
 from ovsmesh.controller.membership import (
@@ -18,12 +17,12 @@ from ovsmesh.controller.membership import (
     ObjectCondition,
     parse_condition,
 )
-from ovsmesh.dataplane.report import NOT_REACHED, timestamp
+from ovsmesh.dataplane.report import NOT_REACHED
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import Node
 from ovsmesh.probe.quorum import CUT_OFF, Vote
 from ovsmesh.reasons import Reason
-from ovsmesh.text import listed
+from ovsmesh.text import listed, seconds, timestamp
 
 SILENT = 900.0
 """Seconds without a report after which an agent's state is unknown: three of its longest pauses."""
@@ -101,14 +100,6 @@ def parse_meshnode(found: Mapping[str, Any]) -> AgentReport:
         round_trip=reach.get("worstRoundTrip") or "",
         path_mtu=reach.get("pathMTU"),
     )
-
-
-def seconds(text: str) -> float | None:
-    """Return an RFC 3339 time in seconds since the epoch; None for anything else."""
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        return None
 
 
 def orphans(reports: Iterable[AgentReport], alive: Mapping[str, str], now: float) -> list[AgentReport]:

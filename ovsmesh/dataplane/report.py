@@ -13,8 +13,7 @@ from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.names import ENCAPSULATIONS
 from ovsmesh.reasons import Reason
-from ovsmesh.text import age as age
-from ovsmesh.text import timestamp as timestamp
+from ovsmesh.text import timestamp
 
 NOT_REACHED = frozenset({State.UNREACHABLE, State.NOT_FORWARDED, State.LOSSY, State.SMALL})
 """States of a peer that is wired as wanted, and to which packets are lost all the same."""

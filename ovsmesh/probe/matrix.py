@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from ovsmesh.dataplane.report import Report, timestamp
+from ovsmesh.dataplane.report import Report
 from ovsmesh.dataplane.types import State
 from ovsmesh.mesh.types import Mesh
-from ovsmesh.text import printable
+from ovsmesh.text import printable, timestamp
 
 _MOST_CELLS = 20_000
 """Cells of a matrix, which bound the memory and the time of one: a mesh of up to 141 nodes has all of them."""

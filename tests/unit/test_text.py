@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ovsmesh.text import age, clock, counted, instead, listed, nearest, printable, some
+from ovsmesh.text import age, clock, counted, instead, listed, nearest, printable, seconds, some
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,20 @@ def test_age(seconds: float, text: str) -> None:
 )
 def test_a_time_of_another_day_has_its_date(ago: float, text: str) -> None:
     assert clock(1_800_000_000.0 - ago, 1_800_000_000.0) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [
+        ("1970-01-01T00:00:10Z", 10.0),
+        ("1970-01-01T01:00:10.5+01:00", 10.5),
+        ("", None),
+        ("yesterday", None),
+        ("0001-01-01T00:00:00", None),
+        ("9999-12-31T23:59:59-12:00", None),
+        ("1969-12-31T23:59:59Z", None),
+        ("2026-11-29T00:00:00Z" + " " * 100, None),
+    ],
+)
+def test_a_time_that_someone_else_wrote(text: str, at: float | None) -> None:
+    assert seconds(text) == at

@@ -13,9 +13,9 @@ from ovsmesh.cli.cluster_status import ClusterState, render, rows, tree, verdict
 from ovsmesh.cli.formats import serialize
 from ovsmesh.controller.membership import ObjectCondition
 from ovsmesh.controller.node_conditions import AgentReport, LostPeer
-from ovsmesh.dataplane.report import timestamp
 from ovsmesh.mesh.types import Node
 from ovsmesh.probe.quorum import Vote
+from ovsmesh.text import timestamp
 
 NOW = 1_700_000_000.0
 CONVERGED = ObjectCondition("True", "AsWanted", "")

@@ -9,7 +9,7 @@ import pytest
 from ovsmesh.controller.membership import Membership, NodeView, ObjectCondition
 from ovsmesh.controller.node_conditions import AgentReport, parse_meshnode
 from ovsmesh.controller.node_writer import LOST, NodeWriter
-from ovsmesh.dataplane.report import timestamp
+from ovsmesh.text import timestamp
 from tests.support.meshkit import node as member
 from tests.unit.controller.test_node_conditions import GOOD, MEMBERSHIP, NODE, NOW
 
