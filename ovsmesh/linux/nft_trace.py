@@ -2,7 +2,9 @@
 
 A table of our own counts them at the first and the last place of each hook, and asks nf_tables to trace them through
 everybody's tables, those of iptables-nft too. The table has an owner, the netlink socket, so the kernel removes it
-with the process, however that ends (Linux 5.12). Messages and numbers are those of <linux/netfilter/nf_tables.h>.
+with the process, however that ends (Linux 5.12). Messages and numbers are those of
+<linux/netfilter/nf_tables.h>. They are packed here: pyroute2 (0.9) calls its classes for nfnetlink a beginning that is
+not public yet.
 """
 
 from __future__ import annotations

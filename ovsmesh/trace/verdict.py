@@ -15,7 +15,7 @@ _THERE = (Point.SENT, Point.PORT, Point.KBR_IN, Point.KBR_OUT, Point.OBR, Point.
 _LOST = 0.05
 """Share of lost packets from which a way counts as lossy, if two are lost: the first of a tunnel may be."""
 _CARRIED_BY = {"gre": "GRE (IP protocol 47)", "vxlan": "VXLAN (UDP port 4789)", "geneve": "Geneve (UDP port 6081)"}
-_POD_TODO = "look at the pod's own rules: nft list ruleset, iptables-save, in its namespace"
+_IN_THE_POD = "look at the pod's own rules: nft list ruleset, iptables-save, in its namespace"
 
 
 def order(e: Evidence) -> list[Point]:
@@ -187,7 +187,7 @@ def _blamed(hop: Hop, e: Evidence, at: Point | None, lossy: bool, cut: bool) -> 
         text, todo = f"{lost} are lost", f"look at the links between {e.self_name} and {name}, at both ends' errors"
         return replace(hop, verdict=BROKEN, found=f"{hop.found}; {text}", todo=todo)
     if hop.name == "back in the pod":
-        return replace(hop, verdict=BROKEN, found="answers reach its interface, and it drops them", todo=_POD_TODO)
+        return replace(hop, verdict=BROKEN, found="answers reach its interface, and it drops them", todo=_IN_THE_POD)
     links = listed(dict.fromkeys(f"{link.name} has {link.filters}" for link in e.links.values() if link.filters))
     text = f"{lost} are lost behind {at}, and nothing shows why{f'; {links}' if links else ''}"
     todo = f"look at tc and XDP, and with tcpdump, behind {at}"
