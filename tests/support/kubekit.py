@@ -43,9 +43,11 @@ def wipe(plane: ControlPlane) -> None:
         plane.call("DELETE", path)
 
 
-def eventually(check: Callable[[], object], seconds: float = 60.0, every: float = 0.05) -> None:
-    """Waits until `check()` is true; fails with what it was last, or raised last."""
+def eventually(
+    check: Callable[[], object], seconds: float = 60.0, every: float = 0.05, why: Callable[[], object] = str
+) -> None:
+    """Waits until `check()` is true; fails with what it was last, or raised last, and with what `why` gives."""
     deadline = time.monotonic() + seconds
     while not (last := check()):
-        assert time.monotonic() < deadline, f"not so after {seconds} s: {check.__name__} is {last!r}"
+        assert time.monotonic() < deadline, f"not so after {seconds} s: {check.__name__} is {last!r} {why()}"
         time.sleep(every)
