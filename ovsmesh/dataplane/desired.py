@@ -204,19 +204,26 @@ def _sysctls(me: Node, facts: Facts) -> dict[str, str]:
         # a router ignores advertisements unless told otherwise, and would lose its own default route
         values |= {f"net/ipv6/conf/{link}/accept_ra": "2" for link in facts.ra_links}
         values["net/ipv6/conf/all/forwarding"] = "1"
+        # each link has its own switch as well, which conf/default sets when the link is made
+        values[f"net/ipv6/conf/{KBR}/forwarding"] = "1"
     values |= {
+        f"net/ipv4/conf/{KBR}/forwarding": "1",
         # a redirected pod would send through OVS directly, where nothing can answer "fragmentation needed"
         "net/ipv4/conf/all/send_redirects": "0",
         f"net/ipv4/conf/{KBR}/send_redirects": "0",
         # loose: a peer's host process may bind its tunnel address, whose route is not through kbr0
         f"net/ipv4/conf/{KBR}/rp_filter": "2",
         f"net/ipv4/conf/{KBR}/accept_redirects": "0",
+        # with 8, which conf/default may say too, nobody answers a pod that asks for its gateway's MAC
+        f"net/ipv4/conf/{KBR}/arp_ignore": "0",
     }
     if facts.ipv6:
         if v6:
             values[f"net/ipv6/conf/{KBR}/disable_ipv6"] = "0"
             # the kernel asks for no pod's MAC before duplicate address detection has ended
             values[f"net/ipv6/conf/{KBR}/accept_dad"] = "0"
+            # the kernel asks for a pod's MAC from a link-local address, which a link with mode 1 never gets
+            values[f"net/ipv6/conf/{KBR}/addr_gen_mode"] = "0"
         # a pod could make itself the host's router
         values |= {f"net/ipv6/conf/{KBR}/accept_ra": "0", f"net/ipv6/conf/{KBR}/accept_redirects": "0"}
     return values

@@ -179,14 +179,18 @@ FAULTS = {
 SYSCTLS = {
     "net/ipv4/ip_forward": "0",
     "net/ipv4/conf/all/send_redirects": "1",
+    "net/ipv4/conf/kbr0/forwarding": "0",
+    "net/ipv4/conf/kbr0/arp_ignore": "8",
     "net/ipv4/conf/kbr0/send_redirects": "1",
     "net/ipv4/conf/kbr0/rp_filter": "1",
     "net/ipv4/conf/kbr0/accept_redirects": "1",
     "net/ipv6/conf/all/forwarding": "0",
+    "net/ipv6/conf/kbr0/forwarding": "0",
     "net/ipv6/conf/kbr0/accept_ra": "1",
     "net/ipv6/conf/kbr0/accept_redirects": "1",
     "net/ipv6/conf/kbr0/disable_ipv6": "1",
     "net/ipv6/conf/kbr0/accept_dad": "1",
+    "net/ipv6/conf/kbr0/addr_gen_mode": "1",
 }
 FAULTS |= {
     f"sysctl {path}": Fault(lambda host, p=path, v=value: netns.sysctl(host.ns, {p: v}), _kinds("sysctls"))  # type: ignore[misc]

@@ -241,6 +241,8 @@ def test_tunnel_address_on_no_link_is_said() -> None:
 
 V4 = {
     "net/ipv4/ip_forward": "1",
+    "net/ipv4/conf/kbr0/forwarding": "1",
+    "net/ipv4/conf/kbr0/arp_ignore": "0",
     "net/ipv4/conf/all/send_redirects": "0",
     "net/ipv4/conf/kbr0/send_redirects": "0",
     "net/ipv4/conf/kbr0/rp_filter": "2",
@@ -249,8 +251,10 @@ V4 = {
 QUIET_V6 = {"net/ipv6/conf/kbr0/accept_ra": "0", "net/ipv6/conf/kbr0/accept_redirects": "0"}
 FULL_V6 = {
     "net/ipv6/conf/all/forwarding": "1",
+    "net/ipv6/conf/kbr0/forwarding": "1",
     "net/ipv6/conf/kbr0/disable_ipv6": "0",
     "net/ipv6/conf/kbr0/accept_dad": "0",
+    "net/ipv6/conf/kbr0/addr_gen_mode": "0",
     **QUIET_V6,
 }
 V4_ALONE = node("web1", "192.0.2.11", "10.97.1.0/24")
@@ -280,6 +284,8 @@ def test_the_order_of_sysctls_survives_the_kernels_side_effects() -> None:
     keys = list(want(first(2), facts=replace(FACTS, ra_links=("eth0",))).sysctls)
     # turning forwarding on resets send_redirects and ends what a router may accept
     assert keys.index("net/ipv4/ip_forward") < keys.index("net/ipv4/conf/all/send_redirects")
+    assert keys.index("net/ipv4/ip_forward") < keys.index("net/ipv4/conf/kbr0/forwarding")
+    assert keys.index("net/ipv6/conf/all/forwarding") < keys.index("net/ipv6/conf/kbr0/forwarding")
     assert keys.index("net/ipv6/conf/eth0/accept_ra") < keys.index("net/ipv6/conf/all/forwarding")
 
 

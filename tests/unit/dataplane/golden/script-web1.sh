@@ -36,12 +36,16 @@ ip link set dev kbr0 mtu 1458 up
 # --- forward packets; send and accept no redirects
 sysctl -q -w net/ipv4/ip_forward=1
 sysctl -q -w net/ipv6/conf/all/forwarding=1
+sysctl -q -w net/ipv6/conf/kbr0/forwarding=1
+sysctl -q -w net/ipv4/conf/kbr0/forwarding=1
 sysctl -q -w net/ipv4/conf/all/send_redirects=0
 sysctl -q -w net/ipv4/conf/kbr0/send_redirects=0
 sysctl -q -w net/ipv4/conf/kbr0/rp_filter=2
 sysctl -q -w net/ipv4/conf/kbr0/accept_redirects=0
+sysctl -q -w net/ipv4/conf/kbr0/arp_ignore=0
 sysctl -q -w net/ipv6/conf/kbr0/disable_ipv6=0
 sysctl -q -w net/ipv6/conf/kbr0/accept_dad=0
+sysctl -q -w net/ipv6/conf/kbr0/addr_gen_mode=0
 sysctl -q -w net/ipv6/conf/kbr0/accept_ra=0
 sysctl -q -w net/ipv6/conf/kbr0/accept_redirects=0
 
