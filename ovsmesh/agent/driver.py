@@ -20,10 +20,9 @@ from ovsmesh.dataplane.docker_config import DOCKER0
 from ovsmesh.dataplane.plan import Plan
 from ovsmesh.dataplane.types import KBR, OBR, TUNNEL_LINKS, Dataplane, Facts, Observed, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
-from ovsmesh.linux.datapath import kernel_datapath
 from ovsmesh.linux.firewall import Firewall
+from ovsmesh.linux.kernel import kernel_datapath, read_sysctls
 from ovsmesh.linux.netlink import Netlink
-from ovsmesh.linux.sysctl import read_sysctls
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.ovs.datapath import port_types
 from ovsmesh.ovs.figures import SwitchReader

@@ -22,7 +22,7 @@ from ovsmesh.agent.result import ReconcileResult
 from ovsmesh.agent.systemd import SystemdNotifier
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.history import History
-from ovsmesh.linux.netlink import PodRoutes
+from ovsmesh.linux.kernel import PodRoutes
 from ovsmesh.mesh.file_source import FileSource
 from ovsmesh.mesh.source import Source
 from ovsmesh.ovs.idl import run_dir

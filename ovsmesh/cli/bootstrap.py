@@ -17,7 +17,7 @@ from ovsmesh.dataplane import desired, shell_script
 from ovsmesh.dataplane.report import Peer
 from ovsmesh.dataplane.types import Facts, State
 from ovsmesh.errors import OvsmeshError, Problem, grouped, summary
-from ovsmesh.linux.datapath import kernel_datapath
+from ovsmesh.linux.kernel import kernel_datapath
 from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.ovs.idl import run_dir

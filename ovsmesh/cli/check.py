@@ -14,7 +14,7 @@ from ovsmesh.cli import inspect
 from ovsmesh.dataplane.report import Report
 from ovsmesh.dataplane.types import Reach, State
 from ovsmesh.errors import OvsmeshError, summary
-from ovsmesh.linux.netlink import PodRoutes
+from ovsmesh.linux.kernel import PodRoutes
 from ovsmesh.probe.sender import Prober
 from ovsmesh.probe.targets import Target, targets
 from ovsmesh.state_dir import StateDir

@@ -264,3 +264,35 @@ class Reach:
     """Why probes can't be sent, where that is the case."""
     destination: str = ""
     """Address of the peer that this is about."""
+
+
+class Drop(NamedTuple):
+    """A rule or a policy that dropped packets of the trace, or other packets while the trace ran."""
+
+    rule: str
+    table: str
+    certain: bool = True
+    """False where only its counter grew, which others' packets may have done."""
+
+
+class HookCount(NamedTuple):
+    """How many of the trace's packets were seen at the first and the last place of a hook."""
+
+    hook: str
+    first: int
+    last: int
+    back: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FilterFound:
+    """What the packet filter did to the packets of a trace."""
+
+    drops: tuple[Drop, ...] = ()
+    hooks: tuple[HookCount, ...] = ()
+    tables: tuple[str, ...] = ()
+    """Every table of others that may see packets of the mesh."""
+    suspects: tuple[Drop, ...] = ()
+    """Rules and policies of others that drop forwarded packets of some kind."""
+    blind: str = ""
+    """Why no packet could be followed through it; "" where it could."""

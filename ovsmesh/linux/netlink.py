@@ -12,7 +12,6 @@ import errno
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,14 @@ from ovsmesh.errors import OvsmeshError
 from ovsmesh.linux import netlink_socket, rtnetlink, rtnetlink_parser
 from ovsmesh.linux import rtnetlink_encoder as encoder
 from ovsmesh.linux.cache import RtnetlinkCache
+from ovsmesh.linux.kernel import write_sysctl
 from ovsmesh.linux.netlink_socket import NetlinkError, NetlinkSocket
-from ovsmesh.linux.sysctl import write_sysctl
-from ovsmesh.mesh.types import IPAddress, IPNetwork
+from ovsmesh.mesh.types import IPNetwork
 from ovsmesh.text import printable
 
 _GROUPS = (1, 3, 5, 7, 9, 11, 24, 25)
 """RTNLGRP_ LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE, IPV4_NETCONF, IPV6_NETCONF."""
 _DUMP_TRIES = 3
-_UNICAST = 1
-"""RTN_UNICAST."""
 _NEW = "ovsmesh-new"
 """The name of kbr0 until it carries its alias."""
 
@@ -259,43 +256,6 @@ class Netlink:
         port = self.cache.index(value) or _index(value)
         fdb = rtnetlink.NeighbourEntry(rtnetlink.AF_BRIDGE, "", key, port, rtnetlink.NOARP, 0, 0)
         return encoder.neighbour(type_, flags, fdb)
-
-
-class PodRoutes:
-    """Asks the kernel where it would send packets of this node's pods. Not thread-safe.
-
-    Raises OSError without a netlink socket, OvsmeshError where pyroute2 does not fit.
-    """
-
-    def __init__(self) -> None:
-        self._requests = NetlinkSocket(netlink_socket.ROUTE)
-        for address in map(ip_address, ("192.0.2.1", "2001:db8::1")):
-            encoder.get_forwarding_route(address, address, 1)
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._requests.close()
-
-    def astray(self, bridge: int, gateway: IPAddress, destination: IPAddress) -> str:
-        """Return where packets go that pods of this node send to a peer, if not to kbr0; "" where all is well.
-
-        `bridge` is kbr0's number, `gateway` this node's, `destination` the peer's. Also "" where the kernel can't be
-        asked.
-        """
-        found: list[netlink_socket.Message] = []
-        request = encoder.get_forwarding_route(destination, ip_address(int(gateway) + 1), bridge)
-        try:
-            self._requests.request(request, found.append)
-            kind, link = rtnetlink_parser.picked(found[0].payload)
-            if kind != _UNICAST:
-                return "nowhere (a route or a rule refuses them)"
-            return "" if link in (bridge, 0) else f"to {socket.if_indextoname(link)}"
-        except NetlinkError as error:
-            # what a policy rule or a route refuses, and what a kernel says that does not forward
-            refused = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EINVAL)
-            return f"nowhere ({os.strerror(error.errno or 0)})" if error.errno in refused else ""
-        except OSError:
-            return ""
 
 
 def _process(pid: int) -> str:

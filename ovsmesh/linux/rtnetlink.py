@@ -86,3 +86,65 @@ class LinkEntry(NamedTuple):
     quiet: bool
     family: int
     hairpin: bool = False
+
+
+REFUSED_SOURCE = "its source is refused"
+"""In the error of a route: it would be answered on another link, which rp_filter refuses."""
+
+
+class RouteFound(NamedTuple):
+    """The route that a kernel picks. Addresses are text, MTU in bytes, 0 for none."""
+
+    type: str = ""
+    """As `ip route` writes it; "" where there is none."""
+    via: str = ""
+    dev: str = ""
+    table: int = 254
+    mtu: int = 0
+    error: str = ""
+    """The kernel's word, where it refuses to route."""
+    destination: str = ""
+    """The range of the table's entry."""
+
+    def __str__(self) -> str:
+        if not self.type:
+            return self.error or "none"
+        words = [f"{self.type} {self.destination}".strip() if self.type != "unicast" else ""]
+        words += [f"via {self.via}" if self.via else "", f"dev {self.dev}" if self.dev else ""]
+        words += [f"mtu {self.mtu}" if self.mtu else "", f"table {self.table}" if self.table not in (254, 255) else ""]
+        return " ".join(filter(None, words)) + (f" ({self.error})" if self.error else "")
+
+
+class PolicyRule(NamedTuple):
+    """A rule of `ip rule`."""
+
+    priority: int
+    text: str
+    table: int
+    action: str
+    """"table", "goto", "blackhole", "unreachable", "prohibit"…"""
+    matches: bool
+    """Whether it matches the packet, as far as addresses, input link and mark tell."""
+
+
+class LinkFound(NamedTuple):
+    """A link as it is. MTU in bytes."""
+
+    name: str
+    number: int
+    """Its index."""
+    up: bool
+    running: bool
+    """Whether it has a carrier."""
+    mtu: int
+    mac: str
+    master: str
+    peer_index: int
+    """Index of the other end of a veth, in its namespace; 0 where it has none."""
+    namespace: int | None
+    """Number, in this namespace, of the one where the other end is; None where that is this one."""
+    kind: str = ""
+    port_state: int = 3
+    """State of a bridge port: 3 is forwarding (BR_STATE_)."""
+    filters: str = ""
+    """What else may drop on it: "XDP program", "tc filter"; "" for nothing."""

@@ -13,15 +13,15 @@ from ovsmesh.dataplane.plan import Step
 from ovsmesh.dataplane.types import COOKIE, KBR, OBR, Dataplane
 from ovsmesh.errors import OvsmeshError, summary
 from ovsmesh.linux import netns
+from ovsmesh.linux.filter_trace import encapsulation
+from ovsmesh.linux.kernel import Kernel
 from ovsmesh.mesh.types import IPAddress, Mesh, Node, gateway
 from ovsmesh.ovs.idl import run_dir
 from ovsmesh.ovs.switch_view import SwitchView
 from ovsmesh.probe.peer_agent import ask_agent
 from ovsmesh.probe.targets import targets
 from ovsmesh.text import printable
-from ovsmesh.trace.kernel import Kernel
 from ovsmesh.trace.packets import From, Packets, Sent, Way
-from ovsmesh.trace.taps import encapsulation
 from ovsmesh.trace.types import (
     EchoFound,
     Evidence,

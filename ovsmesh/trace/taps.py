@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ovsmesh.linux.filter_trace import Encapsulation, offsets
 from ovsmesh.mesh.types import IPAddress
 from ovsmesh.probe.row_socket import Line, attach
 from ovsmesh.trace.echo import TOKEN
@@ -17,31 +18,6 @@ _ETHERNET = 14
 _PORT = {"vxlan": 4789, "geneve": 6081}
 _SNAP = 65535
 _REQUEST, _REPLY = (8, 128), (0, 129)
-
-
-class Encapsulation(NamedTuple):
-    """What stands before the inner IP packet, from the outer IP header on, in bytes."""
-
-    protocol: str
-    outer: int
-    """Of the outer IP header."""
-    header: int
-    """Of GRE, or UDP and VXLAN or Geneve."""
-
-    @property
-    def inner(self) -> int:
-        """Offset of the inner IP header from the outer one."""
-        return self.outer + self.header + _ETHERNET
-
-
-def encapsulation(protocol: str, keyed: bool, version: int) -> Encapsulation:
-    """Return how tunnel packets look. A GRE key takes four bytes more (RFC 2890)."""
-    return Encapsulation(protocol, 20 if version == 4 else 40, (8 if keyed else 4) if protocol == "gre" else 16)
-
-
-def offsets(version: int) -> tuple[int, int]:
-    """Return where the token stands in an echo packet, and in an ICMP error about one, from the IP header on."""
-    return (28, 56) if version == 4 else (48, 96)
 
 
 class Seen(NamedTuple):

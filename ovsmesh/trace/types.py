@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
 
+from ovsmesh.dataplane.types import Drop as Drop
+from ovsmesh.dataplane.types import FilterFound as FilterFound
+from ovsmesh.dataplane.types import HookCount as HookCount
+from ovsmesh.linux.rtnetlink import REFUSED_SOURCE as REFUSED_SOURCE
+from ovsmesh.linux.rtnetlink import LinkFound as LinkFound
+from ovsmesh.linux.rtnetlink import PolicyRule as PolicyRule
+from ovsmesh.linux.rtnetlink import RouteFound as RouteFound
 from ovsmesh.mesh.types import IPAddress, IPNetwork
 
 
@@ -78,68 +84,6 @@ class Point(StrEnum):
     ANSWERED = "answered"
 
 
-REFUSED_SOURCE = "its source is refused"
-"""In the error of a route: it would be answered on another link, which rp_filter refuses."""
-
-
-class RouteFound(NamedTuple):
-    """The route that a kernel picks. Addresses are text, MTU in bytes, 0 for none."""
-
-    type: str = ""
-    """As `ip route` writes it; "" where there is none."""
-    via: str = ""
-    dev: str = ""
-    table: int = 254
-    mtu: int = 0
-    error: str = ""
-    """The kernel's word, where it refuses to route."""
-    destination: str = ""
-    """The range of the table's entry."""
-
-    def __str__(self) -> str:
-        if not self.type:
-            return self.error or "none"
-        words = [f"{self.type} {self.destination}".strip() if self.type != "unicast" else ""]
-        words += [f"via {self.via}" if self.via else "", f"dev {self.dev}" if self.dev else ""]
-        words += [f"mtu {self.mtu}" if self.mtu else "", f"table {self.table}" if self.table not in (254, 255) else ""]
-        return " ".join(filter(None, words)) + (f" ({self.error})" if self.error else "")
-
-
-class PolicyRule(NamedTuple):
-    """A rule of `ip rule`."""
-
-    priority: int
-    text: str
-    table: int
-    action: str
-    """"table", "goto", "blackhole", "unreachable", "prohibit"…"""
-    matches: bool
-    """Whether it matches the packet, as far as addresses, input link and mark tell."""
-
-
-class LinkFound(NamedTuple):
-    """A link as it is. MTU in bytes."""
-
-    name: str
-    number: int
-    """Its index."""
-    up: bool
-    running: bool
-    """Whether it has a carrier."""
-    mtu: int
-    mac: str
-    master: str
-    peer_index: int
-    """Index of the other end of a veth, in its namespace; 0 where it has none."""
-    namespace: int | None
-    """Number, in this namespace, of the one where the other end is; None where that is this one."""
-    kind: str = ""
-    port_state: int = 3
-    """State of a bridge port: 3 is forwarding (BR_STATE_)."""
-    filters: str = ""
-    """What else may drop on it: "XDP program", "tc filter"; "" for nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class PodFound:
     """A pod's own network as it is inside, and the port of this host that it is plugged into."""
@@ -155,38 +99,6 @@ class PodFound:
     gateway_static: bool = False
     others: tuple[str, ...] = ()
     """Ports of kbr0 behind which another pod has the same address."""
-
-
-class Drop(NamedTuple):
-    """A rule or a policy that dropped packets of the trace, or other packets while the trace ran."""
-
-    rule: str
-    table: str
-    certain: bool = True
-    """False where only its counter grew, which others' packets may have done."""
-
-
-class HookCount(NamedTuple):
-    """How many of the trace's packets were seen at the first and the last place of a hook."""
-
-    hook: str
-    first: int
-    last: int
-    back: bool
-
-
-@dataclass(frozen=True, slots=True)
-class FilterFound:
-    """What the packet filter did to the packets of a trace."""
-
-    drops: tuple[Drop, ...] = ()
-    hooks: tuple[HookCount, ...] = ()
-    tables: tuple[str, ...] = ()
-    """Every table of others that may see packets of the mesh."""
-    suspects: tuple[Drop, ...] = ()
-    """Rules and policies of others that drop forwarded packets of some kind."""
-    blind: str = ""
-    """Why no packet could be followed through it; "" where it could."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.linux import filter_trace as filters
 from ovsmesh.ovs import switch_view
-from ovsmesh.trace import filters, names, taps
+from ovsmesh.trace import names, taps
 from ovsmesh.trace.types import Point
 from tests.support.kubestub import Stub
 from tests.unit.trace.test_places import MESH
@@ -82,7 +83,7 @@ TOKEN = b"tokentok"[:7]
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_socket_filter_takes_echoes_and_errors_of_the_trace_alone(version: int) -> None:
-    places = [14 + offset for offset in taps.offsets(version)]
+    places = [14 + offset for offset in filters.offsets(version)]
     program = taps._any_of(places, TOKEN[:4])
     for place in places:
         assert run(program, b"\0" * place + TOKEN)
@@ -92,7 +93,7 @@ def test_a_socket_filter_takes_echoes_and_errors_of_the_trace_alone(version: int
 
 @pytest.mark.parametrize(("protocol", "keyed", "header"), [("gre", False, 4), ("gre", True, 8), ("vxlan", True, 16)])
 def test_tunnel_packets_of_the_peer_are_told_from_others(protocol: str, keyed: bool, header: int) -> None:
-    form = taps.encapsulation(protocol, keyed, 4)
+    form = filters.encapsulation(protocol, keyed, 4)
     assert form.inner == 20 + header + 14
     peer = ip_address("192.0.2.12")
     number = 47 if protocol == "gre" else 17

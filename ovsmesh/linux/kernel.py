@@ -1,19 +1,22 @@
-"""Ask the kernel about one network namespace: links, addresses, policy rules, and the route that it really picks."""
+"""Ask the kernel what it has, what it is set to, and which way it would send a packet."""
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
+from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 
-from ovsmesh.linux import netlink_socket, rtnetlink
+from ovsmesh.errors import OvsmeshError
+from ovsmesh.linux import netlink_socket, rtnetlink, rtnetlink_parser
 from ovsmesh.linux import rtnetlink_encoder as encoder
 from ovsmesh.linux.netlink_socket import Message, NetlinkError, NetlinkSocket, attributes
-from ovsmesh.linux.rtnetlink import NeighbourEntry
+from ovsmesh.linux.rtnetlink import REFUSED_SOURCE, LinkFound, NeighbourEntry, PolicyRule, RouteFound
 from ovsmesh.linux.rtnetlink_parser import parse_address, parse_neighbour, parse_route
 from ovsmesh.mesh.types import IPAddress
-from ovsmesh.trace.types import REFUSED_SOURCE, LinkFound, PolicyRule, RouteFound
 
 _FIB_MATCH, _LOOKUP_TABLE = 0x2000, 0x1000
 """RTM_F_ flags of a request: the entry of the table, and which table."""
@@ -26,6 +29,42 @@ _INGRESS = 0xFFFFFFF2
 """TC_H_CLSACT, TC_H_MIN_INGRESS."""
 _PERMANENT = 0x80
 _FAILED = 0x20
+_UNICAST = 1
+"""RTN_UNICAST."""
+
+
+_OVS_DATAPATH = "ovs_datapath"
+"""The generic netlink family of the kernel datapath (<linux/openvswitch.h>)."""
+_PROC = Path("/proc/sys")
+
+
+def read_sysctls(keys: Iterable[str]) -> dict[str, str]:
+    """Return the values of those sysctls that this kernel has."""
+    found = {}
+    for key in keys:
+        try:
+            found[key] = (_PROC / key).read_text().strip()
+        except OSError:
+            continue
+    return found
+
+
+def write_sysctl(key: str, value: str) -> None:
+    """Set a sysctl. Raise OvsmeshError if the kernel does not have it or refuses the value."""
+    try:
+        (_PROC / key).write_text(value + "\n")
+    except OSError as error:
+        raise OvsmeshError(f"can't set sysctl {key} to {value}: {error.strerror}") from error
+
+
+def kernel_datapath() -> bool:
+    """Return whether this kernel has Open vSwitch's datapath. Asking loads its module, if there is one."""
+    with NetlinkSocket(netlink_socket.GENERIC) as sock:
+        try:
+            sock.request(encoder.get_genl_family(_OVS_DATAPATH), lambda reply: None)
+        except NetlinkError as error:
+            return error.errno not in (errno.ENOENT, errno.EOPNOTSUPP)
+    return True
 
 
 def _family(version: int) -> int:
@@ -225,3 +264,40 @@ def _word(code: int) -> str:
         19: "no such device",
     }
     return words.get(code, os.strerror(code))
+
+
+class PodRoutes:
+    """Asks the kernel where it would send packets of this node's pods. Not thread-safe.
+
+    Raises OSError without a netlink socket, OvsmeshError where pyroute2 does not fit.
+    """
+
+    def __init__(self) -> None:
+        self._requests = NetlinkSocket(netlink_socket.ROUTE)
+        for address in map(ip_address, ("192.0.2.1", "2001:db8::1")):
+            encoder.get_forwarding_route(address, address, 1)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._requests.close()
+
+    def astray(self, bridge: int, gateway: IPAddress, destination: IPAddress) -> str:
+        """Return where packets go that pods of this node send to a peer, if not to kbr0; "" where all is well.
+
+        `bridge` is kbr0's number, `gateway` this node's, `destination` the peer's. Also "" where the kernel can't be
+        asked.
+        """
+        found: list[netlink_socket.Message] = []
+        request = encoder.get_forwarding_route(destination, ip_address(int(gateway) + 1), bridge)
+        try:
+            self._requests.request(request, found.append)
+            kind, link = rtnetlink_parser.picked(found[0].payload)
+            if kind != _UNICAST:
+                return "nowhere (a route or a rule refuses them)"
+            return "" if link in (bridge, 0) else f"to {socket.if_indextoname(link)}"
+        except NetlinkError as error:
+            # what a policy rule or a route refuses, and what a kernel says that does not forward
+            refused = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EINVAL)
+            return f"nowhere ({os.strerror(error.errno or 0)})" if error.errno in refused else ""
+        except OSError:
+            return ""

@@ -13,12 +13,13 @@ import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from ovsmesh.dataplane.types import Drop, FilterFound, HookCount
 from ovsmesh.linux.nft_trace import PacketTrace, Pattern, Verdict
 from ovsmesh.text import printable
-from ovsmesh.trace.taps import Encapsulation, offsets
-from ovsmesh.trace.types import Drop, FilterFound, HookCount
 
+_ETHERNET = 14
 _TIMEOUT = 10.0
 """Seconds for one tool."""
 _LONGEST = 160
@@ -29,6 +30,31 @@ _LEGACY = {
 }
 _DROPS = re.compile(r"-j (DROP|REJECT|TARPIT|STEAL)\b")
 _COUNTED = re.compile(r"\[(\d+):\d+\]")
+
+
+class Encapsulation(NamedTuple):
+    """What stands before the inner IP packet, from the outer IP header on, in bytes."""
+
+    protocol: str
+    outer: int
+    """Of the outer IP header."""
+    header: int
+    """Of GRE, or UDP and VXLAN or Geneve."""
+
+    @property
+    def inner(self) -> int:
+        """Offset of the inner IP header from the outer one."""
+        return self.outer + self.header + _ETHERNET
+
+
+def encapsulation(protocol: str, keyed: bool, version: int) -> Encapsulation:
+    """Return how tunnel packets look. A GRE key takes four bytes more (RFC 2890)."""
+    return Encapsulation(protocol, 20 if version == 4 else 40, (8 if keyed else 4) if protocol == "gre" else 16)
+
+
+def offsets(version: int) -> tuple[int, int]:
+    """Return where the token stands in an echo packet, and in an ICMP error about one, from the IP header on."""
+    return (28, 56) if version == 4 else (48, 96)
 
 
 def patterns(version: int, token: bytes, form: Encapsulation | None) -> list[Pattern]:
