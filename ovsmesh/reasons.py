@@ -140,6 +140,9 @@ class Reason(StrEnum):
         "Load the module or install the tool that the message names.")
     FilterFailed = (auto(), _ERROR, "The filter rules could not be written. The agent tries again.",
         "Act on the kernel's words in the message.")
+    ForwardRefused = (auto(), _ERROR,
+        "A rule of others in the chain FORWARD refuses the mesh's packets before the accept rules of ovsmesh.",
+        "Run the command in the message, which opens it; or take that rule away.")
     ApplyFailed = (auto(), _ERROR, "A change failed. The agent tries again.",
         "Act on the kernel's or the switch's words in the message.")
     NotConverged = (auto(), _ERROR, "Changes were made and did not take effect. The agent tries again.",

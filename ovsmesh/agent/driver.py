@@ -123,6 +123,7 @@ class Driver:
             ipv6=Path("/proc/sys/net/ipv6").exists(),
             ra_links=self.net.ra_links(),
             forward_drop=self.firewall.forward_drop(),
+            exits=tuple(sorted({*self.net.exits(), *(underlay[:1] if underlay else ())})),
             cni=self.cni.facts(),
             docker=self.docker.wanted() if self.docker else "",
         )

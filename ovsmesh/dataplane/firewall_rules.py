@@ -129,11 +129,12 @@ def _nested_tag() -> dict[RuleKey, Rule]:
     return {("bridge", "prerouting", "spoof-nested-tag"): Rule(f'{IN_KBR} iifname != "{OBR}" {what} drop')}
 
 
-def _accept(tool: str, own: list[IPNetwork], cluster: list[IPNetwork]) -> dict[RuleKey, Rule]:
-    """Return the rules that let the mesh through Docker's FORWARD DROP.
+def _accept(tool: str, own: list[IPNetwork], cluster: list[IPNetwork], exits: Iterable[str]) -> dict[RuleKey, Rule]:
+    """Return the rules that let the mesh through a FORWARD that drops. They stand behind all others there.
 
     `mesh-in` names no source: a peer's host process may use its tunnel address, and what a peer or a pod uses as
-    its source is checked before (flows on obr0, the bridge table).
+    its source is checked before (flows on obr0, the bridge table). `leave` names the links out of this host: behind
+    a bridge of others are containers that only their owner opens to pods.
     """
     found = {}
     for n, mine in enumerate(own):
@@ -142,7 +143,8 @@ def _accept(tool: str, own: list[IPNetwork], cluster: list[IPNetwork]) -> dict[R
             pair = more + (f"-to-{m + 1}" if m else "")
             found[f"mesh-out{pair}"] = f"-i {KBR} -o {KBR} -s {mine} -d {theirs} -j ACCEPT"
         found[f"mesh-in{more}"] = f"-i {KBR} -o {KBR} -d {mine} -j ACCEPT"
-        found[f"leave{more}"] = f"-i {KBR} ! -o {KBR} -s {mine} -j ACCEPT"
+        for m, link in enumerate(exits):
+            found[f"leave{more}" + (f"-by-{m + 1}" if m else "")] = f"-i {KBR} -o {link} -s {mine} -j ACCEPT"
         found[f"return{more}"] = f"-o {KBR} -d {mine} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
     # what a peer sends to itself through this node shows it whether packets to the pods here are forwarded
     echo = "-p icmp -m icmp --icmp-type 8" if tool == IPTABLES[0] else "-p ipv6-icmp -m icmp6 --icmpv6-type 128"
@@ -165,7 +167,7 @@ def rules(mesh: Mesh, self_node: Node, facts: Facts) -> dict[RuleKey, Rule]:
         if own:
             found["inet", "postrouting", f"masquerade-v{version}"] = _masquerade(version, own, cluster)
         if tool in facts.forward_drop:
-            accept |= _accept(tool, own, cluster)
+            accept |= _accept(tool, own, cluster, facts.exits)
         spoof |= _spoof(version, own, cluster, self_node)
     every = found | _tunnel(mesh, self_node) | spoof | _nested_tag() | accept
     return supported(every, facts.firewall_missing)

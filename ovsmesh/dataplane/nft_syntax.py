@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any, NamedTuple
 
 from ovsmesh.dataplane.firewall_rules import CHAINS, SETS, Chain, digest
-from ovsmesh.dataplane.types import MARK, Rule, RuleKey
+from ovsmesh.dataplane.types import KBR, MARK, Rule, RuleKey
+from ovsmesh.mesh.types import IPNetwork
 
 _COMMENT = re.compile(r"([a-z0-9-]+) ([0-9a-f]{8})")
 _IPT_COMMENT = re.compile(rf"{MARK}:([a-z0-9-]+):([0-9a-f]{{8}})")
@@ -30,6 +31,8 @@ class Row(NamedTuple):
     """"" for an unmanaged rule."""
     spec: str = ""
     """iptables only: the rule as a line of iptables-save, without -A."""
+    ahead_of: str = ""
+    """iptables only: the first unmanaged rule that stands behind it and should stand before it."""
 
 
 @dataclass(slots=True)
@@ -42,6 +45,10 @@ class Table:
     sets: dict[str, set[str]] = field(default_factory=dict)
     drops: bool = False
     """iptables only: FORWARD has a policy other than ACCEPT, or unmanaged rules."""
+    policy: str = "ACCEPT"
+    """iptables only: that of FORWARD."""
+    filter: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
+    """iptables only: chain of the table "filter" → the words of its rules, in order; managed rules are empty."""
 
 
 def _element(item: Any) -> str:
@@ -83,24 +90,38 @@ def parse_nft(text: str) -> Table:
 
 
 def parse_iptables(text: str) -> Table:
-    """Parse the output of `iptables -S FORWARD`: its managed rules, and whether anything else in it may drop."""
+    """Parse the output of `iptables -S`: FORWARD's managed rules, what else is in it, and the chains that it calls."""
     table = Table(present=True)
-    rows = []
+    rows: list[Row] = []
     for line in text.splitlines():
-        if line.startswith("-P "):
-            table.drops = table.drops or not line.endswith(" ACCEPT")
-        elif line.startswith("-A FORWARD "):
-            try:
-                words = shlex.split(line)
-            except ValueError:
-                words = []
-            managed = next((m for w in words if (m := _IPT_COMMENT.fullmatch(w))), None)
-            if managed:
-                rows.append(Row("FORWARD", managed[1], managed[2], line[3:]))
-            else:
-                table.drops = True
+        kind, chain, *_ = [*line.split(maxsplit=2), "", ""]
+        if kind == "-P" and chain == "FORWARD":
+            table.policy = line.split()[-1]
+        if kind == "-N":
+            table.filter.setdefault(chain, [])
+        if kind != "-A":
+            continue
+        try:
+            words = shlex.split(line)[2:]
+        except ValueError:
+            words = ["-m", "unreadable"]
+        managed = next((m for w in words if (m := _IPT_COMMENT.fullmatch(w))), None) if chain == "FORWARD" else None
+        table.filter.setdefault(chain, []).append(() if managed else tuple(words))
+        if managed:
+            rows.append(Row("FORWARD", managed[1], managed[2], line[3:]))
+        elif chain == "FORWARD" and not _stays_last(words):
+            rows = [row if row.ahead_of else row._replace(ahead_of=line) for row in rows]
+    table.drops = table.policy != "ACCEPT" or any(table.filter.get("FORWARD", ()))
     table.rows = tuple(rows)
     return table
+
+
+def _stays_last(words: Sequence[str]) -> bool:
+    """Return whether a rule may stand behind the managed ones: it accepts marked packets, as Calico's does.
+
+    Calico keeps that rule at the end of FORWARD, as ovsmesh keeps its own: the two would take turns for ever.
+    """
+    return "mark" in words and list(words[-2:]) == ["-j", "ACCEPT"]
 
 
 def sets_used(texts: Iterable[str]) -> list[str]:
@@ -165,7 +186,134 @@ def iptables_rule(key: RuleKey, rule: Rule) -> str:
 
 
 def iptables_script(table: Table, wanted: Mapping[RuleKey, Rule]) -> str:
-    """Return input for iptables-restore that replaces the managed rules in FORWARD by the wanted ones, at its top."""
+    """Return input for iptables-restore that replaces the managed rules in FORWARD by the wanted ones, at its end.
+
+    There they stand behind every rule and chain of others, who may so refuse the mesh's packets.
+    """
     lines = ["*filter", *(f"-D {row.spec}" for row in table.rows)]
-    lines += [f"-I FORWARD {n} {iptables_rule(key, rule)}" for n, (key, rule) in enumerate(wanted.items(), 1)]
+    lines += [f"-A FORWARD {iptables_rule(key, rule)}" for key, rule in wanted.items()]
     return "\n".join([*lines, "COMMIT", ""])
+
+
+# What others refuse in FORWARD, before the managed rules
+
+
+class ClosingRule(NamedTuple):
+    """The rule of others that refuses packets of the mesh. `number` 0 is the policy of the chain."""
+
+    chain: str
+    number: int
+    words: tuple[str, ...]
+
+
+_ICMP = ("icmp", "ipv6-icmp")
+_PROTOCOLS = ("tcp", "udp", "icmp")
+_JUMPS = ("-j", "-g")
+_REFUSES = ("DROP", "REJECT")
+
+
+def refusal(table: Table, own: IPNetwork | None, cluster: IPNetwork | None, policy: bool = False) -> ClosingRule | None:
+    """Return what refuses all new packets of some kind between `own` and `cluster` from kbr0 to kbr0, None for nothing.
+
+    A kind is a protocol in one of the two directions. A rule that may or may not match, as one about ports or marks,
+    counts as one that does not. With `policy`, the policy of FORWARD counts too: no managed rules are in this table.
+    """
+    for source, target in ((own, cluster), (cluster, own)):
+        for protocol in _PROTOCOLS:
+            found = _walk(table, "FORWARD", _Packet(source, target, protocol), 0)
+            if isinstance(found, ClosingRule):
+                return found
+            if not found and policy and table.policy != "ACCEPT":
+                return ClosingRule("FORWARD", 0, (table.policy,))
+    return None
+
+
+class _Packet(NamedTuple):
+    """A kind of packet; addresses of None may be any."""
+
+    source: IPNetwork | None
+    target: IPNetwork | None
+    protocol: str
+
+
+_MOST_JUMPS = 16
+
+
+def _walk(table: Table, chain: str, packet: _Packet, depth: int) -> ClosingRule | bool:
+    """Return what a chain does to a packet: who refuses it, True where it is accepted, False where it goes on."""
+    for number, words in enumerate(table.filter.get(chain, ()), 1):
+        at = next((n for n, word in enumerate(words[:-1]) if word in _JUMPS), None)
+        if at is None or not _matches(words[:at], packet):
+            continue
+        target = words[at + 1]
+        if target in _REFUSES:
+            return ClosingRule(chain, number, words)
+        if target in ("ACCEPT", "NFQUEUE", "QUEUE"):
+            return True
+        if target == "RETURN":
+            return False
+        if target in table.filter and depth < _MOST_JUMPS:
+            found = _walk(table, target, packet, depth + 1)
+            if found or words[at] == "-g":
+                return found
+    return False
+
+
+def _matches(words: Sequence[str], packet: _Packet) -> bool:
+    """Return whether a match is sure to apply to all packets of this kind, as the first of their connection."""
+    rest = list(words)
+    while rest:
+        inverted = rest[0] == "!"
+        if inverted:
+            rest.pop(0)
+        option, *rest = rest or [""]
+        if option == "-m":
+            rest = rest[1:]
+            continue
+        value, *rest = rest or [""]
+        if option == "--comment":
+            continue
+        if option in ("-i", "-o"):
+            hit: bool | None = value == KBR or (value.endswith("+") and KBR.startswith(value[:-1]))
+        elif option in ("-s", "-d"):
+            hit = _covers(value, packet.source if option == "-s" else packet.target)
+        elif option == "-p":
+            hit = value == packet.protocol or (value in _ICMP and packet.protocol == "icmp") or value == "all"
+        elif option in ("--ctstate", "--state"):
+            hit = "NEW" in value.split(",")
+        else:
+            return False
+        if hit is None or hit is inverted:
+            return False
+    return True
+
+
+def _covers(text: str, inner: IPNetwork | None) -> bool | None:
+    """Return whether a range holds all of another, False for none of it, None for a part."""
+    try:
+        outer = ip_network(text, strict=False)
+    except ValueError:
+        return None
+    if inner is None or outer.version != inner.version:
+        return None
+    if outer.overlaps(inner):
+        return True if inner.subnet_of(outer) else None  # type: ignore[arg-type]
+    return False
+
+
+def opening(tool: str, found: ClosingRule) -> str:
+    """Return what opens the way for the mesh, for the reader."""
+    if found.number == 0:
+        return f"`{tool} -A FORWARD -i {KBR} -o {KBR} -j ACCEPT`"
+    if found.chain.startswith("ufw"):
+        return f"`ufw route allow in on {KBR} out on {KBR}`"
+    docker = found.chain == "FORWARD" or (found.chain.startswith("DOCKER") and found.chain != "DOCKER-USER")
+    if docker and found.words == ("-i", KBR, "-o", KBR, "-j", "DROP"):
+        return (
+            f"take `icc: false` out of Docker's daemon.json and restart Docker; or, until then, {_insert(tool, found)}"
+        )
+    return _insert(tool, found)
+
+
+def _insert(tool: str, found: ClosingRule) -> str:
+    return f"`{tool} -I {found.chain} {found.number} -i {KBR} -o {KBR} -j ACCEPT`"

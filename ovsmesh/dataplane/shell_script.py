@@ -112,9 +112,11 @@ def _rules(want: Dataplane) -> list[str]:
         if rules:
             lines += _input("nft -f -", _indented(table_script(family, rules, want.filter_peers)))
     for tool in IPTABLES:
-        for n, (key, rule) in enumerate(rules_of(tool, want.rules).items(), 1):
+        for key, rule in rules_of(tool, want.rules).items():
             spec = iptables_rule(key, rule)
-            lines.append(f"{tool} -w 5 -C FORWARD {spec} 2>/dev/null || {tool} -w 5 -I FORWARD {n} {spec}")
+            # at the end, behind the rules of others, also where it was there before
+            lines.append(f"{tool} -w 5 -D FORWARD {spec} 2>/dev/null || :")
+            lines.append(f"{tool} -w 5 -A FORWARD {spec}")
     return lines
 
 

@@ -65,6 +65,8 @@ class Facts:
     """Links whose IPv6 default route came from a router advertisement."""
     forward_drop: tuple[str, ...] = ()
     """"iptables" and/or "ip6tables": whose FORWARD chain holds rules or a policy that may drop."""
+    exits: tuple[str, ...] = ()
+    """Links by which packets leave this host; bridges of others are none of them."""
     firewall_missing: tuple[str, ...] = ()
     """What this host's packet filter is known not to support; see firewall_rules.supported."""
     cni: CniFacts | None = None

@@ -6,6 +6,7 @@ Ownership is told by the marks in the entries. It opens no socket.
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Iterable
@@ -25,6 +26,10 @@ _RELEASED_SECONDS = 2.0
 _TUNNELS = frozenset(TUNNEL_LINKS.values())
 _NOTED = 4096
 """Changes of which it is noted who made them, until the next drift."""
+_NO_EXITS = ("bridge", "dummy")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]*")
+"""A link's name that a filter rule may hold: the kernel allows quotes, and iptables takes a + for any end."""
+_LINK_LOCAL = ("fe80:", "169.254.")
 _OVS_KINDS = ("openvswitch", "tun")
 """Kind of obr0: with the kernel datapath, with the userspace datapath."""
 
@@ -60,6 +65,8 @@ class RtnetlinkCache:
         self.routes: dict[RouteKey, Route] = {}
         self._unmanaged_routes: dict[tuple[str, int, int], str] = {}
         self._ra_links: set[int] = set()
+        self._defaults: set[tuple[str, int, int]] = set()
+        """Default routes: destination, metric and link."""
         self.neighbours: dict[str, str] = {}
         self.fdb: dict[str, str] = {}
         self.partial_links.clear()
@@ -126,6 +133,7 @@ class RtnetlinkCache:
             # the kernel reports the new route only, not the end of the one that it replaces
             self.routes.pop(key, None)
             self._unmanaged_routes = {k: text for k, text in self._unmanaged_routes.items() if k[:2] != key}
+            self._defaults = {default for default in self._defaults if default[:2] != key}
             self.changed = True
         if entry.protocol == PROTOCOL:
             if added:
@@ -136,6 +144,10 @@ class RtnetlinkCache:
                 self.routes.pop(key, None)
             self.changed = True
             return
+        if entry.dst in ("0.0.0.0/0", "::/0"):
+            default = (entry.dst, entry.metric, entry.oif)
+            (self._defaults.add if added else self._defaults.discard)(default)
+            self.changed = True
         if entry.protocol == _RA and entry.dst == "::/0":
             (self._ra_links.add if added else self._ra_links.discard)(entry.oif)
             self.changed = True
@@ -317,6 +329,17 @@ class RtnetlinkCache:
     def ra_links(self) -> tuple[str, ...]:
         """Return the links whose IPv6 default route came from a router advertisement."""
         return tuple(sorted(self.links[index].name for index in self._ra_links if index in self.links))
+
+    def exits(self) -> tuple[str, ...]:
+        """Return the links by which packets leave this host: those with an address or a default route.
+
+        A bridge with addresses alone is none of them: containers or virtual machines of others are behind it.
+        """
+        with_address = {index for a, index in self._addresses if not a.startswith(_LINK_LOCAL)}
+        addressed = [link for i in with_address if (link := self.links.get(i)) and link.kind not in _NO_EXITS]
+        routed = [link for *_, i in self._defaults if (link := self.links.get(i))]
+        names = {link.name for link in (*addressed, *routed)}
+        return tuple(sorted(name for name in names - {"lo", KBR, OBR} if _PLAIN_NAME.fullmatch(name)))
 
     def addresses_of(self, name: str) -> tuple[str, ...]:
         """Return all addresses of a link, managed or not."""

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +25,10 @@ from ovsmesh.dataplane.nft_syntax import (
     by_chain,
     element_changes,
     iptables_script,
+    opening,
     parse_iptables,
     parse_nft,
+    refusal,
     rules_of,
     sets_used,
     table_script,
@@ -33,6 +37,7 @@ from ovsmesh.dataplane.nft_syntax import (
 from ovsmesh.dataplane.types import MARK, Rule, RuleKey
 from ovsmesh.errors import Problem
 from ovsmesh.linux.nft_monitor import ALL_TOOLS, NftMonitor, holders
+from ovsmesh.mesh.types import IPNetwork
 from ovsmesh.reasons import Reason
 
 _TIMEOUT = 10.0
@@ -50,6 +55,10 @@ _CONSEQUENCE = {
     "iptables": "rules in FORWARD may drop the mesh's packets",
     "ip6tables": "rules in FORWARD may drop the mesh's IPv6 packets",
 }
+
+
+Ranges = tuple[tuple[IPNetwork | None, IPNetwork | None], ...]
+"""Each of this node's ranges beside each range of the mesh."""
 
 
 class Filters(NamedTuple):
@@ -101,6 +110,12 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"/dev/stdin:[0-9:-]+ ", "", line)
 
 
+def _ranges(rules: Mapping[RuleKey, Rule]) -> Ranges:
+    """Return the ranges that the wanted accept rules of a tool are about."""
+    texts = [rule.text.split() for key, rule in rules.items() if key[2].startswith("mesh-out")]
+    return tuple((ip_network(t[t.index("-s") + 1]), ip_network(t[t.index("-d") + 1])) for t in texts)
+
+
 class Firewall:
     """The filter rules of this network namespace. Not thread-safe.
 
@@ -119,6 +134,10 @@ class Firewall:
         self._unreadable: set[str] = set()
         """Families that could not be parsed at the last reading: written again once, then reported."""
         self._legacy: dict[str, bool] = {}
+        self._brothers: dict[str, Table] = {}
+        """iptables-legacy and ip6tables-legacy, where the kernel has their rules beside those of the tools in use."""
+        self._walked: dict[str, tuple[Table, Ranges, Problem | None]] = {}
+        """Tool → what was last looked for refusals, and what was found."""
         self._peers: dict[str, str] = {}
         self.changed_by = ""
         """The process that changed a table last, as far as the kernel tells."""
@@ -190,7 +209,15 @@ class Firewall:
         # asking iptables-legacy would load its modules
         if self._legacy[tool] and not _legacy_filter(tool):
             return Table(present=True)
-        return parse_iptables(_run([tool, "-w", _LOCK_WAIT, "-S", "FORWARD"]))
+        self._brothers.pop(tool, None)
+        brother = f"{tool}-legacy"
+        if not self._legacy[tool] and _legacy_filter(tool) and not _not_installed(brother):
+            self._brothers[tool] = parse_iptables(_run([brother, "-w", _LOCK_WAIT, "-S"]))
+        try:
+            return parse_iptables(_run([tool, "-w", _LOCK_WAIT, "-S"]))
+        except _Failed:
+            # it refuses to show a table with a chain that only nft can show
+            return parse_iptables(_run([tool, "-w", _LOCK_WAIT, "-S", "FORWARD"]))
 
     def _refresh(self) -> None:
         self._take_changes()
@@ -237,13 +264,15 @@ class Firewall:
                     text = "unmanaged, in a managed table"
                 elif tool in NFT and table.chains.get(row.chain) != CHAINS.get((tool, row.chain)):
                     text = f"digest {row.digest}, in a chain with another hook"
+                elif row.ahead_of:
+                    text = f"in front of: {row.ahead_of}"
                 elif rule and digest(key, rule) == row.digest:
                     text = rule.text
                 else:
                     text = f"digest {row.digest}"
                 found[key] = Rule(text)
         ordered = dict(sorted(found.items(), key=lambda item: order.get(item[0][:2], len(order))))
-        return Filters(ordered, self._peers or self._observed_peers(), self._problems())
+        return Filters(ordered, self._peers or self._observed_peers(), self._problems(want))
 
     def _observed_peers(self) -> dict[str, str]:
         holders = [self._tables[family].sets for family in NFT if self._tables[family].sets]
@@ -255,7 +284,33 @@ class Firewall:
                 self._peers |= dict.fromkeys(set.union(*held) - common, f"{name} (not in each table)")
         return self._peers
 
-    def _problems(self) -> tuple[Problem, ...]:
+    def _refusals(self, want: Mapping[RuleKey, Rule]) -> Iterator[Problem]:
+        """Yield which rules of others refuse the mesh's packets before the managed rules are asked."""
+        for tool in IPTABLES:
+            ranges = _ranges(rules_of(tool, want))
+            if ranges:
+                yield from self._refused_by(tool, self._tables[tool], ranges)
+            if tool in self._brothers:
+                yield from self._refused_by(f"{tool}-legacy", self._brothers[tool], ranges or ((None, None),), True)
+
+    def _refused_by(self, tool: str, table: Table, ranges: Ranges, policy: bool = False) -> Iterator[Problem]:
+        known = self._walked.get(tool)
+        if known is None or known[0] is not table or known[1] != ranges:
+            found = next(filter(None, (refusal(table, own, cluster, policy) for own, cluster in ranges)), None)
+            problem = None
+            if found:
+                number, chain, words = found.number, found.chain, shlex.join(found.words)
+                what = f"rule {number} of chain {chain} (`{words}`)" if number else f"policy {words} of chain {chain}"
+                text = (
+                    f"{what} refuses packets between this node's pods and its peers'. The rules of ovsmesh stand "
+                    f"behind those of others and do not come to it. To let them through: {opening(tool, found)}"
+                )
+                problem = Problem(Reason.ForwardRefused, text, field=tool)
+            self._walked[tool] = known = (table, ranges, problem)
+        if known[2]:
+            yield known[2]
+
+    def _problems(self, want: Mapping[RuleKey, Rule]) -> tuple[Problem, ...]:
         lacking = [
             Problem(Reason.FilterUnavailable, f"{_CONSEQUENCE[what]} ({why})", field=what)
             for what, why in self._missing.items()
@@ -268,7 +323,7 @@ class Firewall:
             )
             for tool, (_, why) in self._refused.items()
         ]
-        return (*lacking, *refused)
+        return (*lacking, *refused, *self._refusals(want))
 
     def unseen(self) -> list[str]:
         """Return why there may be managed rules that can't be read: a text for each tool that does not work.
@@ -403,7 +458,8 @@ class Firewall:
 
     def _apply_iptables(self, tool: str, wanted: Mapping[RuleKey, Rule]) -> None:
         table = self._tables[tool]
-        if [row[:3] for row in table.rows] == [(k[1], k[2], digest(k, r)) for k, r in wanted.items()]:
+        same = [row[:3] for row in table.rows] == [(k[1], k[2], digest(k, r)) for k, r in wanted.items()]
+        if same and not any(row.ahead_of for row in table.rows):
             return
         command = [f"{tool}-restore", "-w", _LOCK_WAIT, "--noflush"]
         self._write(tool, command, iptables_script(table, wanted))

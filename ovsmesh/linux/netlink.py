@@ -136,6 +136,11 @@ class Netlink:
         link = self.cache.link_with_address(address)
         return None if link is None else (link.name, link.mtu)
 
+    def exits(self) -> tuple[str, ...]:
+        """Return the links by which packets leave this host, see RtnetlinkCache.exits."""
+        self._read()
+        return self.cache.exits()
+
     def ra_links(self) -> tuple[str, ...]:
         """Return the links whose IPv6 default route came from a router advertisement."""
         return self.cache.ra_links()

@@ -49,11 +49,12 @@ def test_golden_dual_stack() -> None:
 
 
 def test_golden_docker() -> None:
-    found = rules(MESH, ME, Facts(forward_drop=("iptables",)))
+    found = rules(MESH, ME, Facts(forward_drop=("iptables",), exits=("eth0", "wg0")))
     assert [line for line in shown(found) if line.startswith("ip")] == [
         "iptables FORWARD mesh-out: -i kbr0 -o kbr0 -s 10.97.1.0/24 -d 10.97.0.0/16 -j ACCEPT",
         "iptables FORWARD mesh-in: -i kbr0 -o kbr0 -d 10.97.1.0/24 -j ACCEPT",
-        "iptables FORWARD leave: -i kbr0 ! -o kbr0 -s 10.97.1.0/24 -j ACCEPT",
+        "iptables FORWARD leave: -i kbr0 -o eth0 -s 10.97.1.0/24 -j ACCEPT",
+        "iptables FORWARD leave-by-2: -i kbr0 -o wg0 -s 10.97.1.0/24 -j ACCEPT",
         "iptables FORWARD return: -o kbr0 -d 10.97.1.0/24 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
         "iptables FORWARD mesh-probe: -i kbr0 -o kbr0 -s 10.97.0.0/16 -d 10.97.0.0/16"
         " -p icmp -m icmp --icmp-type 8 -j ACCEPT",
@@ -98,7 +99,9 @@ def test_overlapping_ranges_are_merged() -> None:
 def test_several_ranges_have_names_of_their_own() -> None:
     me = replace(ME, pod_cidrs=(ip_network("10.97.1.0/24"), ip_network("10.98.1.0/24")))
     mesh = replace(MESH, cluster_cidrs=(ip_network("10.97.0.0/16"), ip_network("10.98.0.0/16")))
-    names = [key[2] for key in rules(mesh, me, Facts(forward_drop=("iptables",))) if key[0] == "iptables"]
+    names = [
+        key[2] for key in rules(mesh, me, Facts(forward_drop=("iptables",), exits=("eth0",))) if key[0] == "iptables"
+    ]
     assert names == [
         *("mesh-out", "mesh-out-to-2", "mesh-in", "leave", "return"),
         *("mesh-out-2", "mesh-out-2-to-2", "mesh-in-2", "leave-2", "return-2"),

@@ -36,7 +36,9 @@ def test_rules_for_docker_are_put_in_once() -> None:
     facts = dataclasses.replace(FACTS, forward_drop=("iptables",))
     text = render(want(first(2), facts=facts), "node web1")
     lines = [line for line in text.splitlines() if line.startswith("iptables ")]
-    assert len(lines) == 5 and all(" -C FORWARD " in line and " || iptables -w 5 -I FORWARD " in line for line in lines)
+    gone, added = lines[::2], lines[1::2]
+    assert gone == [line.replace(" -A FORWARD ", " -D FORWARD ") + " 2>/dev/null || :" for line in added]
+    assert len(added) == 4 and all(" -A FORWARD " in line for line in added), "behind the rules of others"
     assert "for tool in ip bridge sysctl ovs-vsctl ovs-ofctl nft iptables;" in text
 
 

@@ -288,10 +288,10 @@ class TestIptables:
         assert converge(firewall, desired(facts=facts))
         assert not converge(firewall, desired(facts=facts))
         lines = subprocess.run(["iptables", "-S", "FORWARD"], text=True, capture_output=True, check=True).stdout
-        assert "ovsmesh:mesh-out" in lines.splitlines()[1] and lines.splitlines()[-1].endswith("docker0 -j ACCEPT")
+        assert "ovsmesh:mesh-out" in lines.splitlines()[2] and lines.splitlines()[1].endswith("docker0 -j ACCEPT")
         assert firewall.forward_drop() == facts.forward_drop
 
-        sh("iptables -D FORWARD 2", "iptables -D FORWARD 1")
+        sh("iptables -D FORWARD 3", "iptables -D FORWARD 2")
         assert firewall.drain() == (variant == "nft")
         firewall.resync()
         assert converge(firewall, desired(facts=facts))
