@@ -55,7 +55,8 @@ class Reason(StrEnum):
         "Set `address` in the file. On Kubernetes, give the Node an InternalIP or the annotation "
         "`ovsmesh.io/tunnel-address`.")
     AddressInvalid = auto(), _ERROR, "A tunnel address is not a usable IP address.", "Correct it."
-    AddressConflict = (auto(), _ERROR, "Two nodes have one tunnel address. The older one keeps it.",
+    AddressConflict = (auto(), _ERROR,
+        "Two nodes have one tunnel address. The one that has it in the mesh keeps it, else the older.",
         "Give the other node its own address.")
     AddressFamilyMismatch = (auto(), _ERROR,
         "A peer's tunnel address is IPv6 and this node's is IPv4, or the other way round.",
@@ -66,7 +67,8 @@ class Reason(StrEnum):
     PodCIDRInvalid = auto(), _ERROR, "A pod CIDR is not a range, or has host bits set.", "Correct it."
     PodCIDROutside = (auto(), _ERROR, "A pod CIDR is outside the cluster CIDRs.",
         "Renumber the node, or widen `clusterCIDRs`.")
-    PodCIDRConflict = (auto(), _ERROR, "The pod CIDRs of two nodes overlap. The older node keeps its own.",
+    PodCIDRConflict = (auto(), _ERROR,
+        "The pod CIDRs of two nodes overlap. The one that has them in the mesh keeps them, else the older.",
         "Renumber the other node.")
     PodCIDRsExhausted = (auto(), _ERROR, "The controller has no free pod CIDR left.",
         "Widen `clusterCIDRs`, or raise `nodeSubnetLength`.")

@@ -1,20 +1,23 @@
 """Who is a member of a mesh in Kubernetes: Nodes and static members in, mesh nodes and refusals out.
 
-Of two that want one thing the older keeps it: creationTimestamp, then uid. A static member that the slices
-hold already counts as older than any Node, a new one as younger. Pure.
+Of two that want one thing, the one keeps it that the slices hold with it already; else the older does:
+creationTimestamp, then uid. A new static member counts as younger than any Node. Pure.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from ipaddress import ip_address
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.conflicts import add_text, keep_last_good, settle
-from ovsmesh.mesh.types import Mesh, Node
-from ovsmesh.mesh.validation import validate_node
+from ovsmesh.mesh.types import IPAddress, Mesh, Node
+from ovsmesh.mesh.validation import is_address, validate_node
 from ovsmesh.names import GROUP
 from ovsmesh.reasons import Reason
 
@@ -128,18 +131,51 @@ def family(nodes: Iterable[NodeView], static: Iterable[Node], held: Iterable[Nod
     return 6 if now.count(6) > now.count(4) else 4
 
 
-def _address(view: NodeView, version: int) -> str | Problem:
-    """Return the tunnel address that a Node asks for, else its first InternalIP of this version."""
-    if view.asked:
-        return view.asked
-    for text in view.addresses:
-        if _version(text) == version:
-            return text
-    if not view.addresses:
-        message = "has no InternalIP: the kubelet has not told any yet, or its cloud provider has not; or annotate it "
-        return Problem(Reason.AddressMissing, f"{message}with {ADDRESS}", view.name)
-    message = f"has no IPv{version} InternalIP, which the other nodes use (only {', '.join(view.addresses)}): "
-    return Problem(Reason.AddressMissing, f"{message}give it one, or annotate it with {ADDRESS}", view.name)
+class _Addresses:
+    """Which member has which address, and how many Nodes list it; filled as addresses are chosen."""
+
+    def __init__(self, views: Iterable[NodeView], members: Iterable[Node], clusters: tuple[str, ...]) -> None:
+        self._clusters = clusters
+        self._taken = {node.address: node.uid for node in members}
+        self._listed = Counter(address for view in views for text in view.addresses if (address := _parsed(text)))
+
+    def choose(self, view: NodeView, version: int) -> str | Problem:
+        """Return the tunnel address of a Node: the one that it asks for, else one of its InternalIPs of this version.
+
+        Its address of before comes first, then one that no other Node lists, then one that no other has; of equal
+        ones the first. So no tunnel moves with a virtual address (kube-vip, keepalived), or with the order of a
+        Node's addresses.
+        """
+        if view.asked:
+            return view.asked
+        own = [text for text in view.addresses if _version(text) == version]
+        if own:
+            return own[0] if len(own) == 1 else min(own, key=lambda text: self._rank(text, view.uid))
+        if not view.addresses:
+            message = "has no InternalIP: the kubelet has not told any yet, or its cloud provider has not; or annotate "
+            return Problem(Reason.AddressMissing, f"{message}it with {ADDRESS}", view.name)
+        message = f"has no IPv{version} InternalIP, which the other nodes use (only {', '.join(view.addresses)}): "
+        return Problem(Reason.AddressMissing, f"{message}give it one, or annotate it with {ADDRESS}", view.name)
+
+    def take(self, node: Node) -> None:
+        """Enter the address of a member, unless another one has it."""
+        self._taken.setdefault(node.address, node.uid)
+
+    def _rank(self, text: str, uid: str) -> int:
+        if is_address(text, self._clusters):
+            address = ip_address(text)
+            if address in self._taken:
+                return 0 if self._taken[address] == uid else 3
+            return 1 if self._listed[address] == 1 else 2
+        return 4  # such as a link-local one
+
+
+@lru_cache(maxsize=16384)
+def _parsed(text: str) -> IPAddress | None:
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None
 
 
 # ---------------------------------------------------------------- members
@@ -174,23 +210,33 @@ def membership_of(
     clusters = tuple(map(str, mesh.cluster_cidrs))
     views = {view.name: view for view in nodes if not view.excluded}
     before = {node.name: node for node in held}
+    # what a Node of the same name had that is gone is free
+    same = {name: node for name, node in before.items() if node.uid == (views[name].uid if name in views else "")}
     version = family(views.values(), mesh.nodes, held)
+    addresses = _Addresses(views.values(), same.values(), clusters)
     ages: list[tuple[_Age, Node]] = []
     refused: dict[str, Problem] = {}
-    for view in views.values():
-        found = _validated(view, version, clusters, unallocated)
+    for view in sorted(views.values(), key=attrgetter("created", "uid")):
+        found = _validated(view, addresses.choose(view, version), clusters, unallocated)
         if isinstance(found, Node):
             ages.append(((1, view.created, view.uid), found))
+            addresses.take(found)
         else:
             refused[view.name] = found
     for place, node in enumerate(mesh.nodes):
         ages.append(((0 if before.get(node.name) == node else 2, f"{place:06d}", ""), node))
     ages.sort(key=lambda item: item[0])
-    good, conflicts = settle([node for _, node in ages])
+    wanted = [node for _, node in ages]
+    good, conflicts = settle(wanted, same)
+    if conflicts:
+        # again from the outcome, so that the next pass, which finds it in the slices, says the same of the others
+        good, conflicts = settle(wanted, {node.name: node for node in good})
     lost: list[Problem] = []
     static = {node.name for node in mesh.nodes}
     for conflict in conflicts:
-        problem = add_text(conflict.problem, f", which is older: {_ADVICE[conflict.problem.reason]}")
+        older = ages[conflict.winner][0] < ages[conflict.loser][0]
+        why = "which is older" if older else "which has it"
+        problem = add_text(conflict.problem, f", {why}: {_ADVICE[conflict.problem.reason]}")
         if ages[conflict.loser][0][0] == 1:
             refused[problem.node] = problem
         else:
@@ -201,14 +247,13 @@ def membership_of(
 
 
 def _validated(
-    view: NodeView, version: int, clusters: tuple[str, ...], unallocated: Mapping[str, Problem]
+    view: NodeView, address: str | Problem, clusters: tuple[str, ...], unallocated: Mapping[str, Problem]
 ) -> Node | Problem:
     if not view.pod_cidrs:
         if view.name in unallocated:
             return unallocated[view.name]
         message = "has no spec.podCIDRs: let kube-controller-manager assign them (--allocate-node-cidrs), "
         return Problem(Reason.PodCIDRMissing, f"{message}or set allocatePodCIDRs in the Mesh", view.name)
-    address = _address(view, version)
     if isinstance(address, Problem):
         return address
     zone = view.zone if len(view.zone) <= 253 else ""
@@ -226,12 +271,8 @@ def _keep(
     views: Mapping[str, NodeView],
     clusters: tuple[str, ...],
 ) -> tuple[list[Node], dict[str, Problem]]:
-    """Add to `good` the last good entries of Nodes that are refused for what they say of themselves."""
-    again = [
-        before[name]
-        for name, problem in refused.items()
-        if name in before and before[name].uid == views[name].uid and problem.reason not in _ADVICE
-    ]
+    """Add to `good` the last good entries of Nodes that are refused."""
+    again = [before[name] for name in refused if name in before and before[name].uid == views[name].uid]
     kept = keep_last_good(good, again, clusters) if again else []
     names = {node.name for node in kept}
     problems: dict[str, Problem] = {}

@@ -172,6 +172,16 @@ def _address(name: str, text: str, clusters: tuple[str, ...]) -> IPAddress:
     return address
 
 
+@lru_cache(maxsize=16384)
+def is_address(text: str, clusters: tuple[str, ...]) -> bool:
+    """Return whether a node may have this tunnel address, beside these cluster CIDRs."""
+    try:
+        _address("", text, clusters)
+    except Refusal:
+        return False
+    return True
+
+
 def _inside(name: str, field: str, text: str, mine: Range, clusters: tuple[str, ...]) -> None:
     networks, ranges = clusters_of(clusters)
     if not ranges or any(

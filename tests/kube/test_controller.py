@@ -40,6 +40,26 @@ def test_members_come_change_and_leave(kube: Cluster, controller: Process) -> No
     kube.until_members("web1", "web2")
 
 
+def test_a_virtual_address_that_fails_over_moves_no_tunnel(kube: Cluster, controller: Process) -> None:
+    """kube-vip: web1 joined by it and is dead, so its list stays as it is; then web2 lists it, first and alone."""
+    kube.add(mesh())
+    kube.add(node("web1", "192.0.2.100", "10.97.1.0/24"))
+    kube.readdress("web1", "192.0.2.100", "192.0.2.1")
+    time.sleep(1.1)  # creationTimestamp has seconds
+    kube.add(node("web2", "192.0.2.2", "10.97.2.0/24"))
+    kube.until_members("web1", "web2")
+    before = kube.members()
+    kube.report("web2", True)
+    for addresses in (["192.0.2.100", "192.0.2.2"], ["192.0.2.100"]):
+        kube.readdress("web2", *addresses)
+        time.sleep(1.0)  # whatever the controller does to it, it has done by then
+        assert kube.members() == before
+    eventually(lambda: "AddressConflict" in kube.events("web2"))
+    kube.readdress("web2", "192.0.2.100", "192.0.2.2")
+    kube.readdress("web1", "192.0.2.1")
+    eventually(lambda: [e["address"] for e in kube.members().values()] == ["192.0.2.1", "192.0.2.2"])
+
+
 def test_a_node_made_again_is_another(kube: Cluster, controller: Process) -> None:
     three(kube)
     before = kube.members()["web2"]

@@ -72,8 +72,8 @@ class Cluster:
     def change(self, name: str, body: Object, kind: str = MERGE) -> Object:
         return self.api.patch(f"{NODES}/{name}", body, kind)
 
-    def readdress(self, name: str, address: str) -> None:
-        status = {"status": {"addresses": [{"type": "InternalIP", "address": address}]}}
+    def readdress(self, name: str, *addresses: str) -> None:
+        status = {"status": {"addresses": [{"type": "InternalIP", "address": address} for address in addresses]}}
         self.api.patch(f"{NODES}/{name}/status", status, MERGE)
 
     def report(

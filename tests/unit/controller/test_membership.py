@@ -127,6 +127,90 @@ def test_a_node_that_turns_bad_keeps_its_last_good_entry() -> None:
     assert names(found) == ["web1", "web3"] and found.problems["web2"].fatal
 
 
+VIP = "192.0.2.100"
+
+
+def at(found: Membership) -> dict[str, str]:
+    return {entry.name: str(entry.address) for entry in found.members}
+
+
+def test_a_virtual_address_that_fails_over_throws_nobody_out() -> None:
+    """kube-vip: the older Node is dead and lists the address still; the living one lists it too, and first."""
+    alone = of(view(1, addresses=(VIP, "192.0.2.1")), view(2))
+    assert at(alone) == {"web1": VIP, "web2": "192.0.2.2"}
+    both = [view(n, addresses=(VIP, f"192.0.2.{n}")) for n in (1, 2)]
+    found = of(*both, held=alone.members)
+    assert found.members == alone.members and not found.problems
+    # the dead one comes back without it
+    found = of(view(1), both[1], held=found.members)
+    assert at(found) == {"web1": "192.0.2.1", "web2": "192.0.2.2"}
+    assert at(of(*both)) == at(found), "where nobody has it, each takes what is its own alone"
+
+
+@pytest.mark.parametrize("created", [1, 9], ids=["younger", "older"])
+def test_a_node_that_lists_nothing_but_anothers_address_keeps_its_last_good_entry(created: int) -> None:
+    held = of(view(1, addresses=(VIP,), created=5), view(2, created=created)).members
+    only = [view(1, addresses=(VIP,), created=5), view(2, addresses=(VIP,), created=created)]
+    found = of(*only, held=held)
+    assert found.members == held
+    problem = found.problems["web2"]
+    assert (problem.reason, problem.fatal) == ("AddressConflict", False) and "last good" in problem.message
+    # a newcomer has no such entry
+    found = of(*only, held=held[:1])
+    assert names(found) == ["web1"] and found.problems["web2"].fatal
+
+
+def test_an_older_node_takes_nothing_from_the_one_that_has_it() -> None:
+    held = of(view(1), view(2)).members
+    for bad in ({"addresses": ("192.0.2.2",)}, {"asked": "192.0.2.2"}, {"pod_cidrs": ("10.97.2.0/24",)}):
+        found = of(view(1, **bad), view(2), held=held)
+        assert found.members == held
+        assert "which has it" in found.problems["web1"].message
+
+
+def test_a_node_made_again_takes_what_is_its_own() -> None:
+    held = of(view(1, addresses=(VIP, "192.0.2.1")), view(2)).members
+    again = view(2, addresses=(VIP, "192.0.2.2"), uid="new", created=30)
+    found = of(view(1, addresses=(VIP, "192.0.2.1")), again, held=held)
+    assert at(found) == {"web1": VIP, "web2": "192.0.2.2"} and not found.problems
+    # what the old one had is free for others
+    found = of(view(2, addresses=("192.0.2.7",), uid="new"), view(3, addresses=("192.0.2.2",)), held=held)
+    assert at(found) == {"web2": "192.0.2.7", "web3": "192.0.2.2"}
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        (VIP, "192.0.2.2"),
+        ("192.0.2.2", VIP),
+        ("2001:db8::2", VIP, "192.0.2.2"),
+        ("169.254.20.10", "192.0.2.2"),
+        ("10.97.2.1", "192.0.2.2"),
+        ("192.0.2.1", "192.0.2.2"),
+    ],
+)
+def test_the_order_of_a_nodes_addresses_moves_nothing(addresses: tuple[str, ...]) -> None:
+    held = of(view(1), view(2)).members
+    found = of(view(1), view(2, addresses=addresses), held=held)
+    assert found.members == held and not found.problems
+
+
+@pytest.mark.parametrize("other", ["169.254.20.10", "10.97.2.1", "192.0.2.1"])
+def test_a_new_node_joins_by_an_address_that_is_usable_and_its_own(other: str) -> None:
+    assert at(of(view(1), view(2, addresses=(other, "192.0.2.2")))) == {"web1": "192.0.2.1", "web2": "192.0.2.2"}
+
+
+def test_an_address_that_a_node_no_longer_lists_is_given_up() -> None:
+    held = of(view(1), view(2)).members
+    found = of(view(1), view(2, addresses=("192.0.2.7", "192.0.2.8")), held=held)
+    assert at(found)["web2"] == "192.0.2.7" and not found.problems
+
+
+def test_the_annotation_moves_a_node_at_once() -> None:
+    held = of(view(1), view(2)).members
+    assert at(of(view(1), view(2, asked="198.51.100.7"), held=held))["web2"] == "198.51.100.7"
+
+
 def test_static_members() -> None:
     static = member("rack1", "198.51.100.1", "10.97.200.0/24")
     found = of(view(1), static=(static,))
@@ -151,36 +235,41 @@ def test_parsing_a_node() -> None:
         },
         "spec": {"podCIDR": "10.97.1.0/24", "taints": [{"key": "a"}, {"key": "node.ovsmesh.io/agent-not-ready"}]},
         "status": {
-            "addresses": [{"type": "Hostname", "address": "web1"}, {"type": "InternalIP", "address": "192.0.2.1"}],
+            "addresses": [
+                {"type": "Hostname", "address": "web1"},
+                {"type": "ExternalIP", "address": "203.0.113.1"},
+                {"type": "InternalIP", "address": "192.0.2.1"},
+            ],
             "conditions": [{"type": "Ready", "status": "True"}, {"type": "NetworkUnavailable", "status": "False"}],
         },
     }
     node = parse_node(found)
     assert (node.asked, node.excluded, node.taints, node.zone) == ("192.0.2.9", True, (1,), "z")
-    assert node.addresses == ("192.0.2.1",) and node.pod_cidrs == ("10.97.1.0/24",)
+    assert node.addresses == ("192.0.2.1",), "neither a Hostname nor an ExternalIP is a tunnel address"
+    assert node.pod_cidrs == ("10.97.1.0/24",)
     assert node.network is not None and node.network.status == "False" and node.ready is None
     bare = parse_node({"metadata": {"name": "x"}})
     assert bare.pod_cidrs == () and bare.addresses == ()
 
 
-views = st.builds(
-    lambda number, cidr, length, address, created: view(
-        number,
-        f"10.97.{cidr >> (24 - length) << (24 - length)}.0/{length}",
-        addresses=(f"192.0.2.{address}",),
-        created=created,
-    ),
-    st.integers(1, 30),
-    st.integers(0, 15),
-    st.integers(20, 24),
-    st.integers(1, 12),
-    st.integers(0, 5),
-)
+def some_views(most: int) -> st.SearchStrategy[NodeView]:
+    """Nodes that list up to so many addresses out of twelve."""
+    return st.builds(
+        lambda number, cidr, length, addresses, created: view(
+            number,
+            f"10.97.{cidr >> (24 - length) << (24 - length)}.0/{length}",
+            addresses=tuple(f"192.0.2.{address}" for address in addresses),
+            created=created,
+        ),
+        st.integers(1, 30),
+        st.integers(0, 15),
+        st.integers(20, 24),
+        st.lists(st.integers(1, 12), min_size=1, max_size=most),
+        st.integers(0, 5),
+    )
 
 
-@settings(deadline=None)
-@given(st.lists(views, max_size=12, unique_by=lambda v: v.name), st.randoms())
-def test_never_two_with_one_thing(nodes: list[NodeView], random: object) -> None:
+def check(nodes: list[NodeView], random: object) -> Membership:
     found = of(*nodes)
     shuffled = list(nodes)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
@@ -190,5 +279,28 @@ def test_never_two_with_one_thing(nodes: list[NodeView], random: object) -> None
     networks = [n for entry in found.members for n in entry.pod_cidrs]
     assert not any(a.overlaps(b) for i, a in enumerate(networks) for b in networks[:i])
     assert {e.name for e in found.members} | found.problems.keys() == {n.name for n in nodes}
+    return found
+
+
+@settings(deadline=None)
+@given(st.lists(some_views(1), max_size=12, unique_by=lambda v: v.name), st.randoms())
+def test_never_two_with_one_thing(nodes: list[NodeView], random: object) -> None:
+    found = check(nodes, random)
     # Held by itself it stays as it is.
     assert of(*nodes, held=found.members) == found
+
+
+@settings(deadline=None)
+@given(st.lists(some_views(3), max_size=8, unique_by=lambda v: v.name), st.randoms(), st.data())
+def test_addresses_that_wander_never_take_a_member_out(
+    nodes: list[NodeView], random: object, data: st.DataObject
+) -> None:
+    """Each member goes on listing the address that it has, among others in any order: no tunnel moves."""
+    held = {entry.name: entry for entry in check(nodes, random).members}
+    moved = []
+    for node in nodes:
+        others = data.draw(st.lists(st.integers(1, 12), max_size=3))
+        texts = {f"192.0.2.{n}" for n in others} | ({str(held[node.name].address)} if node.name in held else set())
+        moved.append(node._replace(addresses=tuple(data.draw(st.permutations(sorted(texts))))))
+    after = {entry.name: entry for entry in of(*moved, held=tuple(held.values())).members}
+    assert {name: after.get(name) for name in held} == held
