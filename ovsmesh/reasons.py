@@ -153,6 +153,10 @@ class Reason(StrEnum):
     Foreign = (auto(), _WARNING, "An unmanaged object stands beside managed ones. It is never touched.",
         "Remove it if you do not need it.")
 
+    RoutedElsewhere = (auto(), _ERROR,
+        "A policy rule, a route or an IPsec policy of another program takes packets to peers elsewhere than to kbr0.",
+        "Run the command that the message ends with, and see to it that the other program does not undo it.")
+
     # The agent of this host, as other commands find it
     AgentDown = (auto(), _ERROR, "No agent runs. Forwarding goes on; nothing is repaired, updated or probed.",
         "Start it: `systemctl start ovsmesh-agent`. `journalctl -u ovsmesh-agent` says why it ended.")

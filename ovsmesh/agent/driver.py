@@ -15,13 +15,13 @@ from pathlib import Path
 from ovsmesh.agent.apply import Apply
 from ovsmesh.containers.cni import Cni
 from ovsmesh.containers.docker import BridgeState, Docker, DockerObserved
-from ovsmesh.dataplane import firewall_rules
+from ovsmesh.dataplane import desired, firewall_rules
 from ovsmesh.dataplane.docker_config import DOCKER0
 from ovsmesh.dataplane.plan import Plan
-from ovsmesh.dataplane.types import KBR, OBR, TUNNEL_LINKS, Dataplane, Facts, Observed, Unmanaged
+from ovsmesh.dataplane.types import KBR, OBR, TUNNEL_LINKS, Dataplane, Detour, Facts, Observed, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.linux.firewall import Firewall
-from ovsmesh.linux.kernel import kernel_datapath, read_sysctls
+from ovsmesh.linux.kernel import PodRoutes, kernel_datapath, read_sysctls, xfrm_policies
 from ovsmesh.linux.netlink import Netlink
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.ovs.datapath import port_types
@@ -51,6 +51,11 @@ class Driver:
         self._look_closer = True
         """Ask the switch for its datapath's ports at the next observation."""
         self._restore_since: float | None = None
+        self._pod_routes = PodRoutes()
+        self._ipsec = False
+        """Whether the kernel had IPsec policies when the whole system was read last."""
+        self._detours: tuple[object, tuple[Detour, ...]] = (None, ())
+        """What the ways to the peers were looked up for, and which of them are wrong."""
         self._userspace: dict[str, bool] = {}
         """Link → whether a bridge of the userspace datapath carries it, as last seen."""
 
@@ -60,7 +65,7 @@ class Driver:
 
     def close(self) -> None:
         """Close all drivers; what they made stays."""
-        for driver in (self.flows, self.ovs, self.net, self.firewall, self.cni):
+        for driver in (self.flows, self.ovs, self.net, self.firewall, self.cni, self._pod_routes):
             driver.close()
         if self.docker:
             self.docker.close()
@@ -91,6 +96,7 @@ class Driver:
     def dirty(self) -> None:
         """Have the next observation read the whole system instead of trusting notifications."""
         self._look_closer = True
+        self._detours = (None, ())
         self.net.dirty()
         self.flows.dirty()
         self.firewall.resync()
@@ -157,6 +163,30 @@ class Driver:
     def sysctls(self, want: Dataplane) -> dict[str, str]:
         """Return the present values of the desired sysctls."""
         return read_sysctls(want.sysctls)
+
+    def detours(self, mesh: Mesh, node: str, facts: Facts) -> tuple[Detour, ...]:
+        """Return the ways to peers' pods that do not go through kbr0, as the kernel says.
+
+        It is asked again when a rule or a route of others has changed. `observe` must have been called before.
+        """
+        me, bridge, cache = mesh.node(node), self.net.cache.index(KBR), self.net.cache
+        if me is None or bridge is None:
+            return ()
+        rules = self._pod_routes.rules()
+        state = (mesh, bridge, rules, cache.routing, facts)
+        if self._detours[0] is None:
+            self._ipsec = bool(xfrm_policies())
+        elif self._detours[0] == state:
+            return self._detours[1]
+        found: tuple[Detour, ...] = ()
+        narrower = cache.narrower_routes()
+        if rules or self._ipsec or narrower:
+            joined = desired.peers(mesh, me, desired.wiring(mesh, me, facts))[0]
+            peers = [peer for peer in mesh.nodes if peer.name in joined]
+            gateways = desired.gateways(me, facts)
+            found = self._pod_routes.detours(bridge, gateways, peers, mesh.cluster_cidrs, narrower)
+        self._detours = (state, found)
+        return found
 
     def who(self, drift: Plan) -> str:
         """Return the processes that caused drift, as far as the kernel has told and they are still there; else "".

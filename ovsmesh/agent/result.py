@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ovsmesh import __version__
 from ovsmesh.dataplane import desired, plan_text
-from ovsmesh.dataplane.node_report import report, unmanaged_beside
+from ovsmesh.dataplane.node_report import astray, report, unmanaged_beside
 from ovsmesh.dataplane.plan import Plan, Step, in_sync, plan
 from ovsmesh.dataplane.report import Agent, Report, ReportContext, cause
 from ovsmesh.dataplane.report import ReconcileResult as ReconcileResult
@@ -77,6 +77,8 @@ class Comparison(NamedTuple):
     """What in the mesh and on the host is not as it should be, from computing the desired dataplane."""
     have: Observed
     plan: Plan
+    beside: tuple[Problem, ...] = ()
+    """What of this host, beside the dataplane, keeps packets of the mesh from their way."""
 
     def result(self, snapshot: Snapshot, failed: Iterable[Problem] = ()) -> ReconcileResult:
         """Return this as a result; `failed` is what could not be applied."""
@@ -88,7 +90,7 @@ class Comparison(NamedTuple):
             self.want,
             have,
             todo,
-            (*snapshot.problems, *self.refused, *have.problems, *failed, *unmanaged),
+            (*snapshot.problems, *self.beside, *self.refused, *have.problems, *failed, *unmanaged),
             in_sync(todo, (*have.problems, *failed)),
             snapshot.confirmed,
             mesh_since=snapshot.since,
@@ -116,7 +118,8 @@ def compare(
     else:
         want, refused = desired.dataplane(mesh, node, facts)
     have = driver.observe(want)
-    return Comparison(mesh, facts, want, refused, have, make_plan(want, have))
+    beside = astray(driver.detours(mesh, node, facts))
+    return Comparison(mesh, facts, want, refused, have, make_plan(want, have), beside)
 
 
 def look(driver: Driver, snapshot: Snapshot, node: str) -> ReconcileResult:

@@ -19,7 +19,7 @@ from ovsmesh.dataplane.report import (
     Self,
     cause,
 )
-from ovsmesh.dataplane.types import KBR, PEER_KINDS, Dataplane, Facts, Observed, Reach, State, Unmanaged
+from ovsmesh.dataplane.types import KBR, PEER_KINDS, Dataplane, Detour, Facts, Observed, Reach, State, Unmanaged
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.manifest import digest
 from ovsmesh.mesh.types import Mesh, Node, gateway
@@ -74,6 +74,20 @@ def unmanaged_beside(have: Observed, plan: Plan) -> tuple[Problem, ...]:
     """Return a problem for each unmanaged object that blocks nothing: it is named all the same."""
     blocking = {blocked.unmanaged for blocked in plan.blocked}
     return tuple(Problem(Reason.Foreign, u.detail) for u in have.unmanaged if u not in blocking)
+
+
+def astray(detours: Iterable[Detour]) -> tuple[Problem, ...]:
+    """Return a problem for each rule or route of others that takes packets to peers elsewhere, with its peers."""
+    kinds: dict[tuple[str, str, str], list[Detour]] = {}
+    for one in detours:
+        kinds.setdefault((one.where, one.why, one.remedy), []).append(one)
+    found = []
+    for (where, why, remedy), ways in kinds.items():
+        peers = dict.fromkeys(f"{one.node} ({one.cidr})" for one in ways)
+        senders = " and ".join(dict.fromkeys(one.sender for one in ways))
+        text = f"packets of {senders} to {listed(peers, 3)} go {where}, not to {KBR}: {why}"
+        found.append(Problem(Reason.RoutedElsewhere, f"{text}; {remedy}" if remedy else text))
+    return tuple(found)
 
 
 def _differences(

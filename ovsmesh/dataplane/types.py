@@ -228,6 +228,20 @@ class Observed:
     """Where Docker's containers are plugged in, for the reader; "" where there is no Docker."""
 
 
+class Detour(NamedTuple):
+    """A way that packets to a peer's pods take instead of kbr0, as the kernel says."""
+
+    node: str
+    cidr: str
+    sender: str
+    """"pods" or "this host itself"."""
+    where: str
+    """"to tailscale0", "nowhere (blackhole)"…"""
+    why: str
+    """The rule and the route that decide it."""
+    remedy: str
+
+
 class State(StrEnum):
     """What is known of a path."""
 

@@ -10,7 +10,7 @@ import re
 import socket
 import time
 from collections.abc import Iterable
-from ipaddress import ip_interface
+from ipaddress import ip_interface, ip_network
 
 from ovsmesh.dataplane.types import KBR, MARK, OBR, PROTOCOL, TUNNEL_LINKS, Link, Route, RouteKey, Unmanaged
 from ovsmesh.linux import netlink_socket, rtnetlink
@@ -46,6 +46,8 @@ class RtnetlinkCache:
         """Ports that a deleted kbr0 left behind → whether they were hairpins."""
         self.changed_by: dict[tuple[str, object], int] = {}
         """Kind and key of a managed part → sender of the message of its last change."""
+        self.routing = 0
+        """Counts the changes of routes and policy rules of others by which packets of the mesh may go another way."""
         self._sender = 0
         self._ranges: list[tuple[int, int, int]] = []
         self._released: dict[int, tuple[float, bool]] = {}
@@ -95,6 +97,9 @@ class RtnetlinkCache:
         kind, self._sender = message.type, message.sender
         if kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
             route = parser.parse_route(message.payload)
+            if route and route.protocol != PROTOCOL and self._overlaps(route.dst):
+                self.routing += 1
+                self.changed = True
             if route and route.table == rtnetlink.MAIN_TABLE:
                 self._update_route(route, kind == rtnetlink.NEWROUTE, bool(message.flags & rtnetlink.REPLACE))
         elif kind in (rtnetlink.NEWNEIGH, rtnetlink.DELNEIGH):
@@ -113,6 +118,9 @@ class RtnetlinkCache:
                 self._update_port(link, kind == rtnetlink.NEWLINK)
             elif link:
                 self._update_link(link, kind == rtnetlink.NEWLINK)
+        elif kind in (rtnetlink.NEWRULE, rtnetlink.DELRULE):
+            self.routing += 1
+            self.changed = True
         elif kind in (rtnetlink.NEWNETCONF, rtnetlink.DELNETCONF):
             self.changed = True
         elif kind == netlink_socket.OVERRUN:
@@ -168,6 +176,18 @@ class RtnetlinkCache:
         version, family = (6, socket.AF_INET6) if ":" in address else (4, socket.AF_INET)
         start = int.from_bytes(socket.inet_pton(family, address), "big")
         return length != "0" and any(v == version and low <= start <= high for v, low, high in self._ranges)
+
+    def _overlaps(self, dst: str) -> bool:
+        """Return whether a route holds addresses of the watched ranges, as one of all addresses does."""
+        address, _, length = dst.partition("/")
+        version, family, bits = (6, socket.AF_INET6, 128) if ":" in address else (4, socket.AF_INET, 32)
+        first = int.from_bytes(socket.inet_pton(family, address), "big")
+        last = first | (1 << (bits - int(length))) - 1
+        return any(v == version and low <= last and first <= high for v, low, high in self._ranges)
+
+    def narrower_routes(self) -> list[IPNetwork]:
+        """Return the ranges of the unmanaged routes in the watched ranges."""
+        return [ip_network(key[0]) for key in self._unmanaged_routes]
 
     def _update_fdb(self, entry: rtnetlink.NeighbourEntry, added: bool) -> None:
         if not entry.mac.startswith(_NODE_MACS) or entry.master != self._indexes.get(KBR, -1):

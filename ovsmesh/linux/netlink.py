@@ -25,8 +25,9 @@ from ovsmesh.linux.netlink_socket import NetlinkError, NetlinkSocket
 from ovsmesh.mesh.types import IPNetwork
 from ovsmesh.text import printable
 
-_GROUPS = (1, 3, 5, 7, 9, 11, 24, 25)
-"""RTNLGRP_ LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE, IPV4_NETCONF, IPV6_NETCONF."""
+_GROUPS = (1, 3, 5, 7, 8, 9, 11, 19, 24, 25)
+"""RTNLGRP_ LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE, IPV4_NETCONF,
+IPV6_NETCONF."""
 _DUMP_TRIES = 3
 _NEW = "ovsmesh-new"
 """The name of kbr0 until it carries its alias."""

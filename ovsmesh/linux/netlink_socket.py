@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
-ROUTE, NETFILTER, GENERIC = 0, 12, 16
+ROUTE, XFRM, NETFILTER, GENERIC = 0, 6, 12, 16
 """NETLINK_ protocols."""
 ERROR, DONE, OVERRUN = 2, 3, 4
 """NLMSG_ types. `notifications` yields OVERRUN where the kernel dropped some."""

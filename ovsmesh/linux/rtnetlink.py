@@ -6,13 +6,15 @@ Numbers and names are those of <linux/netlink.h>, <linux/rtnetlink.h>, <linux/if
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 NEWLINK, DELLINK, GETLINK, SETLINK = 16, 17, 18, 19
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWNEIGH, DELNEIGH, GETNEIGH = 28, 29, 30
-GETRULE, GETTFILTER, GETNSID = 34, 46, 90
+NEWRULE, DELRULE, GETRULE = 32, 33, 34
+GETTFILTER, GETNSID = 46, 90
 NEWNETCONF, DELNETCONF = 80, 81
 
 REPLACE, EXCL, CREATE = 0x100, 0x200, 0x400
@@ -20,6 +22,8 @@ REPLACE, EXCL, CREATE = 0x100, 0x200, 0x400
 
 AF_BRIDGE = 7
 MAIN_TABLE = 254
+_MAIN_PRIORITY = 32766
+"""Of the rule that looks it up."""
 PERMANENT, NOARP = 0x80, 0x40
 """NUD_ states of a permanent neighbour and of a static FDB entry."""
 
@@ -125,6 +129,16 @@ class PolicyRule(NamedTuple):
     """"table", "goto", "blackhole", "unreachable", "prohibit"…"""
     matches: bool
     """Whether it matches the packet, as far as addresses, input link and mark tell."""
+
+
+def deciding(rules: Iterable[PolicyRule], route: RouteFound) -> PolicyRule | None:
+    """Return the rule before table main that decides the route of a packet; None where table main does."""
+    early = [r for r in rules if r.matches and r.priority < _MAIN_PRIORITY and not (r.priority == 0 and r.table == 255)]
+    winner = next((rule for rule in early if rule.action == "table" and rule.table == route.table), None)
+    refusing = next((rule for rule in early if rule.action in ("blackhole", "unreachable", "prohibit")), None)
+    if route.table in (254, 255) and not (refusing and (route.error or not route.type)):
+        return None
+    return winner or refusing
 
 
 class LinkFound(NamedTuple):

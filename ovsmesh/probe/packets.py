@@ -125,7 +125,7 @@ class ProbeSockets:
         Raises OSError; Astray where this host would not send a pod's packet into the tunnel.
         """
         if where := self._astray(self._bridge, target.source, target.destination):
-            raise Astray(0, f"this host sends them {where}: a rule (`ip rule`) or another route comes first")
+            raise Astray(0, f"this host sends them {where}")
         version, own = target.source.version, target.source.packed
         packet = self._icmp(version, number, sequence, size)
         if version == 4:

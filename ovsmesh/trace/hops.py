@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ovsmesh.dataplane.types import KBR, OBR
+from ovsmesh.linux.rtnetlink import deciding
 from ovsmesh.mesh.types import IPAddress, IPNetwork, gateway
 from ovsmesh.text import listed
 from ovsmesh.trace.types import (
@@ -17,6 +18,7 @@ from ovsmesh.trace.types import (
     Hop,
     Kind,
     LinkFound,
+    Place,
     PodFound,
     Point,
     PolicyRule,
@@ -230,23 +232,30 @@ def _policy(e: Evidence, after: Point) -> Hop:
     table = e.route.table
     if REFUSED_SOURCE in e.route.error and (early := _early(e)):
         found = f"rule {early[0].priority}: {early[0].text} wins over table main for answers, so the source is refused"
-        todo = f"delete or correct that rule: ip rule del priority {early[0].priority}"
+        ip = "ip" if e.source.address.version == 4 else "ip -6"
+        todo = f"delete or correct that rule: {ip} rule del priority {early[0].priority}"
         return Hop("policy rules", found, BROKEN, "table main decides", todo, after)
-    rules = [rule for rule in e.policy if rule.matches]
-    early = [rule for rule in rules if rule.priority < 32766 and not (rule.priority == 0 and rule.table == 255)]
-    winner = next((rule for rule in early if rule.action == "table" and rule.table == table), None)
-    refusing = next((rule for rule in early if rule.action in ("blackhole", "unreachable", "prohibit")), None)
-    if table in (254, 255) and not (refusing and (e.route.error or not e.route.type)):
-        others = f"; {len(early)} before it match and decide nothing" if early else ""
-        return Hop("policy rules", f"table main decides{others}", OK, "table main decides", after=after)
-    rule = winner or refusing
+    rule = deciding(e.policy, e.route)
+    if rule is None and table in (254, 255):
+        others = len([r for r in e.policy if r.matches and r.priority < 32766 and r.table != 255])
+        more = f"; {others} before it match and decide nothing" if others else ""
+        return Hop("policy rules", f"table main decides{more}", OK, "table main decides", after=after)
     if rule is None:
         return Hop("policy rules", f"table {table} decides", BROKEN, "table main decides", "see `ip rule`", after)
     found = f"rule {rule.priority}: {rule.text} wins over table main"
     if _as_wanted(e, e.route):
         return Hop("policy rules", f"{found}, with the same route", OK, "table main decides", after=after)
-    todo = f"delete or correct that rule: ip rule del priority {rule.priority}"
-    return Hop("policy rules", found, BROKEN, "table main decides", todo, after)
+    return Hop("policy rules", found, BROKEN, "table main decides", _before(rule, e.target), after)
+
+
+def _before(rule: PolicyRule, target: Place) -> str:
+    """Return the command that lets table main decide before a rule."""
+    ip = "ip" if target.address.version == 4 else "ip -6"
+    remove = f"delete or correct that rule: {ip} rule del priority {rule.priority}"
+    if rule.priority < 2 or target.cidr is None:
+        return remove
+    add = f"{ip} rule add priority {rule.priority - 1} to {target.cidr} lookup main"
+    return f"{remove}; or let {target.cidr} come first: {add}"
 
 
 def _early(e: Evidence) -> list[PolicyRule]:

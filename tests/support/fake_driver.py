@@ -53,6 +53,9 @@ class FakeDriver:
     def facts(self, mesh: Any, me: Any, probe_firewall: bool = True) -> Any:
         return self.known
 
+    def detours(self, mesh: Any, me: Any, facts: Any) -> Any:
+        return ()
+
     def observe(self, want: Any) -> Any:
         have = self.dataplane
         parts = {f.name: ({} if f.name in self.unknown else getattr(have, f.name)) for f in dataclasses.fields(have)}
