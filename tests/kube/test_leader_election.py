@@ -117,15 +117,19 @@ def test_events_never_hold_anyone_up(stub: Stub, api: Api) -> None:
 def test_a_real_lease_changes_hands(real: Api) -> None:
     told: list[str] = []
     a, b = lease_of(real, "a", told), lease_of(real, "b", told)
-    a.start()
-    eventually(lambda: told == ["a on"])
-    b.start()
-    time.sleep(1.0)
-    a.close()
-    eventually(lambda: told == ["a on", "a off", "b on"])
-    b.close()
+    try:
+        a.start()
+        eventually(lambda: told == ["a on"])
+        b.start()
+        time.sleep(1.0)
+        a.close()
+        # a busy machine may let the lease run out before
+        eventually(lambda: told[-2:] == ["a off", "b on"], why=lambda: told)
+    finally:
+        a.close()
+        b.close()
     spec = real.get("/apis/coordination.k8s.io/v1/namespaces/ovsmesh/leases/ovsmesh-controller")["spec"]
-    assert spec["leaseTransitions"] == 1
+    assert spec["leaseTransitions"] == told.count("b on") + told.count("a on") - 1
 
 
 @pytest.mark.kube

@@ -11,6 +11,7 @@ Runs on loopback, or inside a network namespace of a lab. Imports labnet, nothin
 from __future__ import annotations
 
 import http.client
+import os
 import random
 import signal
 import socket
@@ -117,8 +118,10 @@ class ControlPlane(Reach):
         self.start(*names)
 
     def pause(self, name: str) -> None:
-        """Stalls it: connections stay open, nothing is answered."""
-        self._processes[name].send_signal(signal.SIGSTOP)
+        """Stalls it: connections stay open, nothing is answered. Returns when its last thread has stopped."""
+        process = self._processes[name]
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
 
     def resume(self, name: str) -> None:
         self._processes[name].send_signal(signal.SIGCONT)
