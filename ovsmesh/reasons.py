@@ -117,6 +117,8 @@ class Reason(StrEnum):
     StateUnwritable = (auto(), _WARNING,
         "The state directory can't be written. A restart without the source would have no mesh.",
         "Check for a full disk or a read-only file system.")
+    NamespaceClaimed = (auto(), _WARNING, "A process of another user has the name that marks the agent of a node.",
+        "End that process, then restart the agent.")
     MassRemovalHeld = (auto(), _ERROR,
         "More than a third of the peers left the mesh at once. Their removal is held for five minutes.",
         "Wait, or run `ovsmesh confirm DIGEST`.")

@@ -11,9 +11,13 @@ import fcntl
 import json
 import os
 import re
+import socket
 import stat
+import struct
 import tempfile
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,12 @@ _SYSCTL = re.compile(r"[a-z0-9_]{1,64}(/(?!\.{1,2}(?:/|$))[A-Za-z0-9_.:@+-]{1,64
 _VALUE = re.compile(r"[ -~\t]{0,256}")
 _DIGEST = re.compile(r"[0-9A-Za-z_.:-]{1,128}")
 _PID = re.compile(r"[1-9][0-9]{0,9}")
+_UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EPERM})
+"""A disk that is full, read-only or broken: nothing that an option could cure."""
+_ONLY_ONE = "\0ovsmesh"
+"""Abstract Unix socket, which a network namespace has once: whoever changes the dataplane listens on it."""
+_CLAIMING = 0.5
+"""Seconds between another's bind and listen, and then some."""
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -40,6 +50,62 @@ _KINDS = (
     (stat.S_ISCHR, "a character device"),
     (stat.S_ISBLK, "a block device"),
 )
+
+
+@contextlib.contextmanager
+def sole_writer() -> Iterator[tuple[Problem, ...]]:
+    """Be the only process that changes the dataplane of this network namespace; yield what is doubtful about that.
+
+    Raise OvsmeshError while another process of root is, whatever its state directory and mount namespace. The claim
+    ends with the process, however that ends.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as claim:
+        problems: tuple[Problem, ...] = ()
+        try:
+            claim.bind(_ONLY_ONE)
+            claim.listen()
+        except OSError:
+            pid, uid = _claimant()
+            who = f"pid {pid}" if pid else "its pid is not visible from here"
+            if uid in (0, os.geteuid()):
+                text = "another ovsmesh agent or cleanup works in this network namespace"
+                raise OvsmeshError(f"{text} ({who}): stop that one first, as a node has one") from None
+            # a name that anyone may take must not keep root's agent from its work
+            owner = f"a process of user {uid} ({who})" if uid is not None else "a process that does not answer"
+            text = f"{owner} has the abstract socket @ovsmesh, which marks the agent of this network namespace"
+            problems = (Problem(Reason.NamespaceClaimed, f"{text}. End it: a second agent is not noticed meanwhile"),)
+        else:
+            threading.Thread(target=_answer, args=(claim,), name="claim", daemon=True).start()
+        try:
+            yield problems
+        finally:
+            with contextlib.suppress(OSError):
+                claim.shutdown(socket.SHUT_RDWR)
+
+
+def _answer(claim: socket.socket) -> None:
+    """Take each connection, as one that waits keeps its place for good. The kernel has told who listens before."""
+    while True:
+        try:
+            claim.accept()[0].close()
+        except OSError:
+            return
+
+
+def _claimant(timeout: float = _CLAIMING) -> tuple[int, int | None]:
+    """Return pid (0 where it is not visible) and uid (None where nobody answers) of the holder of the claim."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as asking:
+        end = time.monotonic() + timeout
+        while True:
+            try:
+                asking.connect(_ONLY_ONE)
+            except OSError:
+                # it has bound and does not listen yet, or has just ended
+                if time.monotonic() > end:
+                    return 0, None
+                time.sleep(0.01)
+            else:
+                return struct.unpack("3i", asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[:2]
 
 
 def write_atomic(
@@ -114,25 +180,43 @@ class StateDir:
         """The last-known-good mesh; read and written by sources."""
         self.confirm_file = self.path / "confirm"
         self._lock: int | None = None
+        self._options: dict[str, Any] | None = None
+        """The running agent's, as long as they could not be written."""
+        self.problems: tuple[Problem, ...] = ()
+        """What the agent's report has to say: why the directory can't be written, whether a second agent may run."""
 
     def ensure(self) -> None:
-        """Make the directory, with mode 0700. Raise OvsmeshError."""
+        """Make the directory, with mode 0700. Raise OvsmeshError, but not for a disk that takes no writes."""
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if stat.S_IMODE(self.path.stat().st_mode) != 0o700:
                 self.path.chmod(0o700)
         except OSError as error:
             why = error.strerror or error
-            raise OvsmeshError(f"state directory {self.path}: can't be made or set to mode 0700: {why}") from error
+            self._unwritable(error, f"state directory {self.path}: can't be made or set to mode 0700: {why}")
+
+    def _unwritable(self, error: OSError, text: str) -> None:
+        """Note why the directory can't be written: a node must have its network back all the same.
+
+        Raise OvsmeshError for what is not the disk's fault.
+        """
+        if error.errno not in _UNWRITABLE:
+            raise OvsmeshError(text) from error
+        what = "the agent works without it: after a restart it knows neither the last mesh nor the sysctls before it"
+        problem = Problem(Reason.StateUnwritable, f"{text}; {what}")
+        self.problems = (*(p for p in self.problems if p.reason is not problem.reason), problem)
 
     def lock(self) -> None:
-        """Lock the directory for this process until it ends. Raise OvsmeshError if another holds the lock."""
+        """Lock the directory for this process until it ends. Raise OvsmeshError if another holds the lock.
+
+        Where no lock file can be made, there is no lock.
+        """
         self.ensure()
         path = self.path / "agent.lock"
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            handle = self._open_lock(path)
         except OSError as error:
-            raise OvsmeshError(f"{path}: can't be opened: {error.strerror}") from error
+            return self._unwritable(error, f"{path}: can't be opened: {error.strerror}")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -142,7 +226,7 @@ class StateDir:
                 raise OvsmeshError(f"{path}: can't be locked: {error.strerror}") from error
             who = f"pid {holder}" if _PID.fullmatch(holder) else "its pid is not in the lock file"
             raise OvsmeshError(
-                f"{path}: another agent runs with this state directory ({who}): stop it, or give --state-dir another"
+                f"{path}: another agent runs with this state directory ({who}): stop that one first"
             ) from error
         try:
             os.ftruncate(handle, 0)
@@ -151,12 +235,21 @@ class StateDir:
             pass  # the lock holds all the same; the next agent's message does not name the pid
         self._lock = handle
 
+    @staticmethod
+    def _open_lock(path: Path) -> int:
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            if error.errno != errno.EROFS or not path.exists():
+                raise
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
     def held(self) -> bool:
-        """Return whether an agent runs with this state directory."""
+        """Return whether an agent runs with this state directory, or where it has no lock file, in this namespace."""
         try:
             handle = os.open(self.path / "agent.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
-            return False
+            return _claimant(0.0)[1] == 0
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
@@ -215,8 +308,28 @@ class StateDir:
     # ------------------------------------------------------------ for the other commands
 
     def write_agent(self, options: Mapping[str, Any]) -> None:
-        """Write the running agent's options and pid. Raise OSError."""
-        write_atomic(self.path / "agent.json", json.dumps(dict(options), indent=1, sort_keys=True) + "\n", sync=False)
+        """Write the running agent's options and pid. Raise OvsmeshError, but not for a disk that takes no writes."""
+        self._options = dict(options)
+        try:
+            write_atomic(
+                self.path / "agent.json", json.dumps(self._options, indent=1, sort_keys=True) + "\n", sync=False
+            )
+        except FileNotFoundError as error:
+            if not self.problems:
+                raise OvsmeshError(f"{self.path}: was removed while the agent started") from error
+        except OSError as error:
+            self._unwritable(error, f"{self.path}/agent.json: can't be written: {error.strerror}")
+        else:
+            self._options = None
+            self.problems = tuple(p for p in self.problems if p.reason is not Reason.StateUnwritable)
+
+    def retry(self) -> None:
+        """Try again to write what a full or read-only disk did not take."""
+        if self._options is not None:
+            with contextlib.suppress(OvsmeshError):
+                if self._lock is None:
+                    self.lock()
+                self.write_agent(self._options)
 
     def agent(self) -> dict[str, Any]:
         """Return what write_agent() wrote; {} if it is absent or garbage, as it is a hint only."""

@@ -21,7 +21,7 @@ from ovsmesh.dataplane.types import KBR, KINDS, OBR, Dataplane, Observed
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.names import DEFAULT_OVSDB
 from ovsmesh.reasons import Reason
-from ovsmesh.state_dir import StateDir
+from ovsmesh.state_dir import StateDir, sole_writer
 from ovsmesh.text import listed
 
 _STEP = 0.2
@@ -44,17 +44,18 @@ _NEVER_RAN = (
 def cleanup(options: Options, dry_run: bool) -> tuple[list[str], bool]:
     """Remove all that is managed. Return what was done and the proof, as lines, and whether nothing is left.
 
-    Raise OvsmeshError while an agent runs with this state directory: it would make everything again. Raise it before
+    Raise OvsmeshError while an agent runs in this network namespace: it would make everything again. Raise it before
     anything is changed where something can't be seen.
     """
     state = StateDir(options.state_dir)
     if dry_run:
         return remove(options, state, dry_run)
-    state.lock()
-    try:
-        return remove(options, state)
-    finally:
-        state.unlock()
+    with sole_writer():
+        state.lock()
+        try:
+            return remove(options, state)
+        finally:
+            state.unlock()
 
 
 def remove(options: Options, state: StateDir, dry_run: bool = False) -> tuple[list[str], bool]:

@@ -28,7 +28,7 @@ from ovsmesh.mesh.source import Source
 from ovsmesh.ovs.idl import run_dir
 from ovsmesh.probe.exchange import Exchange
 from ovsmesh.probe.sender import Prober
-from ovsmesh.state_dir import StateDir
+from ovsmesh.state_dir import StateDir, sole_writer
 
 if TYPE_CHECKING:
     from ovsmesh.agent.cluster import UninstallWatch
@@ -87,16 +87,20 @@ def _agent(
 @contextlib.contextmanager
 def _locked(options: Options) -> Iterator[StateDir]:
     state = StateDir(options.state_dir)
-    state.lock()
-    try:
-        # other commands read the last mesh that was whole and applied in place of MeshSlices
-        running = {**dataclasses.asdict(options), "mesh": options.mesh or str(state.mesh_file)}
-        state.write_agent({**running, "pid": os.getpid(), "version": __version__})
-        yield state
-    except OSError as error:
-        raise OvsmeshError(f"state directory {options.state_dir}: {error.strerror}") from error
-    finally:
-        state.unlock()
+    with sole_writer() as doubts:
+        state.lock()
+        try:
+            # other commands read the last mesh that was whole and applied in place of MeshSlices
+            running = {**dataclasses.asdict(options), "mesh": options.mesh or str(state.mesh_file)}
+            state.write_agent({**running, "pid": os.getpid(), "version": __version__})
+            state.problems += doubts
+            for problem in state.problems:
+                log.warning("%s", problem)
+            yield state
+        except OSError as error:
+            raise OvsmeshError(f"state directory {options.state_dir}: {error.strerror}") from error
+        finally:
+            state.unlock()
 
 
 def serve(options: Options, stop_fd: int) -> None:

@@ -30,7 +30,7 @@ from ovsmesh.text import timestamp
 
 log = logging.getLogger("ovsmesh")
 
-OWN_REASONS = (*RETRIED, Reason.MassRemovalHeld)
+OWN_REASONS = (*RETRIED, Reason.MassRemovalHeld, Reason.StateUnwritable, Reason.NamespaceClaimed)
 """Reasons of problems that only the agent can know; `status` finds the others itself."""
 _LISTEN_AGAIN = 5.0
 """Seconds between attempts to listen: another process may hold the port, or lo may be down."""

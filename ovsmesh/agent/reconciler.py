@@ -203,7 +203,9 @@ class Reconciler:
         # an event of this time is read already, and wakes nobody
         self._outdated = self._driver.facts(snapshot.mesh, self._node, probe_firewall=False) != now.facts
         held = self._guard.held(now.plan)
-        return replace(now.result(snapshot, (*failed, *self._guard.problems(held))), drift=drift, held=held)
+        return replace(
+            now.result(snapshot, (*failed, *self._guard.problems(held), *self._state.problems)), drift=drift, held=held
+        )
 
     def _compare(self, mesh: Mesh) -> Comparison:
         # the packet filter is not probed: a refused apply() finds out what it can't do
@@ -283,6 +285,7 @@ class Reconciler:
             if now >= resync:
                 resync = now + RESYNC * random.uniform(0.8, 1.0)
                 self._driver.dirty()
+                self._state.retry()
                 woken = True
             if now >= self._retry_at:
                 self._driver.retry()

@@ -230,9 +230,13 @@ def _alive(tree: Mapping[str, Any], ran: float | None, now: float) -> Told:
 
 
 def _is_this_agents(tree: Mapping[str, Any], stored: Mapping[str, Any], node: str) -> bool:
-    """Return whether an answer is of the agent whose state directory this is: anyone may listen at its address."""
+    """Return whether an answer is of the agent whose state directory this is: anyone may listen at its address.
+
+    A newer agent than the one that wrote the report there may have found the disk full or read-only.
+    """
     me, before = _map(tree.get("self")), _map(stored.get("self"))
-    return me.get("name") == node and before.get("agentSince", me.get("agentSince")) == me.get("agentSince")
+    since, known = (seconds(str(found.get("agentSince"))) or 0.0 for found in (me, before))
+    return me.get("name") == node and since >= known
 
 
 class _Answer(NamedTuple):
