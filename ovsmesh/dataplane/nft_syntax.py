@@ -119,7 +119,7 @@ def parse_iptables(text: str) -> Table:
 def _stays_last(words: Sequence[str]) -> bool:
     """Return whether a rule may stand behind the managed ones: it accepts marked packets, as Calico's does.
 
-    Calico keeps that rule at the end of FORWARD, as ovsmesh keeps its own: the two would take turns for ever.
+    Calico keeps that rule at the end of FORWARD, as ovsmesh keeps its own: the two would take turns without end.
     """
     return "mark" in words and list(words[-2:]) == ["-j", "ACCEPT"]
 
