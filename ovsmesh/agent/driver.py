@@ -56,6 +56,8 @@ class Driver:
         """Whether the kernel had IPsec policies when the whole system was read last."""
         self._detours: tuple[object, tuple[Detour, ...]] = (None, ())
         """What the ways to the peers were looked up for, and which of them are wrong."""
+        self._reached: tuple[Mesh, str] | None = None
+        """The mesh, and the node in it, to whose peers the ways are followed."""
         self._userspace: dict[str, bool] = {}
         """Link → whether a bridge of the userspace datapath carries it, as last seen."""
 
@@ -119,22 +121,35 @@ class Driver:
         if me is None:
             return Facts()
         self.net.watch(mesh.cluster_cidrs)
-        underlay = self.net.underlay(str(me.address))
-        carried = underlay is not None and self._carried(underlay[0])
+        if self._reached is None or self._reached[0] is not mesh or self._reached[1] != node:
+            family = me.address.version
+            self.net.reach(me.address, [n.address for n in mesh.nodes if n is not me and n.address.version == family])
+            self._reached = mesh, node
+        holders = self.net.holders(me.address)
+        carried = bool(holders) and any(map(self._carried, (*holders, *self.net.underlay_links())))
+        mtu, complete = self.net.underlay_mtu(me.address) if holders else (None, False)
         facts = Facts(
-            underlay_mtu=underlay[1] if underlay else None,
+            tunnel_address=bool(holders),
+            underlay_mtu=mtu,
+            kept_mtu=None if complete else self._present_mtu(),
             # the datapath that carries the tunnel address; else the kernel's, if the kernel has one
             datapath_type="system" if kernel_datapath() and not carried else "netdev",
             datapath_carried=carried or not self.ovs.synced,
             ipv6=Path("/proc/sys/net/ipv6").exists(),
             ra_links=self.net.ra_links(),
             forward_drop=self.firewall.forward_drop(),
-            exits=tuple(sorted({*self.net.exits(), *(underlay[:1] if underlay else ())})),
+            exits=tuple(sorted({*self.net.exits(), *holders} - {"lo"})),
             cni=self.cni.facts(),
             docker=self.docker.wanted() if self.docker else "",
         )
         missing = self.firewall.missing(partial(firewall_rules.rules, mesh, me, facts), probe_firewall)
         return replace(facts, firewall_missing=missing)
+
+    def _present_mtu(self) -> int | None:
+        """Return the MTU of pods that is in place: kbr0's or, after a reboot, what the database has for obr0."""
+        kbr = self.net.cache.managed_links()[0].get(KBR)
+        bridge = self.ovs.observe().bridges.get(OBR) if kbr is None and self.ovs.synced else None
+        return kbr.mtu if kbr else bridge.mtu_request or None if bridge else None
 
     def _carried(self, link: str) -> bool:
         """Return whether a bridge of the userspace datapath carries the link, or did when the database was last up."""

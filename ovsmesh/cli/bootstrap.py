@@ -92,7 +92,7 @@ def check(options: Options) -> list[Check]:
     found += _underlay(wanted, me, facts, here.refused)
     found += preflight.ranges(wanted, preflight.routes())
     found += [Check(FAIL, "conflict", f.detail) for f in unmanaged if f.kind in ("links", "bridges")]
-    if facts.underlay_mtu is not None:
+    if facts.tunnel_address:
         found += preflight.tunnels(wanted, me)
         found.append(_peers(options, wanted, me))
     return found
@@ -105,7 +105,7 @@ def exit_code(checks: Iterable[Check]) -> int:
 
 
 def _underlay(mesh: Mesh, me: Node, facts: Facts, refused: Iterable[Problem]) -> Iterator[Check]:
-    if facts.underlay_mtu is None:
+    if not facts.tunnel_address:
         yield Check(FAIL, "address", f"{me.address} is on no link of this host; assign it, or correct the mesh")
         return
     mtu = desired.pod_mtu(mesh, me, facts)
@@ -113,7 +113,7 @@ def _underlay(mesh: Mesh, me: Node, facts: Facts, refused: Iterable[Problem]) ->
     problems = [p for p in refused if p.reason not in _COVERED]
     yield from (Check(FAIL if p.fatal else WARN, "mtu" if p.reason in _MTU else "mesh", str(p)) for p in problems)
     if not any(p.reason in _MTU for p in problems):
-        yield Check(OK, "mtu", f"{facts.underlay_mtu} on the underlay, {mtu} for containers")
+        yield Check(OK, "mtu", f"{facts.underlay_mtu or 'unknown'} on the underlay, {mtu} for containers")
 
 
 def await_converged(options: Options, deadline: float) -> tuple[list[str], int]:

@@ -76,9 +76,16 @@ def overhead(mesh: Mesh, address: IPAddress) -> int:
 def pod_mtu(mesh: Mesh, self_node: Node, facts: Facts) -> int:
     """Return the MTU of pods, kbr0, obr0 and routes in bytes: what fits the underlay, or less where the mesh says so.
 
-    While the underlay is unknown, 1500 is assumed.
+    While the way to a peer is not known, it does not grow: an address or a route that is away for a moment comes back.
+    Where nothing is known, an underlay of 1500 is assumed.
     """
-    fits = (facts.underlay_mtu or _DEFAULT_UNDERLAY_MTU) - overhead(mesh, self_node.address)
+    kept, extra = facts.kept_mtu, overhead(mesh, self_node.address)
+    if facts.underlay_mtu is None:
+        fits = kept or _DEFAULT_UNDERLAY_MTU - extra
+    else:
+        fits = facts.underlay_mtu - extra
+        if kept and mesh.mtu is None:
+            fits = min(fits, kept)
     return fits if mesh.mtu is None else min(mesh.mtu, fits)
 
 
@@ -231,7 +238,7 @@ def _sysctls(me: Node, facts: Facts) -> dict[str, str]:
 
 def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
     found = []
-    if facts.underlay_mtu is None:
+    if not facts.tunnel_address:
         text = "is on no link of this host, so no tunnel can work; assign it to a link or correct the mesh"
         found.append(Problem(Reason.TunnelAddressMissing, text, me.name, "address", str(me.address)))
     elif facts.datapath_type == "netdev" and not facts.datapath_carried:

@@ -173,6 +173,8 @@ def _mtu_from(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> str:
     if mesh.mtu is not None and mtu == mesh.mtu:
         return "set in the mesh"
     underlay = facts.underlay_mtu
+    if facts.kept_mtu == mtu and (underlay is None or mtu != underlay - extra):
+        return f"kept: {'no route leads to a peer' if facts.tunnel_address else f'{me.address} is on no link'}"
     return f"underlay {underlay or mtu + extra}{'' if underlay else ' assumed'} − {extra} of {mesh.encapsulation}"
 
 

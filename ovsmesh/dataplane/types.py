@@ -54,7 +54,11 @@ class Facts:
     """What the desired dataplane depends on besides the mesh, and only this host can tell."""
 
     underlay_mtu: int | None = None
-    """MTU in bytes of the link that carries self's tunnel address; None when no link does."""
+    """Smallest MTU in bytes on the ways to the peers' tunnel addresses; None while no way is known."""
+    kept_mtu: int | None = None
+    """MTU of pods in bytes as it is in place, while the way to a peer is not known; else None."""
+    tunnel_address: bool = True
+    """Whether a link has self's tunnel address."""
     datapath_type: str = "system"
     """"system" (kernel) or "netdev" (userspace)."""
     datapath_carried: bool = True

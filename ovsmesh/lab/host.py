@@ -198,6 +198,8 @@ class Host:
             self.ovs_vsctl(
                 *("add-br", BR_PHY, "--", "set", "bridge", BR_PHY, "datapath_type=netdev"),
                 *("--", "add-port", BR_PHY, "eth0"),
+                # the switch only ever lowers it by itself
+                *("--", "set", "interface", BR_PHY, f"mtu_request={self.settings.underlay_mtu}"),
             )
         self.address_underlay()
 

@@ -116,7 +116,7 @@ class RtnetlinkCache:
             link = parser.parse_link(message.payload)
             if link and link.family == rtnetlink.AF_BRIDGE:
                 self._update_port(link, kind == rtnetlink.NEWLINK)
-            elif link:
+            elif link and link.family != socket.AF_INET6:
                 self._update_link(link, kind == rtnetlink.NEWLINK)
         elif kind in (rtnetlink.NEWRULE, rtnetlink.DELRULE):
             self.routing += 1
@@ -341,10 +341,14 @@ class RtnetlinkCache:
         }
         return [Unmanaged("routes", key[0], text) for key, text in self._unmanaged_routes.items() if key not in twice]
 
-    def link_with_address(self, address: str) -> rtnetlink.LinkEntry | None:
-        """Return the link that has this address, given without its prefix length."""
-        index = next((i for a, i in self._addresses if a.partition("/")[0] == address), None)
-        return None if index is None else self.links.get(index)
+    def links_with_address(self, address: str) -> list[rtnetlink.LinkEntry]:
+        """Return the links that have this address, given without its prefix length; the loopback device last."""
+        found = {i for a, i in self._addresses if a.partition("/")[0] == address}
+        return sorted((self.links[i] for i in found if i in self.links), key=lambda link: (link.name == "lo", link))
+
+    def addressed(self, index: int) -> bool:
+        """Return whether a link has an address that is not link-local."""
+        return any(i == index and not address.startswith("fe80:") for address, i in self._addresses)
 
     def ra_links(self) -> tuple[str, ...]:
         """Return the links whose IPv6 default route came from a router advertisement."""

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,18 @@ from ovsmesh.errors import OvsmeshError
 from ovsmesh.linux import netlink_socket, rtnetlink, rtnetlink_parser
 from ovsmesh.linux import rtnetlink_encoder as encoder
 from ovsmesh.linux.cache import RtnetlinkCache
-from ovsmesh.linux.kernel import write_sysctl
+from ovsmesh.linux.kernel import read_sysctls, write_sysctl
 from ovsmesh.linux.netlink_socket import NetlinkError, NetlinkSocket
-from ovsmesh.mesh.types import IPNetwork
+from ovsmesh.linux.underlay import Underlay
+from ovsmesh.mesh.types import IPAddress, IPNetwork
 from ovsmesh.text import printable
 
-_GROUPS = (1, 3, 5, 7, 8, 9, 11, 19, 24, 25)
-"""RTNLGRP_ LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE, IPV4_NETCONF,
-IPV6_NETCONF."""
+_GROUPS = (1, 3, 5, 7, 8, 9, 11, 12, 19, 24, 25)
+"""RTNLGRP_ LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_IFINFO, IPV6_RULE,
+IPV4_NETCONF, IPV6_NETCONF."""
 _DUMP_TRIES = 3
+_FIB_MATCH = 0x2000
+"""RTM_F_FIB_MATCH: a route as it was written, without a path MTU that someone on the way has said for now."""
 _NEW = "ovsmesh-new"
 """The name of kbr0 until it carries its alias."""
 
@@ -43,6 +46,7 @@ class Netlink:
         except PermissionError as error:
             raise OvsmeshError("not allowed to use a netlink socket; run as root (CAP_NET_ADMIN)") from error
         self.cache = RtnetlinkCache()
+        self._ways = Underlay()
 
     def close(self) -> None:
         """Close both sockets."""
@@ -65,8 +69,9 @@ class Netlink:
         """Take in notifications; return whether anything that is observed may have changed."""
         for message in self._notifications.notifications():
             self.cache.update(message)
-        changed = self.cache.changed or self.cache.stale or bool(self.cache.partial_links)
-        self.cache.changed = False
+            self._ways.update(message, self.cache.addressed)
+        changed = self.cache.changed or self.cache.stale or bool(self.cache.partial_links) or self._ways.changed
+        self.cache.changed = self._ways.changed = False
         return changed
 
     def _request(self, message: bytes) -> bool:
@@ -93,6 +98,7 @@ class Netlink:
                 for family in (*families, rtnetlink.AF_BRIDGE):
                     self._dump(rtnetlink.GETNEIGH, family)
             self.cache.finish_dump()
+            self._ways.forget()
         while self.cache.partial_links:
             self._request(encoder.get_link(self.cache.partial_links.pop()))
 
@@ -131,11 +137,38 @@ class Netlink:
             self._requests.request(request, lambda m: found.append(rtnetlink_parser.carrier(m.payload)))
         return any(found)
 
-    def underlay(self, address: str) -> tuple[str, int] | None:
-        """Return the link that has this address and the link's MTU in bytes; None if no link has it."""
+    def reach(self, source: IPAddress, peers: Collection[IPAddress]) -> None:
+        """Set this node's tunnel address, and those of the peers that it reaches by it."""
+        self._ways.reach(source, peers)
+
+    def holders(self, address: IPAddress) -> list[str]:
+        """Return the links that have this address, the loopback device last."""
         self._read()
-        link = self.cache.link_with_address(address)
-        return None if link is None else (link.name, link.mtu)
+        return [link.name for link in self.cache.links_with_address(str(address))]
+
+    def underlay_links(self) -> list[str]:
+        """Return the links by which packets to the peers leave."""
+        self._ask_ways()
+        return sorted(self.cache.name(link) for link in self._ways.links())
+
+    def underlay_mtu(self, address: IPAddress) -> tuple[int | None, bool]:
+        """Return the smallest MTU in bytes on the ways to the peers, and whether the way to each of them is known.
+
+        None while no way is known. Without a peer it is what the links with this tunnel address have.
+        """
+        self._ask_ways()
+        mtu, complete = self._ways.smallest_mtu(self.cache.links, _ipv6_mtu)
+        if mtu is None and complete:
+            own = [link.mtu for link in self.cache.links_with_address(str(address)) if link.name != "lo"]
+            return min(own, default=None), bool(own)
+        return mtu, complete
+
+    def _ask_ways(self) -> None:
+        self._read()
+        for flags in (_FIB_MATCH, 0):
+            asked = self._ways.questions(flags)
+            for peer, reply in zip(asked, self._requests.ask(list(asked.values())), strict=True):
+                self._ways.answer(peer, reply, last=not flags)
 
     def exits(self) -> tuple[str, ...]:
         """Return the links by which packets leave this host, see RtnetlinkCache.exits."""
@@ -273,6 +306,12 @@ def _process(pid: int) -> str:
         return f"{printable((folder / 'comm').read_text().strip(), 32)}, pid {pid}"
     except OSError:
         return ""
+
+
+def _ipv6_mtu(link: str) -> int:
+    """Return the MTU in bytes that a link has for IPv6: a router may have advertised less than the link's own."""
+    value = read_sysctls([f"net/ipv6/conf/{link}/mtu"]).values()
+    return next((int(text) for text in value if text.isdecimal()), 0)
 
 
 def _index(name: str) -> int:

@@ -160,6 +160,23 @@ class NetlinkSocket:
                 if not reply.flags & _MULTI:
                     return consistent
 
+    def ask(self, batch: Sequence[bytes]) -> list[Message | None]:
+        """Send requests that have one reply each; return the replies in order, None for what the kernel refused.
+
+        Raise TimeoutError if the kernel does not answer.
+        """
+        found: list[Message | None] = [None] * len(batch)
+        for start in range(0, len(batch), _BATCH):
+            some = batch[start : start + _BATCH]
+            first, waiting = self._send(some), len(some)
+            while waiting:
+                for reply in messages(self._socket.recv(_READ_BYTES)):
+                    if first <= reply.seq <= self._seq:
+                        waiting -= 1
+                        if reply.type != ERROR:
+                            found[start + reply.seq - first] = reply
+        return found
+
     def change(self, batch: Sequence[bytes]) -> dict[int, int]:
         """Send messages in order; return position → errno for each that the kernel refused.
 

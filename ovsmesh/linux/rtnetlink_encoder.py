@@ -165,6 +165,19 @@ def get_forwarding_route(target: IPAddress, source: IPAddress, iif: int) -> byte
     return template.fill(values)
 
 
+def get_output_route(target: IPAddress, source: IPAddress, flags: int) -> bytes:
+    """Return the same as get_route() does for a packet of this host itself: for every peer that there is."""
+    values = (target.packed, source.packed)
+    shape = (rtnetlink.GETROUTE, target.version, flags)
+    template = _templates.get(shape)
+    if template is None:
+        other = _OTHER_ADDRESSES[target.version]
+        template = _Template(_get_route(other, other, flags=flags), ("RTA_DST", "RTA_SRC"))
+        _check(template, values, get_route(target, source, flags=flags), "request for a route")
+        _templates[shape] = template
+    return template.fill(values)
+
+
 def get_namespace_number(fd: int) -> bytes:
     """Return a request for the number that a network namespace has in the socket's own."""
     return _bytes(nsidmsg, rtnetlink.GETNSID, 0, {}, [("NETNSA_FD", fd)])

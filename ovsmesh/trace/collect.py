@@ -12,7 +12,6 @@ from ovsmesh.dataplane import desired
 from ovsmesh.dataplane.plan import Step
 from ovsmesh.dataplane.types import COOKIE, KBR, OBR, Dataplane
 from ovsmesh.errors import OvsmeshError, summary
-from ovsmesh.linux import netns
 from ovsmesh.linux.filter_trace import encapsulation
 from ovsmesh.linux.kernel import Kernel
 from ovsmesh.mesh.types import IPAddress, Mesh, Node, gateway
@@ -21,6 +20,7 @@ from ovsmesh.ovs.switch_view import SwitchView
 from ovsmesh.probe.peer_agent import ask_agent
 from ovsmesh.probe.targets import targets
 from ovsmesh.text import printable
+from ovsmesh.trace import netns
 from ovsmesh.trace.packets import From, Packets, Sent, Way
 from ovsmesh.trace.types import (
     EchoFound,
@@ -73,10 +73,9 @@ def prepare(
 
 def _physical(driver: Driver, found: ReconcileResult, me: Node) -> tuple[str, ...]:
     """Return the links that tunnel packets pass: behind a bridge of the userspace datapath, its other ports."""
-    underlay = driver.net.underlay(str(me.address))
-    if underlay is None:
+    name = next(iter(driver.net.holders(me.address)), "")
+    if not name:
         return ()
-    name = underlay[0]
     if found.facts is not None and found.facts.datapath_type == "netdev":
         return tuple(port for port in driver.ovs.ports_of(name) if port != name) if driver.ovs.synced else ()
     return (name,)

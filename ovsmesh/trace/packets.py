@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from ovsmesh.dataplane.types import KBR, OBR
 from ovsmesh.errors import OvsmeshError
-from ovsmesh.linux import netns
 from ovsmesh.linux.filter_trace import Encapsulation, Filters, patterns
 from ovsmesh.mesh.types import IPAddress, Node, gateway
+from ovsmesh.trace import netns
 from ovsmesh.trace.echo import SMALL, Echo, exchange, icmp_socket, new_token
 from ovsmesh.trace.taps import Taps, points
 from ovsmesh.trace.types import EchoFound, FilterFound, Kind, Place, Point

@@ -9,7 +9,7 @@ import pytest
 
 from ovsmesh.agent import driver as module
 from ovsmesh.agent.driver import OTHERS_GRACE, Driver
-from ovsmesh.dataplane.types import Bridge, Dataplane, Observed, Port, Unmanaged
+from ovsmesh.dataplane.types import Bridge, Dataplane, Link, Observed, Port, Unmanaged
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.ovs.ovsdb import OvsObserved
 
@@ -164,3 +164,15 @@ def test_a_port_that_the_switch_has_not_made_yet_has_lost_nothing(host: Host) ->
 def test_the_devices_of_a_switch_that_is_down_are_not_missed(host: Host) -> None:
     host.flows, host.links = None, set()
     assert host.observe().dataplane.bridges == BRIDGE
+
+
+@pytest.mark.parametrize(("kbr", "requested", "kept"), [(8962, 1462, 8962), (0, 8962, 8962), (0, 0, None)])
+def test_the_mtu_in_place_is_kbr0s_or_after_a_reboot_the_databases(
+    host: Host, kbr: int, requested: int, kept: int | None
+) -> None:
+    links = {"kbr0": Link("bridge", kbr)} if kbr else {}
+    host.driver.net.cache = SimpleNamespace(managed_links=lambda: (links, []))  # type: ignore[assignment]
+    host.database = OvsObserved({"obr0": Bridge("netdev", mtu_request=requested)}, {}, {}, [], [])
+    assert host.driver._present_mtu() == kept
+    host.database = OvsObserved({}, {}, {}, [], [])
+    assert host.driver._present_mtu() == (kbr or None)

@@ -109,6 +109,26 @@ def test_overhead_and_pod_mtu(settings: Any, address: Any, taken: Any) -> None:
     assert pod_mtu(mesh, me, Facts()) == 1500 - taken
 
 
+@pytest.mark.parametrize(
+    ("underlay", "kept", "asked", "given"),
+    [
+        # address, route or link is away: what is in place stays, at a jumbo MTU too
+        (None, 8962, None, 8962),
+        (None, 1462, None, 1462),
+        (None, None, None, 1462),
+        # one of several ways is away: what the others carry may lower it, and not raise it
+        (9000, 1462, None, 1462),
+        (1400, 8962, None, 1362),
+        # the mesh has the last word
+        (None, 8962, 1400, 1400),
+        (9000, 1400, 8000, 8000),
+    ],
+)
+def test_what_is_in_place_stays_while_a_way_is_not_known(underlay: Any, kept: Any, asked: Any, given: Any) -> None:
+    mesh = first(2, mtu=asked)
+    assert pod_mtu(mesh, mesh.nodes[0], Facts(underlay_mtu=underlay, kept_mtu=kept)) == given
+
+
 @pytest.mark.parametrize(("asked", "given"), [(1400, 1400), (1462, 1462), (1463, 1462), (9000, 1462)])
 def test_the_mesh_can_lower_the_mtu_and_not_raise_it(asked: Any, given: Any) -> None:
     found, problems = dataplane(first(2, mtu=asked), "web1", FACTS)
@@ -230,7 +250,7 @@ def test_self_not_in_the_mesh() -> None:
 
 
 def test_tunnel_address_on_no_link_is_said() -> None:
-    _, problems = dataplane(first(2), "web1", Facts())
+    _, problems = dataplane(first(2), "web1", Facts(tunnel_address=False))
     assert [(p.reason, p.node, p.value, p.fatal) for p in problems] == [
         ("TunnelAddressMissing", "web1", "192.0.2.11", True)
     ]

@@ -67,8 +67,9 @@ def test_what_is_wired_is_managed(cache: Any) -> None:
     assert cache.neighbours == {"10.97.2.1": PEER_MAC}
     assert cache.fdb == {PEER_MAC: OBR}
     assert cache.ports_of(KBR) == [OBR, "veth1"]
-    assert cache.link_with_address("192.0.2.11").name == "eth0"
-    assert cache.link_with_address("192.0.2.1") is None
+    assert [link.name for link in cache.links_with_address("192.0.2.11")] == ["eth0"]
+    assert cache.links_with_address("192.0.2.1") == []
+    assert cache.addressed(ETH0) and not cache.addressed(POD)
 
 
 def test_a_new_cache_is_stale() -> None:
@@ -216,6 +217,17 @@ def test_an_mtu_that_changes_is_a_change_and_not_stale(cache: Any) -> None:
     assert cache.managed_links()[0][OBR].mtu == 1400
 
 
+def test_the_loopback_device_is_the_last_that_has_an_address(cache: Any) -> None:
+    feed(cache, link(1, "lo", mtu=65536), address("192.0.2.11/32", index=1, protocol=0))
+    assert [link.name for link in cache.links_with_address("192.0.2.11")] == ["eth0", "lo"]
+
+
+def test_what_ipv6_tells_of_a_link_is_not_taken_for_the_link(cache: Any) -> None:
+    feed(cache, link(ETH0, "eth0", family=10, mtu=1280, gone=True), link(KBR_INDEX, KBR, family=10))
+    assert [link.mtu for link in cache.links_with_address("192.0.2.11")] == [1500]
+    assert KBR in cache.managed_links()[0] and not cache.changed
+
+
 @pytest.mark.parametrize("changes", [{"mtu": 1400}, {"gone": True}])
 def test_the_underlays_link_matters(cache: Any, changes: Any) -> None:
     feed(cache, link(ETH0, "eth0", **changes))
@@ -354,7 +366,7 @@ def test_an_address_lost_makes_it_stale_as_its_routes_go_unreported(cache: Any) 
 def test_an_address_lost_elsewhere_is_a_change_and_not_stale(cache: Any) -> None:
     feed(cache, address("192.0.2.11/24", index=ETH0, gone=True))
     assert cache.changed and not cache.stale
-    assert cache.link_with_address("192.0.2.11") is None
+    assert cache.links_with_address("192.0.2.11") == []
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from ovsmesh.linux import netns
 from ovsmesh.linux.kernel import Kernel
+from ovsmesh.trace import netns
 from ovsmesh.trace.types import REFUSED_SOURCE, RouteFound
 from tests.support.firewallkit import inside, needs_root, sh
 from tests.support.needs import needs

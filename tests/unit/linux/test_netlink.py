@@ -7,13 +7,16 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
 
 from ovsmesh.dataplane.types import KBR, MARK, OBR, PROTOCOL, Link, Route
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.linux import rtnetlink_encoder as encoder
 from ovsmesh.linux.netlink import Netlink
+from ovsmesh.linux.netlink_socket import attributes
 from tests.support.firewallkit import inside, namespaces, needs_root, sh
 
 __all__ = ["namespaces"]
@@ -40,6 +43,15 @@ def net(namespaces: Callable[..., list[str]]) -> Iterator[Netlink]:
 def printed(*command: str) -> Any:
     """What `ip` or `bridge` prints, as JSON."""
     return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout or "[]")
+
+
+def test_requests_with_one_reply_each_are_answered_in_order(net: Netlink) -> None:
+    sh("ip addr add 192.0.2.1/24 dev other", f"ip link set {OBR} up")
+    own, asked = ip_address("192.0.2.1"), [ip_address("192.0.2.0") + n % 256 for n in range(400)]
+    asked[7] = ip_address("203.0.113.1")
+    found = net._requests.ask([encoder.get_output_route(peer, own, 0) for peer in asked])
+    dsts = [None if reply is None else attributes(reply.payload, 12)[1] for reply in found]
+    assert dsts == [None if peer == asked[7] else peer.packed for peer in asked]
 
 
 def wire(net: Netlink) -> None:
