@@ -181,6 +181,12 @@ class Reason(StrEnum):
     DockerStarting = auto(), _ERROR, "Docker is starting.", "Wait. The start has a deadline."
     DockerStale = (auto(), _WARNING, "Docker runs with older settings than daemon.json has.",
         "Restart Docker when its containers may stop.")
+    DockerGivesUp = (auto(), _WARNING, "The switch of Docker takes a setting of its owner's that can't stay.",
+        "Act on the message before the switch if you need that setting.")
+    DockerOrder = (auto(), _WARNING, "Docker may be started without kbr0, which some versions never recover from.",
+        "Act on the message: let the agent write the drop-in of Docker's unit.")
+    DockerPools = (auto(), _WARNING, "Docker's address pools overlap the mesh's ranges.",
+        "Give Docker other `default-address-pools`.")
     DockerStopped = auto(), _WARNING, "Docker does not run.", "Start it when you need it."
     DockerRollbackFailed = (auto(), _ERROR, "Docker did not start on kbr0, nor with its old settings.",
         "Read `journalctl -u docker`.")

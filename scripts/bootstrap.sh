@@ -1,8 +1,15 @@
-#!/usr/bin/env bash
+#!/bin/sh
+# shellcheck shell=bash
 # Makes this Debian or Ubuntu host a node of a mesh. It lists everything that is missing, installs Open vSwitch and
 # ovsmesh, starts the agent as a systemd unit, waits until it has converged, and prints the peers.
 # It may be run again, also after it was killed: what is already right is left alone.
 # shellcheck disable=SC2015,SC2016  # `a && b || c` where c is for either's failure; backquotes in messages
+# Up to here any shell reads it, so that a host without bash is refused in our words.
+if [ -z "${BASH_VERSION-}" ] || [ "${BASH##*/}" = sh ]; then
+  command -v bash >/dev/null && exec bash "$0" "$@"
+  echo 'bootstrap: error: bash is missing, and this script is for Debian 12, Ubuntu 24.04 and newer' >&2
+  exit 1
+fi
 set -euo pipefail
 PATH=${PATH:-/usr/bin:/bin}:/usr/local/sbin:/usr/sbin:/sbin
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
@@ -112,7 +119,7 @@ wheel_of() { # the one ovsmesh wheel in a directory
 
 [ "$(uname -s)" = Linux ] || die "ovsmesh needs Linux, this is $(uname -s)"
 command -v dpkg-query >/dev/null && command -v apt-get >/dev/null ||
-  need "apt: this script is for Debian 12, Ubuntu 22.04 and newer; elsewhere install Open vSwitch and \`pip install .\`"
+  need "apt: this script is for Debian 12, Ubuntu 24.04 and newer; elsewhere install Open vSwitch and \`pip install .\`"
 [ "$(id -u)" = 0 ] || need 'root: run it with sudo'
 release=$(uname -r)
 [[ $release =~ ^([0-9]+)\. ]] && [ "${BASH_REMATCH[1]}" -ge 5 ] || need "kernel: Linux 5.0 or newer, this is $release"
@@ -284,6 +291,9 @@ if [ "$(readlink $link 2>/dev/null)" != "$venv/bin/ovsmesh" ]; then
   run mv -T $link.new $link
 fi
 
+# what the agent is told to do with Docker, by this run or an earlier one
+dockered=$docker
+[ -n "$dockered" ] || [ ! -f $default ] || dockered=$(sed -n 's/^OVSMESH_AGENT_DOCKER=//p' $default | tail -n 1)
 [ -n "$node" ] || [ ! -f $default ] || node=$(sed -n 's/^OVSMESH_AGENT_NODE=//p' $default | tail -n 1)
 node=${node:-$(hostname)}
 if [ -n "$dry" ] && [ ! -e "$venv/whole" ]; then
@@ -291,7 +301,7 @@ if [ -n "$dry" ] && [ ! -e "$venv/whole" ]; then
 else
   say "checking this host as node $node of $source"
   rc=0
-  checks=$("$venv/bin/ovsmesh" bootstrap --check --mesh "$source" --node "$node" 9>&-) || rc=$?
+  checks=$("$venv/bin/ovsmesh" bootstrap --check --mesh "$source" --node "$node" ${dockered:+--docker "$dockered"} 9>&-) || rc=$?
   # 2: this host is as it should be, and peers do not answer yet
   case $rc in
     0 | 2) printf '%s\n' "$checks" | { grep -E '^(warn|FAIL)' || true; } >&2 ;;
@@ -322,8 +332,12 @@ if [ -z "$systemd" ]; then
   say 'once Open vSwitch runs, then see `ovsmesh status`'
   exit 1
 fi
-# The unit lets the agent write /etc/docker only if the directory exists.
-if command -v dockerd >/dev/null && [ ! -d /etc/docker ]; then run mkdir -m 755 /etc/docker; fi
+# The unit lets the agent write these only if they exist: daemon.json, and what has systemd start dockerd after kbr0.
+if command -v dockerd >/dev/null; then
+  for folder in /etc/docker /etc/systemd/system/docker.service.d; do
+    [ -d $folder ] || run mkdir -m 755 $folder
+  done
+fi
 put $unit 644 <"$here/ovsmesh-agent.service" || true
 # LoadState too: if systemd has seen the file missing or incomplete, it reports the unit as not loaded, and does not say
 # that a reload is needed.

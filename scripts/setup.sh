@@ -1,7 +1,13 @@
-#!/usr/bin/env bash
+#!/bin/sh
+# shellcheck shell=bash
 # Makes this machine ready for `make demo` (plain) or for the tests (--dev): Debian and Ubuntu packages,
 # and a virtual environment in a cache folder outside the checkout. Installs only what is missing and
 # says what and why. A second run does nothing. `--where` only prints the virtual environment's path.
+if [ -z "${BASH_VERSION-}" ] || [ "${BASH##*/}" = sh ]; then
+  command -v bash >/dev/null && exec bash "$0" "$@"
+  echo 'setup: error: bash is missing, and this script is for Debian 12, Ubuntu 24.04 and newer' >&2
+  exit 1
+fi
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
@@ -88,7 +94,7 @@ apt() {
 }
 apt_update() {
   [ -z "$updated" ] || return 0
-  command -v apt-get >/dev/null || die "apt-get not found: install by hand what is named above (this script is for Debian 12, Ubuntu 22.04 and newer)"
+  command -v apt-get >/dev/null || die "apt-get not found: install by hand what is named here (this script is for Debian 12, Ubuntu 24.04 and newer)"
   say "reading the package lists (apt-get update)"
   apt update >&2 || say "warning: apt-get update failed; trying with the lists that are there"
   updated=1
@@ -116,7 +122,7 @@ apt_install() {
   return $rc
 }
 
-packages=() names=()
+packages=() names=() reasons=()
 while IFS='|' read -r name package for why; do
   [ "$for" = plain ] || [ "$flavour" = dev ] || continue
   command -v "$name" >/dev/null && continue
@@ -126,10 +132,11 @@ while IFS='|' read -r name package for why; do
       apt_update
       apt_has "$package" || { say "no $package for $(uname -m) in its packages; the tests that need it are skipped: $why"; continue; } ;;
   esac
-  say "installing $package: $why"
-  packages+=("$package") names+=("$name")
+  packages+=("$package") names+=("$name") reasons+=("$why")
 done <<<"$needs"
 if [ ${#packages[@]} -gt 0 ]; then
+  command -v apt-get >/dev/null || die "apt-get not found: install ${packages[*]} by hand (this script is for Debian 12, Ubuntu 24.04 and newer)"
+  for n in "${!packages[@]}"; do say "installing ${packages[n]}: ${reasons[n]}"; done
   apt_update
   if ! apt_install "${packages[@]}"; then
     for n in "${!names[@]}"; do

@@ -9,16 +9,19 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ovsmesh.agent.driver import Driver
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.containers.cni import Cni
+from ovsmesh.containers.docker import Docker
+from ovsmesh.containers.forwarding import FORWARDING, Device, configured, forwarding_users
 from ovsmesh.dataplane import cni_config
 from ovsmesh.dataplane.plan import Plan, plan
 from ovsmesh.dataplane.types import KBR, KINDS, OBR, Dataplane, Observed
 from ovsmesh.errors import OvsmeshError, Problem
+from ovsmesh.linux.kernel import read_sysctls, write_sysctl
 from ovsmesh.names import DEFAULT_OVSDB
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir, sole_writer
@@ -27,6 +30,8 @@ from ovsmesh.text import listed
 _STEP = 0.2
 _SETTLE = 10.0
 """Seconds for obr0's device to go: at once with a thousand ports, 5 s and more with five thousand."""
+_WRITTEN = {"ip_forward": "1", "forwarding": "1", "send_redirects": "0", "accept_redirects": "0", "accept_ra": "2"}
+"""What ovsmesh and, with forwarding, the kernel have set: last part of a sysctl's name → value."""
 _PROOF = tuple(kind for kind in KINDS if kind not in ("sysctls", "restore_wait"))
 _SWITCH = frozenset({"bridges", "ports", "flows", "restore_wait"})
 """Kinds that Open vSwitch holds."""
@@ -62,8 +67,8 @@ def remove(options: Options, state: StateDir, dry_run: bool = False) -> tuple[li
     """Do as cleanup() does, as the holder of the state directory's lock."""
     with opened(options, state, removing=True) as driver:
         before, problems = state.before()
-        # settings of kbr0 go with it
-        want = Dataplane(sysctls={key: value for key, value in before.items() if f"/{KBR}/" not in key})
+        sysctls, left_on = put_back(before, driver.devices(), driver.docker is not None and driver.docker.returns())
+        want = Dataplane(sysctls=sysctls)
         absent = frozenset() if driver.database_up or _signs(driver, options) else _SWITCH
         have, todo = _look(driver, want, absent)
         unseen = [*_unseen(driver, options, have), *(f"{p}. To go on without them, remove that file" for p in problems)]
@@ -76,15 +81,19 @@ def remove(options: Options, state: StateDir, dry_run: bool = False) -> tuple[li
         if dry_run:
             stays = driver.docker.stays() if driver.docker else ""
             lines = [*steps, *notes, *([f"! {stays}"] if stays else [])]
-            return [*lines, f"{len(steps)} parts would be removed or restored"], not stays
-        failed = _restore_docker(driver)
+            return [*lines, *left_on, f"{len(steps)} parts would be removed or restored"], not stays
+        failed = _restore_docker(driver, todo, sysctls)
         pods = driver.pods() if KBR in have.dataplane.links else []
+        restored = sum(step.kind == "sysctls" for step in todo.steps)
+        # whoever has set one since then keeps it
+        want, todo = Dataplane(), Plan(tuple(step for step in todo.steps if step.kind != "sysctls"))
         failed += driver.apply(todo, want) if todo.steps else []
         have, left = _settle(driver, want, absent)
         if left.steps and {step.kind for step in left.steps} == {"links"} and not have.unknown:
             failed += driver.apply(_without_shared_bridge(left, have), want)
             have, left = _settle(driver, want, absent)
         lines = [*steps, *notes, *(f"! {problem}" for problem in (*failed, *have.problems))]
+        lines += left_on
         lines += [f"left alone: {f.detail}" for f in have.unmanaged]
         if pods:
             lines.append(f"left without a bridge, as {KBR} is gone: {', '.join(pods)}")
@@ -101,8 +110,7 @@ def remove(options: Options, state: StateDir, dry_run: bool = False) -> tuple[li
             clean = False
     if clean:
         lines += [f"left in the state directory: {name}" for name in state.remove()]
-        restored = "?" if notes else str(sum(step.kind == "sysctls" for step in todo.steps))
-        lines.append(f"nothing of ovsmesh is left; {restored} sysctls are as they were")
+        lines.append(f"nothing of ovsmesh is left; {'?' if notes else restored} sysctls are as they were")
     else:
         lines += [f"still there: {step}" for step in left.steps]
         lines += [f"can't be seen: {kind}" for kind in sorted(have.unknown)]
@@ -199,13 +207,79 @@ def _names_bridge(path: str) -> bool:
 # Doing it
 
 
-def _restore_docker(driver: Driver) -> list[Problem]:
-    """Move Docker back before its bridge is removed. Return what failed; raise OvsmeshError if nothing was changed."""
+def put_back(
+    before: Mapping[str, str], devices: Iterable[Device], docker_returns: bool
+) -> tuple[dict[str, str], list[str]]:
+    """Return the sysctls to put back, those of forwarding first, and a line for each that others depend on by now.
+
+    `before`: their values before ovsmesh. `docker_returns`: see forwarding_users.
+    """
+    # settings of kbr0 go with it; what the kernel sets together with forwarding comes after that
+    keys = sorted((key for key in before if f"/{KBR}/" not in key), key=lambda key: (key not in FORWARDING, key))
+    now = read_sysctls(keys)
+    devices = list(devices)
+    back: dict[str, str] = {}
+    left: list[str] = []
+    on: set[int] = set()
+    """IP versions whose forwarding stays."""
+    for key in (key for key in keys if key in now):
+        version, last = 6 if key.startswith("net/ipv6/") else 4, key.rpartition("/")[2]
+        why = ""
+        if now[key] != before[key]:
+            written = _WRITTEN.get(last)
+            if key in FORWARDING:
+                why = listed(forwarding_users(version, devices, docker_returns), 3, "; ")
+            elif version in on and last == "accept_ra":
+                why = "this host forwards IPv6, and would lose its default route"
+            if written not in (None, now[key]):
+                why = "somebody else has set it"
+            elif path := configured(key, now[key]):
+                why = f"{path} sets it"
+        if why:
+            left.append(f"sysctl {key} left at {now[key]}: {why}")
+            on |= {version} if key in FORWARDING else set()
+        elif not (version in on and last in ("forwarding", "accept_redirects")):
+            back[key] = before[key]
+    return back, left
+
+
+def _write_back(sysctls: Mapping[str, str]) -> list[Problem]:
+    """Write sysctls, and those last that the kernel has changed with another. Return what failed."""
+    failed = []
+    for _ in range(2):
+        now = read_sysctls(sysctls)
+        for key, value in sysctls.items():
+            if now.get(key, value) != value:
+                try:
+                    write_sysctl(key, value)
+                except OvsmeshError as error:
+                    failed.append(Problem(Reason.ApplyFailed, str(error)))
+        if failed:
+            break
+    return failed
+
+
+def _restore_docker(driver: Driver, todo: Plan, sysctls: Mapping[str, str]) -> list[Problem]:
+    """Put sysctls back, then move Docker back before its bridge is removed, as a dockerd that starts sets them itself.
+
+    Return what failed; raise OvsmeshError if nothing was changed.
+    """
     docker = driver.docker
-    if docker is None:
-        return []
-    if why := docker.stays():
+    if docker is not None and (why := docker.stays()):
         raise OvsmeshError(why)
+    failed = _write_back(sysctls)
+    if docker is None:
+        return failed
+    failed += _move_docker(driver, docker)
+    if any(problem.fatal for problem in failed):
+        # a dockerd that was not started again has not set it either
+        on = {step.key: step.have for step in todo.steps if step.key in FORWARDING and step.have == "1"}
+        failed += _write_back(on)
+    return failed
+
+
+def _move_docker(driver: Driver, docker: Docker) -> list[Problem]:
+    """Move Docker back. Return what failed, and what is to be said of it."""
     notes = [Problem(Reason.Docker, text) for text in docker.restore()]
     while driver.busy:
         # a restart has its own deadlines

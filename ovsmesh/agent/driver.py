@@ -15,6 +15,7 @@ from pathlib import Path
 from ovsmesh.agent.apply import Apply
 from ovsmesh.containers.cni import Cni
 from ovsmesh.containers.docker import BridgeState, Docker, DockerObserved
+from ovsmesh.containers.forwarding import Device
 from ovsmesh.dataplane import desired, firewall_rules
 from ovsmesh.dataplane.docker_config import DOCKER0
 from ovsmesh.dataplane.plan import Plan
@@ -174,6 +175,16 @@ class Driver:
     def pods(self) -> list[str]:
         """Return the ports of kbr0 but obr0."""
         return [name for name in self.net.cache.ports_of(KBR) if name != OBR]
+
+    def devices(self) -> list[Device]:
+        """Return the network devices of this host, but the bridges of Open vSwitch's userspace datapath."""
+        self.net.observe()
+        cache = self.net.cache
+        return [
+            Device(link.name, link.kind, link.up, cache.addresses_of(link.name), cache.bridge_ports(link.name) or ())
+            for link in cache.links.values()
+            if not (link.kind == "tun" and self.ovs.bridge_of(link.name))
+        ]
 
     def sysctls(self, want: Dataplane) -> dict[str, str]:
         """Return the present values of the desired sysctls."""

@@ -25,6 +25,7 @@ from ovsmesh.agent.result import (
     ReconcileResult,
     compare,
 )
+from ovsmesh.containers.forwarding import side_effects
 from ovsmesh.dataplane.plan import Plan, Step, due, plan
 from ovsmesh.dataplane.report import NOT_REACHED, Held
 from ovsmesh.dataplane.types import Dataplane, Observed, State
@@ -215,6 +216,8 @@ class Reconciler:
     def _record_sysctls(self, todo: Plan) -> None:
         """Record the old values of the sysctls that are about to be written, for `cleanup`."""
         old = {s.key: s.have for s in todo.steps if s.kind == "sysctls" and s.have is not None}
+        for key in list(old):
+            old |= {k: v for k, v in side_effects(key).items() if k not in old}
         for problem in self._state.remember(old) if old else ():
             log.warning("%s", problem)
 

@@ -92,10 +92,20 @@ def check(options: Options) -> list[Check]:
     found += _underlay(wanted, me, facts, here.refused)
     found += preflight.ranges(wanted, preflight.routes())
     found += [Check(FAIL, "conflict", f.detail) for f in unmanaged if f.kind in ("links", "bridges")]
+    found += _docker(options)
     if facts.tunnel_address:
         found += preflight.tunnels(wanted, me)
         found.append(_peers(options, wanted, me))
     return found
+
+
+def _docker(options: Options) -> Iterator[Check]:
+    """Check whether the Docker of this host is one that `--docker replace` can move, before anything is touched."""
+    if options.docker != "replace":
+        return
+    with opened(options, StateDir(options.state_dir)) as driver:
+        why = driver.docker.refusal() if driver.docker else ""
+    yield Check(FAIL, "docker", why) if why else Check(OK, "docker", "nothing is seen that keeps it from kbr0")
 
 
 def exit_code(checks: Iterable[Check]) -> int:

@@ -324,7 +324,7 @@ def cleanup(state_dir: str, dry_run: bool, **options: Any) -> None:
 
 
 @cli.command()
-@with_options(*NODE)
+@with_options(*NODE, *CONTAINERS)
 @flag("--check", "Check whether this host has what a node needs, and whether peers answer.")
 @flag("--print", "Print this host's part of the mesh as a shell script without ovsmesh.")
 @option(

@@ -16,11 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ovsmesh.containers import docker_rules
+from ovsmesh.containers import docker_kind, docker_rules
 from ovsmesh.containers.docker_api import DaemonWatch
 from ovsmesh.containers.docker_migration import DockerMigration, DockerOptions
 from ovsmesh.containers.docker_restart import command
-from ovsmesh.containers.docker_state import DaemonConfig, DockerFile, MigrationRecord, digest
+from ovsmesh.containers.docker_state import DaemonConfig, DockerFile, MigrationRecord
+from ovsmesh.containers.docker_unit import DockerUnit
 from ovsmesh.dataplane import docker_config as settings
 from ovsmesh.dataplane.docker_config import AWAY, DAEMON, DOCKER0, DOWN, daemon_text
 from ovsmesh.dataplane.plan import Step
@@ -31,8 +32,6 @@ from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir
 from ovsmesh.text import listed
 
-_AGAIN = (300.0, 3600.0)
-"""Least and most seconds before a file that dockerd refused is tried again; doubled each time."""
 _POKES = 30.0
 _IPTABLES = 10.0
 _RULE = "rule "
@@ -73,11 +72,13 @@ class Docker:
                 options = options._replace(config=record.config) if record else options
             self._options = options
         self._file = DockerFile(options.config, state)
-        self._watch = DaemonWatch(options.socket)
+        self._unit = DockerUnit(options.restart)
+        self._watch = DaemonWatch(options.socket, self._unit.off)
+        self._remote = docker_kind.remote(os.environ, options.socket)
         self._file_watch = FileWatch(options.config)
         self._cached: tuple[DaemonConfig, MigrationRecord | None, dict[str, object]] | None = None
         self._rules: dict[str, list[str]] = {}
-        self._migration = DockerMigration(options, self._file, self._watch)
+        self._migration = DockerMigration(options, self._file, self._watch, self._unit)
         self._poke_at = time.monotonic() + _POKES
 
     def close(self) -> None:
@@ -131,8 +132,8 @@ class Docker:
         daemon = self._watch.daemon
         if self._options.mode == "replace":
             # known before the first look at the daemon, as the range of CNI depends on it
-            there = (self._file.real, self._options.socket)
-            return "replace" if shutil.which("dockerd") or any(map(os.path.exists, there)) else ""
+            there = shutil.which("dockerd") or any(map(os.path.exists, (self._file.real, self._options.socket)))
+            return "replace" if there or self._remote or (daemon and daemon.unsuitable) else ""
         try:
             says = self._read()[2].get("bridge")
         except OvsmeshError:
@@ -145,7 +146,7 @@ class Docker:
         if daemon is None:
             return DockerObserved(known=False)
         self._migration.here = _here(kernel.kbr)
-        self._migration.aim = digest(repr(sorted(want.docker.items())).encode())
+        self._migration.wanted = want.docker
         try:
             config, record, file = self._read()
             if record and record.step and self._may_resume(daemon, want.docker):
@@ -166,12 +167,26 @@ class Docker:
             return DockerObserved(self._changed(daemon, file, record), note=_where(daemon))
         if not want.docker:
             return DockerObserved(problems=self._elsewhere(daemon), note=_where(daemon))
+        if DAEMON in want.docker and (why := self._unsuitable(daemon, record, file)):
+            text = f"--docker replace changes nothing here: {why}"
+            return DockerObserved({}, (Unmanaged("docker", "bridge", text),), self._trouble(), note=text)
         return self._compare(want, kernel, daemon, config, record, file)
 
     def _may_resume(self, daemon: Daemon, wanted: Mapping[str, str]) -> bool:
         # what is desired may have been computed before the first look at the daemon
         sure = DAEMON in wanted or self._options.mode != "replace"
         return sure and self._acting and not self._migration.busy and daemon.state != "starting"
+
+    def _unsuitable(self, daemon: Daemon, record: MigrationRecord | None, file: Mapping[str, object]) -> str:
+        """Return why this Docker can't be moved, whatever its file says; "" if it can, or was already."""
+        if record is not None or daemon.state == "starting":
+            return ""
+        if self._remote or daemon.unsuitable:
+            return self._remote or daemon.unsuitable
+        if daemon.state == "up" or (file.get("bridge") == KBR and not daemon.off):
+            return ""
+        why = daemon.off or daemon.why
+        return f"dockerd does not run ({why}); start it, and the move goes on by itself, or give `--docker off`"
 
     def _compare(
         self,
@@ -192,6 +207,11 @@ class Docker:
                 )
             have[DAEMON], found = self._daemon(daemon, wanted[DAEMON], record, file)
             problems += found
+            gone = settings.given_up(have, wanted)
+            problems += [Problem(Reason.DockerGivesUp, gone)] if gone else []
+            if pools := settings.pool_overlaps(file, [k[0] for k, r in want.routes.items() if r.type != "unicast"]):
+                text = f"default-address-pools of {self._options.config} overlap the mesh's ranges: {listed(pools)}"
+                problems.append(Problem(Reason.DockerPools, f"{text}; give Docker's own networks other ones"))
         elif daemon.state == "up" and (daemon.bridge != KBR or str(daemon.mtu) != wanted["mtu"]):
             text = f"dockerd still runs {daemon_text(daemon)}: restart Docker when its containers may stop"
             problems.append(Problem(Reason.DockerStale, text))
@@ -204,20 +224,41 @@ class Docker:
             problems += [Problem(Reason.DockerRestart, stops)] if stops else []
         if DAEMON in wanted and daemon.state == "up":
             problems += self._left_behind(have, daemon, want.addresses, kernel, restart)
+            if record and self._acting:
+                problems += self._keep_order(file, want)
             if not restart and record and self._acting and record.seen != self._migration.here:
                 self._cached = None
                 self._migration.keep(replace(record, seen=self._migration.here))
         return DockerObserved(have, unmanaged, tuple(problems), note=_where(daemon))
+
+    def _keep_order(self, file: Mapping[str, object], want: Dataplane) -> list[Problem]:
+        """Have systemd start dockerd on kbr0 only when there is one. Return what is in the way of that."""
+        try:
+            if file.get("bridge") == KBR:
+                why = self._unit.need_bridge(want.addresses)
+            else:
+                why = ""
+                self._unit.need_nothing()
+        except OvsmeshError as error:
+            why = str(error)
+        return [Problem(Reason.DockerOrder, why)] if why else []
 
     def _daemon(
         self, daemon: Daemon, wanted: str, record: MigrationRecord | None, file: Mapping[str, object]
     ) -> tuple[str, list[Problem]]:
         """Return what the daemon uses. One that someone stopped is left alone, and counts as desired."""
         if daemon.state == "up":
+            fresh = record is None or record.seen != self._migration.here
+            still = settings.unsettled(daemon, wanted, fresh) if record else ""
+            still = still or settings.stale(daemon, wanted)
+            if still:
+                return wanted, [Problem(Reason.DockerStale, still)]
             return daemon_text(daemon), []
-        if file.get("bridge") == KBR and (record is None or record.seen != self._migration.here):
+        ready = file.get("bridge") == KBR
+        if ready and not daemon.off and (record is None or record.seen != self._migration.here):
             return DOWN, []
-        text = f"dockerd does not run ({daemon.why}); it will be on {KBR} when somebody starts it"
+        then = f"it will be on {KBR} when somebody starts it" if ready else "it moves when somebody starts it"
+        text = f"dockerd does not run ({daemon.off or daemon.why}); {then}"
         return wanted, [Problem(Reason.DockerStopped, text)]
 
     def _trouble(self) -> tuple[Problem, ...]:
@@ -239,11 +280,12 @@ class Docker:
                 command(self._options.restart)
             except OvsmeshError as error:
                 texts.append(str(error))
-        if record and record.refused and record.stamp == config.stamp and not texts:
-            again = record.at + min(_AGAIN[0] * 2 ** (record.times - 1), _AGAIN[1])
-            if 0 < again - time.time() <= _AGAIN[1] and record.refused == self._migration.aim:
-                when, path = time.strftime("%H:%M:%S UTC", time.gmtime(again)), self._options.config
-                texts.append(f"{record.why}. Tried again at {when}, or after `touch {path}`")
+        if record and record.stamp == config.stamp and not texts and self._migration.refused(daemon, record):
+            path = self._options.config
+            texts.append(
+                f"{record.why}. Not tried again before the mesh, {path} or Docker (its version, its command line) "
+                f"changes: `touch {path}` is such a change"
+            )
         return "; ".join(texts)
 
     def _left_behind(
@@ -273,6 +315,9 @@ class Docker:
         return have
 
     def _elsewhere(self, daemon: Daemon) -> tuple[Problem, ...]:
+        if daemon.unsuitable:
+            text = f"no peer reaches Docker's containers, and `--docker replace` can't move them: {daemon.unsuitable}"
+            return (Problem(Reason.DockerElsewhere, text),)
         if daemon.state != "up" or not daemon.bridge:
             return ()
         text = (
@@ -297,11 +342,19 @@ class Docker:
             # the next reconcile goes on from there
             changes, aim = self._file.back(config, record), AWAY
             changes |= {"bridge": None} if changes.get("bridge") == KBR else {}
+        elif restart:
+            # before the file, so that not even a power cut in between leaves a dockerd that starts without kbr0
+            self._unit.need_bridge(want.addresses)
         self._migration.begin(changes, config, record, aim)
         if restart:
             return
         rules = [step.key.removeprefix(_RULE) for step in steps if step.key.startswith(_RULE)]
         self._remove_rules(rules)
+
+    def refusal(self) -> str:
+        """Return why `--docker replace` changes nothing here, "" where it can; once the daemon is known."""
+        daemon, (_, record, file) = self._watch.daemon, self._read()
+        return self._unsuitable(daemon, record, file) if daemon and self.wanted() == "replace" else ""
 
     # restoring
 
@@ -317,6 +370,13 @@ class Docker:
             )
         command(self._options.restart)
         return ""
+
+    def returns(self) -> bool:
+        """Return whether cleanup restarts a dockerd that has this host forward when it starts."""
+        daemon, (_, record, file) = self._watch.daemon, self._read()
+        given = " ".join(daemon.flags) if daemon else ""
+        off = file.get("ip-forward") is False or "--ip-forward=false" in given
+        return record is not None and daemon is not None and daemon.bridge == KBR and not off
 
     def restore(self) -> list[str]:
         """Put the old file back and begin the restart, if one is needed. Return messages for the user."""
@@ -345,6 +405,7 @@ class Docker:
         if self._migration.why:
             return f"the old {self._options.config} is in place, but {self._migration.why}"
         self._remove_rules(self._stale(KBR))
+        self._unit.need_nothing()
         self._file.forget(record)
         self._cached = None
         return ""

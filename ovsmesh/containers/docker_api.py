@@ -15,11 +15,12 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ovsmesh.containers import docker_kind
 from ovsmesh.dataplane.types import Daemon
 from ovsmesh.file_watch import FileWatch
 
@@ -41,6 +42,8 @@ _EVENTS = {"type": ["container", "daemon"], "event": ["start", "die", "reload"]}
 _INSPECTED = 50
 """Most containers whose restart policy is read."""
 _NAME = re.compile(r"[^\w.-]")
+_VERSION = re.compile(r"[^\w.+~:-]")
+"""Debian's are as 26.1.5+dfsg1."""
 
 
 class _Connection(http.client.HTTPConnection):
@@ -57,8 +60,11 @@ class _Connection(http.client.HTTPConnection):
 class DaemonWatch:
     """An event source: the daemon behind a socket. `daemon` is None until the first look."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: str, off: Callable[[], str] = lambda: "") -> None:
+        """Watch the daemon behind `path`. `off` returns what says that one is off on purpose, and may take a while."""
+        self._path, self._off = path, off
+        self._down_as: tuple[str, str, str] = ("", "", "")
+        self._down_at = 0.0
         self.daemon: Daemon | None = None
         self._wakeup, self._wake = _pipe()
         self._poked, self._poke = _pipe()
@@ -104,15 +110,15 @@ class DaemonWatch:
             try:
                 dormant = _dormant(self._path)
                 if dormant:
-                    self._publish(Daemon("down", "systemd holds its socket, and no dockerd runs", read_at=started))
+                    self._down("systemd holds its socket, and no dockerd runs", started)
                 else:
                     self._follow(started)
             except FileNotFoundError:
-                self._publish(Daemon("down", f"there is no socket {self._path}", read_at=started))
+                self._down(f"there is no socket {self._path}", started)
                 pause = _LATE
             except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                 text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                self._publish(Daemon("down", f"{self._path}: {text or 'closed'}", read_at=started))
+                self._down(f"{self._path}: {text or 'closed'}", started)
                 if time.monotonic() - started > _SOON:
                     pause = _PAUSE[0]
             if self._over():
@@ -121,6 +127,12 @@ class DaemonWatch:
             _take(self._poked)
             self._file.drain()
             pause = _PAUSE[0] if ready else min(pause * 2, _PAUSE[1])
+
+    def _down(self, why: str, started: float) -> None:
+        if self._down_as[0] != why or started - self._down_at > _LATE:
+            kind = docker_kind.of_host(self._path)
+            self._down_as, self._down_at = (why, kind, "" if kind else self._off()), started
+        self._publish(Daemon("down", why, unsuitable=self._down_as[1], off=self._down_as[2], read_at=started))
 
     def _publish(self, daemon: Daemon) -> None:
         old, self.daemon = self.daemon, daemon
@@ -172,8 +184,9 @@ class DaemonWatch:
 def _read(path: str, began: float) -> Daemon:
     with contextlib.closing(_Connection(path)) as api:
         api.connect()
-        pid = struct.unpack("iII", api.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        pid, uid, _ = struct.unpack("iII", api.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         info = _get(api, "/info", {})
+        about = _get(api, "/version", {})
         bridge = _get(api, "/networks/bridge", {})
         listed = _get(api, "/containers/json", [])
         names, returning = [], []
@@ -189,10 +202,11 @@ def _read(path: str, began: float) -> Daemon:
     ranges = _dict(bridge.get("IPAM")).get("Config")
     configs = [c for c in ranges if isinstance(c, dict)] if isinstance(ranges, list) else []
     found = _process(pid)
+    seen = docker_kind.process(found) if found else None
     mtu = str(options.get("com.docker.network.driver.mtu", "0"))
     return Daemon(
         "up",
-        version=_NAME.sub("", str(info.get("ServerVersion") or ""))[:40],
+        version=_VERSION.sub("", str(info.get("ServerVersion") or ""))[:40],
         bridge=_NAME.sub("", str(options.get("com.docker.network.bridge.name") or ("docker0" if bridge else "")))[:15],
         mtu=int(mtu) if mtu.isascii() and mtu.isdigit() and len(mtu) < 6 else 0,
         subnets=tuple(str(c.get("Subnet"))[:64] for c in configs[:8] if c.get("Subnet")),
@@ -201,7 +215,8 @@ def _read(path: str, began: float) -> Daemon:
         running=tuple(sorted(names)),
         returning=tuple(sorted(returning)),
         instance=(found, start_time(found)) if found else (0, 0),
-        flags=_command_line(found) if found else (),
+        flags=seen.argv if seen else (),
+        unsuitable=docker_kind.of_daemon(info, about, seen, uid) or docker_kind.of_pods(tuple(names)),
         read_at=began,
     )
 
@@ -268,25 +283,12 @@ def _take(fd: int) -> bool:
 # processes
 
 
-def _daemons() -> Iterator[int]:
-    """Return every visible dockerd of this network namespace."""
-    own = os.stat("/proc/self/ns/net").st_ino
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError):
-            if (
-                entry.isdigit()
-                and Path("/proc", entry, "comm").read_text().strip() == "dockerd"
-                and os.stat(f"/proc/{entry}/ns/net").st_ino == own
-            ):
-                yield int(entry)
-
-
 def _process(listener: int) -> int:
     """Return the daemon's process: the listener or, if systemd listens for it, the only dockerd; 0 for unknown."""
     with contextlib.suppress(OSError):
         if listener > 1 and Path(f"/proc/{listener}/comm").read_text().strip() == "dockerd":
             return listener
-    found = list(_daemons())
+    found = [one.pid for one in docker_kind.processes() if one.here]
     return found[0] if len(found) == 1 else 0
 
 
@@ -298,13 +300,6 @@ def start_time(pid: int) -> int:
     return 0
 
 
-def _command_line(pid: int) -> tuple[str, ...]:
-    with contextlib.suppress(OSError):
-        parts = Path(f"/proc/{pid}/cmdline").read_bytes()[: 1 << 16].split(b"\0")
-        return tuple(part.decode(errors="replace") for part in parts if part)
-    return ()
-
-
 def _dormant(path: str) -> bool:
     """Return whether systemd listens for a dockerd that does not run: a connection would start it."""
     with contextlib.suppress(OSError):
@@ -313,7 +308,7 @@ def _dormant(path: str) -> bool:
             words = line.split()
             if len(words) == 8 and os.path.realpath(words[7]) == os.path.realpath(path):
                 inodes.add(f"socket:[{words[6]}]")
-        if not inodes or next(_daemons(), 0):
+        if not inodes or any(one.here for one in docker_kind.processes()):
             return False
         for fd in os.listdir("/proc/1/fd"):
             with contextlib.suppress(OSError):

@@ -13,14 +13,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+from ovsmesh.containers import daemon_json
 from ovsmesh.containers.docker_api import DaemonWatch, start_time
-from ovsmesh.containers.docker_restart import Restart, command
-from ovsmesh.containers.docker_state import DaemonConfig, DockerFile, MigrationRecord
-from ovsmesh.dataplane.docker_config import AWAY, reached
+from ovsmesh.containers.docker_restart import Restart, command, validated
+from ovsmesh.containers.docker_state import DaemonConfig, DockerFile, MigrationRecord, digest
+from ovsmesh.containers.docker_unit import DockerUnit
+from ovsmesh.dataplane.docker_config import AWAY, explained, reached
 from ovsmesh.dataplane.types import KBR, Daemon
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.reasons import Reason
 
+_DOCKERD = "dockerd "
 _RESUME = 60.0
 """Seconds before a file that could not be put back is tried again."""
 
@@ -38,19 +41,23 @@ class DockerOptions(NamedTuple):
 class DockerMigration:
     """The one migration that may be under way."""
 
-    def __init__(self, options: DockerOptions, file: DockerFile, watch: DaemonWatch) -> None:
-        self._options, self._file, self._watch = options, file, watch
+    def __init__(self, options: DockerOptions, file: DockerFile, watch: DaemonWatch, unit: DockerUnit) -> None:
+        self._options, self._file, self._watch, self._unit = options, file, watch, unit
         self._job: Restart | None = None
         self._kind = ""
         """"switch" (a file was written), "start" (none was), "rollback" or "restore"."""
         self.here = ""
         """The present kbr0."""
-        self.aim = ""
-        """Digest of what is desired of Docker now."""
+        self.wanted: Mapping[str, str] = {}
+        """What is desired of Docker now."""
         self.why = ""
         """Why the last migration failed; "" if it did not."""
         self.trouble: Problem | None = None
         self._resume_at = 0.0
+        self._before: Daemon | None = None
+        """The daemon as it was before the switch."""
+        self._judged = "", ""
+        """Digest of the file that dockerd was asked about last, and why it would refuse that."""
 
     def close(self) -> None:
         """Release a restart that runs."""
@@ -72,16 +79,48 @@ class DockerMigration:
             return "Docker moves to another bridge, or did when an agent was killed: the agent goes on with it"
         return f"{'putting the old daemon.json back: ' if self._kind == 'rollback' else ''}{self._job.text()}"
 
+    def refused(self, daemon: Daemon, record: MigrationRecord) -> bool:
+        """Return whether this was tried and refused, and nothing has changed since: time alone is no change.
+
+        A dockerd that did not start on kbr0 is tried again on another kbr0, as after a boot, which stops no container.
+        """
+        if not record.refused or record.refused != self._digest():
+            return False
+        return record.refused_by == self._by(daemon) or (
+            daemon.state != "up" and record.refused_by.startswith(_DOCKERD)
+        )
+
+    def _digest(self) -> str:
+        return digest(repr(sorted(self.wanted.items())).encode())
+
+    def _by(self, daemon: Daemon | None) -> str:
+        if daemon is None or daemon.state != "up":
+            return f"{KBR} {self.here}"
+        return _DOCKERD + digest(repr((daemon.version, daemon.flags)).encode())
+
     def begin(
         self, changes: Mapping[str, object], config: DaemonConfig, record: MigrationRecord | None, wanted: str
     ) -> None:
         """Write the file. With `wanted`, the daemon as it is to be seen, restart it too. Raise OvsmeshError."""
         argv = command(self._options.restart) if wanted else []
-        self.trouble = None
+        self.trouble, self._before = None, self._watch.daemon
+        if changes and wanted:
+            self._validate(daemon_json.edit(config.data, changes))
         if changes or (wanted and record is None):
             record = self._file.change(config, changes, record, "switch" if wanted else "")
         if wanted and record:
             self._start("switch" if changes else "start", argv, record, lambda daemon: reached(daemon, wanted))
+
+    def _validate(self, data: bytes) -> None:
+        """Raise OvsmeshError if dockerd says that it would not start with this file."""
+        daemon = self._watch.daemon
+        if daemon is None or daemon.state != "up":
+            return
+        asked = digest(data + repr((daemon.version, daemon.flags)).encode())
+        if self._judged[0] != asked:
+            self._judged = asked, validated(daemon, data, self._file.directory)
+        if why := self._judged[1]:
+            raise OvsmeshError(f"dockerd {daemon.version} would not start with the new {self._options.config}: {why}")
 
     def await_child(self, record: MigrationRecord) -> None:
         """Wait for the restart command of an agent that was killed, so that no two run at once."""
@@ -114,6 +153,8 @@ class DockerMigration:
         good: Callable[[Daemon], bool],
         adopt: tuple[int, int] = (0, 0),
     ) -> None:
+        if not (self._watch.daemon and self._watch.daemon.state == "up"):
+            self._unit.forgive()
         job = Restart(argv, self._watch, good, self._options.timeout)
         self._kind, self._job = kind, job
         try:
@@ -140,7 +181,7 @@ class DockerMigration:
             self._refused(record, record.why)
         else:
             self._end("")
-            self.keep(replace(record, step="", child=(0, 0), refused="", why="", times=0, seen=self.here))
+            self.keep(replace(record, step="", child=(0, 0), refused="", refused_by="", why="", seen=self.here))
         return True
 
     def _end(self, why: str) -> None:
@@ -151,6 +192,8 @@ class DockerMigration:
     def _failed(self, why: str, record: MigrationRecord) -> None:
         """Put the file back, as the daemon is not as wanted, and restart it unless the old daemon still runs."""
         before = self._job.before if self._job else None
+        said = self._unit.said()
+        why = explained(f"{why}: {said}" if said and said not in why else why)
         self._end(why)
         if self._kind == "restore":
             return
@@ -193,10 +236,9 @@ class DockerMigration:
                 step="",
                 child=(0, 0),
                 why=why,
-                refused=self.aim,
+                refused=self._digest(),
+                refused_by=self._by(self._before or self._watch.daemon),
                 stamp=stamp,
-                times=record.times + 1,
-                at=time.time(),
             )
         )
 

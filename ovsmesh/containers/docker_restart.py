@@ -11,14 +11,20 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from ovsmesh.containers.docker_api import DaemonWatch, start_time
 from ovsmesh.dataplane.docker_config import daemon_text
 from ovsmesh.dataplane.types import Daemon
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.text import printable
 
+_VALIDATES = 23
+"""The first major version of dockerd that has --validate."""
+_VALIDATE = 10.0
 _TOLD = 400
 """Characters of the command's output in a message."""
 
@@ -34,6 +40,35 @@ def command(text: str) -> list[str]:
             f"--docker-restart {text!r}: there is no program {argv[0] if argv else ''} to restart Docker with"
         )
     return argv
+
+
+def validated(daemon: Daemon, data: bytes, directory: Path) -> str:
+    """Return why this dockerd would not start with this daemon.json, "" if it would or can't be asked.
+
+    Docker 23 and newer can be asked, without a daemon being touched; Docker 20 can't. A file is written to `directory`
+    for as long as it takes.
+    """
+    program = shutil.which(daemon.flags[0]) if daemon.flags else None
+    major = daemon.version.partition(".")[0]
+    if program is None or not major.isascii() or not major.isdigit() or int(major) < _VALIDATES:
+        return ""
+    words, given = [], list(daemon.flags[1:])
+    while given:
+        word = given.pop(0)
+        if word == "--config-file" and given:
+            given.pop(0)
+        elif not word.startswith("--config-file="):
+            words.append(word)
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".daemon.json.") as file:
+            file.write(data)
+            file.flush()
+            argv = [program, *words, "--validate", "--config-file", file.name]
+            done = subprocess.run(argv, capture_output=True, timeout=_VALIDATE, stdin=subprocess.DEVNULL, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    said = " ".join(done.stderr.decode(errors="replace").split()) or "no output"
+    return printable(said, _TOLD) if done.returncode else ""
 
 
 class Restart:

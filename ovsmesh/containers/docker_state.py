@@ -65,11 +65,10 @@ class MigrationRecord:
     why: str = ""
     refused: str = ""
     """Digest of what was wanted when dockerd did not come back."""
+    refused_by: str = ""
+    """Which dockerd that was (version and command line), or the kbr0 on which none started."""
     stamp: str = ""
     """That of the old file since the refusal."""
-    times: int = 0
-    at: float = 0.0
-    """When that was, in seconds since the epoch."""
 
 
 class DockerFile:
@@ -108,7 +107,8 @@ class DockerFile:
             data, _ = read_regular(self._record)
             stored = json.loads(data)
             known = {f.name: type(getattr(_BLANK, f.name)) for f in fields(MigrationRecord)}
-            stored = {k: tuple(v) if known.get(k) is tuple else v for k, v in stored.items()}
+            # what another version of ovsmesh wrote beside is not needed
+            stored = {k: tuple(v) if known[k] is tuple else v for k, v in stored.items() if k in known}
             if not all(
                 isinstance(stored.get(name, getattr(_BLANK, name)), (kind, int)) for name, kind in known.items()
             ):
@@ -130,6 +130,12 @@ class DockerFile:
         """Write the record and return it."""
         self._write(self._record, (json.dumps(asdict(record), indent=1) + "\n").encode(), 0o600)
         return record
+
+    @property
+    def directory(self) -> Path:
+        """The state directory, once it is there."""
+        self._state.ensure()
+        return self._state.path
 
     def change(
         self, config: DaemonConfig, changes: Mapping[str, Any], record: MigrationRecord | None, step: str

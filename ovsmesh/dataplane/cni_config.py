@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from ovsmesh.dataplane.docker_config import docker_ranges
+from ovsmesh.dataplane.docker_config import cni_bounds
 from ovsmesh.dataplane.types import KBR, CniFacts, CniPlugin, Facts, Unmanaged
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.types import IPNetwork, gateway
@@ -76,14 +76,17 @@ def desired(pod_cidrs: Sequence[IPNetwork], facts: Facts, mtu: int) -> dict[str,
         return {}
     if not writable(facts.cni.plugins):
         return {FILE: facts.cni.kept} if facts.cni.kept else {}
-    docker = docker_ranges(pod_cidrs, facts)
-    return {FILE: _render(_used(facts.cni.plugins), pod_cidrs, docker, mtu)}
+    bounds = cni_bounds(pod_cidrs, facts)
+    return {FILE: _render(_used(facts.cni.plugins), pod_cidrs, bounds, mtu)}
 
 
 def _render(
-    plugins: Sequence[CniPlugin], pod_cidrs: Sequence[IPNetwork], docker: Mapping[IPNetwork, IPNetwork], mtu: int
+    plugins: Sequence[CniPlugin],
+    pod_cidrs: Sequence[IPNetwork],
+    bounds: Mapping[IPNetwork, Mapping[str, str]],
+    mtu: int,
 ) -> str:
-    """Return the conflist's text. `docker`: see docker_ranges.
+    """Return the conflist's text. `bounds`: see cni_bounds.
 
     The agent manages kbr0's address, its MAC and the masquerade: the plugin only plugs. A pod's default route goes to
     the gateway that host-local returns with each address, and host-local never gives that one out.
@@ -93,8 +96,8 @@ def _render(
     ranges: dict[int, list[dict[str, str]]] = {}
     for cidr in pod_cidrs:
         # a pod gets one address out of each set: one of each family
-        end = {"rangeEnd": str(docker[cidr].network_address - 1)} if cidr in docker else {}
-        ranges.setdefault(cidr.version, []).append({"subnet": str(cidr), "gateway": str(gateway(cidr)), **end})
+        part = {"subnet": str(cidr), "gateway": str(gateway(cidr)), **bounds.get(cidr, {})}
+        ranges.setdefault(cidr.version, []).append(part)
     routes = [{"dst": "0.0.0.0/0" if family == 4 else "::/0"} for family in ranges]
     bridge = {
         "type": "bridge",

@@ -6,6 +6,7 @@ it leaves behind.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -26,6 +27,8 @@ _RANGES = {"bip": 4, "fixed-cidr": 4, "default-gateway": 4, "bip6": 6, "fixed-ci
 """Settings that tell where on its bridge Docker has its addresses → IP version."""
 _NEVER = ("bip", "bip6")
 """Settings that dockerd refuses together with `bridge`."""
+_IPV6 = ("ipv6", "bip6", "fixed-cidr-v6", "default-gateway-v6")
+"""Settings that dockerd takes together or not at all: a node without an IPv6 range keeps none of them."""
 FILE_KEYS = frozenset({"bridge", "mtu", "ipv6", *_RANGES})
 _DEFAULTS = frozenset(f"172.{n}.0.1/16" for n in range(17, 32))
 """Addresses that dockerd gives to a bridge of its own (its default address pools)."""
@@ -33,14 +36,27 @@ _FLAGS = {"-b": "bridge"}
 
 
 def docker_ranges(cidrs: Iterable[IPNetwork], facts: Facts) -> dict[IPNetwork, IPNetwork]:
-    """Return pod CIDR → its upper half, which is Docker's where CNI gives out addresses too: neither asks the other.
+    """Return pod CIDR → its upper half in IPv4, which is Docker's where CNI gives out addresses too.
 
-    In IPv6 both have all: Docker's addresses hold its containers' MACs, CNI's are counted from the range's start.
+    Neither asks the other. See cni_bounds for IPv6.
     """
     first = next((c for c in cidrs if isinstance(c, IPv4Network) and c.prefixlen < 30), None)
     if first is None or not facts.docker or facts.cni is None:
         return {}
     return {first: list(first.subnets(1))[1]}
+
+
+def cni_bounds(cidrs: Sequence[IPNetwork], facts: Facts) -> dict[IPNetwork, dict[str, str]]:
+    """Return pod CIDR → host-local's bounds in it, where Docker gives out addresses of it too.
+
+    In IPv6 CNI has the upper half and Docker the lower: dockerd wants the gateway, the first address, inside of what is
+    its own. Docker 28 and newer count from there; older ones put the container's MAC (02:42:…) into the lower 48 bits.
+    """
+    bounds = {c: {"rangeEnd": str(part.network_address - 1)} for c, part in docker_ranges(cidrs, facts).items()}
+    first = next((c for c in cidrs if isinstance(c, IPv6Network) and c.prefixlen < 126), None)
+    if bounds and first is not None:
+        bounds[first] = {"rangeStart": str(list(first.subnets(1))[1].network_address)}
+    return bounds
 
 
 def desired(me: Node, facts: Facts, mtu: int) -> dict[str, str]:
@@ -71,14 +87,42 @@ def observed(
     """Return the wanted settings as they are in force, and those that can't stand beside them.
 
     `own` are kbr0's ranges. A wanted value that the command line gives counts as set: dockerd refuses to have it in
-    both.
+    both. A file that somebody else put on kbr0 keeps its IPv6 as it is: dockerd runs with it.
     """
     found = {key: _text(key, file[key]) for key in want if key in file}
     found |= {key: flags[key] for key in want if flags.get(key) == want[key]}
     if "bridge" not in want:
         return found
-    others = {k: _text(k, file[k]) for k in _RANGES if k in file and k not in want}
-    return found | {k: text for k, text in others.items() if k in _NEVER or not _within(text, own)}
+    kept = () if DAEMON in want else _IPV6
+    others = {k: _text(k, file[k]) for k in _RANGES if k in file and k not in want and k not in kept}
+    misfits = {k: text for k, text in others.items() if k in _NEVER or not _within(text, own)}
+    if DAEMON in want and "ipv6" not in want and file.get("ipv6", False) is not False:
+        misfits |= {k: _text(k, file[k]) for k in _IPV6 if k in file}
+    return found | misfits
+
+
+def given_up(have: Mapping[str, str], want: Mapping[str, str]) -> str:
+    """Return what the switch takes from Docker's owner, with the way to keep it; "" for nothing."""
+    gone = [key for key in _IPV6 if key in have and key not in want]
+    if DAEMON not in want or "ipv6" not in gone:
+        return ""
+    return (
+        f"containers on {KBR} have no IPv6, as this node has no IPv6 range in the mesh: the switch takes "
+        f"{listed(gone)} out of daemon.json together. Give the node an IPv6 range to keep IPv6"
+    )
+
+
+def pool_overlaps(file: Mapping[str, Any], clusters: Iterable[str]) -> list[str]:
+    """Return the default address pools of the file that overlap one of the mesh's ranges."""
+    pools = file.get("default-address-pools")
+    bases = [p.get("base") for p in pools if isinstance(p, dict)] if isinstance(pools, list) else []
+    nets = [ip_network(text) for text in clusters]
+    found = []
+    for base in bases:
+        with contextlib.suppress(ValueError):
+            pool = ip_network(str(base), strict=False)
+            found += [str(base)] if any(n.version == pool.version and n.overlaps(pool) for n in nets) else []
+    return found
 
 
 def value(key: str, text: str) -> Any:
@@ -150,8 +194,12 @@ def obstacles(daemon: Daemon, config: str, real: str, want: Mapping[str, str], r
     other = given.pop("config-file", "")
     if other and other not in (config, real):
         yield f"dockerd reads {other}, and --docker-config is {config}: give --docker-config {other}"
+    # a part of the IPv6 settings alone, or an IPv6 that nobody wants, is one that dockerd would come back with
+    refused = (*_NEVER, *(_IPV6 if DAEMON in want and "ipv6" not in want else ()))
     for key, text in given.items():
-        if text != want.get(key) and (key in want or key in _NEVER):
+        if key == "ipv6" and text == "false" and key not in want:
+            continue
+        if text != want.get(key) and (key in want or key in refused):
             yield (
                 f"dockerd was started with --{key} {text}, and does not start when {config} has it too: remove it "
                 f"from its command line (`systemctl edit --full docker`), then restart Docker"
@@ -169,14 +217,52 @@ def remembers(daemon: Daemon, wanted: str) -> bool:
     It forgets the range of a bridge when it starts with another bridge. (With none it would forget it too, and also
     disable the network of each container that it starts, for good.)
     """
-    return daemon.bridge == KBR and daemon_text(daemon).split()[:3] != wanted.split()[:3]
+    return daemon.bridge == KBR and not reached(daemon, wanted)
+
+
+def stale(daemon: Daemon, wanted: str) -> str:
+    """Return what a daemon on kbr0 does otherwise than wanted, though it is where it should be; "" for nothing."""
+    if not reached(daemon, wanted) or daemon_text(daemon) == wanted:
+        return ""
+    return (
+        f"dockerd still runs {daemon_text(daemon)}, and is wanted {wanted}: daemon.json has that for the next start of "
+        "Docker, and nothing is restarted for it. Restart Docker when its containers may stop"
+    )
+
+
+def unsettled(daemon: Daemon, wanted: str, fresh: bool) -> str:
+    """Return why a daemon on kbr0 with another range is left so: its containers would stop. "" where it need not be.
+
+    `fresh`: it was not yet seen right on this kbr0, as after a boot; then a restart is part of the switch, if all its
+    containers come back.
+    """
+    if daemon.bridge != KBR or reached(daemon, wanted):
+        return ""
+    if not daemon.running or (fresh and set(daemon.running) <= set(daemon.returning)):
+        return ""
+    return (
+        f"dockerd still runs {daemon_text(daemon)}, and is wanted {wanted}: only a restart of Docker moves it, which "
+        f"would stop its containers. Stop {listed(daemon.running)} when they may stop, then the agent restarts Docker"
+    )
 
 
 def reached(daemon: Daemon, aim: str) -> bool:
-    """Return whether a daemon is where a restart was to bring it."""
+    """Return whether a daemon is where a restart was to bring it: MTU and IPv6 are no reason for another one."""
     if aim == AWAY:
         return daemon.state == "up" and daemon.bridge != KBR
-    return daemon_text(daemon) == aim
+    return daemon_text(daemon).replace(",", "").split()[:3] == aim.replace(",", "").split()[:3]
+
+
+def explained(why: str) -> str:
+    """Return what dockerd said, with the remedy where that is known."""
+    if "networks have same bridge name" not in why:
+        return why
+    return (
+        f"{why}. This Docker was started once without {KBR}, and keeps a note of that which no later start clears (a "
+        "fault of Docker 26, not of 27.5 and newer): `systemctl stop docker.socket docker; mv "
+        "/var/lib/docker/network/files/local-kv.db /var/lib/docker/network/files/local-kv.db.old; systemctl start "
+        "docker`, then make Docker's own networks again, as that file held them"
+    )
 
 
 def docker_addresses(daemon: Daemon, own: Iterable[str], present: Iterable[str]) -> list[str]:

@@ -101,6 +101,10 @@ class Daemon:
     """Process id and start time; zeros where it can't be seen."""
     flags: tuple[str, ...] = field(default=(), repr=False)
     """Its command line."""
+    unsuitable: str = ""
+    """Why no Docker of this kind can be moved to kbr0, by its name; "" if this one can."""
+    off: str = ""
+    """What says that it is off on purpose; "" if nothing does."""
     read_at: float = field(default=0.0, compare=False)
     """When the reading began, on the monotonic clock."""
 

@@ -63,7 +63,9 @@ def test_docker_and_cni_share_the_range_and_no_address() -> None:
     desired = want(first(2), facts=both)
     assert desired.docker["fixed-cidr"] == "10.97.1.128/25"
     ranges = json.loads(next(iter(desired.cni.values())))["plugins"][0]["ipam"]["ranges"]
-    assert ranges[0][0]["rangeEnd"] == "10.97.1.127" and "rangeEnd" not in ranges[1][0]
+    assert ranges[0][0]["rangeEnd"] == "10.97.1.127"
+    # Docker 29 counts from ::2 as host-local does, older ones put a MAC (02:42:…) into the lower 48 bits
+    assert ranges[1][0] == {"subnet": "fd00:97:1::/64", "gateway": "fd00:97:1::1", "rangeStart": "fd00:97:1:0:8000::"}
     alone = want(first(2), facts=dataclasses.replace(FACTS, cni=CNI))
     assert "rangeEnd" not in next(iter(alone.cni.values())) and not alone.docker
     assert "fixed-cidr" not in want(first(2), facts=REPLACE).docker
@@ -89,6 +91,66 @@ def test_what_belongs_to_another_bridge_goes(file: dict[str, Any], flags: dict[s
     found = docker_config.observed(file, flags, WANTED, OWN)
     assert {key for key in found if key not in WANTED} == set(misfits)
     assert all(found[key] == text for key, text in flags.items())
+
+
+V4 = {"bridge": "kbr0", "mtu": "1462", "daemon": "on kbr0 10.97.1.0/24, MTU 1462"}
+V6 = {"ipv6": True, "fixed-cidr-v6": "fd00:dead::/64"}
+
+
+@pytest.mark.parametrize(
+    ("file", "misfits"),
+    [
+        (V6, {"ipv6", "fixed-cidr-v6"}),
+        (V6 | {"default-gateway-v6": "fd00:dead::9"}, {"ipv6", "fixed-cidr-v6", "default-gateway-v6"}),
+        # Docker 27 and newer choose a range themselves
+        ({"ipv6": True}, {"ipv6"}),
+        ({"ipv6": True, "ip6tables": True, "experimental": True}, {"ipv6"}),
+        ({"ipv6": False}, set()),
+        ({"ipv6": False, "fixed-cidr-v6": "fd00:dead::/64"}, {"fixed-cidr-v6"}),
+        ({"bip": "172.18.0.1/16", "bip6": "fd00:dead::1/64", "ipv6": True}, {"bip", "bip6", "ipv6"}),
+    ],
+)
+def test_docker_s_ipv6_settings_go_together(file: dict[str, Any], misfits: set[str]) -> None:
+    found = docker_config.observed(file, {}, V4, OWN[:1])
+    assert {key for key in found if key not in V4} == misfits
+    said = docker_config.given_up(found, V4)
+    assert ("IPv6 range" in said) == ("ipv6" in misfits)
+    # a file that somebody else put on kbr0: dockerd runs with it
+    keep = {"bridge": "kbr0", "mtu": "1462"}
+    assert not set(docker_config.observed(file, {}, keep, OWN[:1])) & {"ipv6", "fixed-cidr-v6"}
+
+
+def test_pools_that_overlap_the_mesh_are_named() -> None:
+    clusters = ["10.97.0.0/16", "fd00:97::/32"]
+    pools = [{"base": "10.0.0.0/8", "size": 24}, {"base": "172.30.0.0/16", "size": 24}, {"base": "x"}, 7]
+    assert docker_config.pool_overlaps({"default-address-pools": pools}, clusters) == ["10.0.0.0/8"]
+    assert docker_config.pool_overlaps({"default-address-pools": 7}, clusters) == []
+
+
+def test_only_another_bridge_is_worth_a_restart() -> None:
+    def on(subnet: str = "10.97.1.0/24", mtu: int = 1462, ipv6: bool = True, **more: Any) -> Daemon:
+        return Daemon("up", bridge="kbr0", mtu=mtu, subnets=(subnet,), ipv6=ipv6, **more)
+
+    wanted = WANTED["daemon"]
+    for daemon in (on(mtu=8962), on(ipv6=False)):
+        assert docker_config.reached(daemon, wanted) and not docker_config.remembers(daemon, wanted)
+        assert "for the next start of Docker" in docker_config.stale(daemon, wanted)
+        assert docker_config.unsettled(daemon, wanted, False) == ""
+    assert docker_config.stale(on(), wanted) == ""
+    other = on("172.17.0.0/16")
+    assert docker_config.remembers(other, wanted) and docker_config.stale(other, wanted) == ""
+    # a restart stops nothing, or is part of the switch and all come back
+    assert docker_config.unsettled(other, wanted, False) == ""
+    busy = on("172.17.0.0/16", running=("a", "b"), returning=("a",))
+    assert "Stop a, b when they may stop" in docker_config.unsettled(busy, wanted, True)
+    back = dataclasses.replace(busy, returning=("a", "b"))
+    assert docker_config.unsettled(back, wanted, True) == "" != docker_config.unsettled(back, wanted, False)
+    assert docker_config.unsettled(dataclasses.replace(busy, bridge="docker0"), wanted, False) == ""
+
+
+def test_the_fault_of_docker_26_is_answered_with_its_remedy() -> None:
+    said = "dockerd ended: error creating default network: networks have same bridge name"
+    assert "local-kv.db" in docker_config.explained(said) and docker_config.explained("no") == "no"
 
 
 def test_a_value_of_the_wrong_type_is_not_as_wanted() -> None:
@@ -127,6 +189,10 @@ def test_what_is_in_the_way() -> None:
     assert "--docker-config /x" in texts[0] and "--bridge br7" in texts[1]
     fits = dataclasses.replace(ON_DOCKER0, flags=("dockerd", "--mtu=1462", "--fixed-cidr=172.17.1.0/24"))
     assert obstacles(fits) == []
+    # half of a pair that dockerd refuses alone, or an IPv6 that it would come back with
+    for flag, refused in (("--ipv6", True), ("--fixed-cidr-v6=fd00:dead::/64", True), ("--ipv6=false", False)):
+        six = dataclasses.replace(ON_DOCKER0, flags=("dockerd", flag))
+        assert bool(list(docker_config.obstacles(six, "/x", "/x", V4, True))) == refused
 
 
 def test_whom_a_restart_stops() -> None:
