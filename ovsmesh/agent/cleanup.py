@@ -270,10 +270,14 @@ def _restore_docker(driver: Driver, todo: Plan, sysctls: Mapping[str, str]) -> l
     failed = _write_back(sysctls)
     if docker is None:
         return failed
-    failed += _move_docker(driver, docker)
+    # a dockerd that is not started again does not set it either
+    on = {step.key: step.have for step in todo.steps if step.key in FORWARDING and step.have == "1"}
+    try:
+        failed += _move_docker(driver, docker)
+    except OvsmeshError:
+        _write_back(on)
+        raise
     if any(problem.fatal for problem in failed):
-        # a dockerd that was not started again has not set it either
-        on = {step.key: step.have for step in todo.steps if step.key in FORWARDING and step.have == "1"}
         failed += _write_back(on)
     return failed
 

@@ -101,7 +101,7 @@ def drop_in(addresses: Iterable[str]) -> str:
     there = f"ip link show dev {KBR} >/dev/null 2>&1"
     return (
         f"# Written by ovsmesh while Docker is on {KBR}; `ovsmesh cleanup` removes it.\n"
-        f"# dockerd does not start without {KBR}, and Docker 26 never does again after it has failed so once.\n"
+        f"# dockerd does not start without {KBR}, and some versions before 27.5 never do again after that.\n"
         "[Service]\n"
         f"ExecStartPre=/bin/sh -c 'PATH=/usr/sbin:/usr/bin:/sbin:/bin; {there} || {{ {make}; }} || {there}'\n"
     )

@@ -259,7 +259,7 @@ def explained(why: str) -> str:
         return why
     return (
         f"{why}. This Docker was started once without {KBR}, and keeps a note of that which no later start clears (a "
-        "fault of Docker 26, not of 27.5 and newer): `systemctl stop docker.socket docker; mv "
+        "fault of some versions before 27.5): `systemctl stop docker.socket docker; mv "
         "/var/lib/docker/network/files/local-kv.db /var/lib/docker/network/files/local-kv.db.old; systemctl start "
         "docker`, then make Docker's own networks again, as that file held them"
     )

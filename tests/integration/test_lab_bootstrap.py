@@ -360,6 +360,18 @@ def back(stage: Stage) -> None:
         raise
 
 
+def reboot(stage: Stage) -> None:
+    """A power cut, and what a network namespace keeps where a machine does not."""
+    ns = stage.me.ns
+    stage.machine.power_cut()
+    netns.run(["sh", "-c", "iptables -F; iptables -t nat -F; ip route flush proto 111; ip link del kbr0"], ns)
+    for family in ("inet", "bridge"):
+        # the second boot may have had no agent
+        netns.run(["nft", "delete", "table", family, "ovsmesh"], ns, check=False)
+    netns.sysctl(ns, {"net/ipv4/ip_forward": "0"})
+    stage.machine.start()
+
+
 def test_docker_moves_and_after_a_reboot_all_is_back(stage: Stage) -> None:
     machine, ns = stage.machine, stage.me.ns
     # Docker knows nothing of the pod that was plugged in beside it, and gives out its address first, under another MAC.
@@ -374,16 +386,22 @@ def test_docker_moves_and_after_a_reboot_all_is_back(stage: Stage) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     back(stage)
 
-    machine.power_cut()
-    netns.run(["sh", "-c", "iptables -F; iptables -t nat -F; ip route flush proto 111; ip link del kbr0"], ns)
-    for family in ("inet", "bridge"):
-        netns.run(["nft", "delete", "table", family, "ovsmesh"], ns)
-    netns.sysctl(ns, {"net/ipv4/ip_forward": "0"})
-    machine.start()
+    reboot(stage)
     wait_for("the agent to be ready", lambda: machine.show("ovsmesh-agent", "StatusText") == "1 peer, converged", 60)
     back(stage)
     agent, docker = (int(machine.show(unit, "ActiveEnterTimestampMonotonic")) for unit in ("ovsmesh-agent", "docker"))
     assert 0 < agent < docker
+
+    # a host whose agent does not start: dockerd is never started without kbr0, and the agent takes that one over later
+    machine.run("systemctl", "disable", "ovsmesh-agent")
+    reboot(stage)
+    wait_for("Docker", lambda: machine.run("docker", "ps", "-q", check=False).stdout.strip(), 60)
+    assert container(stage) and "10.97.2.1/24" in machine.run("ip", "-br", "addr", "show", "kbr0").stdout
+    pid = machine.show("docker", "MainPID")
+    machine.run("systemctl", "enable", "--now", "ovsmesh-agent")
+    wait_for("the agent to be ready", lambda: machine.show("ovsmesh-agent", "StatusText") == "1 peer, converged", 60)
+    back(stage)
+    assert machine.show("docker", "MainPID") == pid and machine.show("docker", "NRestarts") == "0"
     machine.run("docker", "rm", "-f", "c1")
 
 
