@@ -222,10 +222,11 @@ class Docker:
             unmanaged = (Unmanaged("docker", DAEMON, why),) if why else ()
             stops = settings.stops(daemon) if restart else ""
             problems += [Problem(Reason.DockerRestart, stops)] if stops else []
-        if DAEMON in wanted and daemon.state == "up":
+        if record and self._acting and DAEMON in wanted:
+            problems += self._keep_order(file, want)
+        # containers of a daemon that is left on another range still use its address
+        if daemon.state == "up" and DAEMON in wanted and (restart or settings.reached(daemon, wanted[DAEMON])):
             problems += self._left_behind(have, daemon, want.addresses, kernel, restart)
-            if record and self._acting:
-                problems += self._keep_order(file, want)
             if not restart and record and self._acting and record.seen != self._migration.here:
                 self._cached = None
                 self._migration.keep(replace(record, seen=self._migration.here))

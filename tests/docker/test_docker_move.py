@@ -325,7 +325,13 @@ def test_a_dockerd_that_came_before_the_address_is_put_right(fresh: Dockers) -> 
     (docker.dir / "data/network/files/local-kv.db").unlink()
     docker.start()
     assert "172.17.0.1" in links(host)["kbr0"][1], links(host)
+    assert docker.run("old").startswith("172.17.")
+    count = docker.restarts()
     replace(docker)
+    # a restart would stop the container, and meanwhile that still uses the address
+    until("the word of it", lambda: "Stop old when" in host.ovsmesh("status").stdout)
+    assert docker.restarts() == count and "172.17.0.1" in links(host)["kbr0"][1] and docker.running() == ["old"]
+    docker.remove("old")
     until("the right range", lambda: links(host)["kbr0"][1] == ["10.97.1.1"] and docker.on("kbr0"))
     lab.converged(SOON, [host], thorough=True)
     assert docker.run("a1").startswith("10.97.1.")
