@@ -177,13 +177,13 @@ class Driver:
         return [name for name in self.net.cache.ports_of(KBR) if name != OBR]
 
     def devices(self) -> list[Device]:
-        """Return the network devices of this host, but the bridges of Open vSwitch's userspace datapath."""
+        """Return the network devices of this host, but taps: those carry frames, as a bridge of Open vSwitch does."""
         self.net.observe()
         cache = self.net.cache
         return [
             Device(link.name, link.kind, link.up, cache.addresses_of(link.name), cache.bridge_ports(link.name) or ())
             for link in cache.links.values()
-            if not (link.kind == "tun" and self.ovs.bridge_of(link.name))
+            if not (link.kind == "tun" and link.mac)
         ]
 
     def sysctls(self, want: Dataplane) -> dict[str, str]:
