@@ -13,9 +13,9 @@ from ovsmesh.dataplane.docker_config import DOCKER0
 from ovsmesh.dataplane.plan import Plan, Step
 from ovsmesh.dataplane.types import KBR, KINDS, OBR, Dataplane
 from ovsmesh.errors import OvsmeshError, Problem
-from ovsmesh.linux.kernel import write_sysctl
 from ovsmesh.ovs.openflow import port_of
 from ovsmesh.reasons import Reason
+from ovsmesh.sysctl import write_sysctl
 
 if TYPE_CHECKING:
     from ovsmesh.agent.driver import Driver

@@ -21,10 +21,10 @@ from ovsmesh.dataplane import cni_config
 from ovsmesh.dataplane.plan import Plan, plan
 from ovsmesh.dataplane.types import KBR, KINDS, OBR, Dataplane, Observed
 from ovsmesh.errors import OvsmeshError, Problem
-from ovsmesh.linux.kernel import read_sysctls, write_sysctl
 from ovsmesh.names import DEFAULT_OVSDB
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir, sole_writer
+from ovsmesh.sysctl import read_sysctls, write_sysctl
 from ovsmesh.text import listed
 
 _STEP = 0.2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from ovsmesh.dataplane.plan import Plan
 from ovsmesh.dataplane.types import KBR, OBR, TUNNEL_LINKS, Dataplane, Detour, Facts, Observed, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.linux.firewall import Firewall
-from ovsmesh.linux.kernel import PodRoutes, kernel_datapath, read_sysctls, xfrm_policies
+from ovsmesh.linux.kernel import PodRoutes, kernel_datapath, xfrm_policies
 from ovsmesh.linux.netlink import Netlink
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.ovs.datapath import port_types
@@ -31,7 +31,9 @@ from ovsmesh.ovs.idl import run_dir
 from ovsmesh.ovs.openflow import FlowTable
 from ovsmesh.ovs.ovsdb import Ovs, OvsObserved
 from ovsmesh.reasons import Reason
+from ovsmesh.sysctl import Sysctls
 
+_NEVER = float("inf")
 OTHERS_GRACE = 5.0
 """Seconds that flow-restore-wait is left for whoever restores the flows of other bridges."""
 
@@ -48,6 +50,7 @@ class Driver:
         self.firewall = Firewall()
         self.cni = Cni(cni_dir, cni_bin_dir)
         self.docker = docker
+        self._sysctls = Sysctls()
         self._switch_up = False
         self._look_closer = True
         """Ask the switch for its datapath's ports at the next observation."""
@@ -68,17 +71,22 @@ class Driver:
 
     def close(self) -> None:
         """Close all drivers; what they made stays."""
-        for driver in (self.flows, self.ovs, self.net, self.firewall, self.cni, self._pod_routes):
+        for driver in (self.flows, self.ovs, self.net, self.firewall, self.cni, self._pod_routes, self._sysctls):
             driver.close()
         if self.docker:
             self.docker.close()
 
     # waiting
 
-    def wait(self, fds: Iterable[int], timeout: float) -> None:
-        """Sleep until an event source or one of `fds` is readable, or `timeout` seconds are over."""
+    def wait(
+        self, fds: Iterable[int], timeout: float, look: Callable[[], bool] = lambda: False, every: float = _NEVER
+    ) -> None:
+        """Sleep until an event source or one of `fds` is readable, or `timeout` seconds are over.
+
+        `look` is called in between, `every` so many seconds, and ends the sleep where it returns True.
+        """
         own = [*self.net.fds(), *self.flows.fds(), *self.firewall.fds(), *self.cni.fds()]
-        self.ovs.wait([*own, *(self.docker.fds() if self.docker else ()), *fds], timeout)
+        self.ovs.wait([*own, *(self.docker.fds() if self.docker else ()), *fds], timeout, look, every)
 
     def drain(self) -> bool:
         """Read all event sources. Return whether something managed may have changed."""
@@ -188,7 +196,7 @@ class Driver:
 
     def sysctls(self, want: Dataplane) -> dict[str, str]:
         """Return the present values of the desired sysctls."""
-        return read_sysctls(want.sysctls)
+        return self._sysctls.read(want.sysctls)
 
     def detours(self, mesh: Mesh, node: str, facts: Facts) -> tuple[Detour, ...]:
         """Return the ways to peers' pods that do not go through kbr0, as the kernel says.
@@ -237,7 +245,7 @@ class Driver:
         have = Dataplane(
             bridges=switch.bridges,
             links=kernel["links"],
-            sysctls=read_sysctls(want.sysctls),
+            sysctls=self._sysctls.read(want.sysctls),
             addresses=kernel["addresses"],
             rules=rules,
             filter_peers=dict(peers),

@@ -46,6 +46,8 @@ RESYNC = 60.0
 """Seconds between readings of the whole system, in case a notification was lost."""
 SYSCTL_POLL = 0.5
 """Seconds between looks at the sysctls: the kernel announces few of their changes."""
+_IDLE = 2.0
+"""Seconds between what publishers do while nothing happens."""
 SWITCH_POLL = 0.1
 """Seconds between looks for a switch that is down: nothing announces that its socket is back."""
 REMOVAL_HOLD = 300.0
@@ -266,23 +268,24 @@ class Reconciler:
         """Reconcile at every event until one of `stop_fds` is readable. The dataplane stays in place."""
         self._reconcile_and_publish(publishers)
         now = time.monotonic()
-        resync, poll = now + RESYNC * random.uniform(0.8, 1.0), now + SYSCTL_POLL
+        resync, idle = now + RESYNC * random.uniform(0.8, 1.0), now + SYSCTL_POLL
         while True:
             polled = self._restore_pending()
-            pause = min(resync, poll, self._retry_at, self._guard.until) - time.monotonic()
+            pause = min(resync, idle, self._retry_at, self._guard.until) - time.monotonic()
             if polled or self._driver.switch_lost:
                 pause = min(pause, SWITCH_POLL)
             probes = [self._prober.fd] if self._prober else []
-            self._driver.wait([*stop_fds, *self._source.fds(), *probes], 0.0 if self._outdated else max(0.0, pause))
+            pause = 0.0 if self._outdated else max(0.0, pause)
+            self._driver.wait([*stop_fds, *self._source.fds(), *probes], pause, self._looked, SYSCTL_POLL)
             if readable(stop_fds):
                 self._events.stop()
                 return
             now = time.monotonic()
             woken = self._source.drain()
             woken |= self._driver.drain()
-            if now >= poll:
-                poll = now + SYSCTL_POLL
-                woken |= self._sysctls_changed() or self._guard.answered()
+            woken |= self._looked()
+            if now >= idle:
+                idle = now + _IDLE
                 for publisher in () if woken else publishers:
                     publisher.idle()
             if now >= resync:
@@ -330,12 +333,15 @@ class Reconciler:
         have = self.last.have
         return have is not None and "restore_wait" in have.unknown and not have.unknown & {"flows", "ports"}
 
-    def _sysctls_changed(self) -> bool:
-        """Return whether a sysctl differs from what was observed: one that can't be set must not wake the loop."""
-        last = self.last
-        if last.want is None or last.have is None:
-            return False
-        return self._driver.sysctls(last.want) != last.have.dataplane.sysctls
+    def _looked(self) -> bool:
+        """Return whether there is something to do that nothing announces.
+
+        A sysctl counts that differs from what was observed: one that can't be set must not wake the loop.
+        """
+        want, have = self.last.want, self.last.have
+        if want is not None and have is not None and self._driver.sysctls(want) != have.dataplane.sysctls:
+            return True
+        return self._guard.answered()
 
     def once(self, publishers: Sequence[Publisher], deadline: float = 60.0) -> ReconcileResult:
         """Reconcile until the plan is empty or nothing more can be done, for `deadline` seconds at most."""

@@ -173,6 +173,20 @@ def rules(mesh: Mesh, self_node: Node, facts: Facts) -> dict[RuleKey, Rule]:
     return supported(every, facts.firewall_missing)
 
 
+WITHOUT = {
+    "nft": "nothing is masqueraded, and neither sources of pods nor senders of tunnel packets are checked",
+    "bridge": "a pod may use another pod's source address on this node",
+    "ibrname": "a pod may forge a tunnel address towards other pods of its node, and the addresses of the mesh"
+    " are refused to containers on other bridges too",
+    "inet postrouting": "pods reach nothing outside the mesh, unless something else masquerades them",
+    "inet input": "tunnel packets from addresses that are no peers are left to Open vSwitch to refuse",
+    "inet forward": "a pod may send packets that look like this node's tunnel packets",
+    "iptables": "rules in FORWARD may drop the mesh's packets",
+    "ip6tables": "rules in FORWARD may drop the mesh's IPv6 packets",
+}
+"""What a system may be missing, in the words of `supported` → what that means for its user."""
+
+
 def supported(wanted: Mapping[RuleKey, Rule], missing: Collection[str]) -> dict[RuleKey, Rule]:
     """Return what is left of the wanted rules on a system without what is `missing`.
 

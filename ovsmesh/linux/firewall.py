@@ -18,7 +18,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import NamedTuple
 
-from ovsmesh.dataplane.firewall_rules import CHAINS, IPTABLES, NFT, SETS, digest, supported
+from ovsmesh.dataplane.firewall_rules import CHAINS, IPTABLES, NFT, SETS, WITHOUT, digest, supported
 from ovsmesh.dataplane.nft_syntax import (
     Table,
     Unreadable,
@@ -36,7 +36,7 @@ from ovsmesh.dataplane.nft_syntax import (
 )
 from ovsmesh.dataplane.types import MARK, Rule, RuleKey
 from ovsmesh.errors import Problem
-from ovsmesh.linux.nft_monitor import ALL_TOOLS, NftMonitor, holders
+from ovsmesh.linux.nft_monitor import ALL_TOOLS, NftMonitor, generation, holders
 from ovsmesh.mesh.types import IPNetwork
 from ovsmesh.reasons import Reason
 
@@ -44,19 +44,6 @@ _TIMEOUT = 10.0
 """Seconds; a full table of a thousand peers takes 0.03."""
 _LOCK_WAIT = "5"
 """Seconds that iptables waits for the lock that all its users share."""
-_CONSEQUENCE = {
-    "nft": "nothing is masqueraded, and neither sources of pods nor senders of tunnel packets are checked",
-    "bridge": "a pod may use another pod's source address on this node",
-    "ibrname": "a pod may forge a tunnel address towards other pods of its node, and the addresses of the mesh"
-    " are refused to containers on other bridges too",
-    "inet postrouting": "pods reach nothing outside the mesh, unless something else masquerades them",
-    "inet input": "tunnel packets from addresses that are no peers are left to Open vSwitch to refuse",
-    "inet forward": "a pod may send packets that look like this node's tunnel packets",
-    "iptables": "rules in FORWARD may drop the mesh's packets",
-    "ip6tables": "rules in FORWARD may drop the mesh's IPv6 packets",
-}
-
-
 Ranges = tuple[tuple[IPNetwork | None, IPNetwork | None], ...]
 """Each of this node's ranges beside each range of the mesh."""
 
@@ -125,6 +112,10 @@ class Firewall:
     def __init__(self) -> None:
         self._tables: dict[str, Table] = {tool: Table() for tool in (*NFT, *IPTABLES)}
         self._dirty: set[str] = set(ALL_TOOLS)
+        self._doubted = False
+        """Whether a notification may have been lost."""
+        self._generation: int | None = None
+        """nf_tables' generation before all tables were read last; None where the kernel does not tell it."""
         self._missing: dict[str, str] = {}
         """What this system can't do → why. Cleared at each resync."""
         self._refused: dict[str, tuple[int, str]] = {}
@@ -162,8 +153,10 @@ class Firewall:
         return bool(self._dirty)
 
     def resync(self) -> None:
-        """Make the next observation read everything, and try again what failed."""
-        self._dirty |= ALL_TOOLS
+        """Make the next observation read all that may have changed, and try again what failed."""
+        self._doubted = True
+        if self._refused or self._unreadable or self._missing.keys() - {"ibrname"}:
+            self._dirty |= ALL_TOOLS
         self._refused.clear()
         self._missing.clear()
         self._supported.clear()
@@ -219,8 +212,23 @@ class Firewall:
             # it refuses to show a table with a chain that only nft can show
             return parse_iptables(_run([tool, "-w", _LOCK_WAIT, "-S", "FORWARD"]))
 
+    def _doubt(self) -> None:
+        """Mark what has to be read again where a notification may have been lost.
+
+        The generation counts all changes of nf_tables in this namespace: while it is that of the last reading of all
+        tables, each is as it was read. iptables-legacy is no part of it.
+        """
+        if self._doubted and (self._generation is None or self._generation != generation()):
+            self._dirty |= ALL_TOOLS
+        elif self._doubted:
+            self._dirty |= {tool for tool in IPTABLES if _legacy_filter(tool)}
+        self._doubted = False
+        if self._dirty >= ALL_TOOLS:
+            self._generation = generation()
+
     def _refresh(self) -> None:
         self._take_changes()
+        self._doubt()
         for tool in [*NFT, *IPTABLES]:
             if tool not in self._dirty:
                 continue
@@ -311,10 +319,7 @@ class Firewall:
             yield known[2]
 
     def _problems(self, want: Mapping[RuleKey, Rule]) -> tuple[Problem, ...]:
-        lacking = [
-            Problem(Reason.FilterUnavailable, f"{_CONSEQUENCE[what]} ({why})", field=what)
-            for what, why in self._missing.items()
-        ]
+        lacking = [Problem(Reason.FilterUnavailable, f"{WITHOUT[what]} ({why})") for what, why in self._missing.items()]
         refused = [
             Problem(
                 Reason.FilterFailed,

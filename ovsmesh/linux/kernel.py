@@ -9,11 +9,9 @@ import struct
 import time
 from collections.abc import Collection, Iterable, Mapping
 from ipaddress import ip_address, ip_network
-from pathlib import Path
 from typing import NamedTuple
 
 from ovsmesh.dataplane.types import Detour
-from ovsmesh.errors import OvsmeshError
 from ovsmesh.linux import netlink_socket, rtnetlink, rtnetlink_parser
 from ovsmesh.linux import rtnetlink_encoder as encoder
 from ovsmesh.linux.netlink_socket import Message, NetlinkError, NetlinkSocket, attributes
@@ -45,26 +43,6 @@ _XFRM_DIRECTIONS = {1: "out", 2: "fwd"}
 
 _OVS_DATAPATH = "ovs_datapath"
 """The generic netlink family of the kernel datapath (<linux/openvswitch.h>)."""
-_PROC = Path("/proc/sys")
-
-
-def read_sysctls(keys: Iterable[str]) -> dict[str, str]:
-    """Return the values of those sysctls that this kernel has."""
-    found = {}
-    for key in keys:
-        try:
-            found[key] = (_PROC / key).read_text().strip()
-        except OSError:
-            continue
-    return found
-
-
-def write_sysctl(key: str, value: str) -> None:
-    """Set a sysctl. Raise OvsmeshError if the kernel does not have it or refuses the value."""
-    try:
-        (_PROC / key).write_text(value + "\n")
-    except OSError as error:
-        raise OvsmeshError(f"can't set sysctl {key} to {value}: {error.strerror}") from error
 
 
 def kernel_datapath() -> bool:

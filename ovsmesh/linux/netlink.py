@@ -20,10 +20,10 @@ from ovsmesh.errors import OvsmeshError
 from ovsmesh.linux import netlink_socket, rtnetlink, rtnetlink_parser
 from ovsmesh.linux import rtnetlink_encoder as encoder
 from ovsmesh.linux.cache import RtnetlinkCache
-from ovsmesh.linux.kernel import read_sysctls, write_sysctl
 from ovsmesh.linux.netlink_socket import NetlinkError, NetlinkSocket
 from ovsmesh.linux.underlay import Underlay
 from ovsmesh.mesh.types import IPAddress, IPNetwork
+from ovsmesh.sysctl import read_sysctls, write_sysctl
 from ovsmesh.text import printable
 
 _GROUPS = (1, 3, 5, 7, 8, 9, 11, 12, 19, 24, 25)

@@ -23,9 +23,9 @@ _RECEIVE_BYTES = 4 << 20
 _TOOLS = {1: "inet", 7: "bridge", 2: "iptables", 10: "ip6tables"}
 """NFPROTO_ number → nft family, or the tool whose rules are there."""
 ALL_TOOLS = frozenset(_TOOLS.values())
-_GETTABLE, _GETRULE = 1, 7
+_GETTABLE, _GETRULE, _GETGEN = 1, 7, 16
 """NFT_MSG_ types."""
-_REQUEST_DUMP = 0x301
+_REQUEST, _REQUEST_DUMP = 0x1, 0x301
 _ABSENT = (errno.EINVAL, errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT)
 """What a kernel without nf_tables, or without nfnetlink at all, answers."""
 END = "."
@@ -84,12 +84,29 @@ def holders(mark: str) -> frozenset[str]:
     try:
         with NetlinkSocket(netlink_socket.NETFILTER) as sock:
             for kind in (_GETTABLE, _GETRULE):
-                message = struct.pack("=IHHII", 20, _NFNL_SUBSYS_NFTABLES << 8 | kind, _REQUEST_DUMP, 0, 0)
-                sock.request(message + bytes(_NFGENMSG_BYTES), take)
+                sock.request(_request(kind, _REQUEST_DUMP), take)
     except OSError as error:
         if error.errno not in _ABSENT:
             raise
     return frozenset(found)
+
+
+def generation() -> int | None:
+    """Return the number of the last change of nf_tables in this network namespace; None where it is not told."""
+    found: list[int] = []
+    try:
+        with NetlinkSocket(netlink_socket.NETFILTER) as sock:
+            request = _request(_GETGEN, _REQUEST)
+            # NFTA_GEN_ID
+            sock.request(request, lambda m: found.append(int.from_bytes(attributes(m.payload, _NFGENMSG_BYTES)[1])))
+    except (OSError, LookupError):
+        return None
+    return found[0] if found else None
+
+
+def _request(kind: int, flags: int) -> bytes:
+    header = struct.pack("=IHHII", 16 + _NFGENMSG_BYTES, _NFNL_SUBSYS_NFTABLES << 8 | kind, flags, 0, 0)
+    return header + bytes(_NFGENMSG_BYTES)
 
 
 class NftMonitor:

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from pathlib import Path
 
-TIMEOUT = 5.0
-"""Seconds; a few milliseconds are usual."""
+from ovsmesh.ovs.json_rpc import ask_switch
+
 _PORT = re.compile(r"^\s+port \d+: \S+ \((\w+)")
 
 
 def port_types(run_dir: Path) -> frozenset[str] | None:
     """Return the types of all ports of all datapaths, such as "internal", "tap" and "gre"; None if it is not told."""
-    try:
-        done = subprocess.run(
-            ["ovs-appctl", "--timeout=5", "dpctl/show"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT,
-            env=os.environ | {"OVS_RUNDIR": str(run_dir)},
-        )
-    except (OSError, subprocess.TimeoutExpired):
+    shown = ask_switch(run_dir, "dpctl/show")
+    if shown is None:
         return None
-    if done.returncode:
-        return None
-    return frozenset(found[1] for line in done.stdout.splitlines() if (found := _PORT.match(line)))
+    return frozenset(found[1] for line in shown.splitlines() if (found := _PORT.match(line)))

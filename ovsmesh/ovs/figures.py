@@ -5,25 +5,19 @@ The replica leaves the counters out, as ovs-vswitchd writes all of them every fi
 
 from __future__ import annotations
 
-import contextlib
-import json
-import socket
 import threading
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ovsmesh.dataplane.report import Traffic
 from ovsmesh.ovs.idl import run_dir
+from ovsmesh.ovs.json_rpc import ask_switch, request
 from ovsmesh.text import printable
 
 _KEPT = 2.0
 """Seconds for which figures are good; ovs-vswitchd counts every five."""
-_DEADLINE = 1.0
-"""Seconds for an answer: the counters of a thousand ports take 0.02."""
-_MOST = 64 << 20
-"""Bytes of an answer."""
 _ERRORS = ("rx_errors", "tx_errors", "rx_dropped", "tx_dropped")
 _COUNTERS = {"op": "select", "table": "Interface", "where": [], "columns": ["name", "statistics"]}
 
@@ -56,15 +50,12 @@ class SwitchReader:
 
     def _version(self) -> str:
         """Ask the switch, as the database knows its version only where ovs-ctl has started it."""
-        for socket_path in sorted(self._folder.glob("ovs-vswitchd.*.ctl")):
-            answer = _request(str(socket_path), "version", [])
-            if isinstance(answer, str) and answer.strip():
-                # "ovs-vswitchd (Open vSwitch) 3.1.0"
-                return printable(answer.splitlines()[0].rpartition(" ")[2], 32)
-        return ""
+        answer = (ask_switch(self._folder, "version") or "").strip()
+        # "ovs-vswitchd (Open vSwitch) 3.1.0"
+        return printable(answer.splitlines()[0].rpartition(" ")[2], 32) if answer else ""
 
     def _traffic(self) -> dict[str, Traffic]:
-        answer = _request(self._path, "transact", ["Open_vSwitch", _COUNTERS])
+        answer = request(self._path, "transact", ["Open_vSwitch", _COUNTERS])
         try:
             return {row["name"]: _traffic_of(dict(row["statistics"][1])) for row in answer[0]["rows"]}
         except (LookupError, TypeError, ValueError):
@@ -80,29 +71,3 @@ def _traffic_of(counters: Mapping[str, int]) -> Traffic:
         counters.get("tx_bytes"),
         sum(errors) if errors else None,
     )
-
-
-def _request(path: str, method: str, params: list[Any]) -> Any:
-    """Return the result of one JSON-RPC request (RFC 7047, section 4); None where there is no usable answer in time."""
-    request = json.dumps({"id": 0, "method": method, "params": params}).encode()
-    end = time.monotonic() + _DEADLINE
-    data = b""
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
-            link.settimeout(_DEADLINE)
-            link.connect(path)
-            link.sendall(request)
-            while len(data) < _MOST:
-                link.settimeout(max(0.001, end - time.monotonic()))
-                part = link.recv(1 << 20)
-                data += part
-                # only an answer that may be whole is parsed
-                if part.endswith(b"}"):
-                    with contextlib.suppress(ValueError, RecursionError):
-                        answer = json.loads(data)
-                        return answer.get("result") if isinstance(answer, dict) else None
-                if not part:
-                    return None
-    except OSError:
-        return None
-    return None

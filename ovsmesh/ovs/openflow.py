@@ -1,9 +1,10 @@
 """Observe the flow table of obr0 through `ovs-ofctl dump-flows`, and change it by one `ovs-ofctl --bundle` call.
 
 `ovs-ofctl monitor` is the event source. Its lines have no priority, so no flow is taken from them: a line that says
-what is known already is skipped, any other makes the next observation read the whole table. The table is kept with
-port numbers, as the switch has them. Names are filled in when it is observed, so that a port that comes back under
-another number shows as drift.
+what is known already is skipped, any other makes the next observation read the whole table. On doubt the switch is
+asked, through the monitor, how many flows it has: that shows too that the monitor still hears of changes. The table is
+kept with port numbers, as the switch has them. Names are filled in when it is observed, so that a port that comes back
+under another number shows as drift.
 """
 
 from __future__ import annotations
@@ -16,19 +17,28 @@ import shutil
 import socket
 import subprocess
 import termios
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from ovsmesh.dataplane.types import COOKIE, OBR, Unmanaged
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.ovs.json_rpc import request
 from ovsmesh.text import counted
 
 TIMEOUT = 10.0
 """Seconds for one ovs-ofctl call; 0.1 s is usual for 3,000 flows."""
+COUNT_DEADLINE = 1.0
+"""Seconds for the number of flows; a few milliseconds are usual."""
 _EVENT = re.compile(
     r"^ event=(ADDED|DELETED|MODIFIED) (?:reason=\S+ )?table=(\d+) cookie=(0x[0-9a-f]+|0) ?(\S*?)(?: actions=(.*))?$"
 )
+
+
+_COUNT = re.compile(r"^OFPST_AGGREGATE reply .*\(xid=0x([0-9a-f]+)\):.* flow_count=(\d+)")
+# OpenFlow 1.0: version, OFPT_STATS_REQUEST, length, xid, OFPST_AGGREGATE, no flags; any match of any table, to any port
+_COUNT_REQUEST = "01100038{:08x}00020000003fffff" + "00" * 36 + "ff00ffff"
 
 
 def _argv(*words: str) -> list[str]:
@@ -86,6 +96,11 @@ class FlowTable:
         self._bridge = f"unix:{self._socket}"
         self._raw: dict[str, str] | None = None
         """Managed flows, "PRIORITY MATCH" → actions, with port numbers; None: read the table again."""
+        self._others = 0
+        """Flows that are not managed, in all tables."""
+        self._doubted = False
+        self._counted: tuple[int, int] = (0, 0)
+        """The last request for the number of flows, and the answer."""
         self._unmanaged: tuple[Unmanaged, ...] = ()
         self._named: dict[str, _Named] = {}
         self._result: tuple[dict[str, str] | None, dict[int, str], dict[str, str]] = (None, {}, {})
@@ -159,8 +174,8 @@ class FlowTable:
         return self._raw is not None and self._monitor is not None
 
     def dirty(self) -> None:
-        """Make the next observation read the whole table."""
-        self._raw = None
+        """Make the next observation read the whole table, unless the switch shows that nothing has changed."""
+        self._doubted = True
 
     def drain(self) -> bool:
         """Read the monitor's lines, and return whether the table may differ from what was observed last."""
@@ -190,6 +205,8 @@ class FlowTable:
                 self._event(line.decode(errors="replace").rstrip("\r"))
 
     def _event(self, line: str) -> None:
+        if found := _COUNT.match(line):
+            self._counted = int(found[1], 16), int(found[2])
         if self._raw is None or not line.startswith(" event"):
             return
         found = _EVENT.match(line)
@@ -212,6 +229,9 @@ class FlowTable:
         """
         if not self.watch():
             return None
+        if self._doubted and self._raw is not None and not self._count_agrees():
+            self._raw = None
+        self._doubted = False
         if self._raw is None and (not self._read() or not self._dump()):
             return None
         names = {number: name for name, number in ofports.items() if name != OBR}
@@ -233,6 +253,25 @@ class FlowTable:
             self._named[key] = old
         return {named.key: named.actions for named in self._named.values()}
 
+    def _count_agrees(self) -> bool:
+        """Return whether the switch tells, by way of the monitor, as many flows as are known.
+
+        A table that was read is then as it was: the switch tells a monitor each change, in order, before this answer.
+        """
+        if self._monitor is None or self._raw is None:
+            return False
+        number = self._counted[0] + 1
+        path = self._socket.parent / f"ovs-ofctl.{self._monitor.pid}.ctl"
+        end = time.monotonic() + COUNT_DEADLINE
+        if request(str(path), "ofctl/send", [_COUNT_REQUEST.format(number)]) is None:
+            return False
+        while self._counted[0] != number:
+            rest = end - time.monotonic()
+            if rest <= 0 or not select.select([self._tty], [], [], rest)[0] or not self._read():
+                return False
+        known: Mapping[str, str] | None = self._raw
+        return known is not None and self._counted[1] == len(known) + self._others
+
     def _dump(self) -> bool:
         try:
             argv = _argv("--no-stats", "dump-flows", self._bridge)
@@ -243,6 +282,7 @@ class FlowTable:
             return False
         raw: dict[str, str] = {}
         unmanaged = []
+        others = 0
         for line in done.stdout.splitlines():
             found = _parse(line)
             if found is None:
@@ -250,11 +290,13 @@ class FlowTable:
             cookie, plain, key, actions = found
             if cookie == COOKIE and plain:
                 raw[key] = actions
-            elif not (cookie == 0 and key == "0 " and actions == "NORMAL"):
+                continue
+            others += 1
+            if not (cookie == 0 and key == "0 " and actions == "NORMAL"):
                 # standalone mode adds the NORMAL flow by itself, and the managed default flow replaces it
                 text = f"flow {line.strip()} in {OBR} is not managed by ovsmesh (cookie {COOKIE:#x}); it stays"
                 unmanaged.append(Unmanaged("flows", key, text, blocks=False))
-        self._raw, self._unmanaged = raw, tuple(unmanaged)
+        self._raw, self._unmanaged, self._others = raw, tuple(unmanaged), others
         return True
 
     def apply(self, add: Mapping[str, str], delete: list[str], ofports: Mapping[str, int]) -> None:

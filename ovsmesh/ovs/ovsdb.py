@@ -7,18 +7,21 @@ changed.
 from __future__ import annotations
 
 import select
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ovs.db.idl
 import ovs.poller
+import ovs.timeval
 
 from ovsmesh.dataplane.types import MARK, OBR, Bridge, Port, Unmanaged
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.ovs.idl import Replica, references, run_dir
 from ovsmesh.reasons import Reason
 
+_NEVER = float("inf")
 COMMIT_DEADLINE = 5.0
 """Seconds for ovsdb-server to answer a transaction: 0.4 s is usual for a thousand ports."""
 SWITCH_DEADLINE, SWITCH_DEADLINE_PORT = 1.5, 0.003
@@ -30,6 +33,34 @@ _EXTRA = {"controller": [], "stp_enable": False, "rstp_enable": False}
 """Columns of obr0 that nobody may set → what they are without: a controller flushes the flows, STP blocks ports."""
 _NODE, _UID = MARK, f"{MARK}-uid"
 """Keys of a port's external_ids."""
+
+
+class _Poller:
+    """What python-ovs asks of its own poller, which can't be used a second time."""
+
+    def __init__(self) -> None:
+        self.poll = select.poll()
+        self._events: dict[int, int] = {}
+        self.end = _NEVER
+        """When something is to be done whatever happens (monotonic seconds)."""
+
+    def fd_wait(self, fd: int | socket.socket, events: int) -> None:
+        """Wait for a file descriptor too."""
+        number = fd if isinstance(fd, int) else fd.fileno()
+        self._events[number] = self._events.get(number, 0) | events
+        self.poll.register(number, self._events[number])
+
+    def timer_wait(self, milliseconds: float) -> None:
+        """Wait no longer than that."""
+        self.end = min(self.end, time.monotonic() + max(0.0, milliseconds) / 1000)
+
+    def timer_wait_until(self, milliseconds: float) -> None:
+        """Wait no longer than until then, on python-ovs's clock."""
+        self.timer_wait(milliseconds - ovs.timeval.msec())
+
+    def immediate_wake(self) -> None:
+        """Do not wait."""
+        self.timer_wait(0)
 
 
 class OvsObserved(NamedTuple):
@@ -76,14 +107,23 @@ class Ovs:
         self._seqno, self._was_synced = self._idl.change_seqno, self.synced
         return changed
 
-    def wait(self, fds: Sequence[int], timeout: float) -> None:
-        """Sleep until the database sends something, one of `fds` is readable, or `timeout` seconds are over."""
-        poller = ovs.poller.Poller()
+    def wait(
+        self, fds: Sequence[int], timeout: float, look: Callable[[], bool] = lambda: False, every: float = _NEVER
+    ) -> None:
+        """Sleep until the database sends something, one of `fds` is readable, or `timeout` seconds are over.
+
+        `look` is called in between, `every` so many seconds, and ends the sleep where it returns True.
+        """
+        poller = _Poller()
         self._idl.wait(poller)
         for fd in fds:
             poller.fd_wait(fd, select.POLLIN)
-        poller.timer_wait(max(0, int(timeout * 1000)))
-        poller.block()
+        end = min(time.monotonic() + timeout, poller.end)
+        # most of an agent's life is spent here: no more is done in each round than has to be
+        while True:
+            rest = max(0.0, end - time.monotonic())
+            if poller.poll.poll(min(rest, every) * 1000) or rest <= every or look():
+                return
 
     def connect(self, deadline: float = 3.0) -> bool:
         """Wait up to `deadline` seconds for a complete replica, and return whether there is one."""

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
+from ovsmesh.agent.driver import Driver
+from ovsmesh.agent.result import compare
+from ovsmesh.dataplane.types import MARK, OBR
 from ovsmesh.lab import netns
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import wait_for
 from ovsmesh.lab.ping import ping
+from ovsmesh.mesh.file_source import FileSource
+from tests.support.firewallkit import inside
 from tests.support.labpackets import assert_reach, assert_whole
 from tests.support.labtools import SOON, Make, State, await_state, difference, drift, flows, guarded, wiring
 
@@ -276,3 +286,46 @@ def test_an_unmanaged_flow_is_named_and_left(mesh: Lab) -> None:
         assert_whole(ping(mesh.pairs(), 1))
     finally:
         host.ovs_ofctl("--strict", "del-flows", "obr0", "priority=5,udp,tp_dst=9")
+
+
+def test_reading_all_again_at_rest_starts_no_process_and_misses_no_change(
+    mesh: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = mesh.host(2)
+    host.stop_agent()
+    ran: list[object] = []
+    run = subprocess.Popen.__init__
+
+    def spy(self: Any, args: Any, *more: Any, **options: Any) -> None:
+        ran.append(args)
+        run(self, args, *more, **options)
+
+    with contextlib.ExitStack() as ending:
+        ending.callback(host.start_agent)
+        ending.enter_context(inside(host.ns))
+        source = FileSource(str(host.mesh), str(tmp_path), host.name)
+        ending.callback(source.close)
+        driver = Driver(host.ovsdb)
+        ending.callback(driver.close)
+        driver.connect()
+        known = source.snapshot().mesh
+        assert known is not None
+        for _ in range(2):
+            # the second look reads the kernel's filters again where others have changed them meanwhile
+            driver.dirty()
+            assert not compare(driver, known, host.name, probe_firewall=False).plan.steps
+        with monkeypatch.context() as patched:
+            patched.setattr(subprocess.Popen, "__init__", spy)
+            driver.dirty()
+            assert not compare(driver, known, host.name, probe_firewall=False).plan.steps
+        assert ran == []
+        # what tells of changes hangs, so that this one is told to nobody
+        monitor = driver.flows._monitor
+        assert monitor is not None
+        os.kill(monitor.pid, signal.SIGSTOP)
+        host.ovs_ofctl("--strict", "del-flows", OBR, "priority=0")
+        host.run(["nft", "flush", "table", "inet", MARK])
+        assert driver.firewall._monitor is not None and driver.firewall._monitor.transactions()
+        driver.dirty()
+        found = {step.kind for step in compare(driver, known, host.name, probe_firewall=False).plan.steps}
+        assert found == {"flows", "rules"}

@@ -63,7 +63,7 @@ FORGED = {
 def sees_tunnel_addresses(host: Host) -> bool:
     """Whether the kernel can tell kbr0's ports from other bridges', without which a pod may forge
     a tunnel address towards another pod of its own node (and `status` says so)."""
-    return not any(p.get("field") == "ibrname" for p in report(host)["problems"])
+    return not any("nft_meta_bridge" in p["message"] for p in report(host)["problems"])
 
 
 def test_a_pod_that_forges_its_source_reaches_nobody(mesh: Lab) -> None:

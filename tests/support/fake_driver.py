@@ -104,8 +104,8 @@ class FakeDriver:
     def switch_answers(self) -> Any:
         return False
 
-    def wait(self, fds: Any, timeout: Any) -> None:
-        self.waits.append(timeout)
+    def wait(self, fds: Any, timeout: Any, look: Any = None, every: float = float("inf")) -> None:
+        self.waits.append(min(timeout, every))
         self.on_wait()
 
 

@@ -12,6 +12,7 @@ from ovsmesh.agent.driver import OTHERS_GRACE, Driver
 from ovsmesh.dataplane.types import Bridge, Dataplane, Link, Observed, Port, Unmanaged
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.ovs.ovsdb import OvsObserved
+from ovsmesh.sysctl import Sysctls
 
 FLOWS = {"0 ": "drop"}
 BRIDGE = {"obr0": Bridge("netdev")}
@@ -44,6 +45,7 @@ class Host:
             firewall=SimpleNamespace(observe=lambda rules: ({}, {}, ())),
             cni=SimpleNamespace(observe=lambda: ({}, [], [])),
             docker=None,
+            _sysctls=Sysctls(),
             _switch_up=False,
             _look_closer=False,
             _restore_since=None,

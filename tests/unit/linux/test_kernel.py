@@ -9,6 +9,7 @@ from ipaddress import ip_address
 import pytest
 
 from ovsmesh.linux.kernel import Kernel
+from ovsmesh.sysctl import Sysctls
 from ovsmesh.trace import netns
 from ovsmesh.trace.types import REFUSED_SOURCE, RouteFound
 from tests.support.firewallkit import inside, needs_root, sh
@@ -126,3 +127,17 @@ def test_a_namespace_is_found_by_the_number_of_its_ports_link_and_entered_for_a_
     finally:
         kernel.close()
     assert os.readlink("/proc/thread-self/ns/net") == before
+
+
+def test_sysctls_are_read_as_they_are_also_of_a_link_that_was_made_again(host: str) -> None:
+    keys = ["net/ipv4/ip_forward", "net/ipv4/conf/kbr0/rp_filter", "net/ipv4/conf/kbr0/no_such"]
+    with inside(host):
+        sysctls = Sysctls()
+        assert sysctls.read(keys) == {keys[0]: "1", keys[1]: "2"}
+        sh("sysctl -qw net.ipv4.ip_forward=0", "ip link del kbr0")
+        assert sysctls.read(keys) == {keys[0]: "0"}
+        sh("ip link add kbr0 type bridge", "sysctl -qw net.ipv4.conf.kbr0.rp_filter=1")
+        assert sysctls.read(keys) == {keys[0]: "0", keys[1]: "1"}
+        sh("ip link set kbr0 name kbr1")
+        assert sysctls.read(keys) == {keys[0]: "0"}
+        sysctls.close()

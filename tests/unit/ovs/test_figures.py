@@ -14,6 +14,7 @@ import pytest
 
 from ovsmesh.dataplane.report import Traffic
 from ovsmesh.ovs import figures
+from ovsmesh.ovs.datapath import port_types
 from ovsmesh.ovs.figures import SwitchReader
 
 COUNTERS = [["rx_packets", 12], ["tx_packets", 34], ["rx_bytes", 1200], ["tx_bytes", 3400], ["rx_errors", 1]]
@@ -100,7 +101,7 @@ def test_a_switch_that_left_its_socket_behind_is_passed_over(tmp_path: Path, ser
 def test_what_is_no_usable_answer_is_unknown(
     tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch, said: object
 ) -> None:
-    monkeypatch.setattr(figures, "_DEADLINE", 0.2)
+    monkeypatch.setattr("ovsmesh.ovs.json_rpc.DEADLINE", 0.2)
     for name in ("db.sock", "ovs-vswitchd.1.ctl"):
         serve(name, said)
     assert reader(tmp_path)() == figures.SwitchFigures()
@@ -108,3 +109,32 @@ def test_what_is_no_usable_answer_is_unknown(
 
 def test_no_open_vswitch_at_all(tmp_path: Path) -> None:
     assert reader(tmp_path)() == figures.SwitchFigures()
+
+
+SHOWN = """\
+system@ovs-system:
+  lookups: hit:0 missed:0 lost:0
+  flows: 0
+  port 0: ovs-system (internal)
+  port 1: obr0 (internal)
+  port 2: gre_sys (gre: packet_type=ptap)
+"""
+
+
+def test_the_types_of_all_ports_are_told(tmp_path: Path, serve: Any) -> None:
+    switch = serve("ovs-vswitchd.7.ctl", answer(SHOWN))
+    assert port_types(tmp_path) == frozenset({"internal", "gre"})
+    assert json.loads(switch.asked[0])["method"] == "dpctl/show"
+
+
+@pytest.mark.parametrize("said", [None, b"", b"[1]", {"id": 0, "error": "no such command", "result": None}])
+def test_a_switch_that_does_not_tell_has_no_ports(
+    tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch, said: object
+) -> None:
+    monkeypatch.setattr("ovsmesh.ovs.json_rpc.DEADLINE", 0.2)
+    serve("ovs-vswitchd.7.ctl", said)
+    assert port_types(tmp_path) is None
+
+
+def test_no_switch_has_no_ports(tmp_path: Path) -> None:
+    assert port_types(tmp_path) is None

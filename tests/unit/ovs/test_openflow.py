@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ovsmesh.dataplane.types import OBR
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.ovs import openflow as module
 from ovsmesh.ovs.openflow import FlowTable
 
 COOKIE = "cookie=0x6f76736d"
@@ -244,6 +245,50 @@ def test_the_table_is_read_once_and_again_when_told(switch: Any, table: Any) -> 
     for _ in range(3):
         table.observe(OFPORTS)
     assert switch.dumps == 1
+    table.dirty()
+    table.observe(OFPORTS)
+    assert switch.dumps == 2
+
+
+def count_reply(number: str, flows: int) -> str:
+    return f"OFPST_AGGREGATE reply (xid=0x{int(number, 16):x}): packet_count=7 byte_count=686 flow_count={flows}"
+
+
+@pytest.mark.parametrize(
+    ("told", "read_again"),
+    [
+        ([], True),
+        ([5], False),
+        ([6], True),
+        ([4], True),
+        # a change that the monitor tells before it answers
+        ([" event=ADDED table=0 cookie=0x6f76736d in_port=9,ip", 5], True),
+    ],
+)
+def test_in_doubt_the_number_of_flows_decides_whether_the_table_is_read(
+    switch: Any, table: Any, monkeypatch: pytest.MonkeyPatch, told: list[Any], read_again: bool
+) -> None:
+    def send(path: str, method: str, params: list[str]) -> str:
+        assert Path(path) == switch.run / f"ovs-ofctl.{table._monitor.pid}.ctl"
+        assert method == "ofctl/send" and len(bytes.fromhex(params[0])) == 56
+        switch.says(*(line if isinstance(line, str) else count_reply(params[0][8:16], line) for line in told))
+        return "sent"
+
+    monkeypatch.setattr(module, "request", send)
+    monkeypatch.setattr(module, "COUNT_DEADLINE", 30.0 if told else 0.2)
+    (switch.run / "dump").write_text(DUMP)
+    table.observe(OFPORTS)
+    for _ in range(2):
+        table.dirty()
+        table.observe(OFPORTS)
+    assert switch.dumps == (3 if read_again else 1)
+
+
+def test_a_monitor_that_can_t_be_asked_has_the_table_read(
+    switch: Any, table: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "request", lambda *_: None)
+    table.observe(OFPORTS)
     table.dirty()
     table.observe(OFPORTS)
     assert switch.dumps == 2
