@@ -41,6 +41,9 @@ _COUNT = re.compile(r"^OFPST_AGGREGATE reply .*\(xid=0x([0-9a-f]+)\):.* flow_cou
 _COUNT_REQUEST = "01100038{:08x}00020000003fffff" + "00" * 36 + "ff00ffff"
 
 
+_COOKIE = re.compile(r"0x[0-9a-f]{1,16}|0")
+
+
 def _argv(*words: str) -> list[str]:
     return ["ovs-ofctl", "--no-names", *words]
 
@@ -58,7 +61,8 @@ def _parse(line: str) -> tuple[int, bool, str, str] | None:
     for field in head.strip().rstrip(",").split(", "):
         name, _, value = field.partition("=")
         if name == "cookie":
-            cookie = int(value, 16)
+            # garbled or not, what is not the cookie of ovsmesh is not managed
+            cookie = int(value, 16) if _COOKIE.fullmatch(value) else -1
         elif name == "table":
             plain &= value == "0"
         elif name == "priority":
@@ -130,6 +134,8 @@ class FlowTable:
         self.close()
         if not self.answers():
             return False
+        if not shutil.which("ovs-ofctl"):
+            raise OvsmeshError("can't run ovs-ofctl: it is not in PATH; install Open vSwitch's tools")
         # a terminal, because ovs-ofctl fills a block before it writes to a pipe
         self._tty, slave = pty.openpty()
         os.set_blocking(self._tty, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import socket
 import stat
 from collections.abc import Iterator
@@ -123,6 +124,8 @@ def test_forms_of_a_managed_flow(switch: Any, table: Any, line: Any) -> None:
         " cookie=0x1, priority=100,in_port=LOCAL,dl_dst=0a:58:0a:61:02:01 actions=output:5",
         " priority=0 actions=drop",
         " cookie=0x7, priority=0 actions=NORMAL",
+        " cookie=what, priority=0 actions=NORMAL",
+        f" cookie=0x{'6f76736d' * 9}, priority=0 actions=NORMAL",
         # managed flows never time out and are in table 0
         f" {COOKIE}, idle_timeout=60, priority=100,in_port=LOCAL,dl_dst=0a:58:0a:61:09:01 actions=output:5",
         f" {COOKIE}, table=2, priority=9,icmp actions=resubmit(,3)",
@@ -363,6 +366,16 @@ def test_no_tool_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OvsmeshError, match=r"can't run ovs-ofctl: .*; install Open vSwitch's tools"):
         FlowTable(tmp_path).apply({"0 ": "drop"}, [], {})
+
+
+def test_no_tool_is_not_taken_for_a_switch_that_is_down(
+    switch: Any, table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/setpriv").symlink_to(shutil.which("setpriv") or "/usr/bin/env")
+    monkeypatch.setenv("PATH", str(tmp_path / "tools"))
+    with pytest.raises(OvsmeshError, match=r"can't run ovs-ofctl: .*; install Open vSwitch's tools"):
+        table.observe(OFPORTS)
 
 
 # both ways
