@@ -209,6 +209,11 @@ class Reason(StrEnum):
         "Remove that file when its network is gone.")
     CNILeftover = (auto(), _WARNING, "Files of other networks come after the managed one.",
         "Remove them when you do not need them.")
+    CNIContested = (auto(), _ERROR,
+        "Another program rewrites the managed conflist again and again. It is put back at growing intervals only.",
+        "Find that program (Cilium with `cni.exclusive`, another CNI's installer) and stop it.")
+    CNIRenamed = (auto(), _WARNING, "Another program renames the CNI files of other networks, as Cilium does.",
+        "Set Cilium's Helm value `cni.exclusive` to false, then remove what was renamed.")
     CNIUnreadable = auto(), _ERROR, "The CNI directory can't be read.", "Act on the message."
 
     # Conditions of one node

@@ -111,6 +111,7 @@ class Driver:
         self.net.dirty()
         self.flows.dirty()
         self.firewall.resync()
+        self.cni.dirty()
         if self.docker:
             self.docker.dirty()
 

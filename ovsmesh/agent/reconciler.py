@@ -235,7 +235,7 @@ class Reconciler:
         counters = self.counters
         counters.reconciles += 1
         counters.durations = counters.durations.plus(result.duration)
-        if any(problem.reason in RETRIED for problem in result.problems):
+        if any(problem.reason in RETRIED and problem.fatal for problem in result.problems):
             counters.failures += 1
             self._retry_at = time.monotonic() + self._backoff * random.uniform(0.5, 1.0)
             self._backoff = min(self._backoff * 2, _BACKOFF[1])

@@ -31,7 +31,10 @@ from ovsmesh.text import counted, duration, listed
 if TYPE_CHECKING:
     from ovsmesh.agent.driver import Driver
 
-RETRIED = (Reason.ApplyFailed, Reason.PortError, Reason.NotConverged, Reason.TurnFailed, Reason.FilterFailed)
+RETRIED = (
+    *(Reason.ApplyFailed, Reason.PortError, Reason.NotConverged, Reason.TurnFailed, Reason.FilterFailed),
+    Reason.CNIContested,
+)
 """Reasons of problems that may go by themselves without an event that says so."""
 
 _DURATIONS = Histogram((0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0))

@@ -20,7 +20,7 @@ IN_ANY = 'meta iifkind "veth"'
 """Its substitute in a kernel without nft_meta_bridge."""
 
 _MULTICAST = {4: ("224.0.0.0/4", "255.255.255.255/32"), 6: ("ff00::/8",)}
-_GRE_TRANSPARENT_ETHERNET = "0x6558"
+_GRE_TRANSPARENT_ETHERNET = 0x6558
 """What OVS puts into GRE's protocol field (RFC 1701); a routed site-to-site GRE carries 0x0800 or 0x86dd."""
 _UDP_PORTS = {"vxlan": 4789, "geneve": 6081}
 """RFC 7348 and RFC 8926."""
@@ -67,24 +67,39 @@ def _ip(version: int) -> str:
     return "ip" if version == 4 else "ip6"
 
 
-def _encapsulated(mesh: Mesh) -> str:
-    """Return what matches the mesh's tunnel packets as narrowly as nft can, so that no other tunnel is hit."""
-    if mesh.encapsulation == "gre":
-        return f"meta l4proto gre @th,16,16 {_GRE_TRANSPARENT_ETHERNET}"
-    # the network identifier stands at byte 4 of either header, behind 8 bytes of UDP
-    return f"udp dport {_UDP_PORTS[mesh.encapsulation]} @th,96,24 {mesh.key or 0}"
+def _encapsulated(mesh: Mesh) -> list[str]:
+    """Return what matches the mesh's tunnel packets, by protocol and key: no tunnel of another key is hit.
+
+    It is all that the switch would take for the mesh's, and no more: OVS makes no difference between no key and key 0.
+    """
+    key = mesh.key or 0
+    if mesh.encapsulation != "gre":
+        # the network identifier stands at byte 4 of either header, behind 8 bytes of UDP
+        return [f"udp dport {_UDP_PORTS[mesh.encapsulation]} @th,96,24 {key}"]
+    # RFC 2890: 0x2000 says that there is a key, 0x8000 that a checksum stands before it
+    head = _GRE_TRANSPARENT_ETHERNET
+    forms = [
+        f"@th,0,64 & 0xa000ffffffffffff == {0x2000 << 48 | head << 32 | key:#018x}",
+        f"@th,0,96 & 0xa000ffff00000000ffffffff == {0xA000 << 80 | head << 64 | key:#026x}",
+    ]
+    if not key:
+        forms.insert(0, f"@th,0,32 & 0x2000ffff == {head:#010x}")
+    # the protocol last: nft 1.0.6 aborts where it is to print a masked match that follows it
+    return [f"{form} meta l4proto gre" for form in forms]
 
 
 def _tunnel(mesh: Mesh, me: Node) -> dict[RuleKey, Rule]:
     ip, (address, peers) = _ip(me.address.version), peer_set(me)
-    what = _encapsulated(mesh)
-    return {
+    forms = [(f"-{n + 1}" if n else "", what) for n, what in enumerate(_encapsulated(mesh))]
+    found = {}
+    for more, what in forms:
         # a pod that forges the outer header could even take a peer's address
-        ("inet", "input", "tunnel-from-pod"): Rule(f'iifname "{KBR}" {ip} daddr {address} {what} drop'),
-        ("inet", "input", "tunnel-not-peer"): Rule(f"{ip} daddr {address} {what} {ip} saddr != @{peers} drop"),
+        found["inet", "input", f"tunnel-from-pod{more}"] = f'iifname "{KBR}" {ip} daddr {address} {what} drop'
+        found["inet", "input", f"tunnel-not-peer{more}"] = f"{ip} daddr {address} {what} {ip} saddr != @{peers} drop"
+    for more, what in forms:
         # masquerade would give it this node's address, which the peer trusts
-        ("inet", "forward", "tunnel-from-pod"): Rule(f'iifname "{KBR}" {ip} daddr @{peers} {what} drop'),
-    }
+        found["inet", "forward", f"tunnel-from-pod{more}"] = f'iifname "{KBR}" {ip} daddr @{peers} {what} drop'
+    return {key: Rule(text) for key, text in found.items()}
 
 
 def _masquerade(version: int, own: list[IPNetwork], cluster: list[IPNetwork]) -> Rule:

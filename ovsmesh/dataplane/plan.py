@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ovsmesh.dataplane import plan_text
 from ovsmesh.dataplane.types import KBR, KINDS, OBR, PEER_KINDS, Dataplane, Observed, Route, Unmanaged
 from ovsmesh.errors import Problem
+from ovsmesh.reasons import Reason
 
 GUARD_PEERS = 2
 GUARD_SHARE = 3
@@ -118,14 +119,18 @@ def in_sync(todo: Plan, problems: Iterable[Problem]) -> bool:
 def due(todo: Plan, problems: Iterable[Problem]) -> Plan:
     """Return what of a plan is to be done now: the conflist lets pods in, so it waits until all else is in place.
 
-    It does not wait for Docker, nor for another network's conflist: neither keeps a pod from working.
+    It does not wait for Docker, nor for another network's conflist: neither keeps a pod from working. Where another
+    program undoes it each time, it is written from time to time only.
     """
     rest = tuple(step for step in todo.steps if step.kind != "cni" or step.op == "-")
     if len(rest) == len(todo.steps):
         return todo
     waits = any(step.kind not in _CONTAINERS for step in rest)
     waits |= any(blocked.step.kind not in _CONTAINERS for blocked in todo.blocked)
-    waits |= any(problem.fatal and not problem.reason.startswith(_CONTAINER_REASONS) for problem in problems)
+    waits |= any(
+        problem.fatal and (problem.reason is Reason.CNIContested or not problem.reason.startswith(_CONTAINER_REASONS))
+        for problem in problems
+    )
     return replace(todo, steps=rest) if waits else todo
 
 

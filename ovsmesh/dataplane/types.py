@@ -40,6 +40,17 @@ class CniPlugin(NamedTuple):
     """Why it can't be used; "" when it can."""
 
 
+class Chained(NamedTuple):
+    """What others put into the managed conflist (istio-cni, linkerd-cni, Cilium, bandwidth, tuning)."""
+
+    settings: str = "{}"
+    """Their keys of the conflist itself, as a JSON object."""
+    entries: tuple[tuple[int, str], ...] = ()
+    """Their plugins in order: how many managed ones stand before it, and its JSON object."""
+    plugins: tuple[CniPlugin, ...] = ()
+    """The same plugins, as they answer."""
+
+
 class CniFacts(NamedTuple):
     """What the CNI conflist depends on."""
 
@@ -47,6 +58,7 @@ class CniFacts(NamedTuple):
     plugins: tuple[CniPlugin, ...]
     kept: str = ""
     """The managed conflist as it is on disk, where a plugin that it needs is missing."""
+    chained: Chained = Chained()
 
 
 @dataclass(frozen=True, slots=True)

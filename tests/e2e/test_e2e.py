@@ -69,8 +69,7 @@ SERVICE = {
     "spec": {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]},
 }
 STAYS = {f"file opt/cni/bin/{name}" for name in ("bridge", "host-local", "loopback", "portmap")}
-STAYS |= {f"file var/lib/cni/networks/ovsmesh/{name}" for name in ("lock", "last_reserved_ip.0")}
-"""Plugins are the node's: others may have come to use them. So is what one of them notes of addresses given."""
+"""Plugins are the node's: others may have come to use them."""
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("step")]
 Figure = Callable[[str], None]
 

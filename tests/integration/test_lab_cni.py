@@ -289,6 +289,78 @@ def test_a_conflist_that_someone_changes_is_put_back(lab: Lab, first: Runtime, d
     (first.directory / "x.bak").unlink(missing_ok=True)
 
 
+TUNING: dict[str, object] = {"type": "tuning", "sysctl": {"net.core.somaxconn": "500"}}
+
+
+def append(path: Path, *plugins: dict[str, object]) -> str:
+    """As istio-cni does it: read, append, written in its own way, renamed into place. Returns the text."""
+    found = json.loads(path.read_text())
+    found["plugins"] += plugins
+    text = json.dumps(found, sort_keys=True, separators=(",", ":"))
+    path.with_name(".new").write_text(text)
+    path.with_name(".new").rename(path)
+    return text
+
+
+def test_a_plugin_that_others_append_stays_and_runs(lab: Lab, first: Runtime) -> None:
+    host, path, pod = lab.host(1), first.directory / FILE, f"{lab.host(1).ns}p93"
+    had, counted = path.read_text(), drift(host)["cni"]
+    try:
+        text = append(path, TUNING)
+        wait_for("the status to tell of it", lambda: report(host)["self"]["cni"]["plugins"][-1] == "tuning", SOON)
+        lab.converged(SOON)
+        assert path.read_text() == text and drift(host)["cni"] == counted
+        namespaces([pod])
+        first.add(pod)
+        assert netns.run(["sysctl", "-n", "net.core.somaxconn"], pod).stdout == "500\n"
+        # what ovsmesh's part becomes, its own or by others, changes nothing of theirs
+        lab.write_mesh(mtu=1400)
+        wait_for("the conflist to follow", lambda: '"mtu": 1400' in path.read_text(), SOON)
+        assert json.loads(path.read_text())["plugins"][-1] == TUNING
+        lab.write_mesh()
+        wait_for("the conflist to follow", lambda: '"mtu": 1462' in path.read_text(), SOON)
+        path.write_text(json.dumps({**json.loads(text), "plugins": [TUNING]}))
+        wait_for("ours to be back", lambda: len(json.loads(path.read_text() or "{}").get("plugins", ())) == 3, SOON)
+        assert json.loads(path.read_text()) == json.loads(text)
+        first.delete(pod)
+        # an agent that starts finds it as it is
+        before = path.stat().st_ino
+        host.stop_agent()
+        start(host)
+        lab.converged()
+        assert path.stat().st_ino == before
+    finally:
+        path.write_text(had)
+    wait_for("theirs to be gone", lambda: "tuning" not in report(host)["self"]["cni"]["plugins"], SOON)
+
+
+def test_a_program_that_rewrites_the_conflist_each_time_is_named(lab: Lab) -> None:
+    """Cilium with cni.exclusive renames it; each write of the agent is answered at once."""
+    host = lab.host(3)
+    path = host.state / "net.d" / FILE
+    bak = path.with_name(f"{FILE}.cilium_bak")
+    writes = 0
+
+    def exclusive() -> bool:
+        nonlocal writes
+        if path.exists():
+            path.rename(bak)
+            writes += 1
+        return any("by another program" in text for text in problems(host))
+
+    wait_for("the fight to be named", exclusive, SOON, every=0.005)
+    began, before = time.monotonic(), writes
+    wait_for("ten seconds of it", lambda: exclusive() and time.monotonic() > began + 10, SOON, every=0.005)
+    print(f"written {before} times until it was named, {writes - before} times in the ten seconds after that")
+    assert writes - before <= 10
+    said = host.ovsmesh("status").stdout
+    assert "another program" in said and bak.name in said and "cni.exclusive" in said
+    bak.unlink(missing_ok=True)
+    wait_for("the conflist to stay", path.exists, 2 * SOON)
+    host.stop_agent()
+    start(host)
+
+
 def test_an_agent_that_stops_and_starts_leaves_the_file_as_it_is(lab: Lab, first: Runtime) -> None:
     host, path = lab.host(1), first.directory / FILE
     before = path.stat()
@@ -387,6 +459,23 @@ def test_old_plugins_get_an_old_version_and_missing_ones_none(lab: Lab, tmp_path
     assert code == 1 and (net / FILE).exists(), "without it no pod could be deleted"
     code, said = once(BIN)
     assert code == 0 and json.loads((net / FILE).read_text())["cniVersion"] == "1.0.0", said
+
+
+def test_cleanup_leaves_the_plugins_of_others_and_says_so(lab: Lab) -> None:
+    host = lab.host(3)
+    path = host.state / "net.d" / FILE
+    append(path, TUNING)
+    host.stop_agent()
+    done = host.ovsmesh("cleanup")
+    assert done.returncode == 0, done.stdout
+    assert json.loads(path.read_text())["plugins"] == [TUNING]
+    assert f"left alone: {path} holds nothing of ovsmesh, only tuning" in done.stdout and "its owner" in done.stdout
+    start(host)
+    wait_for("it to be whole again", lambda: len(json.loads(path.read_text())["plugins"]) == 3, SOON)
+    lab.converged(SOON)
+    host.stop_agent()
+    path.unlink()
+    start(host)
 
 
 def test_cleanup_removes_the_conflist_first_and_no_other(lab: Lab, others: list[Runtime]) -> None:

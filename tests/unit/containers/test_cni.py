@@ -8,6 +8,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,6 +165,82 @@ def test_written_read_back_and_removed(cni: Cni, net: Path) -> None:
     cni.apply([REMOVE])
     assert list(net.iterdir()) == [] and cni.observe()[0] == {}
     cni.apply([REMOVE])
+
+
+CHAINED = TEXT.replace('{"type": "bridge"}', '{"type": "bridge"}, {"type": "istio-cni"}')
+
+
+def test_a_plugin_that_others_put_in_is_asked_and_named_where_it_is_missing(cni: Cni, net: Path, bins: Path) -> None:
+    (net / FILE).write_text(CHAINED.replace('{"type": "istio-cni"}', '{"type": "istio-cni"}, {"type": "../../bin/sh"}'))
+    plugin(bins, "istio-cni", "0.4.0", "1.0.0")
+    facts = cni.facts()
+    assert facts is not None
+    first, second = facts.chained.plugins
+    assert (first.versions, first.why) == (("0.4.0", "1.0.0"), "") and second.why == "is no plugin's name"
+    script(bins, "istio-cni", "exit 1")
+    assert cni.facts().chained.plugins[0].why == "", "not all can answer"  # type: ignore[union-attr]
+    (bins / "istio-cni").unlink()
+    assert cni.facts().chained.plugins[0].why == f"not in {bins}"  # type: ignore[union-attr]
+    assert {p.reason for p in cni.observe()[2]} == {"CNIPluginMissing"}
+
+
+def test_a_plugin_that_others_put_in_meanwhile_is_not_lost(cni: Cni, net: Path) -> None:
+    """Between the look at the file and the write of it."""
+    (net / FILE).write_text(TEXT.replace("1.0.0", "0.4.0"))
+    cni.facts()
+    (net / FILE).write_text(CHAINED)
+    cni.apply([WRITE])
+    assert (net / FILE).read_text() == CHAINED
+    cni.facts()
+    cni.apply([Step("~", "cni", FILE, CHAINED.replace("1.0.0", "1.1.0"), CHAINED)])
+    assert "1.1.0" in (net / FILE).read_text()
+
+
+def test_removed_are_the_managed_plugins_only(cni: Cni, net: Path) -> None:
+    (net / FILE).write_text(CHAINED)
+    cni.apply([REMOVE])
+    assert json.loads((net / FILE).read_text())["plugins"] == [{"type": "istio-cni"}]
+    managed, (unmanaged,), _ = cni.observe()
+    assert not managed and "only istio-cni" in unmanaged.detail
+    cni.apply([REMOVE])
+    assert (net / FILE).exists()
+
+
+@pytest.mark.parametrize("undo", [Path.unlink, lambda path: path.rename(path.with_name(f"{FILE}.cilium_bak"))])
+def test_a_fight_is_named_and_slows_down(
+    cni: Cni, net: Path, monkeypatch: pytest.MonkeyPatch, undo: Callable[[Path], object]
+) -> None:
+    now, writes = 1000.0, []
+    monkeypatch.setattr("ovsmesh.containers.cni.time", SimpleNamespace(monotonic=lambda: now))
+    cni.facts()
+    cni.apply([WRITE])
+    # a loop that does what the agent does, against a program that undoes each write at once
+    while now < 1600.0:
+        if (net / FILE).exists():
+            undo(net / FILE)
+        fatal = {p.reason for p in cni.observe()[2] if p.fatal}
+        if not fatal:
+            cni.apply([WRITE])
+            writes.append(now)
+            assert cni.drain() is (len(writes) < 6), "in a pause its changes wake nobody"
+        else:
+            assert fatal == {"CNIContested"}
+            now += 0.1
+    assert 6 <= len(writes) <= 30 and len([at for at in writes if at > 1300]) <= 12
+    (problem,) = (p for p in cni.observe()[2] if p.reason == "CNIContested")
+    assert f"{net}/{FILE}" in str(problem) and "another program" in str(problem)
+    # it ends, and so does what is said about it
+    now += 60.0
+    assert not any(p.fatal for p in cni.observe()[2])
+    now += 300.0
+    assert "CNIContested" not in {p.reason for p in cni.observe()[2]}
+
+
+def test_what_the_agent_itself_changes_is_no_fight(cni: Cni, net: Path) -> None:
+    cni.facts()
+    for number in range(20):
+        cni.apply([Step("~", "cni", FILE, TEXT.replace("1.0.0", f"1.0.{number}"), None)])
+    assert not cni.observe()[2]
 
 
 def test_a_directory_that_is_not_there_is_made(tmp_path: Path, bins: Path) -> None:

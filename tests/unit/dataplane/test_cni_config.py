@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovsmesh.dataplane.cni_config import FILE, File, conflist_status, judge, problems, summary
+from ovsmesh.dataplane.cni_config import (
+    FILE,
+    File,
+    chained,
+    conflist_status,
+    judge,
+    problems,
+    summary,
+    without_managed,
+)
 from ovsmesh.dataplane.desired import dataplane
 from ovsmesh.dataplane.plan import plan
 from ovsmesh.dataplane.types import CniFacts, CniPlugin, Dataplane, Observed
@@ -234,6 +243,176 @@ def test_text_of_others_steers_no_terminal_and_break_no_log(evil: Any) -> None:
 def test_whatever_bytes_lie_there_are_judged(data: Any) -> None:
     managed, unmanaged, _ = judged({FILE: File(data)})
     assert bool(managed) != bool(unmanaged)
+
+
+# plugins of others in the conflist
+
+ISTIO = {"type": "istio-cni", "kubernetes": {"kubeconfig": "/etc/cni/net.d/ZZZ-istio-cni-kubeconfig"}, "level": 1.5}
+TUNING = {"type": "tuning", "sysctl": {"net.core.somaxconn": "500"}}
+CILIUM = {"type": "cilium-cni", "chaining-mode": "generic-veth"}
+OTHERS = [ISTIO, TUNING, CILIUM, {"type": "bandwidth", "capabilities": {"bandwidth": True}}, {"type": "portmap"}]
+OURS = json.loads(CONFLIST)["plugins"]
+
+
+def with_plugins(*plugins: Any, **head: Any) -> str:
+    """As jq or Go write it: another order of keys, no spaces."""
+    return json.dumps({**json.loads(CONFLIST), **head, "plugins": plugins}, sort_keys=True, separators=(",", ":"))
+
+
+def again(text: str, **versions: Any) -> str:
+    """What the agent wants where this is on disk."""
+    facts = dataclasses.replace(FACTS, cni=cni(**versions)._replace(chained=chained(text)))
+    return str(want(first(3, key=7), facts=facts).cni[FILE])
+
+
+def steps(text: str) -> list[str]:
+    managed, unmanaged, _ = judged({FILE: text})
+    assert not unmanaged
+    return list(plan(Dataplane(cni={FILE: again(text)}), Observed(Dataplane(cni=managed))).lines())
+
+
+@pytest.mark.parametrize(
+    "plugins",
+    [
+        [*OURS, ISTIO],
+        [*OURS, *OTHERS],
+        [OURS[0], TUNING, OURS[1], ISTIO],
+        [TUNING, *OURS],
+        [TUNING, OURS[0], CILIUM, OURS[1], ISTIO, TUNING],
+    ],
+)
+def test_what_others_put_into_the_conflist_stays_where_it_is(plugins: Any) -> None:
+    text = with_plugins(*plugins, disableCheck=True)
+    assert steps(text) == []
+    assert json.loads(again(text)) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("plugins", "right"),
+    [
+        ([ISTIO], [*OURS, ISTIO]),
+        ([{**OURS[0], "mtu": 1500}, OURS[1], ISTIO], [*OURS, ISTIO]),
+        ([{**OURS[0], "bridge": "cni0"}, ISTIO, TUNING], [*OURS, ISTIO, TUNING]),
+        ([OURS[0], ISTIO], [*OURS, ISTIO]),
+        ([ISTIO, {**OURS[1], "snat": False}, OURS[0], TUNING], [*OURS, ISTIO, TUNING]),
+        ([OURS[0], TUNING, {"type": "portmap"}, ISTIO], [OURS[0], TUNING, OURS[1], ISTIO]),
+        ([*OURS, 7, {"no": "type"}, ISTIO, OURS[0]], [*OURS, ISTIO]),
+    ],
+)
+def test_the_managed_plugins_are_kept_right_around_them(plugins: Any, right: Any) -> None:
+    text = with_plugins(*plugins)
+    assert json.loads(again(text))["plugins"] == right
+    assert steps(again(text)) == []
+
+
+def test_an_mtu_that_changes_keeps_them() -> None:
+    text = with_plugins(*OURS, ISTIO).replace("1458", "1400")
+    assert steps(text) == [f"~ cni {FILE} mtu 1400 → 1458"]
+    assert json.loads(again(text))["plugins"] == [*OURS, ISTIO]
+
+
+def test_without_portmap_they_stay_too() -> None:
+    assert json.loads(again(with_plugins(*OURS, ISTIO, TUNING), portmap="away"))["plugins"] == [OURS[0], ISTIO, TUNING]
+
+
+def test_a_change_of_the_managed_part_alone_is_no_change_of_theirs() -> None:
+    """Else it would not be counted as drift."""
+    texts = [with_plugins(*OURS, ISTIO), with_plugins(ISTIO), with_plugins({**OURS[0], "mtu": 9}, OURS[1], ISTIO)]
+    assert len({chained(text) for text in texts}) == 1
+    assert chained(CONFLIST) == chained("") == chained("{") == chained(LIST)
+
+
+def test_their_versions_count_and_a_plugin_that_is_missing_is_named() -> None:
+    text = with_plugins(*OURS, ISTIO)
+    named = "istio-cni, which someone else has put into 10-ovsmesh.conflist"
+    for plugin, version, says in (
+        (CniPlugin("istio-cni", DEBIAN), "1.0.0", ""),
+        (CniPlugin("istio-cni", OLD), "0.4.0", ""),
+        (CniPlugin("istio-cni", ("0.1.0",)), "1.0.0", f"{named}: supports none"),
+        (CniPlugin("istio-cni", (), "not in /opt/cni/bin"), "1.0.0", f"{named}: not in /opt/cni/bin; no pod starts"),
+    ):
+        found = cni()._replace(chained=chained(text)._replace(plugins=(plugin,)))
+        facts = dataclasses.replace(FACTS, cni=found)
+        assert json.loads(want(first(3, key=7), facts=facts).cni[FILE])["cniVersion"] == version
+        assert [says in str(p) and not p.fatal for p in problems(found)] == ([True] if says else [])
+
+
+def test_the_status_and_the_plan_show_the_whole_chain() -> None:
+    full = {FILE: again(with_plugins(*OURS, ISTIO))}
+    assert str(conflist_status(cni(), full, full)) == (
+        f"{DIR}/{FILE} (written; version 1.0.0; bridge, host-local, portmap, istio-cni)"
+    )
+
+
+def test_cleanup_takes_the_managed_plugins_only() -> None:
+    assert without_managed(CONFLIST) == without_managed("{") == without_managed("") == ""
+    left = without_managed(with_plugins(TUNING, *OURS, ISTIO))
+    assert json.loads(left)["plugins"] == [TUNING, ISTIO]
+    managed, (unmanaged,), said = judged({FILE: left})
+    assert not managed and not said and not unmanaged.blocks
+    assert "holds nothing of ovsmesh, only tuning, istio-cni" in unmanaged.detail and "owner" in unmanaged.detail
+    # and the next agent makes it whole again
+    assert json.loads(again(left))["plugins"] == [*OURS, TUNING, ISTIO]
+
+
+@given(st.lists(st.sampled_from([*OURS, *OTHERS, {**OURS[0], "mtu": 9}, {"type": "host-device"}]), max_size=7))
+def test_whatever_is_in_the_chain_theirs_keep_their_order_and_ours_are_right(plugins: Any) -> None:
+    found = json.loads(again(with_plugins(*plugins)))["plugins"]
+    portmaps = [p for p in found if p["type"] == "portmap"]
+    assert [p for p in found if p["type"] == "bridge"] == OURS[:1] and portmaps[0] == OURS[1]
+    assert theirs_of(found) == theirs_of(plugins)
+    assert steps(again(with_plugins(*plugins))) == []
+
+
+def theirs_of(plugins: Any) -> Any:
+    """All but the bridge plugin and the first portmap."""
+    portmap = next((n for n, p in enumerate(plugins) if p["type"] == "portmap"), None)
+    return [p for n, p in enumerate(plugins) if p["type"] != "bridge" and n != portmap]
+
+
+@pytest.mark.parametrize("odd", ['{"a": 1e999}', '{"a": NaN}', "[" * 60 + "]" * 60, "[" * 400 + "]" * 400])
+def test_a_file_that_no_runtime_can_read_is_replaced(odd: str) -> None:
+    text = with_plugins(*OURS, {"type": "x", "odd": 4711}).replace("4711", odd)
+    managed, unmanaged, _ = judged({FILE: text})
+    assert managed == {FILE: text} and not unmanaged
+    assert again(text) == CONFLIST
+
+
+MULTUS = {"name": "multus-cni-network", "type": "multus", "cniVersion": "0.3.1"}
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {**MULTUS, "clusterNetwork": f"/host/etc/cni/net.d/{FILE}"},
+        {**MULTUS, "type": "multus-shim", "clusterNetwork": "ovsmesh"},
+        {**MULTUS, "delegates": [json.loads(CONFLIST)]},
+    ],
+)
+def test_a_wrapper_that_delegates_to_the_conflist_is_no_problem(conf: Any) -> None:
+    assert judged({"00-multus.conf": json.dumps(conf), FILE: CONFLIST})[2] == []
+    wrapped = json.dumps({"name": "multus-cni-network", "cniVersion": "1.0.0", "plugins": [conf]})
+    assert judged({"00-multus.conflist": wrapped, FILE: CONFLIST})[2] == []
+
+
+def test_cilium_chained_to_the_conflist_is_no_problem_and_an_old_copy_is() -> None:
+    assert judged({"05-cilium.conflist": with_plugins(*OURS, CILIUM), FILE: CONFLIST})[2] == []
+    stale = with_plugins(*OURS, CILIUM).replace("1458", "1500")
+    for copy in (stale, json.dumps({**MULTUS, "delegates": [json.loads(stale)]})):
+        (problem,) = judged({"05-x.conflist" if copy is stale else "05-x.conf": copy, FILE: CONFLIST})[2]
+        assert problem.reason == "CNIOverruled" and "old copy: mtu 1500, not 1458" in str(problem)
+
+
+def test_a_wrapper_that_delegates_elsewhere_wins_and_is_named() -> None:
+    conf = {**MULTUS, "clusterNetwork": "/host/etc/cni/net.d/10-flannel.conflist"}
+    (problem,) = judged({"00-multus.conf": json.dumps(conf), FILE: CONFLIST})[2]
+    assert problem.reason == "CNIOverruled" and "multus-cni-network wins" in str(problem)
+
+
+@pytest.mark.parametrize("name", [f"{FILE}.cilium_bak", f"{FILE}.old", "10-flannel.conflist.cilium_bak"])
+def test_a_file_that_was_renamed_is_named(name: str) -> None:
+    (problem,) = judged({name: LIST, FILE: CONFLIST})[2]
+    assert problem.reason == "CNIRenamed" and not problem.fatal and name in str(problem) and "Cilium" in str(problem)
 
 
 # texts

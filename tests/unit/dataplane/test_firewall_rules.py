@@ -20,6 +20,13 @@ def shown(found: Any) -> Any:
     return [f"{' '.join(key)}: {rule.text}" for key, rule in found.items()]
 
 
+GRE = (
+    ("", "@th,0,32 & 0x2000ffff == 0x00006558 meta l4proto gre"),
+    ("-2", "@th,0,64 & 0xa000ffffffffffff == 0x2000655800000000 meta l4proto gre"),
+    ("-3", "@th,0,96 & 0xa000ffff00000000ffffffff == 0xa00065580000000000000000 meta l4proto gre"),
+)
+
+
 def test_golden_dual_stack() -> None:
     enters = 'meta ibrname "kbr0" iifname != "obr0"'
     assert shown(rules(MESH, ME, Facts())) == [
@@ -27,9 +34,15 @@ def test_golden_dual_stack() -> None:
         'ip daddr != { 10.97.0.0/16, 224.0.0.0/4, 255.255.255.255 } oifname != "kbr0" masquerade fully-random',
         "inet postrouting masquerade-v6: ip6 saddr { fd00:97:1::/64 } "
         'ip6 daddr != { fd00:97::/32, ff00::/8 } oifname != "kbr0" masquerade fully-random',
-        'inet input tunnel-from-pod: iifname "kbr0" ip daddr 192.0.2.11 meta l4proto gre @th,16,16 0x6558 drop',
-        "inet input tunnel-not-peer: ip daddr 192.0.2.11 meta l4proto gre @th,16,16 0x6558 ip saddr != @peers4 drop",
-        'inet forward tunnel-from-pod: iifname "kbr0" ip daddr @peers4 meta l4proto gre @th,16,16 0x6558 drop',
+        *(
+            line
+            for more, form in GRE
+            for line in (
+                f'inet input tunnel-from-pod{more}: iifname "kbr0" ip daddr 192.0.2.11 {form} drop',
+                f"inet input tunnel-not-peer{more}: ip daddr 192.0.2.11 {form} ip saddr != @peers4 drop",
+            )
+        ),
+        *(f'inet forward tunnel-from-pod{more}: iifname "kbr0" ip daddr @peers4 {form} drop' for more, form in GRE),
         f"bridge prerouting spoof-range-v4: {enters} ip saddr {{ 10.97.0.0/16 }} ip saddr != {{ 10.97.1.0/24 }} drop",
         f"bridge prerouting spoof-gateway-v4: {enters} ip saddr {{ 10.97.1.1 }} drop",
         f"bridge prerouting spoof-tunnel-v4: {enters} ip saddr 192.0.2.11 drop",
@@ -70,7 +83,8 @@ def test_no_ipv6_in_the_kernel_no_ipv6_rules() -> None:
 @pytest.mark.parametrize(
     ("encapsulation", "key", "match"),
     [
-        ("gre", 7, "meta l4proto gre @th,16,16 0x6558"),
+        ("gre", None, GRE[0][1]),
+        ("gre", 7, "@th,0,64 & 0xa000ffffffffffff == 0x2000655800000007 meta l4proto gre"),
         ("vxlan", 7, "udp dport 4789 @th,96,24 7"),
         ("vxlan", None, "udp dport 4789 @th,96,24 0"),
         ("geneve", 9, "udp dport 6081 @th,96,24 9"),

@@ -116,7 +116,7 @@ def test_golden_all_goes() -> None:
         (
             with_(FULL, "rules", ("inet", "input", "tunnel-from-pod"), Rule("digest 123")),
             '~ rule inet input tunnel-from-pod: iifname "kbr0" ip daddr 192.0.2.11 '
-            "meta l4proto gre @th,16,16 0x6558 drop",
+            "@th,0,64 & 0xa000ffffffffffff == 0x2000655800000007 meta l4proto gre drop",
         ),
         (
             with_(FULL, "restore_wait", "flow-restore-wait", True),

@@ -43,8 +43,29 @@ def arp(sender: Any, target: Any, payload: Any) -> Any:
                        socket.inet_aton(target)) + payload  # fmt: skip
 
 
-def gre(protocol: Any, payload: Any) -> Any:
-    return struct.pack("!HH", 0, protocol) + payload
+def gre(protocol: Any, payload: Any, key: int | None = None, flags: int = 0) -> Any:
+    """RFC 2890. `flags`: 0x8000 with a checksum (0), 0x1000 with a sequence number (0), others as they are."""
+    head = struct.pack("!HH", flags | (0x2000 if key is not None else 0), protocol)
+    if flags & 0x8000:
+        head += bytes(4)
+    if key is not None:
+        head += struct.pack("!I", key)
+    return head + (bytes(4) if flags & 0x1000 else b"") + payload + bytes(14)
+
+
+def gre_forms(key: int | None) -> Iterator[tuple[bytes, bytes, bool]]:
+    """Marker, packet, and whether the switch takes it for the mesh's with this key."""
+    mine: list[dict[str, Any]] = [{"key": key, "flags": flags} for flags in (0, 0x8000, 0x9000, 0x0800)]
+    others: list[dict[str, Any]] = [{"key": 8, "flags": flags} for flags in (0, 0x8000, 0x1000)] + [{"key": 7 << 16}]
+    (mine if key is None else others).extend([{"key": 0}, {"key": 0, "flags": 0x8000}])
+    if key is not None:
+        others += [{}, {"flags": 0x8000}]
+    for form in (*mine, *others):
+        marker = f"{form}.".encode()
+        yield marker, gre(0x6558, marker, **form), form in mine
+    for protocol in (0x800, 0x86DD, 0x88BE, 0x22EB):
+        marker = f"{protocol:#x}.".encode()
+        yield marker, gre(protocol, marker), False
 
 
 class Wire:
@@ -148,6 +169,30 @@ class TestPackets:
             inner = wires["kbr0"].mac
             assert not passes("pod", "192.0.2.2", gre(0x6558, b"forged"), b"forged", inner)
             assert not passes("pod", "10.97.1.2", gre(0x6558, b"pod"), b"pod", inner)
+
+    @pytest.mark.parametrize("key", [None, 7])
+    def test_a_tunnel_of_another_key_is_someone_elses(self, host: Any, key: int | None) -> None:
+        """A gretap of the host with a stranger as its other end, or of a container to it; ERSPAN; routed GRE."""
+        node, firewall, wires = host
+        with inside(node):
+            converge(firewall, desired(replace(MESH, key=key)))
+            raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_GRE)
+        with raw:
+            for marker, packet, mine in gre_forms(key):
+                for source, passes in (("192.0.2.2", True), ("192.0.2.9", not mine)):
+                    wires["out"].send(wires["eth0"].mac, 0x800, ipv4(source, "192.0.2.1", 47, packet))
+                    assert self.delivered(raw, marker) is passes, (source, marker)
+                wires["pod"].send(wires["kbr0"].mac, 0x800, ipv4("10.97.1.2", "192.0.2.1", 47, packet))
+                assert self.delivered(raw, marker) is not mine, ("pod", marker)
+
+    @pytest.mark.parametrize("key", [None, 7])
+    def test_a_container_may_have_a_tunnel_of_another_key_to_a_peers_host(self, host: Any, key: int | None) -> None:
+        node, firewall, wires = host
+        with inside(node):
+            converge(firewall, desired(replace(MESH, key=key)))
+        for marker, packet, mine in gre_forms(key):
+            wires["pod"].send(wires["kbr0"].mac, 0x800, ipv4("10.97.1.2", "192.0.2.2", 47, packet))
+            assert bool(wires["out"].got(marker, 0.3 if mine else 2)) is not mine, marker
 
     def test_vxlan_of_our_network_only(self, host: Any) -> None:
         node, firewall, wires = host

@@ -62,12 +62,15 @@ table inet ovsmesh {
   }
   chain input {
     type filter hook input priority -5; policy accept;
-    iifname "kbr0" ip daddr 192.0.2.11 meta l4proto gre @th,16,16 0x6558 drop comment "tunnel-from-pod f9f5c707"
-    ip daddr 192.0.2.11 meta l4proto gre @th,16,16 0x6558 ip saddr != @peers4 drop comment "tunnel-not-peer cb0b6af3"
+    iifname "kbr0" ip daddr 192.0.2.11 @th,0,64 & 0xa000ffffffffffff == 0x2000655800000007 meta l4proto gre drop comment "tunnel-from-pod c0f8ed8b"
+    ip daddr 192.0.2.11 @th,0,64 & 0xa000ffffffffffff == 0x2000655800000007 meta l4proto gre ip saddr != @peers4 drop comment "tunnel-not-peer 899647b9"
+    iifname "kbr0" ip daddr 192.0.2.11 @th,0,96 & 0xa000ffff00000000ffffffff == 0xa00065580000000000000007 meta l4proto gre drop comment "tunnel-from-pod-2 a1b00c81"
+    ip daddr 192.0.2.11 @th,0,96 & 0xa000ffff00000000ffffffff == 0xa00065580000000000000007 meta l4proto gre ip saddr != @peers4 drop comment "tunnel-not-peer-2 ca1c6640"
   }
   chain forward {
     type filter hook forward priority -5; policy accept;
-    iifname "kbr0" ip daddr @peers4 meta l4proto gre @th,16,16 0x6558 drop comment "tunnel-from-pod 5a7a9d2d"
+    iifname "kbr0" ip daddr @peers4 @th,0,64 & 0xa000ffffffffffff == 0x2000655800000007 meta l4proto gre drop comment "tunnel-from-pod 6622efa1"
+    iifname "kbr0" ip daddr @peers4 @th,0,96 & 0xa000ffff00000000ffffffff == 0xa00065580000000000000007 meta l4proto gre drop comment "tunnel-from-pod-2 89f62246"
   }
 }
 END
