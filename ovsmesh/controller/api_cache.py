@@ -10,8 +10,8 @@ from typing import NamedTuple
 from ovsmesh.controller.membership import NODES, NodeView, parse_node
 from ovsmesh.controller.mesh_writer import MeshView, parse_mesh
 from ovsmesh.controller.node_conditions import AgentReport, parse_meshnode
-from ovsmesh.kube.client import Api
-from ovsmesh.kube.reflector import Reflector, Wakeup
+from ovsmesh.kube.client import Api, name_of
+from ovsmesh.kube.reflector import MISSHAPEN, Reflector, Wakeup
 from ovsmesh.mesh.meshslice import MeshSlice, parse_slice
 from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
 
@@ -90,8 +90,16 @@ class ApiCache:
         """
         have = self._nodes.collection().items
         if self._target is None or self._target.term != term:
-            found = [parse_node(item) for page in self._api.pages(NODES, 250) for item in page.items]
-            self._target = _Target(term, {node.name: node for node in found}, have, time.monotonic())
+            found: dict[str, NodeView] = {}
+            for item in (item for page in self._api.pages(NODES, 250) for item in page.items):
+                name = name_of(item)
+                try:
+                    found[name] = parse_node(item)
+                except MISSHAPEN:
+                    # the watch says so, and keeps the last good state
+                    if name in have:
+                        found[name] = have[name]
+            self._target = _Target(term, found, have, time.monotonic())
         _, wanted, then, since = self._target
         if all(have.get(n) == wanted.get(n) or have.get(n) != then.get(n) for n in wanted.keys() | then.keys()):
             self._target = None

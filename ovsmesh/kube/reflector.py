@@ -35,7 +35,8 @@ _HEALTHY = 5.0
 """Seconds that a watch must have lived for the back-off to start again."""
 _BACKOFF = wait_random_exponential(multiplier=0.4, max=8.0, min=0.05)
 """Uniform between 0.05 s and 0.4, 0.8, 1.6, … 8 s: three thousand agents must not come back together."""
-_MISSHAPEN = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+MISSHAPEN = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+"""What a projection raises for an object of another shape than it expects."""
 
 
 class Wakeup:
@@ -206,7 +207,7 @@ class Reflector(Generic[T]):
     def _take(self, into: dict[str, T], name: str, item: Object) -> None:
         try:
             kept = self._project(item)
-        except _MISSHAPEN as error:
+        except MISSHAPEN as error:
             why = f"{type(error).__name__}: {error}"
             log.warning("%s %s: cannot be read (%s); its last good state stays", self._path, name, why)
             if name in self._items:

@@ -96,3 +96,11 @@ def test_each_term_makes_a_list_of_its_own(server: Server, cache: ApiCache) -> N
     server.deliver(*server.nodes)
     assert cache.caught_up(2)
     assert server.lists == 2
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_node_of_another_shape_stops_no_leader(server: Server, cache: ApiCache, known: bool) -> None:
+    bad = {"metadata": {"name": "b", "uid": "b-1", "annotations": ["no map"]}, "spec": "no map", "status": 7}
+    server.nodes = [node("a"), bad]
+    server.deliver(node("a"), *([node("b")] if known else []))
+    assert cache.caught_up(1)
