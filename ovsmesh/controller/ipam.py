@@ -18,6 +18,9 @@ DEFAULT_LENGTH = {4: 24, 6: 64}
 """Prefix length of a node's range, as in kube-controller-manager."""
 _DENSITY = 256
 """At least one address in this many of a derived range must belong to a Node: a /16 around one /24 is derived."""
+_SHORTEST = {4: 16, 6: 48}
+"""Prefix length of the largest range that a Node may have for it to count: kube-controller-manager cuts a cluster's
+range into at most 65,536."""
 
 
 @lru_cache(maxsize=16384)
@@ -41,7 +44,8 @@ def derive(nodes: Iterable[NodeView], have: Sequence[str] = (), beside: Sequence
     MeshError, which says why.
     """
     nodes = list(nodes)
-    theirs = {net for node in nodes if not node.excluded for text in node.pod_cidrs if (net := network(text))}
+    texts = (text for node in nodes if not node.excluded for text in node.pod_cidrs)
+    theirs = {net for text in texts if (net := network(text)) and net.prefixlen >= _SHORTEST[net.version]}
     if not theirs:
         raise MeshError("no Node has spec.podCIDRs")
     before = [net for text in have if (net := network(text))]
@@ -49,14 +53,14 @@ def derive(nodes: Iterable[NodeView], have: Sequence[str] = (), beside: Sequence
     outside |= dict.fromkeys(beside, "of the API server")
     made = []
     for version in (4, 6):
-        given = [net for net in theirs if net.version == version]
         old = [net for net in before if net.version == version]
+        given = _fitting([net for net in theirs if net.version == version], old)
         around = _around([*given, *old]) if given else None
         if around is None or around in old:
             made += [str(net) for net in ([around] if around else old)]
             continue
         known = f"the smallest range around the Nodes' podCIDRs is {around}, "
-        if around.num_addresses > _DENSITY * sum(net.num_addresses for net in given):
+        if not _dense(around, given):
             raise MeshError(f"{known}of which the Nodes have too little for it to be the cluster's")
         for text, whose in outside.items():
             if _inside(text, around):
@@ -72,6 +76,27 @@ def _around(found: Sequence[IPNetwork]) -> IPNetwork:
     while range_of(around)[2] < last:
         around = around.supernet()
     return around
+
+
+def _dense(around: IPNetwork, given: Sequence[IPNetwork]) -> bool:
+    """Return whether enough of a range belongs to Nodes."""
+    inside = [net.num_addresses for net in given if net.network_address in around]
+    return around.num_addresses <= _DENSITY * len(inside) * min(inside, default=0)
+
+
+def _fitting(given: list[IPNetwork], old: Sequence[IPNetwork]) -> list[IPNetwork]:
+    """Return the pod CIDRs without those that no dense range holds together with the range derived last."""
+    if not old:
+        return given
+    around = _around(old)
+    far: list[IPNetwork] = []
+    for net in sorted(given, key=lambda net: -_around([around, net]).prefixlen):
+        wider = _around([around, net])
+        if wider == around or _dense(wider, given):
+            around = wider
+        else:
+            far.append(net)
+    return [net for net in given if net not in far]
 
 
 def _inside(text: str, around: IPNetwork) -> bool:

@@ -161,3 +161,11 @@ def test_it_never_is_larger_than_the_range_that_all_come_from(
     assert all(net.subnet_of(around) for net in cut)  # type: ignore[arg-type]
     later = data.draw(st.sampled_from(cut))
     assert derive([node("one", str(later))], (found,)) == (found,)
+
+
+@pytest.mark.parametrize("theirs", ["12.0.0.0/6", "0.0.0.0/0", "11.0.0.0/8", "12.1.0.0/16", "192.168.7.0/24"])
+def test_one_node_widens_the_cluster_s_range_by_no_more_than_its_own(theirs: str) -> None:
+    nodes = [node(f"n{i}", f"10.244.{i}.0/24") for i in range(4)]
+    assert derive([*nodes, node("bad", theirs)], ("10.244.0.0/23",)) == ("10.244.0.0/22",)
+    with pytest.raises(MeshError):
+        derive([node("bad", "12.0.0.0/6")])
