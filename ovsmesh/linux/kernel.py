@@ -32,6 +32,11 @@ _PERMANENT = 0x80
 _FAILED = 0x20
 _UNICAST = 1
 """RTN_UNICAST."""
+_ROUTING_GROUPS = (1, 5, 7, 8, 9, 11, 19, 24, 25)
+"""RTNLGRP_ LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE, IPV4_NETCONF, IPV6_NETCONF:
+what may change the way that a packet takes."""
+_CHANGES_BYTES = 1 << 16
+"""Of notifications that may wait: more of them say no more."""
 _KERNELS_RULES = frozenset({(0, 255), (32766, 254), (32767, 253)})
 """Priority and table of the rules that every kernel has."""
 _EXPLAINED, _MOST_TOLD = 5.0, 1000
@@ -275,14 +280,18 @@ class PodRoutes:
 
     def __init__(self) -> None:
         self._kernel = Kernel()
+        self._changes = NetlinkSocket(netlink_socket.ROUTE, _ROUTING_GROUPS, _CHANGES_BYTES)
+        self._clear: set[tuple[int, IPAddress, IPAddress]] = set()
+        """What `astray` was asked since the last change, and where all was well."""
         self._told: dict[IPAddress, tuple[str, float, str]] = {}
         """Destination → where its packets go, when that was explained, and why they do."""
         for address in map(ip_address, ("192.0.2.1", "2001:db8::1")):
             encoder.get_forwarding_route(address, address, 1)
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the sockets."""
         self._kernel.close()
+        self._changes.close()
 
     def astray(self, bridge: int, gateway: IPAddress, destination: IPAddress) -> str:
         """Return where packets go that pods of this node send to a peer, if not to kbr0; "" where all is well.
@@ -290,9 +299,16 @@ class PodRoutes:
         `bridge` is kbr0's number, `gateway` this node's, `destination` the peer's. Also "" where the kernel can't be
         asked.
         """
+        # the kernel tells each change of links, addresses, routes, rules and forwarding, or that it has lost some
+        if self._changes.discard():
+            self._clear.clear()
+        asked = (bridge, gateway, destination)
+        if asked in self._clear:
+            return ""
         source = _pod(gateway)
         where = self._elsewhere(destination, source, bridge, bridge)
         if not where:
+            self._clear.add(asked)
             return ""
         before, at, why = self._told.get(destination, ("", 0.0, ""))
         if before != where or time.monotonic() - at > _EXPLAINED:

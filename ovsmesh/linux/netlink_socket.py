@@ -140,6 +140,19 @@ class NetlinkSocket:
             else:
                 yield from messages(data)
 
+    def discard(self) -> bool:
+        """Throw away the notifications that wait. Return whether there were any, or the kernel has dropped some."""
+        found = False
+        while True:
+            try:
+                self._socket.recv(1)
+            except BlockingIOError:
+                return found
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+            found = True
+
     def request(self, message: bytes, take: Callable[[Message], None]) -> bool:
         """Send a request and hand each reply to `take`; return False if a dump is not consistent.
 

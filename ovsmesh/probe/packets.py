@@ -32,6 +32,8 @@ SHOWS_VERSION = 1
 BATCH = 64
 """Packets that are read at a time: a flood of them holds nobody up."""
 _SNAP = 128
+_ECHO_WAIT = 5.0
+"""Seconds for which answers to an echo request are looked for; later than a second it counts as lost."""
 _SO_TIMESTAMPNS, _SO_RCVBUFFORCE = 35, 33
 _SOL_PACKET, _PACKET_IGNORE_OUTGOING = 263, 23
 _IP_PMTUDISC_PROBE = 3
@@ -61,7 +63,8 @@ class Received(NamedTuple):
     sequence: int
     at: float
     """When the kernel took it in, on the monotonic clock."""
-    source: IPAddress
+    source: bytes
+    """Its IP address."""
     shows_version: bool
 
 
@@ -77,6 +80,8 @@ class ProbeSockets:
         self._out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         self._in = _tap()
         self._astray = astray
+        self._echoed = float("-inf")
+        """When an echo request was sent last."""
         self._tapped = 0
         """Interface number of obr0 as the tap is bound to it."""
         self._bridge = 0
@@ -99,9 +104,13 @@ class ProbeSockets:
     def follow_bridge(self) -> None:
         """Read on obr0 as it is now: it may have been made again. To be called before probes are sent."""
         try:
-            self._bridge, number = socket.if_nametoindex(KBR), socket.if_nametoindex(OBR)
+            bridge, number = socket.if_nametoindex(KBR), socket.if_nametoindex(OBR)
         except OSError:
             return
+        if bridge != self._bridge:
+            with contextlib.suppress(OSError):
+                self._out.bind((KBR, 0))
+                self._bridge = bridge
         if number != self._tapped:
             with contextlib.suppress(OSError):
                 self._in.bind((OBR, _ETH_P_ALL))
@@ -112,11 +121,12 @@ class ProbeSockets:
         version = target.destination.version
         packet = self._icmp(version, number, sequence, size)
         if version == 4:
-            packet = _with_checksum(packet, packet)
+            packet = _with_checksum(packet, packet[: _BODY.size])
             about = (socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("=i4s4s", 0, target.source.packed, bytes(4)))
         else:
             # the kernel fills in ICMPv6's checksum
             about = (socket.IPPROTO_IPV6, _IPV6_PKTINFO, target.source.packed + struct.pack("=I", 0))
+        self._echoed = time.monotonic()
         self._raw[version].sendmsg([packet], [about], 0, (str(target.destination), 0))
 
     def send_loop(self, target: Target, number: int, sequence: int, size: int) -> None:
@@ -129,16 +139,18 @@ class ProbeSockets:
         version, own = target.source.version, target.source.packed
         packet = self._icmp(version, number, sequence, size)
         if version == 4:
-            packet = _with_checksum(packet, packet)
+            packet = _with_checksum(packet, packet[: _BODY.size])
             head = (
                 struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(packet), sequence, 0x4000, 64, _PROTOCOL[4], 0) + own + own
             )
             head = head[:10] + struct.pack("!H", internet_checksum(head)) + head[12:]
         else:
             head = struct.pack("!IHBB", 6 << 28, len(packet), _PROTOCOL[6], 64) + own + own
-            packet = _with_checksum(packet, own + own + struct.pack("!II", len(packet), _PROTOCOL[6]) + packet)
+            packet = _with_checksum(
+                packet, own + own + struct.pack("!II", len(packet), _PROTOCOL[6]) + packet[: _BODY.size]
+            )
         macs = bytes.fromhex((target.destination_mac + target.source_mac).replace(":", ""))
-        self._out.sendto(macs + struct.pack("!H", _ETHER_TYPE[version]) + head + packet, (KBR, 0))
+        self._out.send(macs + struct.pack("!H", _ETHER_TYPE[version]) + head + packet)
 
     def _icmp(self, version: int, number: int, sequence: int, size: int) -> bytes:
         flags = SHOWS_VERSION << 24 | number & 0xFFFFFF
@@ -147,19 +159,20 @@ class ProbeSockets:
 
     def receive(self) -> Iterator[Received]:
         """Yield what has come in; of a flood, only the first."""
-        clocks = time.monotonic() - time.time()
-        for version, sock in self._raw.items():
+        now = time.monotonic()
+        clocks = now - time.time()
+        for version, sock in self._raw.items() if now - self._echoed < _ECHO_WAIT else ():
             for data, at, sender in _read(sock, clocks):
                 body = data[(data[0] & 15) * 4 :] if version == 4 else data
-                yield from self._parse(body, at, ip_address(str(sender[0]).partition("%")[0]))
+                yield from self._parse(body, at, ip_address(str(sender[0]).partition("%")[0]).packed)
         for data, at, _ in _read(self._in, clocks):
             packet = data[_ETHER:]
             if data[12:14] == b"\x08\x00":
-                yield from self._parse(packet[(packet[0] & 15) * 4 :], at, ip_address(packet[12:16]))
+                yield from self._parse(packet[(packet[0] & 15) * 4 :], at, packet[12:16])
             else:
-                yield from self._parse(packet[40:], at, ip_address(packet[8:24]))
+                yield from self._parse(packet[40:], at, packet[8:24])
 
-    def _parse(self, body: bytes, at: float, source: IPAddress) -> Iterator[Received]:
+    def _parse(self, body: bytes, at: float, source: bytes) -> Iterator[Received]:
         if len(body) >= _BODY.size and body[8:16] == PROBE_MAGIC:
             _, _, _, _, sequence, _, token, flags = _BODY.unpack_from(body)
             version = bool(flags >> 24 & SHOWS_VERSION)
@@ -167,6 +180,7 @@ class ProbeSockets:
 
 
 def _with_checksum(packet: bytes, summed: bytes) -> bytes:
+    """Return an ICMP message with its checksum. `summed` may leave out zeros at its end, which add nothing."""
     return packet[:2] + struct.pack("!H", internet_checksum(summed)) + packet[4:]
 
 

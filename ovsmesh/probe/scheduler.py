@@ -22,8 +22,9 @@ RATE = 20.0
 SHORTEST, LONGEST_OF_FEW = 0.5, 5.0
 """Seconds between two regular probes of a peer: with few peers, and with a hundred."""
 _BURST = 20.0
-_TICK, _QUICK_TICK = 0.25, 0.05
-"""Seconds between wake-ups for regular probes and their losses, and for the losses of others."""
+_TICK, _TICK_OF_MANY, _QUICK_TICK = 0.25, 0.5, 0.05
+"""Seconds between wake-ups for regular probes and their losses, up to a hundred peers and above, and for the losses of
+others. A wake-up costs more than a probe, and packets that leave together wait for each other."""
 _SLACK = 0.02
 """Seconds that a probe may count as lost early, so that its end falls on the same tick as its sending."""
 _EPSILON = 1e-3
@@ -111,6 +112,9 @@ class Scheduler(Generic[Key]):
         """Return the seconds between two regular probes of one peer."""
         return max(SHORTEST, len(self._groups) / self._rate)
 
+    def _tick(self) -> float:
+        return _TICK if self.interval() <= LONGEST_OF_FEW else _TICK_OF_MANY
+
     @property
     def hurried(self) -> bool:
         """Whether an answer decides something, and is to be taken in at once. Others may wait until `wake_at`."""
@@ -131,7 +135,7 @@ class Scheduler(Generic[Key]):
             self._tokens -= 1.0
             self.sent += 1
             self._follow(key, path)
-            tick = _QUICK_TICK if path.hurried else _TICK
+            tick = _QUICK_TICK if path.hurried else self._tick()
             self._expiries.add(math.ceil((path.expires_at(found.probe.sequence) - _SLACK) / tick) * tick, key)
             yield found
 
@@ -212,11 +216,11 @@ class Scheduler(Generic[Key]):
 
     def wake_at(self, now: float) -> float:
         """Return when `due` has something to do next, if nothing is answered until then."""
-        # regular probes go out a few at a time: a wake-up costs more than a probe
-        regular = math.ceil(self._regulars.next() / _TICK) * _TICK if self._groups else math.inf
+        tick = self._tick()
+        regular = math.ceil(self._regulars.next() / tick) * tick if self._groups else math.inf
         first = min(self._expiries.next(), self._quicks.next(), regular, now + LONGEST_OF_FEW)
         # without a token, wait for those of a whole tick
-        token = now + max(0.0, max(1.0, _TICK * self._rate) - self._tokens) / self._rate
+        token = now + max(0.0, max(1.0, tick * self._rate) - self._tokens) / self._rate
         return max(first, token if self._tokens < _ONE else now)
 
     def states(self) -> dict[Key, State]:

@@ -13,6 +13,7 @@ import os
 import select
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -66,9 +67,10 @@ class Prober:
         self._keys: dict[int, _Key] = {}
         """What `_numbers` says, the other way round."""
         self._counted = 0
-        self._names: dict[IPAddress, str] = {}
+        self._names: dict[bytes, str] = {}
         """Gateway → peer."""
-        self._trips = _TRIPS
+        self._trips, self._trips_sum = [0] * (len(_TRIPS.bounds) + 1), 0.0
+        """Round trips in each bucket of the histogram, and the sum of all."""
         self._heard: dict[str, float] = {}
         self._version_heard: dict[str, float] = {}
         self._errors: dict[tuple[_Key, bool], str] = {}
@@ -97,7 +99,7 @@ class Prober:
                 self._numbers[key] = self._counted
             self._numbers = {key: number for key, number in self._numbers.items() if key in wanted}
             self._keys = {number & 0xFFFFFF: key for key, number in self._numbers.items()}
-            self._names = {key[1]: key[0] for key in wanted}
+            self._names = {key[1].packed: key[0] for key in wanted}
             for held in (self._heard, self._version_heard):
                 for name in held.keys() - peers.keys():
                     del held[name]
@@ -148,7 +150,8 @@ class Prober:
     def totals(self) -> Totals:
         """Return how many probes were sent and lost since the start, and how long the answers took."""
         with self._lock:
-            return Totals(self._scheduler.sent, self._scheduler.lost, self._trips)
+            trips = _TRIPS._replace(counts=tuple(self._trips), sum=self._trips_sum)
+            return Totals(self._scheduler.sent, self._scheduler.lost, trips)
 
     def close(self) -> None:
         """Stop probing; takes a second at most."""
@@ -204,7 +207,8 @@ class Prober:
             key = self._keys.get(got.number)
             trip = None if key is None else self._scheduler.answered(key, got.sequence, got.at)
             if trip is not None:
-                self._trips = self._trips.plus(trip)
+                self._trips[bisect_left(_TRIPS.bounds, trip)] += 1
+                self._trips_sum += trip
         elif (name := self._names.get(got.source)) is not None:
             self._heard[name] = got.at
             if got.shows_version:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from ipaddress import ip_address
 
 import pytest
 
-from ovsmesh.linux.kernel import Kernel
+from ovsmesh.linux.kernel import Kernel, PodRoutes
+from ovsmesh.mesh.types import IPAddress
 from ovsmesh.sysctl import Sysctls
 from ovsmesh.trace import netns
 from ovsmesh.trace.types import REFUSED_SOURCE, RouteFound
@@ -141,3 +143,32 @@ def test_sysctls_are_read_as_they_are_also_of_a_link_that_was_made_again(host: s
         sh("ip link set kbr0 name kbr1")
         assert sysctls.read(keys) == {keys[0]: "0"}
         sysctls.close()
+
+
+def test_the_way_to_a_peer_is_asked_once_and_again_after_a_change(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    real = PodRoutes._elsewhere
+
+    def spy(self: PodRoutes, target: IPAddress, source: IPAddress, iif: int, bridge: int) -> str:
+        asked.append(target)
+        return real(self, target, source, iif, bridge)
+
+    monkeypatch.setattr(PodRoutes, "_elsewhere", spy)
+    gateways = ip_address("10.97.1.1"), ip_address("10.97.2.1")
+    with inside(host):
+        routes = PodRoutes()
+        bridge = socket.if_nametoindex("kbr0")
+        assert [routes.astray(bridge, *gateways) for _ in range(3)] == [""] * 3
+        assert len(asked) == 1
+        for change, expected in [
+            ("ip rule add priority 100 to 10.97.2.0/24 prohibit", "nowhere"),
+            ("ip rule del priority 100", ""),
+            ("ip route add unreachable 10.97.2.0/25", "nowhere"),
+            ("ip route del unreachable 10.97.2.0/25", ""),
+            ("sysctl -qw net.ipv4.ip_forward=0", "nowhere"),
+            ("sysctl -qw net.ipv4.ip_forward=1", ""),
+        ]:
+            sh(change)
+            found = routes.astray(bridge, *gateways)
+            assert found.startswith(expected) and bool(found) == bool(expected), (change, found)
+        routes.close()
