@@ -147,6 +147,9 @@ class Reason(StrEnum):
     ForwardRefused = (auto(), _ERROR,
         "A rule of others in the chain FORWARD refuses the mesh's packets before the accept rules of ovsmesh.",
         "Run the command in the message, which opens it; or take that rule away.")
+    PacketsRefused = (auto(), _ERROR,
+        "A rule or a policy in another program's table of the packet filter drops packets of the mesh.",
+        "Run the command in the message, and keep it where that program has its rules.")
     ApplyFailed = (auto(), _ERROR, "A change failed. The agent tries again.",
         "Act on the kernel's or the switch's words in the message.")
     NotConverged = (auto(), _ERROR, "Changes were made and did not take effect. The agent tries again.",
@@ -247,3 +250,7 @@ class Reason(StrEnum):
     AllConverged = auto(), _OK, "All nodes have converged.", "Nothing."
     AllGood = auto(), _OK, "Every node can be joined.", "Nothing."
     # fmt: on
+
+
+IN_THE_WAY = frozenset({Reason.PacketsRefused, Reason.ForwardRefused, Reason.RoutedElsewhere})
+"""Reasons of problems with what others have on this host, by which packets of the mesh are lost though all is wired."""

@@ -24,6 +24,9 @@ from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.linux.firewall import Firewall
 from ovsmesh.linux.kernel import PodRoutes, kernel_datapath, xfrm_policies
 from ovsmesh.linux.netlink import Netlink
+from ovsmesh.linux.nft_monitor import FilterWatch
+from ovsmesh.linux.ruleset import Query
+from ovsmesh.linux.ruleset import look as look_at_filters
 from ovsmesh.mesh.types import Mesh
 from ovsmesh.ovs.datapath import port_types
 from ovsmesh.ovs.figures import SwitchReader
@@ -41,7 +44,15 @@ OTHERS_GRACE = 5.0
 class Driver:
     """All that ovsmesh reads and changes on this host. Not thread-safe; one a process."""
 
-    def __init__(self, ovsdb: str, cni_dir: str = "", cni_bin_dir: str = "", docker: Docker | None = None) -> None:
+    def __init__(
+        self,
+        ovsdb: str,
+        cni_dir: str = "",
+        cni_bin_dir: str = "",
+        docker: Docker | None = None,
+        acting: bool = False,
+    ) -> None:
+        """`acting`: it is an agent's, so that what takes long is done beside its loop."""
         self.ovs = Ovs(ovsdb)
         self.figures = SwitchReader(ovsdb)
         """The only part of it that any thread may use."""
@@ -51,6 +62,7 @@ class Driver:
         self.cni = Cni(cni_dir, cni_bin_dir)
         self.docker = docker
         self._sysctls = Sysctls()
+        self._filters = FilterWatch(look_at_filters) if acting else None
         self._switch_up = False
         self._look_closer = True
         """Ask the switch for its datapath's ports at the next observation."""
@@ -75,6 +87,8 @@ class Driver:
             driver.close()
         if self.docker:
             self.docker.close()
+        if self._filters:
+            self._filters.close()
 
     # waiting
 
@@ -86,12 +100,16 @@ class Driver:
         `look` is called in between, `every` so many seconds, and ends the sleep where it returns True.
         """
         own = [*self.net.fds(), *self.flows.fds(), *self.firewall.fds(), *self.cni.fds()]
+        own += [self._filters.fd] if self._filters else []
         self.ovs.wait([*own, *(self.docker.fds() if self.docker else ()), *fds], timeout, look, every)
 
     def drain(self) -> bool:
         """Read all event sources. Return whether something managed may have changed."""
         # each must run, so no short circuit
         woken = [self.ovs.run(), self.net.drain(), self.flows.drain(), self.firewall.drain(), self.cni.drain()]
+        if self._filters:
+            self._filters.changed(self.firewall.others)
+            woken.append(self._filters.drain())
         return any([*woken, self.docker.drain() if self.docker else False])
 
     @property
@@ -222,6 +240,26 @@ class Driver:
             found = self._pod_routes.detours(bridge, gateways, peers, mesh.cluster_cidrs, narrower)
         self._detours = (state, found)
         return found
+
+    def refusals(self, mesh: Mesh, node: str, facts: Facts) -> tuple[Problem, ...]:
+        """Return what in the packet filter of this host drops packets of the mesh; for an agent, when last looked."""
+        me = mesh.node(node)
+        if me is None or "nft" in facts.firewall_missing:
+            return ()
+        wiring = desired.wiring(mesh, me, facts)
+        joined = desired.peers(mesh, me, wiring)[0]
+        peers = ((peer.name, peer.address, peer.pod_cidrs) for peer in mesh.nodes if peer.name in joined)
+        own = tuple(cidr for cidr in me.pod_cidrs if cidr.version in wiring.families)
+        underlay = self.net.underlay(str(me.address))
+        tunnel = None
+        if underlay and facts.datapath_type == "system":
+            port = firewall_rules.UDP_PORTS.get(mesh.encapsulation, 0)
+            tunnel = ("udp" if port else "gre", port, underlay[0], me.address)
+        query = Query(own, tuple(peers), mesh.cluster_cidrs, tunnel)
+        if self._filters is None:
+            return look_at_filters(query)
+        self._filters.want(query, self.firewall.others)
+        return self._filters.problems
 
     def who(self, drift: Plan) -> str:
         """Return the processes that caused drift, as far as the kernel has told and they are still there; else "".

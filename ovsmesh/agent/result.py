@@ -121,7 +121,7 @@ def compare(
     else:
         want, refused = desired.dataplane(mesh, node, facts)
     have = driver.observe(want)
-    beside = astray(driver.detours(mesh, node, facts))
+    beside = (*astray(driver.detours(mesh, node, facts)), *driver.refusals(mesh, node, facts))
     return Comparison(mesh, facts, want, refused, have, make_plan(want, have), beside)
 
 

@@ -22,7 +22,7 @@ from ovsmesh.mesh.source import Snapshot
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.ovs.idl import run_dir
 from ovsmesh.probe import icmp
-from ovsmesh.reasons import Reason
+from ovsmesh.reasons import IN_THE_WAY, Reason
 from ovsmesh.state_dir import StateDir
 from ovsmesh.text import counted, listed
 
@@ -91,6 +91,7 @@ def check(options: Options) -> list[Check]:
     found += preflight.switch(up, version, ovsdb, datapath, carried, wanted.encapsulation)
     found += _underlay(wanted, me, facts, here.refused)
     found += preflight.ranges(wanted, preflight.routes())
+    found += [Check(FAIL, "in the way", str(p)) for p in (*here.beside, *here.have.problems) if p.reason in IN_THE_WAY]
     found += [Check(FAIL, "conflict", f.detail) for f in unmanaged if f.kind in ("links", "bridges")]
     found += _docker(options)
     if facts.tunnel_address:
@@ -130,7 +131,8 @@ def await_converged(options: Options, deadline: float) -> tuple[list[str], int]:
     """Wait until an agent runs and has nothing left to do, and until all peers answer. Return what is said, and how.
 
     0: all peers answer, through the tunnel and the peer's forwarding path. 2: the agent has converged, and a peer does
-    not answer within ten seconds more. 1: after `deadline` seconds something is left to do.
+    not answer within ten seconds more, or something on this host drops packets of the mesh. 1: after `deadline` seconds
+    something is left to do.
     """
     end = time.monotonic() + deadline
     while True:
@@ -154,7 +156,8 @@ def await_converged(options: Options, deadline: float) -> tuple[list[str], int]:
             "no peer answers. If this is the first host of the mesh, that is as it should be: run `ovsmesh check` once "
             "another one runs"
         )
-    return lines, 0 if len(good) == len(report.peers) else 2
+    lost = [f"  {problem}" for problem in report.problems if problem.reason in IN_THE_WAY]
+    return [*lines, *lost], 0 if len(good) == len(report.peers) and not lost else 2
 
 
 def _answer(peer: Peer) -> str:

@@ -22,7 +22,7 @@ IN_ANY = 'meta iifkind "veth"'
 _MULTICAST = {4: ("224.0.0.0/4", "255.255.255.255/32"), 6: ("ff00::/8",)}
 _GRE_TRANSPARENT_ETHERNET = 0x6558
 """What OVS puts into GRE's protocol field (RFC 1701); a routed site-to-site GRE carries 0x0800 or 0x86dd."""
-_UDP_PORTS = {"vxlan": 4789, "geneve": 6081}
+UDP_PORTS = {"vxlan": 4789, "geneve": 6081}
 """RFC 7348 and RFC 8926."""
 
 
@@ -75,7 +75,7 @@ def _encapsulated(mesh: Mesh) -> list[str]:
     key = mesh.key or 0
     if mesh.encapsulation != "gre":
         # the network identifier stands at byte 4 of either header, behind 8 bytes of UDP
-        return [f"udp dport {_UDP_PORTS[mesh.encapsulation]} @th,96,24 {key}"]
+        return [f"udp dport {UDP_PORTS[mesh.encapsulation]} @th,96,24 {key}"]
     # RFC 2890: 0x2000 says that there is a key, 0x8000 that a checksum stands before it
     head = _GRE_TRANSPARENT_ETHERNET
     forms = [

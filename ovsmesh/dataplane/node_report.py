@@ -23,7 +23,7 @@ from ovsmesh.dataplane.types import KBR, PEER_KINDS, Dataplane, Detour, Facts, O
 from ovsmesh.errors import Problem
 from ovsmesh.mesh.manifest import digest
 from ovsmesh.mesh.types import Mesh, Node, gateway
-from ovsmesh.reasons import Reason
+from ovsmesh.reasons import IN_THE_WAY, Reason
 from ovsmesh.text import age, clock, counted, listed
 
 
@@ -286,6 +286,9 @@ def _verdict(result: ReconcileResult, peers: tuple[Peer, ...], now: float) -> st
     bad = [peer for peer in wanted if peer.state in alike]
     share = f"{len(bad)} of {counted(len(wanted), 'peer')}"
     fatal = next((problem for problem in result.problems if problem.fatal), None)
+    lost_here = next((problem for problem in result.problems if problem.reason in IN_THE_WAY), None)
+    if lost_here is not None:
+        return f"packets of the mesh are lost on this host: {lost_here}"
     if worst in NOT_REACHED:
         what = _LOST.get(worst, "{} not reachable").format(share)
         return f"{what}: {listed([p.name for p in bad], 3)}{_since(bad, now)}"

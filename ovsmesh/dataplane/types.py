@@ -309,6 +309,10 @@ class Drop(NamedTuple):
     table: str
     certain: bool = True
     """False where only its counter grew, which others' packets may have done."""
+    chain: tuple[str, str, str] = ("", "", "")
+    """Family, table and chain of nf_tables, where they are known."""
+    todo: str = ""
+    """What lets the packets through."""
 
 
 class HookCount(NamedTuple):

@@ -152,6 +152,11 @@ class Firewall:
         self._take_changes()
         return bool(self._dirty)
 
+    @property
+    def others(self) -> int:
+        """How many times tables of others have changed, as far as the kernel tells."""
+        return self._monitor.others if self._monitor else 0
+
     def resync(self) -> None:
         """Make the next observation read all that may have changed, and try again what failed."""
         self._doubted = True

@@ -7,9 +7,14 @@ message is about.
 from __future__ import annotations
 
 import errno
+import os
 import struct
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any
 
+from ovsmesh.errors import Problem
 from ovsmesh.linux import netlink_socket
 from ovsmesh.linux.netlink_socket import Message, NetlinkSocket, attributes
 from ovsmesh.text import printable
@@ -28,6 +33,8 @@ _GETTABLE, _GETRULE, _GETGEN = 1, 7, 16
 _REQUEST, _REQUEST_DUMP = 0x1, 0x301
 _ABSENT = (errno.EINVAL, errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT)
 """What a kernel without nf_tables, or without nfnetlink at all, answers."""
+_PAUSE, _SHARE, _CLOSING = 2.0, 20.0, 12.0
+"""Seconds between two looks at least, and how many times as long as one has taken; seconds for the end of one."""
 END = "."
 """What `tools` yields at the end of a transaction."""
 
@@ -66,6 +73,13 @@ def _tool(kind: int, payload: memoryview, mark: bytes) -> str:
     # a rule has its chain's name as attribute 2, a chain has its own as attribute 3
     chain = {_NEWRULE: 2, _DELRULE: 2, _NEWCHAIN: 3, _DELCHAIN: 3}.get(kind, 0)
     return tool if names.get(chain) == b"FORWARD" else ""
+
+
+def _of_others(message: Message, mark: bytes) -> bool:
+    """Return whether a message is about a table that is not managed, nor one of a trace."""
+    if message.type >> 8 != _NFNL_SUBSYS_NFTABLES or message.type & 0xFF == _NEWGEN:
+        return message.type == netlink_socket.OVERRUN
+    return not attributes(message.payload, _NFGENMSG_BYTES).get(1, b"").startswith(mark)
 
 
 def holders(mark: str) -> frozenset[str]:
@@ -118,6 +132,8 @@ class NftMonitor:
         """Tools changed by a transaction whose end was not read yet."""
         self.writers: list[str] = []
         """Who wrote each of the transactions that were returned last."""
+        self.others = 0
+        """Counts the times that tables of others have changed."""
         self._socket = NetlinkSocket(netlink_socket.NETFILTER, [_NFNLGRP_NFTABLES], _RECEIVE_BYTES)
 
     def fileno(self) -> int:
@@ -133,6 +149,7 @@ class NftMonitor:
         finished: list[frozenset[str]] = []
         self.writers = []
         waiting = list(self._socket.notifications())
+        self.others += any(_of_others(message, self._mark) for message in waiting)
         who = writers(waiting)
         for tool in tools(waiting, self._mark):
             if tool != END:
@@ -144,3 +161,66 @@ class NftMonitor:
                 self.writers.append(writer)
                 self._open.clear()
         return None if any(message.type == netlink_socket.OVERRUN for message in waiting) else finished
+
+
+class FilterWatch:
+    """Looks again whenever the tables of others have changed, in a thread: some hosts have many thousand rules."""
+
+    def __init__(self, look: Callable[[Any], tuple[Problem, ...]]) -> None:
+        """`look` returns what is wrong; it is called in the thread, with what was last wanted."""
+        self._look = look
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        """Readable after other problems were found than before, until `drain`."""
+        self.problems: tuple[Problem, ...] = ()
+        self._lock = threading.Lock()
+        self._wanted: tuple[Hashable, int] | None = None
+        self._looked: tuple[Hashable, int] | None = None
+        self._thread: threading.Thread | None = None
+        self._end = threading.Event()
+        self._not_before = 0.0
+
+    def want(self, query: Hashable, change: int) -> None:
+        """Have problems looked for, unless that was done since. `change` counts the changes of others' tables."""
+        with self._lock:
+            self._wanted = query, change
+            if self._thread is None and self._wanted != self._looked:
+                self._thread = threading.Thread(target=self._run, name="filters", daemon=True)
+                self._thread.start()
+
+    def changed(self, change: int) -> None:
+        """Have problems looked for again, after a change."""
+        if self._wanted is not None:
+            self.want(self._wanted[0], change)
+
+    def drain(self) -> bool:
+        """Return whether the problems have changed since the last call."""
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """End the thread; takes as long as nft does."""
+        self._end.set()
+        if (thread := self._thread) is not None:
+            thread.join(_CLOSING)
+        if self._thread is None:
+            os.close(self.fd)
+
+    def _run(self) -> None:
+        while not self._end.wait(max(0.0, self._not_before - time.monotonic())):
+            with self._lock:
+                wanted = self._wanted
+                if wanted is None or wanted == self._looked:
+                    self._thread = None
+                    return
+            start = time.monotonic()
+            found = self._look(wanted[0])
+            # what takes long is done seldom: a twentieth of a core at most
+            self._not_before = time.monotonic() + max(_PAUSE, _SHARE * (time.monotonic() - start))
+            self._looked = wanted
+            if found != self.problems:
+                self.problems = found
+                os.eventfd_write(self.fd, 1)
+        self._thread = None

@@ -12,8 +12,9 @@ from ovsmesh.dataplane import desired
 from ovsmesh.dataplane.plan import Step
 from ovsmesh.dataplane.types import COOKIE, KBR, OBR, Dataplane
 from ovsmesh.errors import OvsmeshError, summary
-from ovsmesh.linux.filter_trace import encapsulation
 from ovsmesh.linux.kernel import Kernel
+from ovsmesh.linux.nft_trace import encapsulation
+from ovsmesh.linux.ruleset import Query, remedied
 from ovsmesh.mesh.types import IPAddress, Mesh, Node, gateway
 from ovsmesh.ovs.idl import run_dir
 from ovsmesh.ovs.switch_view import SwitchView
@@ -322,7 +323,7 @@ class Collector:
             fdb=kernel.fdb(kbr.number) if kbr else {},
             underlay_route=underlay,
             underlay_link=self._links.get(underlay.dev),
-            filter=sent.filter,
+            filter=remedied(sent.filter, Query((), (), self._mesh.cluster_cidrs, None)),
             switch=switch,
             peer=self._peer(sent),
             agent="" if self._agent_runs else "no agent runs on this node, so nothing is repaired",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ovsmesh.dataplane.types import KBR, OBR
 from ovsmesh.errors import OvsmeshError
-from ovsmesh.linux.filter_trace import Encapsulation, Filters, patterns
+from ovsmesh.linux.nft_trace import Encapsulation, Filters, patterns
 from ovsmesh.mesh.types import IPAddress, Node, gateway
 from ovsmesh.trace import netns
 from ovsmesh.trace.echo import SMALL, Echo, exchange, icmp_socket, new_token

@@ -212,7 +212,8 @@ def _filter(e: Evidence, at: Point | None, back: bool) -> Hop:
     if drops:
         text = listed((f"{drop.rule}, {drop.table}" for drop in drops), 2, "; ")
         how = "dropped by" if drops[0].certain else "dropped, as it seems by"
-        return Hop(name, f"{how} {text}", BROKEN, wanted, "delete or correct that rule", at or default)
+        todo = drops[0].todo or "delete or correct that rule"
+        return Hop(name, f"{how} {text}", BROKEN, wanted, todo, at or default)
     if not back and e.rewritten:
         text = f"the {e.rewritten.partition(' ')[0]} of packets becomes {e.rewritten.partition(' ')[2]}: somebody's NAT"
         more = f" (tables of others: {listed(e.filter.tables, 4)})"

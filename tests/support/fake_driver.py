@@ -56,6 +56,9 @@ class FakeDriver:
     def detours(self, mesh: Any, me: Any, facts: Any) -> Any:
         return ()
 
+    def refusals(self, mesh: Any, me: Any, facts: Any) -> Any:
+        return ()
+
     def observe(self, want: Any) -> Any:
         have = self.dataplane
         parts = {f.name: ({} if f.name in self.unknown else getattr(have, f.name)) for f in dataclasses.fields(have)}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ovsmesh.errors import OvsmeshError
-from ovsmesh.linux import filter_trace as filters
+from ovsmesh.linux import nft_trace as filters
 from ovsmesh.ovs import switch_view
 from ovsmesh.trace import names, taps
 from ovsmesh.trace.types import Point
