@@ -250,7 +250,7 @@ class Driver:
         joined = desired.peers(mesh, me, wiring)[0]
         peers = ((peer.name, peer.address, peer.pod_cidrs) for peer in mesh.nodes if peer.name in joined)
         own = tuple(cidr for cidr in me.pod_cidrs if cidr.version in wiring.families)
-        underlay = self.net.underlay(str(me.address))
+        underlay = self.net.underlay_links()
         tunnel = None
         if underlay and facts.datapath_type == "system":
             port = firewall_rules.UDP_PORTS.get(mesh.encapsulation, 0)

@@ -8,6 +8,7 @@ from ovsmesh.agent import result
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.cli import inspect
 from ovsmesh.errors import OvsmeshError, summary
+from ovsmesh.linux.kernel import host_addresses
 from ovsmesh.mesh.source import Snapshot
 from ovsmesh.state_dir import StateDir
 from ovsmesh.trace import places
@@ -24,7 +25,7 @@ def trace(options: Options, source: str, target: str, kubeconfig: str | None) ->
     if mesh is None:
         raise OvsmeshError(summary(snapshot.problems))
     ends = [addresses(mesh, name, options.docker_socket, kubeconfig) for name in (source, target)]
-    one, other = places.pair(mesh, ends[0], ends[1])
+    one, other = places.pair(mesh, ends[0], ends[1], options.node, host_addresses())
     if one.address == other.address:
         raise OvsmeshError(f"both ends are {one.address}; give two that differ")
     notes = []

@@ -272,6 +272,16 @@ def _word(code: int) -> str:
     return words.get(code, os.strerror(code))
 
 
+def host_addresses() -> dict[str, str]:
+    """Return the addresses of this host, and the link of each."""
+    kernel = Kernel()
+    try:
+        kernel.links()
+        return {address: kernel.name(index) for address, index in kernel.addresses().items()}
+    finally:
+        kernel.close()
+
+
 class PodRoutes:
     """Asks the kernel where it would send packets for peers' pods. Not thread-safe.
 

@@ -71,7 +71,11 @@ def back(e: Evidence) -> list[Hop]:
 
 
 def _from_host(e: Evidence) -> Iterator[Hop]:
-    where = "gateway" if e.source.kind is Kind.GATEWAY else "tunnel address"
+    if e.source.kind is Kind.OTHER and e.peer is not None and e.target.kind is not Kind.TUNNEL:
+        yield _other_source(e)
+        yield _bridge(e, Point.SENT)
+        return
+    where = str(e.source.kind)
     problem = _missing(e, "addresses") if e.source.kind is Kind.GATEWAY else ""
     problem = problem or e.small.refused
     yield Hop(
@@ -83,6 +87,25 @@ def _from_host(e: Evidence) -> Iterator[Hop]:
         Point.SENT,
     )
     yield _bridge(e, Point.SENT)
+
+
+def _other_source(e: Evidence) -> Hop:
+    """Return the hop of a host's own packet with an address that is not the mesh's: the peers' switches refuse it."""
+    source, instead = e.source, e.source.instead
+    if e.small.answered:
+        return Hop("source", f"{source.address} of {source.link}, which something here changes", OK, after=Point.SENT)
+    todo = f"have the program use {instead}, or none, so that the kernel takes it"
+    tool = "iptables" if source.address.version == 4 else "ip6tables"
+    nat = f"{tool} -t nat -A POSTROUTING -o {KBR} -s {source.address} -j SNAT --to-source {instead}"
+    return Hop(
+        "source",
+        f"{source.address} of {source.link} is neither in this node's ranges nor its tunnel address: peers refuse it",
+        BROKEN,
+        f"{instead}, this node's gateway" if instead else "this node's tunnel address",
+        f"{todo}; or change it on the way: {nat}" if instead else "have the program use the tunnel address",
+        Point.SENT,
+        Point.UNDERLAY,
+    )
 
 
 def _from_pod(e: Evidence) -> Iterator[Hop]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.mesh.types import IPAddress, Mesh, gateway
@@ -10,14 +10,23 @@ from ovsmesh.text import listed, printable
 from ovsmesh.trace.types import Kind, Place
 
 
-def place(mesh: Mesh, address: IPAddress, name: str = "") -> Place:
-    """Return what the address is. Raises OvsmeshError with the nearest ranges where it is nothing of the mesh."""
+def place(
+    mesh: Mesh, address: IPAddress, name: str = "", host: str = "", own: Mapping[str, str] | None = None
+) -> Place:
+    """Return what the address is. Raises OvsmeshError with the nearest ranges where it is nothing of the mesh.
+
+    `own`: the addresses of the node `host`, whatever they are for, and the link of each.
+    """
     for node in mesh.nodes:
         if address == node.address:
             return Place(address, Kind.TUNNEL, node.name, None, name)
         for cidr in node.pod_cidrs:
             if address in cidr:
                 return Place(address, Kind.GATEWAY if address == gateway(cidr) else Kind.POD, node.name, cidr, name)
+    here = mesh.node(host)
+    if here is not None and (link := (own or {}).get(str(address))):
+        mine = next((str(gateway(cidr)) for cidr in here.pod_cidrs if cidr.version == address.version), "")
+        return Place(address, Kind.OTHER, host, None, name, link, mine)
     what = f"{printable(name, 80)} has the address {address}, which" if name else str(address)
     raise OvsmeshError(f"{what} is in no node's pod CIDR and is no tunnel address; nearest: {_nearest(mesh, address)}")
 
@@ -49,18 +58,23 @@ def of_node(mesh: Mesh, name: str) -> tuple[IPAddress, ...]:
 
 
 def pair(
-    mesh: Mesh, source: tuple[str, Iterable[IPAddress]], target: tuple[str, Iterable[IPAddress]]
+    mesh: Mesh,
+    source: tuple[str, Iterable[IPAddress]],
+    target: tuple[str, Iterable[IPAddress]],
+    host: str = "",
+    own: Mapping[str, str] | None = None,
 ) -> tuple[Place, Place]:
     """Return both ends in one address family, IPv4 where both have it. Each is (what the user called it, addresses).
 
-    Raises OvsmeshError where they have none in common, or an address is nothing of the mesh.
+    `host` and `own`: see place. Raises OvsmeshError where they have none in common, or an address is nothing of the
+    mesh.
     """
     (source_name, ours), (target_name, theirs) = (source[0], list(source[1])), (target[0], list(target[1]))
     for version in (4, 6):
         one = next((a for a in ours if a.version == version), None)
         other = next((a for a in theirs if a.version == version), None)
         if one is not None and other is not None:
-            return place(mesh, one, source_name), place(mesh, other, target_name)
+            return place(mesh, one, source_name, host, own), place(mesh, other, target_name, host, own)
     raise OvsmeshError(
         f"{listed(ours)} and {listed(theirs)} have no IP version in common; give two addresses of one version"
     )

@@ -22,6 +22,8 @@ class Kind(StrEnum):
     POD = "pod"
     GATEWAY = "gateway"
     TUNNEL = "tunnel address"
+    OTHER = "other address"
+    """One of the host's own that is none of these, such as a second link's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,10 @@ class Place:
     """The node's range that holds it; None for a tunnel address."""
     name: str = ""
     """What the user called it, where that was not the address."""
+    link: str = ""
+    """The link that has it, where it is another address of the host."""
+    instead: str = ""
+    """The address that the host's own packets are to have instead of it."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.address})" if self.name else str(self.address)

@@ -214,7 +214,8 @@ def _filter(e: Evidence, at: Point | None, back: bool) -> Hop:
         how = "dropped by" if drops[0].certain else "dropped, as it seems by"
         todo = drops[0].todo or "delete or correct that rule"
         return Hop(name, f"{how} {text}", BROKEN, wanted, todo, at or default)
-    if not back and e.rewritten:
+    # a second link's address has to be changed, or the peer refuses it
+    if not back and e.rewritten and not (e.source.kind is Kind.OTHER and e.small.answered):
         text = f"the {e.rewritten.partition(' ')[0]} of packets becomes {e.rewritten.partition(' ')[2]}: somebody's NAT"
         more = f" (tables of others: {listed(e.filter.tables, 4)})"
         todo = "exclude the mesh's ranges from that rule: nft list ruleset, iptables-save -t nat"

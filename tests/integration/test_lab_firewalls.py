@@ -38,9 +38,9 @@ WALLS = {
         ("all packets", "h2", "policy drop of chain forward, table inet filter", "nft insert rule inet filter forward"),
     ),
     "inet, a closing reject": Wall(
-        "table inet mine { chain fwd { type filter hook forward priority 10; ct state established accept;"
+        "table inet mine { chain way { type filter hook forward priority 10; ct state established accept;"
         ' iifname "eth0" tcp dport 80 accept; counter reject with icmpx type admin-prohibited; }; }',
-        ("`reject with icmpx", "chain fwd, table inet mine", "nft insert rule inet mine fwd"),
+        ("`reject with icmpx", "chain way, table inet mine", "nft insert rule inet mine way"),
     ),
     "ip": Wall(f"table ip own {{ chain forward {{ {POLICY} }}; }}", ("policy drop of chain forward, table ip own",)),
     "ip6": Wall(f"table ip6 own {{ chain forward {{ {POLICY} }}; }}", ("policy drop of chain forward, table ip6 own",)),

@@ -161,3 +161,27 @@ def test_rules_that_change_nothing_are_not_called_a_fault(well: Host) -> None:
             well.run(shlex.split(command))
         well.run(["ip", "route", "flush", "table", "79"])
         well.run(["ip", "xfrm", "policy", "flush"])
+
+
+@pytest.mark.parametrize(("second", "target"), [("203.0.113.7/24", "10.97.2.2"), ("2001:db8:7::7/64", "fd00:97:2::2")])
+def test_a_second_links_address_is_named_as_the_source_that_peers_refuse(well: Host, second: str, target: str) -> None:
+    address = second.partition("/")[0]
+    well.run(["ip", "addr", "add", second, "dev", "tailscale0", *(["nodad"] if ":" in second else [])])
+    try:
+        done = well.ovsmesh("trace", "-o", "json", address, target, timeout=120)
+        found = json.loads(done.stdout)
+        assert done.returncode == 2 and "hop 1, source" in found["headline"], found["headline"]
+        assert address in found["headline"] and "tailscale0" in found["headline"], found["headline"]
+        gateway = "fd00:97:1::1" if ":" in second else "10.97.1.1"
+        assert gateway in found["todo"], found["todo"]
+        remedy = shlex.split(found["todo"].rpartition("on the way: ")[2])
+        well.run(remedy)
+        try:
+            assert well.run(["ping", "-c", "1", "-W", "3", "-I", address, target], check=False).returncode == 0
+            assert well.ovsmesh("trace", address, target, timeout=120).returncode == 0
+        finally:
+            well.run([word if word != "-A" else "-D" for word in remedy])
+        # without an address of its own the host is answered
+        assert well.run(["ping", "-c", "1", "-W", "3", target], check=False).returncode == 0
+    finally:
+        well.run(["ip", "addr", "del", second, "dev", "tailscale0"])
