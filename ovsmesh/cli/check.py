@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import select
 import time
 from collections.abc import Mapping
@@ -11,12 +12,16 @@ from collections.abc import Mapping
 from ovsmesh.agent import result
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.cli import inspect
-from ovsmesh.dataplane.report import Report
-from ovsmesh.dataplane.types import Reach, State
-from ovsmesh.errors import OvsmeshError, summary
+from ovsmesh.dataplane.report import ReconcileResult, Report
+from ovsmesh.dataplane.types import KBR, OBR, FilterFound, Reach, State
+from ovsmesh.errors import OvsmeshError, Problem, summary
 from ovsmesh.linux.kernel import PodRoutes
+from ovsmesh.linux.nft_trace import Filters, patterns
+from ovsmesh.linux.ruleset import Query, remedied
+from ovsmesh.names import PROBE_MAGIC
 from ovsmesh.probe.sender import Prober
 from ovsmesh.probe.targets import Target, targets
+from ovsmesh.reasons import IN_THE_WAY, Reason
 from ovsmesh.state_dir import StateDir
 from ovsmesh.text import instead
 
@@ -44,7 +49,8 @@ def check(options: Options, peer: str = "") -> Report:
     if found.mesh is None or found.facts is None or found.have is None:
         raise OvsmeshError(summary(found.problems))
     wanted = targets(found.mesh, options.node, found.facts, found.have.dataplane)
-    reach = _probe({name: paths for name, paths in wanted.items() if peer in ("", name)})
+    reach, refused = _probe({name: paths for name, paths in wanted.items() if peer in ("", name)}, found)
+    found = dataclasses.replace(found, problems=(*refused, *found.problems))
     told = inspect.ask(options)
     context = inspect.context(options, told, figures)
     # these probes tell, whatever the agent's do
@@ -53,8 +59,14 @@ def check(options: Options, peer: str = "") -> Report:
     return inspect.node_report(options, found, told, context, peer)
 
 
-def _probe(wanted: Mapping[str, tuple[Target, ...]]) -> dict[str, Reach]:
+def _probe(
+    wanted: Mapping[str, tuple[Target, ...]], found: ReconcileResult
+) -> tuple[dict[str, Reach], tuple[Problem, ...]]:
+    """Return what became of the probes, and what on this host has dropped some: also those that peers' agents sent."""
     with contextlib.ExitStack() as ending:
+        forms = [*patterns(4, PROBE_MAGIC, None, "v4 "), *patterns(6, PROBE_MAGIC, None, "v6 ")]
+        filters = Filters(forms, [link for link in (KBR, OBR) if os.path.exists(f"/sys/class/net/{link}")])
+        ending.callback(filters.close)
         try:
             routes = PodRoutes()
             ending.callback(routes.close)
@@ -71,4 +83,18 @@ def _probe(wanted: Mapping[str, tuple[Target, ...]]) -> dict[str, Reach]:
                 break
             select.select([prober.fd], [], [], 0.5 if undecided else max(0.0, least - now))
             prober.drain()
-        return prober.results()
+            filters.drain()
+        return prober.results(), _refused(filters.found(), found)
+
+
+def _refused(seen: FilterFound, found: ReconcileResult) -> tuple[Problem, ...]:
+    """Return a problem for each rule that drops probes, but for those that are named already, and for rare losses."""
+    lossy = any(hook.first > 1 and hook.last * 2 <= hook.first for hook in seen.hooks)
+    certain = tuple(drop for drop in seen.drops if drop.certain and drop.chain[0])
+    if not lossy or not certain or any(problem.reason in IN_THE_WAY for problem in found.problems):
+        return ()
+    ranges = found.mesh.cluster_cidrs if found.mesh else ()
+    return tuple(
+        Problem(Reason.PacketsRefused, f"probes are dropped by {drop.rule}, {drop.table}; {drop.todo}")
+        for drop in remedied(dataclasses.replace(seen, drops=certain), Query((), (), ranges, None)).drops
+    )

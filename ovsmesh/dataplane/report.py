@@ -253,7 +253,7 @@ def cause(reach: Reach, mtu: int, encapsulation: str, own: str, peer: str) -> st
     if reach.state is State.NOT_FORWARDED:
         return (
             "it answers, but forwards no packets to its pods and back: a firewall rule or policy there drops them "
-            "(FORWARD), or ip_forward is 0 there"
+            "(FORWARD), or ip_forward is 0 there; `ovsmesh status` there names it"
         )
     if reach.state is State.SMALL:
         return (

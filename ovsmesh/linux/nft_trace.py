@@ -273,12 +273,12 @@ def offsets(version: int) -> tuple[int, int]:
     return (28, 56) if version == 4 else (48, 96)
 
 
-def patterns(version: int, token: bytes, form: Encapsulation | None) -> list[Pattern]:
+def patterns(version: int, token: bytes, form: Encapsulation | None, prefix: str = "") -> list[Pattern]:
     """Return what the packets of a trace look like to a filter: bare, quoted in an ICMP error, and in a tunnel."""
     echo, error = offsets(version)
     request, reply = (b"\x08", b"\x00") if version == 4 else (b"\x80", b"\x81")
     kinds = [("out", echo, request), ("back", echo, reply), ("error", error, request)]
-    found = [Pattern(name, ((at - 8, kind), (at, token))) for name, at, kind in kinds]
+    found = [Pattern(prefix + name, ((at - 8, kind), (at, token))) for name, at, kind in kinds]
     if form is not None:
         found += [
             Pattern(f"tunnel {name}", ((form.inner + at - 8, kind), (form.inner + at, token)))
@@ -349,7 +349,7 @@ class Filters:
         if self._trace:
             for (family, hook, name), count in self._trace.passed().items():
                 if count.first or count.last:
-                    where = f"{family} {hook}" + (" (tunnel)" if name.startswith("tunnel") else "")
+                    where = f"{family} {hook}" + (" (tunnel)" if "tunnel" in name else "")
                     hooks.append(HookCount(where, count.first, count.last, name.endswith("back")))
         suspects = _suspects(run(["nft", "list", "ruleset"]) or "")
         suspects += [

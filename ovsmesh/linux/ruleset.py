@@ -92,15 +92,17 @@ class _Table:
 
 
 class Ruleset:
-    """The tables of others, as `nft -a -j list ruleset` prints them. Malformed input holds no tables."""
+    """Tables of others, as `nft -a -j list` prints them, each of `texts` on its own: malformed ones hold no tables."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, *texts: str) -> None:
         self.tables: dict[tuple[str, str], _Table] = {}
-        try:
-            for item in json.loads(text or "{}").get("nftables", []):
-                self._take(item)
-        except (ValueError, AttributeError, TypeError, KeyError):
-            self.tables.clear()
+        for text in texts:
+            before = dict(self.tables)
+            try:
+                for item in json.loads(text or "{}").get("nftables", []):
+                    self._take(item)
+            except (ValueError, AttributeError, TypeError, KeyError):
+                self.tables = before
 
     def _take(self, item: Mapping[str, Any]) -> None:
         for kind, value in item.items():
@@ -484,8 +486,13 @@ def remedied(found: FilterFound, query: Query) -> FilterFound:
 
 
 def read() -> Ruleset:
-    """Read the tables of others now."""
-    return Ruleset(run(["nft", "-a", "-j", "list", "ruleset"]) or "")
+    """Read the tables of others now that filter.
+
+    Each on its own: nft 1.0.6 writes invalid JSON for some expressions, and tables for NAT alone may be large.
+    """
+    chains = Ruleset(run(["nft", "-j", "list", "chains"]) or "").tables
+    filters = [key for key, table in chains.items() if any(one.type == "filter" for one in table.chains.values())]
+    return Ruleset(*(run(["nft", "-a", "-j", "list", "table", *key]) or "" for key in filters))
 
 
 def look(query: Query) -> tuple[Problem, ...]:
