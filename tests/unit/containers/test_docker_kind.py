@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -201,16 +202,18 @@ def test_a_new_dockerd_is_asked_about_the_file_before_it_is_restarted(tmp_path: 
     )
     program.chmod(0o755)
     flags = (str(program), "-H", "fd://", "--config-file", "/etc/docker/daemon.json", "--config-file=/x")
-    daemon = Daemon("up", version="26.1.5+dfsg1", flags=flags)
+    here = (os.getpid(), 0)
+    daemon = Daemon("up", version="26.1.5+dfsg1", flags=flags, instance=here)
     assert validated(daemon, b"{}", tmp_path) == ""
     asked = json.loads((tmp_path / "asked").read_text())
     assert asked[:-1] == ["-H", "fd://", "--validate", "--config-file"] and not Path(asked[-1]).exists()
     assert validated(daemon, b'{"bip": 1}', tmp_path) == "unable to configure: bip"
-    # older ones have no --validate, and of some nothing is known
+    # older ones have no --validate, and of some nothing is known: who they are, or which files they have
     for other in (
-        Daemon("up", version="20.10.24", flags=flags),
-        Daemon("up", version="29.0.0"),
-        Daemon("up", flags=flags),
+        Daemon("up", version="26.1.5", flags=flags),
+        Daemon("up", version="20.10.24", flags=flags, instance=here),
+        Daemon("up", version="29.0.0", instance=here),
+        Daemon("up", flags=flags, instance=here),
     ):
         assert validated(other, b'{"bip": 1}', tmp_path) == ""
 
