@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,25 @@ def test_sources_are_this_machine_s_with_another_suite() -> None:
 def test_a_machine_without_sources_of_debian_is_told() -> None:
     with pytest.raises(debian.DebianError, match=r"\(jammy\) name no mirror of Debian.*trixie"):
         debian._swapped("http://m/ubuntu jammy-backports main\n", "jammy", "trixie")
+
+
+def run(script: str, path: Path, shell: str = "/bin/sh") -> tuple[int, list[str]]:
+    """Run a script of this project with `path` as PATH; its exit status and its lines."""
+    argv = [shell, str(ROOT / "scripts" / script)]
+    env = {"PATH": str(path), "HOME": str(path)}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, (done.stdout + done.stderr).splitlines()
+
+
+@pytest.mark.parametrize("script", ["setup.sh", "bootstrap.sh"])
+def test_a_machine_without_bash_is_refused_in_one_line(tmp_path: Path, script: str) -> None:
+    code, lines = run(script, tmp_path)
+    assert code == 1 and len(lines) == 1 and "bash is missing" in lines[0], lines
+
+
+def test_a_machine_without_apt_is_told_at_once_what_to_install(tmp_path: Path) -> None:
+    for name in ("bash", "dirname", "uname"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    code, lines = run("setup.sh", tmp_path, str(shutil.which("bash")))
+    assert code == 1 and len(lines) == 1, lines
+    assert "apt-get not found: install " in lines[0] and " by hand" in lines[0], lines
