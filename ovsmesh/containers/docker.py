@@ -218,7 +218,7 @@ class Docker:
         restart = have.get(DAEMON) != wanted.get(DAEMON)
         unmanaged: tuple[Unmanaged, ...] = ()
         if restart or have != wanted:
-            why = self._obstacle(daemon, wanted, config, record, restart)
+            why = self._obstacle(daemon, wanted, config, record, restart, file)
             unmanaged = (Unmanaged("docker", DAEMON, why),) if why else ()
             stops = settings.stops(daemon) if restart else ""
             problems += [Problem(Reason.DockerRestart, stops)] if stops else []
@@ -273,9 +273,10 @@ class Docker:
         config: DaemonConfig,
         record: MigrationRecord | None,
         restart: bool,
+        file: Mapping[str, object],
     ) -> str:
         """Return why nothing of it can be done now, "" if it can."""
-        texts = list(settings.obstacles(daemon, self._options.config, self._file.real, wanted, restart))
+        texts = list(settings.obstacles(daemon, self._options.config, self._file.real, wanted, restart, file))
         if restart:
             try:
                 command(self._options.restart)

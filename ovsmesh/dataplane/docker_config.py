@@ -30,6 +30,21 @@ _NEVER = ("bip", "bip6")
 _IPV6 = ("ipv6", "bip6", "fixed-cidr-v6", "default-gateway-v6")
 """Settings that dockerd takes together or not at all: a node without an IPv6 range keeps none of them."""
 FILE_KEYS = frozenset({"bridge", "mtu", "ipv6", *_RANGES})
+_IN_FILE = {
+    "H": "hosts",
+    "host": "hosts",
+    "D": "debug",
+    "G": "group",
+    "l": "log-level",
+    "p": "pidfile",
+    "s": "storage-driver",
+    "insecure-registry": "insecure-registries",
+    **{k: f"{k}s" for k in ("authorization-plugin", "default-address-pool", "dns-opt", "exec-opt", "label", "log-opt")},
+    **{k: f"{k}s" for k in ("registry-mirror", "storage-opt")},
+}
+"""Options of dockerd's command line that have another name in daemon.json."""
+_BOTH = frozenset({"builder", "default-ulimits", "features", "runtimes"})
+"""Settings that may be on the command line and in daemon.json."""
 _DEFAULTS = frozenset(f"172.{n}.0.1/16" for n in range(17, 32))
 """Addresses that dockerd gives to a bridge of its own (its default address pools)."""
 _FLAGS = {"-b": "bridge"}
@@ -188,8 +203,26 @@ def daemon_text(daemon: Daemon) -> str:
     return _daemon_text(daemon.bridge, daemon.subnets, daemon.ipv6, daemon.mtu) if daemon.bridge else "on no bridge"
 
 
-def obstacles(daemon: Daemon, config: str, real: str, want: Mapping[str, str], restart: bool) -> Iterator[str]:
-    """Yield why the move to kbr0 can't begin, each with what to do."""
+def doubled(argv: Sequence[str], file: Mapping[str, Any]) -> list[str]:
+    """Return the settings that are both on the command line and in the file: dockerd does not start again with them.
+
+    Those that concern its bridge are left out, see obstacles().
+    """
+    words = [word.partition("=")[0] for word in argv[1:] if word.startswith("-")]
+    names = [word[2:] if word.startswith("--") else word[1:2] for word in words]
+    keys = {_IN_FILE.get(name, name) for name in names} & file.keys()
+    return sorted(keys - FILE_KEYS - _BOTH)
+
+
+def obstacles(
+    daemon: Daemon, config: str, real: str, want: Mapping[str, str], restart: bool, file: Mapping[str, Any] = {}
+) -> Iterator[str]:
+    """Yield why the move to kbr0 can't begin, each with what to do. `file`: what daemon.json sets."""
+    if restart and (twice := doubled(daemon.flags, file)):
+        yield (
+            f"dockerd does not start again as it is: {listed(twice)} is in {config} and on its command line; remove "
+            "one of the two, and restart Docker yourself"
+        )
     given = flags(daemon.flags)
     other = given.pop("config-file", "")
     if other and other not in (config, real):

@@ -108,6 +108,17 @@ def test_another_mtu_restarts_nothing(fresh: Dockers) -> None:
     assert docker.restarts() == count and docker.pid() == pid and docker.running() == ["ends"]
 
 
+def test_a_docker_that_would_not_start_again_is_left_running(calm: Calm) -> None:
+    """Its owner has written `hosts` into the file, which is on the command line too, and has not restarted it since."""
+    _, docker = calm
+    file = json.dumps({"hosts": [f"unix://{docker.dir}/docker.sock"]})
+    docker.run("ends")
+    docker.configure(file)
+    refused(docker, "does not start again", "hosts")
+    unmoved(docker, file=file)
+    assert docker.running() == ["ends"]
+
+
 def test_a_docker_that_is_off_is_refused_before_anything_is_touched(calm: Calm) -> None:
     _, docker = calm
     docker.stop()

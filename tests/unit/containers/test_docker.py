@@ -195,6 +195,26 @@ def test_what_is_in_the_way() -> None:
         assert bool(list(docker_config.obstacles(six, "/x", "/x", V4, True))) == refused
 
 
+@pytest.mark.parametrize(
+    ("argv", "file", "twice"),
+    [
+        ("dockerd -H fd:// --containerd=/run/c.sock", {"hosts": ["fd://"]}, ["hosts"]),
+        ("dockerd -Hfd:// -D", {"hosts": [], "debug": True, "labels": []}, ["debug", "hosts"]),
+        ("dockerd --host=fd:// --log-opt max-size=1m", {"log-opts": {}, "log-driver": "x"}, ["log-opts"]),
+        ("dockerd --insecure-registry x --label a=b", {"insecure-registries": [], "labels": []},
+         ["insecure-registries", "labels"]),
+        ("dockerd -H fd:// --mtu 1400", {"mtu": 1400, "storage-driver": "overlay2"}, []),
+        ("dockerd --add-runtime a=b", {"runtimes": {}, "features": {}}, []),
+    ],
+)  # fmt: skip
+def test_what_is_set_twice_keeps_dockerd_from_starting_again(argv: str, file: dict[str, Any], twice: list[str]) -> None:
+    assert docker_config.doubled(argv.split(), file) == twice
+    daemon = dataclasses.replace(ON_DOCKER0, flags=tuple(argv.split()))
+    texts = list(docker_config.obstacles(daemon, "/x", "/x", {"bridge": "kbr0"}, True, file))
+    assert any("does not start again" in text for text in texts) == bool(twice)
+    assert not any("start again" in t for t in docker_config.obstacles(daemon, "/x", "/x", WANTED, False, file))
+
+
 def test_whom_a_restart_stops() -> None:
     daemon = dataclasses.replace(ON_DOCKER0, running=("a", "b", "c"), returning=("b",))
     assert docker_config.stops(daemon) == (
