@@ -69,7 +69,7 @@ def sole_writer() -> Iterator[tuple[Problem, ...]]:
             who = f"pid {pid}" if pid else "its pid is not visible from here"
             if uid in (0, os.geteuid()):
                 text = "another ovsmesh agent or cleanup works in this network namespace"
-                raise OvsmeshError(f"{text} ({who}): stop that one first, as a node has one") from None
+                raise OvsmeshError(f"{text} ({who}): stop it first, as a node has one") from None
             # a name that anyone may take must not keep root's agent from its work
             owner = f"a process of user {uid} ({who})" if uid is not None else "a process that does not answer"
             text = f"{owner} has the abstract socket @ovsmesh, which marks the agent of this network namespace"
@@ -226,7 +226,7 @@ class StateDir:
                 raise OvsmeshError(f"{path}: can't be locked: {error.strerror}") from error
             who = f"pid {holder}" if _PID.fullmatch(holder) else "its pid is not in the lock file"
             raise OvsmeshError(
-                f"{path}: another agent runs with this state directory ({who}): stop that one first"
+                f"{path}: another agent runs with this state directory ({who}): stop it first"
             ) from error
         try:
             os.ftruncate(handle, 0)
