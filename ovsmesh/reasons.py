@@ -93,6 +93,9 @@ class Reason(StrEnum):
         "Raise `fs.inotify.max_user_watches`.")
     MeshInvalid = (auto(), _ERROR, "The Mesh object can't be used. The slices stay as they are.",
         "Correct the field that the message names.")
+    ServiceRangeCovered = (auto(), _WARNING,
+        "A cluster CIDR overlaps the range of ClusterIPs. Processes of the hosts may not reach Services; pods do.",
+        "Give the pods' range alone in `clusterCIDRs`.")
     MeshMissing = (auto(), _ERROR, "There is no Mesh `default`, and the controller can't derive one.",
         "Apply `manifests/mesh.yaml` with your `clusterCIDRs`.")
     MeshDerived = (auto(), _OK, "The controller made the Mesh `default` from the Nodes' pod CIDRs.",

@@ -6,6 +6,7 @@ It decides nothing: what to change comes as a Plan.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -167,6 +168,7 @@ class Driver:
             ra_links=self.net.ra_links(),
             forward_drop=self.firewall.forward_drop(),
             exits=tuple(sorted({*self.net.exits(), *holders} - {"lo"})),
+            service=os.environ.get("KUBERNETES_SERVICE_HOST", ""),
             cni=self.cni.facts(),
             docker=self.docker.wanted() if self.docker else "",
         )

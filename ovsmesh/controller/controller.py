@@ -258,7 +258,7 @@ class Controller:
         if mesh is not None and seen.mesh.allocates and not all(n.pod_cidrs or n.excluded for n in seen.nodes.values()):
             members = [*self._membership.members, *mesh.nodes]
             members += [node for one in seen.slices.values() for node in one.members]
-            others = [cidr for node in members for cidr in node.pod_cidrs]
+            others = [*self._mesh_writer.services, *(cidr for node in members for cidr in node.pod_cidrs)]
             asked = seen.mesh.subnet_length
             try:
                 self._unallocated, more = self._allocator.allocate(seen.nodes, mesh.cluster_cidrs, asked, others, now)

@@ -35,13 +35,18 @@ def network(text: str) -> IPNetwork | None:
 # ---------------------------------------------------------------- the cluster's ranges
 
 
-def derive(nodes: Iterable[NodeView], have: Sequence[str] = (), beside: Sequence[str] = ()) -> tuple[str, ...]:
+def derive(
+    nodes: Iterable[NodeView],
+    have: Sequence[str] = (),
+    beside: Sequence[str] = (),
+    services: Sequence[IPNetwork] = (),
+) -> tuple[str, ...]:
     """Return the smallest range for each IP version around the Nodes' pod CIDRs and `have`, the last ones derived.
 
     kube-controller-manager gives all Nodes theirs out of one range for each version, so the smallest range around
     them is never larger than that one. A range that is too large would make other addresses unreachable: none is
-    derived where the Nodes have too little of it, or where an address of a Node or of `beside` lies in it. Raises
-    MeshError, which says why.
+    derived where the Nodes have too little of it, where an address of a Node or of `beside` lies in it, or where it
+    overlaps `services`, the ranges of ClusterIPs. Raises MeshError, which says why.
     """
     nodes = list(nodes)
     texts = (text for node in nodes if not node.excluded for text in node.pod_cidrs)
@@ -65,6 +70,9 @@ def derive(nodes: Iterable[NodeView], have: Sequence[str] = (), beside: Sequence
         for text, whose in outside.items():
             if _inside(text, around):
                 raise MeshError(f"{known}and {text}, the address {whose}, lies in it")
+        for service in services:
+            if service.overlaps(around):
+                raise MeshError(f"{known}and {service}, a range of ClusterIPs, overlaps it")
         made.append(str(around))
     return tuple(made)
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ovsmesh.controller.ipam import derive
+from ovsmesh.controller.ipam import derive, network
 from ovsmesh.controller.membership import Membership, NodeView
 from ovsmesh.controller.node_conditions import mesh_status
 from ovsmesh.errors import Problem
-from ovsmesh.kube.client import JSON, Api, Conflict, Forbidden, Invalid, NotFound, Object, path_of
+from ovsmesh.kube.client import JSON, Api, ApiError, Conflict, Forbidden, Invalid, NotFound, Object, path_of
 from ovsmesh.kube.events import EventRecorder, ObjectReference
 from ovsmesh.mesh.manifest import parse_object
-from ovsmesh.mesh.types import Mesh, MeshError
+from ovsmesh.mesh.types import IPNetwork, Mesh, MeshError
 from ovsmesh.names import API_VERSION, DEFAULT_MESH, GROUP, MESH, MESHES
 from ovsmesh.reasons import Reason
 
@@ -33,6 +33,10 @@ _ECHO = 5.0
 """Seconds in which a write should come back through the watch."""
 _PAUSE = 1.0
 """Seconds between two writes of the status."""
+SERVICE_CIDRS = "/apis/networking.k8s.io/v1/servicecidrs"
+"""Path of the ranges of ClusterIPs on an API server of Kubernetes 1.33 or newer."""
+_SERVICES_AGE = 300.0
+"""Seconds between two looks at them; they are hardly ever changed."""
 IDLE = 30.0
 """Seconds until the next pass where nothing is due."""
 _APPLY = (
@@ -88,6 +92,9 @@ class MeshWriter:
         self._written: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         """The status that was there at the last write, and what was written."""
         self._status_at = 0.0
+        self.services: tuple[IPNetwork, ...] = ()
+        """The ranges of ClusterIPs, as far as the API tells: see _read_services."""
+        self._services_at = 0.0
         self._missing_since = 0.0
         self._widened: tuple[MeshView | None, float] = (None, 0.0)
         """The object that was widened last, and until when its notification is awaited."""
@@ -99,20 +106,58 @@ class MeshWriter:
     def accept(self, view: MeshView) -> Mesh | None:
         """Read the object; return the last good Mesh."""
         if view.spec != self._spec:
+            self._services_at = 0.0
             self._spec = view.spec
             found = {"apiVersion": API_VERSION, "kind": MESH, "spec": view.spec}
             try:
                 self.mesh, self.problems = parse_object(found, f"Mesh {DEFAULT_MESH}")
             except MeshError as error:
                 self.problems = (Problem(Reason.MeshInvalid, f"{error}; the slices stay as they are"),)
+        self._read_services()
         return self.mesh
+
+    def _read_services(self) -> None:
+        """Read the ranges of ClusterIPs, where that is due.
+
+        Kubernetes before 1.33 does not tell them. Then the API server's own address is all that is known: in a pod it
+        is a ClusterIP.
+        """
+        now = time.monotonic()
+        if now < self._services_at:
+            return
+        self._services_at = now + _SERVICES_AGE
+        try:
+            found = [item["spec"]["cidrs"] for page in self._api.pages(SERVICE_CIDRS) for item in page.items]
+            texts = [text for cidrs in found for text in cidrs]
+        except (NotFound, Forbidden):
+            texts = [self._api.host]
+        except (ApiError, KeyError, TypeError) as error:
+            log.info("ServiceCIDRs not read: %s", error)
+            return
+        self.services = tuple(net for text in texts if isinstance(text, str) and (net := network(text)))
+
+    def _covered(self) -> Iterator[Problem]:
+        """Yield a problem for each cluster CIDR that holds ClusterIPs."""
+        for cluster in self.mesh.cluster_cidrs if self.mesh else ():
+            for services in self.services:
+                if cluster.overlaps(services):
+                    what = f"the ClusterIP {services.network_address}"
+                    if services.num_addresses > 1:
+                        what = f"the Service range {services}"
+                    text = (
+                        f"overlaps {what}: processes of the hosts may not reach Services, as the kernel looks for a "
+                        "route before kube-proxy is asked; give the pods' range alone (kube-controller-manager's "
+                        "--cluster-cidr)"
+                    )
+                    yield Problem(Reason.ServiceRangeCovered, text, field="clusterCIDRs", value=str(cluster))
 
     def create(self, nodes: Iterable[NodeView], used: bool, now: float) -> float:
         """Create the Mesh, unless slices of an earlier one are `used`. Return the seconds until the next attempt."""
         try:
             if used:
                 raise MeshError("MeshSlices of one that is gone are in use and stay as they are")
-            cidrs = derive(nodes, (), (self._api.host,))
+            self._read_services()
+            cidrs = derive(nodes, (), (self._api.host,), self.services)
         except MeshError as error:
             self._missing_since = self._missing_since or now
             if now - self._missing_since < _PATIENCE:
@@ -140,7 +185,7 @@ class MeshWriter:
             return now < self._widened[1]
         have = view.spec["clusterCIDRs"]
         try:
-            cidrs = list(derive(nodes, have, (self._api.host,)))
+            cidrs = list(derive(nodes, have, (self._api.host,), self.services))
         except MeshError as error:
             # The Node that does not fit is refused, with a condition.
             log.debug("Mesh %s: clusterCIDRs stay as they are: %s", DEFAULT_MESH, error)
@@ -169,7 +214,7 @@ class MeshWriter:
 
     def report(self, view: MeshView, problems: Iterable[Problem]) -> None:
         """Record Events about the Mesh itself, one for each text as long as it stays true."""
-        self._report((*self.problems, *problems), view.uid)
+        self._report((*self.problems, *self._covered(), *problems), view.uid)
 
     def _report(self, problems: Iterable[Problem], uid: str) -> None:
         now = {str(problem): problem for problem in problems}
@@ -185,7 +230,9 @@ class MeshWriter:
         """Write the status if it differs; `more` are problems between nodes. Return the seconds until the next try."""
         seen, written = self._written
         before = written if written and seen is view.status else view.status  # until the write is notified
-        wanted = mesh_status(membership, converged, view.generation, (*self.problems, *more), before, time.time())
+        self._read_services()
+        problems = (*self.problems, *self._covered(), *more)
+        wanted = mesh_status(membership, converged, view.generation, problems, before, time.time())
         if wanted == before:
             return IDLE
         if now < self._status_at:

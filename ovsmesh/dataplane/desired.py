@@ -8,8 +8,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address
 from typing import Any
 
 from ovsmesh.dataplane import cni_config, docker_config, firewall_rules
@@ -28,7 +29,7 @@ from ovsmesh.dataplane.types import (
     Route,
 )
 from ovsmesh.errors import OvsmeshError, Problem
-from ovsmesh.mesh.types import IPAddress, Mesh, Node, gateway
+from ovsmesh.mesh.types import IPAddress, IPNetwork, Mesh, Node, gateway
 from ovsmesh.reasons import Reason
 
 _PREFIX = {"gre": "gre-", "vxlan": "vx-", "geneve": "gnv-"}
@@ -251,6 +252,13 @@ def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
             f"does not fit the underlay's {facts.underlay_mtu} less {overhead(mesh, me.address)} bytes; {mtu} is used"
         )
         found.append(Problem(Reason.MTUTooHigh, text, field="mtu", value=str(mesh.mtu)))
+    for number, cluster in enumerate(mesh.cluster_cidrs):
+        if _holds_service(cluster, facts):
+            text = (
+                f"holds {facts.service}, the ClusterIP of the API server: of it only the nodes' own ranges are "
+                "unreachable where their node is missing; give the pods' range alone"
+            )
+            found.append(Problem(Reason.ServiceRangeCovered, text, field=f"clusterCIDRs[{number}]", value=str(cluster)))
     v6 = [c for c in me.pod_cidrs if c.version == 6]
     if facts.docker and len(v6) == len(me.pod_cidrs):
         text = "hold no IPv4 range, without which Docker can't be on kbr0; it stays where it is"
@@ -261,6 +269,28 @@ def _problems(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> list[Problem]:
         text = f"is below the {_MIN_IPV6_MTU} bytes that IPv6 needs; raise the underlay's MTU by {_MIN_IPV6_MTU - mtu}"
         found.append(Problem(Reason.MTUTooLow, text, me.name, "mtu", str(mtu)))
     return found
+
+
+def _holds_service(cluster: IPNetwork, facts: Facts) -> bool:
+    try:
+        return ip_address(facts.service) in cluster
+    except ValueError:
+        return False
+
+
+def _fallbacks(mesh: Mesh, clusters: Iterable[IPNetwork], facts: Facts) -> Iterator[IPNetwork]:
+    """Yield the ranges that are unreachable where no peer has them: the cluster CIDRs.
+
+    Of one that holds ClusterIPs only the nodes' own ranges: the kernel looks for a route before kube-proxy gives a
+    host's packet to a Service its real address, and the agent itself would lose the API server.
+    """
+    for cluster in clusters:
+        if not _holds_service(cluster, facts):
+            yield cluster
+            continue
+        inside = [c for n in mesh.nodes for c in n.pod_cidrs if c.version == cluster.version and c.overlaps(cluster)]
+        yield from collapse_addresses(c for c in inside if isinstance(c, IPv4Network))
+        yield from collapse_addresses(c for c in inside if isinstance(c, IPv6Network))
 
 
 def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tuple[Problem, ...]]:
@@ -275,7 +305,7 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
     grows: dict[str, dict[Any, Any]] = {kind: {} for kind in PEER_KINDS}
     grows["flows"] = {"0 ": "drop"} | dict(loop_flows(me, facts).values())
     # packets to a missing peer must not leak to the default gateway
-    grows["routes"] = {(str(c), FALLBACK_METRIC): Route("unreachable") for c in clusters}
+    grows["routes"] = {(str(c), FALLBACK_METRIC): Route("unreachable") for c in _fallbacks(mesh, clusters, facts)}
     for kind, into in grows.items():
         for parts in joined.values():
             into.update(getattr(parts, kind))

@@ -85,6 +85,8 @@ class Facts:
     """Links by which packets leave this host; bridges of others are none of them."""
     firewall_missing: tuple[str, ...] = ()
     """What this host's packet filter is known not to support; see firewall_rules.supported."""
+    service: str = ""
+    """The ClusterIP by which this process reaches the API server; "" for none."""
     cni: CniFacts | None = None
     """None: CNI is left alone."""
     docker: str = ""

@@ -60,6 +60,24 @@ def test_a_virtual_address_that_fails_over_moves_no_tunnel(kube: Cluster, contro
     eventually(lambda: [e["address"] for e in kube.members().values()] == ["192.0.2.1", "192.0.2.2"])
 
 
+def test_cluster_cidrs_over_the_service_range_are_named(kube: Cluster, controller: Process) -> None:
+    """The control plane's Services are in 10.96.0.0/16; the controller gives no Node a range of that."""
+    kube.add(mesh("10.96.0.0/15", allocatePodCIDRs=True, nodeSubnetLength=16))
+    kube.add(node("web1", "192.0.2.1"))
+    kube.until_members("web1")
+    assert kube.members()["web1"]["podCIDRs"] == ["10.97.0.0/16"]
+
+    def degraded() -> tuple[str, str]:
+        found = {c["type"]: c for c in kube.status().get("conditions", ())}.get("Degraded", {})
+        return found.get("reason", ""), found.get("message", "")
+
+    eventually(lambda: degraded()[0] == "ServiceRangeCovered")
+    assert "clusterCIDRs 10.96.0.0/15: overlaps the Service range 10.96.0.0/16" in degraded()[1]
+    eventually(lambda: "ServiceRangeCovered" in kube.events("default"))
+    kube.report("web1", True)
+    eventually(lambda: {c["type"]: c["status"] for c in kube.status()["conditions"]}["Ready"] == "True")
+
+
 def test_a_node_made_again_is_another(kube: Cluster, controller: Process) -> None:
     three(kube)
     before = kube.members()["web2"]

@@ -353,3 +353,17 @@ def test_what_is_remembered_of_a_peer_never_outlives_it() -> None:
         assert want(first(2)) == before
     assert want(first(2, key=9)).ports["gre-web2"].key == "9"
     assert want(first(2, encapsulation="vxlan")).ports.keys() == {"vx-web2"}
+
+
+def test_a_cluster_cidr_that_holds_the_api_servers_clusterip_leaves_services_reachable() -> None:
+    mesh = replace(first(3), cluster_cidrs=(ip_network("10.0.0.0/8"), ip_network("fd00:97::/32")))
+    for service, ranges, named in (
+        ("10.96.0.1", ["10.97.1.0/24", "10.97.2.0/23", "fd00:97::/32"], ["ServiceRangeCovered"]),
+        ("192.0.2.1", ["10.0.0.0/8", "fd00:97::/32"], []),
+        ("kubernetes.default", ["10.0.0.0/8", "fd00:97::/32"], []),
+        ("", ["10.0.0.0/8", "fd00:97::/32"], []),
+    ):
+        found, problems = dataplane(mesh, "web1", replace(FACTS, service=service))
+        unreachable = [key[0] for key, route in found.routes.items() if route.type == "unreachable"]
+        assert unreachable == ranges
+        assert [p.reason for p in problems] == named and not any(p.fatal for p in problems)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
 
 from ovsmesh.checksum import internet_checksum
 from ovsmesh.dataplane import firewall_rules
+from ovsmesh.dataplane.desired import dataplane
+from ovsmesh.dataplane.types import FALLBACK_METRIC, Facts
 from ovsmesh.linux.firewall import Firewall
-from tests.support.firewallkit import MESH, converge, desired, inside, needs_nft, needs_root, sh
+from tests.support.firewallkit import MESH, converge, desired, inside, needs_nft, needs_root, nft, sh
 
 
 def ipv4(source: Any, target: Any, protocol: Any, payload: Any) -> Any:
@@ -220,6 +224,31 @@ class TestPackets:
         assert wires["out"].got(b"routed gre", 1)
         pod.send(gateway, 0x800, ipv4("10.97.1.2", "192.0.2.2", 47, gre(0x6558, b"tunnel")))
         assert not wires["out"].got(b"tunnel")
+
+    @pytest.mark.parametrize("service", ["", "10.96.0.1"], ids=["unknown", "known"])
+    def test_a_host_reaches_services_inside_the_cluster_cidr(self, host: Any, service: str) -> None:
+        """kube-proxy gives a packet its real address after the kernel has found a route for the ClusterIP."""
+        node, _, _ = host
+        mesh = replace(MESH, cluster_cidrs=(ip_network("10.0.0.0/8"), ip_network("fd00:97::/32")))
+        routes = dataplane(mesh, "web1", Facts(service=service))[0].routes
+        unreachable = [key[0] for key, route in routes.items() if route.type == "unreachable" and "." in key[0]]
+        sh(f"ip -n {node} route add default via 192.0.2.2")
+        sh(*(f"ip -n {node} route add unreachable {cidr} metric {FALLBACK_METRIC}" for cidr in unreachable))
+        with inside(node):
+            proxy = ["type nat hook output priority -100;", "ip daddr 10.96.0.0/16 dnat to 192.0.2.2"]
+            nft("\n".join(["table ip proxy {", "chain output {", *proxy, "}", "}", ""]))
+
+        def reaches(address: str) -> bool:
+            argv = ["ip", "netns", "exec", node, "ping", "-n", "-c", "1", "-W", "5", address]
+            return subprocess.run(argv, capture_output=True, timeout=30, check=False).returncode == 0
+
+        assert [reaches(address) for address in ("10.96.0.1", "10.96.7.7")] == [bool(service)] * 2
+        # a node that is in the mesh and has no tunnel now; its packets must not leak to the default gateway
+        sh(f"ip -n {node} route del 10.97.2.0/24")
+        asked = subprocess.run(
+            ["ip", "-n", node, "route", "get", "10.97.2.1"], capture_output=True, timeout=10, check=False
+        )
+        assert b"No route to host" in asked.stderr
 
     def test_masquerade_only_what_leaves(self, host: Any) -> None:
         node, firewall, wires = host
