@@ -1,6 +1,8 @@
 """A small HTTP server for the health and metrics of a process: /metrics, /healthz, and what a subclass adds.
 
-It reads only. The number of connections and the life of each are limited, so no client keeps others from an answer.
+It reads only. The number of connections and the life of each are limited, and where they are used up the client with
+the most of them loses its oldest, so no client keeps others from an answer. A server for all addresses has a socket of
+its own for 127.0.0.1, where a kubelet asks: others can't fill that one.
 Pods and other machines are given health and metrics; all else is for clients on this host.
 """
 
@@ -14,6 +16,7 @@ import socket
 import socketserver
 import threading
 import time
+from collections import Counter
 from http import HTTPStatus
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
@@ -31,6 +34,9 @@ _HOST = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9]([-A-Za-z0-9.]{0,251}[A-Za-z0-9])?
 _REQUEST_TIME = 10.0
 """Seconds that a connection may last, however slowly its bytes come."""
 _CONNECTIONS = 16
+_QUEUE = 128
+"""Connections that the kernel keeps until they are accepted."""
+_EVERYWHERE = ("", "0.0.0.0", "::")
 LOOP_DEADLINE = 180.0
 """Seconds after which a loop that gives no sign of life counts as stuck: three times its longest pause."""
 
@@ -43,11 +49,17 @@ Answer = tuple[HTTPStatus, str, str | bytes]
 class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = _QUEUE
 
-    def __init__(self, family: socket.AddressFamily, address: tuple[str, int], owner: HttpServer) -> None:
+    def __init__(
+        self, family: socket.AddressFamily, address: tuple[str, int], owner: HttpServer, shared: bool = False
+    ) -> None:
+        """Listen; `shared`: beside another server of this process, for all addresses or for one of them."""
         self.address_family = family
+        self.allow_reuse_port = shared
         self.owner = owner
-        self._open: dict[socket.socket, float] = {}
+        self._open: dict[socket.socket, tuple[str, float]] = {}
+        """Connection → address of the client, and when it came (monotonic)."""
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
@@ -57,10 +69,18 @@ class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self._open) >= _CONNECTIONS:
-            self.shutdown_request(request)
-            return
-        self._open[request] = time.monotonic()
+            self._drop_one()
+        self._open[request] = client_address[0], time.monotonic()
         super().process_request(request, client_address)
+
+    def _drop_one(self) -> None:
+        """End the oldest connection of the client that has the most."""
+        now = list(self._open.items())
+        often = Counter(client for _, (client, _) in now)
+        request, _ = max(now, key=lambda one: (often[one[1][0]], -one[1][1]))
+        self._open.pop(request, None)
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
 
     def shutdown_request(self, request: Any) -> None:
         self._open.pop(request, None)
@@ -69,7 +89,7 @@ class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def service_actions(self) -> None:
         # a client that sends a byte from time to time renews every other timeout
         late = time.monotonic() - _REQUEST_TIME
-        for request, since in list(self._open.items()):
+        for request, (_, since) in list(self._open.items()):
             if since < late:
                 try:
                     request.shutdown(socket.SHUT_RDWR)
@@ -183,32 +203,48 @@ class HttpServer:
         self.registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=self.registry)
         try:
-            self._server = _Server(family, address, self)
+            self._servers = self._listening(family, address)
         except (OSError, UnicodeError) as e:
             why = (e.strerror if isinstance(e, OSError) else None) or str(e)
             raise OvsmeshError(
                 f"--listen {listen}: can't listen there: {why}; "
                 "end what uses that port (another agent?) or give another ADDRESS:PORT"
             ) from None
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(1.0,), name="http", daemon=True)
-        self._thread.start()
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, args=(1.0,), name="http", daemon=True).start()
+
+    def _listening(self, family: socket.AddressFamily, address: tuple[str, int]) -> list[_Server]:
+        if address[0] not in _EVERYWHERE:
+            return [_Server(family, address, self)]
+        with socket.socket(family) as asking:
+            # a port that is shared within this process must not be shared with another one
+            asking.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            asking.bind(address)
+            port = asking.getsockname()[1]
+        found = [_Server(family, (address[0], port), self, shared=True)]
+        try:
+            return [*found, _Server(socket.AF_INET, ("127.0.0.1", port), self, shared=True)]
+        except OSError:
+            found[0].server_close()
+            raise
 
     @property
     def port(self) -> int:
         """Return the port that the server listens on."""
-        return self._server.server_port
+        return self._servers[0].server_port
 
     def close(self) -> None:
-        """Stop listening, within two seconds."""
-        stop = threading.Thread(target=self._server.shutdown, daemon=True)
-        stop.start()
-        end = time.monotonic() + 2.0
-        while stop.is_alive() and time.monotonic() < end:
-            # serve_forever looks whether to stop at each connection, and once a second
-            with contextlib.suppress(OSError):
-                socket.create_connection(self._server.server_address[:2], timeout=0.1).close()  # type: ignore[arg-type]
-            stop.join(0.02)
-        self._server.server_close()
+        """Stop listening, within two seconds for each socket."""
+        for server in self._servers:
+            stop = threading.Thread(target=server.shutdown, daemon=True)
+            stop.start()
+            end = time.monotonic() + 2.0
+            while stop.is_alive() and time.monotonic() < end:
+                # serve_forever looks whether to stop at each connection, and once a second
+                with contextlib.suppress(OSError):
+                    socket.create_connection(server.server_address[:2], timeout=0.1).close()  # type: ignore[arg-type]
+                stop.join(0.02)
+            server.server_close()
 
     @property
     def silent(self) -> float:

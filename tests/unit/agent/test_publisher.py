@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -249,30 +249,50 @@ def test_strange_requests(served: Any, data: Any) -> None:
     assert get(served, "/healthz")[0] == 200
 
 
-def test_slow_and_many_clients_do_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ovsmesh.http_server._REQUEST_TIME", 0.5)
-    served = AgentHttp("127.0.0.1:0")
-    clients = [socket.create_connection(("127.0.0.1", served.port), timeout=10) for _ in range(40)]
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> str:
+    """What stands for all addresses here, as a test stays on loopback."""
+    monkeypatch.setattr(http_server, "_EVERYWHERE", ("127.0.0.2",))
+    return "127.0.0.2"
+
+
+@pytest.mark.parametrize("target", ["127.0.0.1", "127.0.0.2"])
+def test_slow_and_many_clients_keep_nobody_from_an_answer(everywhere: str, target: str) -> None:
+    served = AgentHttp(f"{target}:0")
+    slow: list[socket.socket] = []
     try:
-        for client in clients:
-            try:
-                client.sendall(b"GET /")
-            except OSError:
-                continue
-        end = time.monotonic() + 5
-        while time.monotonic() < end:
-            try:
-                if get(served, "/healthz")[0] == 200:
-                    break
-            except (OSError, http.client.HTTPException):
-                time.sleep(0.05)
-        else:
-            pytest.fail("not answered")
-        assert sum("process_request" in thread.name for thread in threading.enumerate()) <= 16
+        for n in range(80):
+            slow.append(socket.create_connection((target, served.port), timeout=10, source_address=("127.0.0.3", 0)))
+            with suppress(OSError):
+                slow[-1].sendall(b"GET /")
+            if n % 4 == 3:
+                assert get(served, "/healthz")[0] == 200
+        end = time.monotonic() + 30
+        while sum("process_request" in thread.name for thread in threading.enumerate()) > 16:
+            assert time.monotonic() < end
+            time.sleep(0.01)
     finally:
-        for client in clients:
+        for client in slow:
             client.close()
         served.close()
+
+
+def test_a_slow_client_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ovsmesh.http_server._REQUEST_TIME", 0.5)
+    with (
+        closing(AgentHttp("127.0.0.1:0")) as served,
+        socket.create_connection(("127.0.0.1", served.port), timeout=30) as client,
+    ):
+        client.sendall(b"GET /")
+        assert client.recv(1) == b""
+
+
+def test_a_server_for_all_addresses_is_not_shared_with_another_process(everywhere: str) -> None:
+    with closing(AgentHttp(f"{everywhere}:0")) as served:
+        for listen in (everywhere, "127.0.0.1"):
+            with pytest.raises(OvsmeshError, match="can't listen there"):
+                AgentHttp(f"{listen}:{served.port}")
+        assert get(served, "/healthz")[0] == 200
 
 
 def test_port_in_use_says_what_to_do(served: Any) -> None:
