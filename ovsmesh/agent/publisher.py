@@ -35,7 +35,9 @@ OWN_REASONS = (*RETRIED, Reason.MassRemovalHeld, Reason.StateUnwritable, Reason.
 _LISTEN_AGAIN = 5.0
 """Seconds between attempts to listen: another process may hold the port, or lo may be down."""
 _WRITE_AGAIN = 5.0
-"""Seconds between reports in the state directory: one of a thousand peers takes 0.05 s of CPU."""
+"""Seconds between reports in the state directory."""
+_WRITE_SHARE = 0.005
+"""Of a core, which the reports may take: one of a thousand peers takes 0.05 s."""
 _STILL_TRUE = 10.0
 """Seconds between words that the last one is still true."""
 
@@ -189,6 +191,8 @@ class _StatusFile:
         self._next = self._touch_at = 0.0
         self._thread: threading.Thread | None = None
         self._error = ""
+        self._took = 0.0
+        """Seconds of CPU that the last report took."""
 
     def update(self, status: NodeStatus, listen: str) -> None:
         """Write the report, in a thread of its own, where it may have changed; else say that it is still true.
@@ -200,7 +204,8 @@ class _StatusFile:
             return
         before, self._kept = self._kept, (status, listen)
         if before is None or before[1] != listen or _differs(status, before[0]):
-            self._next, self._touch_at = now + _WRITE_AGAIN, now + _STILL_TRUE
+            self._next = now + max(_WRITE_AGAIN, self._took / _WRITE_SHARE)
+            self._touch_at = now + _STILL_TRUE
             self._thread = threading.Thread(target=self._write, args=(status, listen), name="report", daemon=True)
             self._thread.start()
         elif now >= self._touch_at:
@@ -214,6 +219,7 @@ class _StatusFile:
         self._write(status, self._kept[1] if self._kept else "")
 
     def _write(self, status: NodeStatus, listen: str) -> None:
+        began = time.thread_time()
         try:
             self._state.write_status({**status.report.to_dict(), "listen": listen})
             self._error = ""
@@ -221,6 +227,7 @@ class _StatusFile:
             if str(error) != self._error:
                 log.warning("%s: the status file can't be written: %s", self._state.path, error.strerror)
             self._error = str(error)
+        self._took = time.thread_time() - began
 
 
 def _differs(now: NodeStatus, before: NodeStatus) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from ovsmesh.dataplane import cni_config
@@ -214,22 +215,30 @@ _TIMES = frozenset(
 )
 
 
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        pairs = [(f.name, getattr(value, f.name)) for f in fields(value)]
-        if isinstance(value, Problem):
-            pairs.append(("wrong", value.wrong))
-    elif isinstance(value, Traffic):
-        pairs = list(value._asdict().items())
-    elif isinstance(value, tuple):
-        return [_plain(item) for item in value]
+@cache
+def _keys(kind: type) -> tuple[tuple[str, str, bool], ...]:
+    """Return attribute, key in JSON and whether it is a time, for what is shown as an object; () for other types."""
+    if is_dataclass(kind):
+        names = [*(field.name for field in fields(kind)), *(["wrong"] if kind is Problem else [])]
     else:
+        names = list(Traffic._fields) if kind is Traffic else []
+    return tuple((name, _JSON_NAMES.get(name, _camel(name)), name in _TIMES) for name in names)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (int, float)):
+        return value
+    if isinstance(value, str):
         # YAML takes no subclass of str
-        return str(value) if isinstance(value, str) else value
+        return str(value)
+    kind: type = type(value)
+    keys = _keys(kind)
+    if not keys:
+        return [_plain(item) for item in value] if isinstance(value, tuple) else value
     return {
-        _JSON_NAMES.get(name, _camel(name)): timestamp(item) if name in _TIMES and item is not None else _plain(item)
-        for name, item in pairs
-        if item is not None and item != ""
+        key: timestamp(item) if is_time else _plain(item)
+        for name, key, is_time in keys
+        if (item := getattr(value, name)) is not None and item != ""
     }
 
 

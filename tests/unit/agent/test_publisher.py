@@ -354,6 +354,7 @@ def file_of(publisher: StatusPublisher, state: StateDir, status: NodeStatus) -> 
 
 def test_the_last_report_is_kept_in_the_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ovsmesh.agent.publisher._WRITE_AGAIN", 0.0)
+    monkeypatch.setattr("ovsmesh.agent.publisher._WRITE_SHARE", float("inf"))
     state = StateDir(tmp_path)
     publisher = StatusPublisher("127.0.0.1:0", state)
     try:
@@ -370,6 +371,18 @@ def test_the_last_report_is_kept_in_the_state_directory(tmp_path: Path, monkeypa
         assert file_of(publisher, state, reached)["headline"] == "a peer was lost", "published for the probes"
     finally:
         publisher.close()
+
+
+def test_reports_that_take_long_are_written_as_seldom(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    publisher = StatusPublisher("", state)
+    file_of(publisher, state, Made(made()))
+    publisher._file._took, publisher._file._next = 1.0, 0.0
+    other = Made(made(headline="another"))
+    other.states = {"web2": State.UNREACHABLE}
+    assert file_of(publisher, state, other)["headline"] == "another"
+    assert publisher._file._next > time.monotonic() + 100.0
+    publisher.close()
 
 
 def test_the_status_file_says_until_when_it_was_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
