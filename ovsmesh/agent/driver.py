@@ -172,8 +172,16 @@ class Driver:
             cni=self.cni.facts(),
             docker=self.docker.wanted() if self.docker else "",
         )
+        if not probe_firewall:
+            self.net.limit_learning()
         missing = self.firewall.missing(partial(firewall_rules.rules, mesh, me, facts), probe_firewall)
-        return replace(facts, firewall_missing=missing)
+        ports: Iterable[str] = ()
+        if "ibrname" in missing:
+            # only an agent tells the ports: nothing is amiss where none runs. A kbr0 that is gone gets its ports back
+            told = sorted(self.firewall.told(firewall_rules.PORTS))
+            ports = told if probe_firewall or self.net.cache.index(KBR) is None else self.pods()
+        self.net.watch_ports("ibrname" in missing)
+        return replace(facts, firewall_missing=missing, pod_ports=tuple(ports))
 
     def _present_mtu(self) -> int | None:
         """Return the MTU of pods that is in place: kbr0's or, after a reboot, what the database has for obr0."""
@@ -305,7 +313,7 @@ class Driver:
         return Observed(
             have,
             (*links, *cni_unmanaged, *switch.unmanaged, *docker.unmanaged),
-            (*cni_problems, *filter_problems, *switch.problems, *docker.problems),
+            (*cni_problems, *self.net.problems(), *filter_problems, *switch.problems, *docker.problems),
             unknown | (frozenset() if docker.known else {"docker"}),
             docker.note,
         )

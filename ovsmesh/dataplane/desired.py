@@ -30,6 +30,7 @@ from ovsmesh.dataplane.types import (
 )
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.mesh.types import IPAddress, IPNetwork, Mesh, Node, gateway
+from ovsmesh.mesh.types import mac as mac
 from ovsmesh.reasons import Reason
 
 _PREFIX = {"gre": "gre-", "vxlan": "vx-", "geneve": "gnv-"}
@@ -42,18 +43,6 @@ _MIN_IPV6_MTU = 1280
 """RFC 8200 section 5: a link below it can't carry IPv6."""
 _NAME_MAX = 15
 """IFNAMSIZ - 1."""
-
-
-def mac(node: Node) -> str:
-    """Return the MAC of a node's kbr0. Every other node computes it alone, so no ARP crosses a tunnel.
-
-    It is 0a:58 and the bytes of the first IPv4 gateway, as the CNI bridge plugin does it; for a node without IPv4,
-    0e:58 and four bytes of a hash of its first gateway.
-    """
-    for cidr in node.pod_cidrs:
-        if isinstance(cidr, IPv4Network):
-            return "0a:58:" + gateway(cidr).packed.hex(":")
-    return "0e:58:" + hashlib.sha256(gateway(node.pod_cidrs[0]).packed).digest()[:4].hex(":")
 
 
 def port_name(node_name: str, encapsulation: str) -> str:
@@ -129,7 +118,7 @@ def peer_parts(w: Wiring, peer: Node) -> Dataplane:
         flows[f"100 dl_dst={w.mac},in_port={port},{family}={source}"] = "LOCAL"
     set_address, set_name = firewall_rules.peer_set(peer)
     parts = Dataplane(
-        filter_peers={set_address: set_name},
+        filter_peers={set_address: set_name} | firewall_rules.range_sets(cidrs),
         ports={port: Port(w.encapsulation, str(peer.address), w.local, w.key, peer.name, peer.uid)},
         flows=flows,
         neighbours={str(gateway(c)): peer_mac for c in cidrs},
@@ -310,8 +299,9 @@ def dataplane(mesh: Mesh, self_name: str, facts: Facts) -> tuple[Dataplane, tupl
         for parts in joined.values():
             into.update(getattr(parts, kind))
     rules = firewall_rules.rules(mesh, me, facts)
-    if not sets_used(rule.text for rule in rules.values()):
-        grows["filter_peers"].clear()
+    grows["filter_peers"] |= dict.fromkeys(facts.pod_ports, firewall_rules.PORTS)
+    used = set(sets_used(rule.text for rule in rules.values()))
+    grows["filter_peers"] = {element: where for element, where in grows["filter_peers"].items() if where in used}
     cidrs = [c for c in me.pod_cidrs if facts.ipv6 or c.version == 4]
     want = Dataplane(
         bridges={OBR: Bridge(facts.datapath_type, mtu_request=w.mtu)},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from typing import Any, NamedTuple
@@ -53,6 +53,8 @@ class Table:
 
 def _element(item: Any) -> str:
     if isinstance(item, dict):
+        if prefix := item.get("prefix"):
+            return f"{ip_address(prefix['addr'])}/{prefix['len']}"
         item = item.get("elem", {}).get("val", "") if isinstance(item.get("elem"), dict) else ""
     text = str(item)
     # inet_ntop writes ::ffff:192.0.2.1, Python ::ffff:c000:201
@@ -70,12 +72,12 @@ def parse_nft(text: str) -> Table:
                 # dormant or the like; nft 1.0.6 prints random memory as flags, so they can't be read
                 flagged = True
             elif chain := item.get("chain"):
-                good = chain.get("policy") == "accept"
+                good = chain.get("policy", "accept") == "accept"
                 found = Chain(chain.get("type", ""), chain.get("hook", ""), chain.get("prio", 0) if good else -1)
                 table.chains[chain["name"]] = found
             elif wanted := item.get("set"):
-                shape = SETS.get(wanted["name"]) == wanted.get("type") and not wanted.get("flags")
-                if shape:
+                flags = "".join(f"; flags {flag}" for flag in wanted.get("flags", ()))
+                if SETS.get(wanted["name"]) == f"{wanted.get('type')}{flags}":
                     table.sets[wanted["name"]] = set(map(_element, wanted.get("elem", ())))
             elif rule := item.get("rule"):
                 managed = _COMMENT.fullmatch(rule.get("comment", ""))
@@ -155,13 +157,14 @@ def table_script(family: str, wanted: Mapping[RuleKey, Rule], peers: Mapping[str
         return "\n".join(lines) + "\n"
     lines.append(f"table {family} {MARK} {{")
     for name in sets_used(rule.text for rule in wanted.values()):
-        elements = [address for address, where in peers.items() if where == name]
+        elements = _apart(name, [element for element, where in peers.items() if where == name])
         filled = f"elements = {{ {', '.join(elements)} }};" if elements else ""
         lines.append(f"set {name} {{ type {SETS[name]}; {filled} }}")
     for chain in dict.fromkeys(key[1] for key in wanted):
         base = CHAINS[family, chain]
         lines.append(f"chain {chain} {{")
-        lines.append(f"type {base.type} hook {base.hook} priority {base.priority}; policy accept;")
+        if base.hook:
+            lines.append(f"type {base.type} hook {base.hook} priority {base.priority}; policy accept;")
         for key, rule in wanted.items():
             if key[1] == chain:
                 lines.append(f'{rule.text} comment "{key[2]} {digest(key, rule)}"')
@@ -169,11 +172,25 @@ def table_script(family: str, wanted: Mapping[RuleKey, Rule], peers: Mapping[str
     return "\n".join([*lines, "}", ""])
 
 
+def _apart(name: str, elements: Collection[str]) -> Collection[str]:
+    """Return the elements of a set; of ranges that overlap, as of a peer whose removal is held, only the widest."""
+    if "interval" not in SETS[name]:
+        return elements
+    every = sorted(map(ip_network, elements), key=lambda r: (int(r.network_address), r.prefixlen))
+    found: list[Any] = []
+    for one in every:
+        if not found or not one.subnet_of(found[-1]):
+            found.append(one)
+    return [str(one) for one in found]
+
+
 def element_changes(family: str, held: Mapping[str, set[str]], wanted: Mapping[str, set[str]]) -> str:
     """Return an nft script that makes the sets of the managed table hold the wanted elements; "" when they do."""
     lines = []
-    for name, after in wanted.items():
-        for verb, changed in (("add", after - held[name]), ("delete", held[name] - after)):
+    for name, every in wanted.items():
+        after = set(_apart(name, every))
+        # what is deleted may overlap what is added
+        for verb, changed in (("delete", held[name] - after), ("add", after - held[name])):
             if changed:
                 lines.append(f"{verb} element {family} {MARK} {name} {{ {', '.join(sorted(changed))} }}\n")
     return "".join(lines)

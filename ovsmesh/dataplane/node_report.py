@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ovsmesh.dataplane import cni_config, desired, plan_text
+from ovsmesh.dataplane.firewall_rules import SETS
 from ovsmesh.dataplane.plan import Plan, Step
 from ovsmesh.dataplane.report import (
     NOT_REACHED,
@@ -38,14 +39,14 @@ def report(result: ReconcileResult, self_name: str, context: ReportContext) -> R
     problems = (context.agent.problem, *result.problems) if context.agent.problem else result.problems
     mesh, facts, want, plan = result.mesh, result.facts, result.want, result.plan
     # no peer misses an entry of sets that this host's packet filter can't have
-    kinds = [kind for kind in PEER_KINDS if kind != "filter_peers" or want is None or want.filter_peers]
+    unused = frozenset() if want is None else SETS.keys() - set(want.filter_peers.values())
     peers: tuple[Peer, ...] = ()
     if mesh is not None:
         me = mesh.node(self_name)
         joined = desired.peers(mesh, me, desired.wiring(mesh, me, facts))[0] if me and facts else {}
         mtu = desired.pod_mtu(mesh, me, facts) if me and facts else 0
         peers = (
-            *_peers(mesh, self_name, joined, mtu, have, kinds, result.problems, context),
+            *_peers(mesh, self_name, joined, mtu, have, unused, result.problems, context),
             *_held(plan, have, context),
         )
     return Report(
@@ -91,11 +92,17 @@ def astray(detours: Iterable[Detour]) -> tuple[Problem, ...]:
 
 
 def _differences(
-    parts: Dataplane, have: Dataplane, kinds: Iterable[str], unmanaged: Mapping[Any, Unmanaged]
+    parts: Dataplane,
+    have: Dataplane,
+    kinds: Iterable[str],
+    unused: Collection[str],
+    unmanaged: Mapping[Any, Unmanaged],
 ) -> Iterator[str]:
-    """Yield a line for each part of a peer that is not as wanted."""
+    """Yield a line for each part of a peer that is not as wanted. `unused`: sets of filter rules that are not there."""
     for kind in kinds:
         wanted, found = getattr(parts, kind), getattr(have, kind)
+        if unused and kind == "filter_peers":
+            wanted = {element: where for element, where in wanted.items() if where not in unused}
         if wanted.items() <= found.items():
             continue
         for key, value in wanted.items():
@@ -114,14 +121,14 @@ def _peers(
     joined: Mapping[str, Dataplane],
     mtu: int,
     have: Observed,
-    kinds: list[str],
+    unused: Collection[str],
     problems: Iterable[Problem],
     context: ReportContext,
 ) -> Iterator[Peer]:
     unmanaged = {(u.kind, u.key): u for u in have.unmanaged if u.blocks}
     me = mesh.node(self_name)
     own = str(me.address) if me else ""
-    known = [kind for kind in kinds if kind not in have.unknown]
+    known = [kind for kind in PEER_KINDS if kind not in have.unknown]
     unknown = sorted(have.unknown & set(PEER_KINDS))
     why_unknown = f"{', '.join(unknown)} can't be observed now"
     reasons: dict[str, list[str]] = {}
@@ -136,7 +143,7 @@ def _peers(
             why = tuple(reasons.get(node.name, ["it can't be joined"]))
             yield Peer(node.name, "refused", address, cidrs, missing=why)
             continue
-        state, missing = "ok", tuple(_differences(parts, have.dataplane, known, unmanaged))
+        state, missing = "ok", tuple(_differences(parts, have.dataplane, known, unused, unmanaged))
         if missing:
             state = "missing"
         elif unknown:

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from ipaddress import ip_network
 from typing import Any, NamedTuple
 
 from ovsmesh.dataplane import plan_text
+from ovsmesh.dataplane.firewall_rules import PORTS
 from ovsmesh.dataplane.types import KBR, KINDS, OBR, PEER_KINDS, Dataplane, Observed, Route, Unmanaged
 from ovsmesh.errors import Problem
+from ovsmesh.mesh.types import gateway
 from ovsmesh.reasons import Reason
 
 GUARD_PEERS = 2
@@ -215,6 +218,8 @@ def _owner(step: Step, have: Dataplane, owners: Mapping[str, str]) -> str:
             return owners.get(step.have, "")
         case "routes":
             return owners.get(have.neighbours.get(step.have.via, ""), "")
+        case "filter_peers" if "/" in step.key:
+            return owners.get(have.neighbours.get(str(gateway(ip_network(step.key))), ""), "")
         case "filter_peers":
             return next((p.node for p in have.ports.values() if p.remote == step.key), "")
     fields = step.key.partition(" ")[2].split(",")
@@ -234,12 +239,16 @@ def _with_owners(want: Dataplane, have: Dataplane, steps: list[Step]) -> list[St
         why = ""
         if step.kind == "restore_wait":
             why = "cleared: its flows are back"
-        elif step.kind in PEER_KINDS and not (isinstance(step.have, Route) and step.have.type != "unicast"):
+        elif step.kind in PEER_KINDS and step.have != PORTS and not _fallback(step.have):
             name = _owner(step, have, owners)
             what = "peer left" if name not in wanted else "replaced at peer"
             why = f"{what} ({name})" if name else "not in the mesh"
         found.append(step._replace(why=why))
     return found
+
+
+def _fallback(have: object) -> bool:
+    return isinstance(have, Route) and have.type != "unicast"
 
 
 def _mass_removal(want: Dataplane, have: Dataplane) -> tuple[str, ...]:

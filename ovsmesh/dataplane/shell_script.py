@@ -194,7 +194,7 @@ def _kernel(want: Dataplane) -> list[str]:
         f"neighbour replace {gateway} lladdr {mac} dev {KBR} nud permanent protocol {PROTOCOL}"
         for gateway, mac in want.neighbours.items()
     ]
-    fdb = [f"fdb replace {mac} dev {port} master static" for mac, port in want.fdb.items()]
+    fdb = [f"fdb replace {mac} dev {port} master static sticky" for mac, port in want.fdb.items()]
     routes = []
     for (destination, metric), route in want.routes.items():
         how = f"via {route.via} dev {route.dev} onlink" if route.via else ""

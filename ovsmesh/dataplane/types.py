@@ -26,6 +26,8 @@ ROUTE_METRIC = 111
 """Metric of a route to a peer's pod CIDR."""
 TUNNEL_LINKS = {"gre": "gre_sys", "vxlan": "vxlan_sys_4789", "geneve": "genev_sys_6081"}
 """Encapsulation → the link that carries all its tunnels in the kernel's datapath."""
+FDB_LEARNED = 4096
+"""MACs that kbr0 learns at most: two dozen times what the pods of a node have, and soon looked through."""
 FALLBACK_METRIC = 4278198272
 """Metric of the unreachable routes: behind everything that anyone adds on purpose."""
 
@@ -87,6 +89,8 @@ class Facts:
     """What this host's packet filter is known not to support; see firewall_rules.supported."""
     service: str = ""
     """The ClusterIP by which this process reaches the API server; "" for none."""
+    pod_ports: tuple[str, ...] = ()
+    """Ports of kbr0 but obr0, where the packet filter can't tell them by itself."""
     cni: CniFacts | None = None
     """None: CNI is left alone."""
     docker: str = ""
@@ -204,14 +208,14 @@ class Dataplane:
     rules: Mapping[RuleKey, Rule] = field(default_factory=_frozen)
     """nft and iptables rules, in the order in which they stand in their chain."""
     filter_peers: Mapping[str, str] = field(default_factory=_frozen)
-    """Tunnel address that may send encapsulated packets → name of the nft set that holds it."""
+    """Element of a set of the filter rules, such as a tunnel address → name of the set, see firewall_rules.SETS."""
     ports: Mapping[str, Port] = field(default_factory=_frozen)
     flows: Mapping[str, str] = field(default_factory=_frozen)
     """"PRIORITY FIELD,FIELD…" (fields sorted, ports by name) → actions."""
     neighbours: Mapping[str, str] = field(default_factory=_frozen)
     """Peer gateway → peer MAC, permanent, on kbr0."""
     fdb: Mapping[str, str] = field(default_factory=_frozen)
-    """Peer MAC → port of kbr0 behind which it is."""
+    """Peer MAC → port of kbr0 behind which it is; sticky, so that no frame moves it."""
     routes: Mapping[RouteKey, Route] = field(default_factory=_frozen)
     restore_wait: Mapping[str, bool] = field(default_factory=_frozen)
     """"flow-restore-wait" → True while ovs-vswitchd waits for its flows. Never desired."""

@@ -19,8 +19,8 @@ from ovsmesh.mesh.types import IPNetwork
 
 _KERNEL, _RA = 2, 9
 """RTPROT_KERNEL, RTPROT_RA."""
-_NODE_MACS = ("0a:58:", "0e:58:")
-"""How the MAC of a node begins, see desired.mac."""
+NOT_STICKY = " (not sticky)"
+"""What follows the port of an FDB entry that a frame moves to another one."""
 _RELEASED_SECONDS = 2.0
 """The kernel reports the ports of a deleted bridge as released up to this long before the bridge's own end."""
 _TUNNELS = frozenset(TUNNEL_LINKS.values())
@@ -42,6 +42,8 @@ class RtnetlinkCache:
         """Something that `observe` returns may differ."""
         self.partial_links: set[int] = set()
         """Links of which only the bridge's part was reported: request them."""
+        self.watch_ports = False
+        """Whether it is such a change when a port of kbr0 comes or goes."""
         self.orphaned_ports: dict[int, bool] = {}
         """Ports that a deleted kbr0 left behind → whether they were hairpins."""
         self.changed_by: dict[tuple[str, object], int] = {}
@@ -71,6 +73,7 @@ class RtnetlinkCache:
         """Default routes: destination, metric and link."""
         self.neighbours: dict[str, str] = {}
         self.fdb: dict[str, str] = {}
+        """MAC of a node → port, with NOT_STICKY where a frame can move it."""
         self.partial_links.clear()
 
     def finish_dump(self) -> None:
@@ -190,13 +193,14 @@ class RtnetlinkCache:
         return [ip_network(key[0]) for key in self._unmanaged_routes]
 
     def _update_fdb(self, entry: rtnetlink.NeighbourEntry, added: bool) -> None:
-        if not entry.mac.startswith(_NODE_MACS) or entry.master != self._indexes.get(KBR, -1):
+        if not entry.mac.startswith(rtnetlink.NODE_MACS) or entry.master != self._indexes.get(KBR, -1):
             return
         name = self.name(entry.ifindex)
         if added and entry.state & rtnetlink.NOARP:
-            self.fdb[entry.mac] = name
+            self.fdb[entry.mac] = name if entry.sticky else name + NOT_STICKY
             self.changed = True
-        elif self.fdb.get(entry.mac) == name:
+        elif entry.mac in self.fdb and (added or self.fdb[entry.mac].removesuffix(NOT_STICKY) == name):
+            # a bridge has one entry of a MAC: a learned one stands in its place
             del self.fdb[entry.mac]
             self.changed = True
 
@@ -251,6 +255,8 @@ class RtnetlinkCache:
                 recent = {i: h for i, (since, h) in self._released.items() if now - since < _RELEASED_SECONDS}
                 self.orphaned_ports |= recent
                 self._released.clear()
+        if self.watch_ports and kbr is not None and kbr in (entry.master, old.master if old else 0):
+            self.changed |= not added or old is None or (old.name, old.master) != (entry.name, entry.master)
         if {entry.name, old.name if old else ""} & {KBR, OBR}:
             if entry != old:
                 self._note("links", entry.name)

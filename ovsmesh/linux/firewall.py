@@ -287,6 +287,10 @@ class Firewall:
         ordered = dict(sorted(found.items(), key=lambda item: order.get(item[0][:2], len(order))))
         return Filters(ordered, self._peers or self._observed_peers(), self._problems(want))
 
+    def told(self, name: str) -> frozenset[str]:
+        """Return the elements of a set, as last read."""
+        return frozenset().union(*(table.sets.get(name, ()) for table in self._tables.values()))
+
     def _observed_peers(self) -> dict[str, str]:
         holders = [self._tables[family].sets for family in NFT if self._tables[family].sets]
         for name in SETS:

@@ -15,14 +15,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovsmesh.dataplane.types import KBR, MARK, PROTOCOL, Link, Unmanaged
-from ovsmesh.errors import OvsmeshError
+from ovsmesh.dataplane.types import FDB_LEARNED, KBR, MARK, OBR, PROTOCOL, Link, Unmanaged
+from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.linux import netlink_socket, rtnetlink, rtnetlink_parser
 from ovsmesh.linux import rtnetlink_encoder as encoder
-from ovsmesh.linux.cache import RtnetlinkCache
+from ovsmesh.linux.cache import NOT_STICKY, RtnetlinkCache
 from ovsmesh.linux.netlink_socket import NetlinkError, NetlinkSocket
 from ovsmesh.linux.underlay import Underlay
 from ovsmesh.mesh.types import IPAddress, IPNetwork
+from ovsmesh.reasons import Reason
 from ovsmesh.sysctl import read_sysctls, write_sysctl
 from ovsmesh.text import printable
 
@@ -42,11 +43,16 @@ class Netlink:
     def __init__(self) -> None:
         try:
             self._requests = NetlinkSocket(netlink_socket.ROUTE)
-            self._notifications = NetlinkSocket(netlink_socket.ROUTE, _GROUPS)
+            bpf = rtnetlink_parser.managed_neighbours(PROTOCOL)
+            self._notifications = NetlinkSocket(netlink_socket.ROUTE, _GROUPS, bpf=bpf)
         except PermissionError as error:
             raise OvsmeshError("not allowed to use a netlink socket; run as root (CAP_NET_ADMIN)") from error
         self.cache = RtnetlinkCache()
         self._ways = Underlay()
+        self._sticky = True
+        """Whether the kernel has sticky FDB entries, as far as is known."""
+        self._stuck: set[str] = set()
+        """MACs of FDB entries that were written to be sticky, and not seen since."""
 
     def close(self) -> None:
         """Close both sockets."""
@@ -59,11 +65,15 @@ class Netlink:
 
     def dirty(self) -> None:
         """Make the next observation dump everything."""
-        self.cache.stale = True
+        self.cache.stale = self._sticky = True
 
     def watch(self, cidrs: Iterable[IPNetwork]) -> None:
         """Set the ranges, the cluster CIDRs, in which unmanaged routes are reported."""
         self.cache.watch(cidrs)
+
+    def watch_ports(self, wanted: bool) -> None:
+        """Set whether it counts as a change when a port of kbr0 comes or goes."""
+        self.cache.watch_ports = wanted
 
     def drain(self) -> bool:
         """Take in notifications; return whether anything that is observed may have changed."""
@@ -81,7 +91,10 @@ class Netlink:
         return True
 
     def _dump(self, kind: int, family: int) -> None:
-        if not any(self._request(encoder.dump(kind, family)) for _ in range(_DUMP_TRIES)):
+        self._dump_all(encoder.dump(kind, family), kind)
+
+    def _dump_all(self, request: bytes, kind: int) -> None:
+        if not any(self._request(request) for _ in range(_DUMP_TRIES)):
             raise OvsmeshError(f"the kernel's tables change too fast to be read (netlink request {kind})")
 
     def _read(self) -> None:
@@ -95,8 +108,11 @@ class Netlink:
             for family in families:
                 self._dump(rtnetlink.GETROUTE, family)
             if self.cache.index(KBR) is not None:
-                for family in (*families, rtnetlink.AF_BRIDGE):
+                for family in families:
                     self._dump(rtnetlink.GETNEIGH, family)
+            if obr := self.cache.index(OBR):
+                # a pod may have filled the rest of the FDB
+                self._dump_all(encoder.dump_fdb(obr), rtnetlink.GETNEIGH)
             self.cache.finish_dump()
             self._ways.forget()
         while self.cache.partial_links:
@@ -115,14 +131,33 @@ class Netlink:
         """
         self._read()
         links, unmanaged = self.cache.managed_links(cni)
+        # without it the kernel takes the flag, and keeps nothing of it
+        self._sticky &= not any(self.cache.fdb.get(mac, "").endswith(NOT_STICKY) for mac in self._stuck)
+        self._stuck.clear()
+        fdb = self.cache.fdb
         found: dict[str, dict[Any, Any]] = {
             "links": dict(links),
             "addresses": dict(self.cache.managed_addresses()) if KBR in links else {},
             "neighbours": dict(self.cache.neighbours),
-            "fdb": dict(self.cache.fdb),
+            "fdb": dict(fdb) if self._sticky else {m: port.removesuffix(NOT_STICKY) for m, port in fdb.items()},
             "routes": dict(self.cache.routes),
         }
         return found, [*unmanaged, *self.cache.unmanaged_routes()]
+
+    def limit_learning(self) -> None:
+        """Limit how many MACs a managed kbr0 learns that someone else made, where the kernel has a limit.
+
+        It is no part of the dataplane: `ip` can't set it before iproute2 6.7, so a script can't.
+        """
+        kbr = self.cache.links.get(self.cache.index(KBR) or 0)
+        if kbr is not None and kbr.learned_max == 0 and kbr.alias == MARK:
+            # a kernel that refuses says so by keeping 0
+            self._requests.change([encoder.limit_learning(kbr.ifindex, FDB_LEARNED)])
+
+    def problems(self) -> tuple[Problem, ...]:
+        """Return what this kernel is known not to have."""
+        text = "a pod that uses a peer's MAC takes what its node sends to that peer (no sticky FDB entries: Linux 4.20)"
+        return () if self._sticky else (Problem(Reason.FilterUnavailable, text, field="sticky"),)
 
     def present(self, name: str) -> bool:
         """Return whether there is such a link at this moment, whatever is still to be read of notifications."""
@@ -223,6 +258,7 @@ class Netlink:
         try:
             self._do(
                 {
+                    f"limit what {KBR} learns": encoder.limit_learning(index, FDB_LEARNED),
                     f"mark link {KBR}": encoder.set_link(index, alias=MARK),
                     f"name link {KBR}": encoder.set_link(index, name=KBR),
                 }
@@ -292,8 +328,10 @@ class Netlink:
         if kind == "neighbours":
             neighbour = rtnetlink.NeighbourEntry(0, key, value, kbr, rtnetlink.PERMANENT, PROTOCOL, 0)
             return encoder.neighbour(type_, flags, neighbour)
-        port = self.cache.index(value) or _index(value)
-        fdb = rtnetlink.NeighbourEntry(rtnetlink.AF_BRIDGE, "", key, port, rtnetlink.NOARP, 0, 0)
+        port = self.cache.index(value) or _index(value.removesuffix(NOT_STICKY))
+        if not remove:
+            self._stuck.add(key)
+        fdb = rtnetlink.NeighbourEntry(rtnetlink.AF_BRIDGE, "", key, port, rtnetlink.NOARP, 0, 0, sticky=True)
         return encoder.neighbour(type_, flags, fdb)
 
 

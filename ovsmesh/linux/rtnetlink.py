@@ -26,6 +26,10 @@ _MAIN_PRIORITY = 32766
 """Of the rule that looks it up."""
 PERMANENT, NOARP = 0x80, 0x40
 """NUD_ states of a permanent neighbour and of a static FDB entry."""
+NODE_MACS = ("0a:58:", "0e:58:")
+"""How the MAC of a node begins, see desired.mac."""
+STICKY = 0x40
+"""NTF_STICKY: an FDB entry that no frame moves to another port. Linux has it since 4.20, and ignores it before."""
 
 ROUTE_TYPES = {
     1: "unicast",
@@ -53,7 +57,7 @@ class RouteEntry(NamedTuple):
 
 
 class NeighbourEntry(NamedTuple):
-    """A neighbour (family 2 or 10) or an FDB entry (family 7, `dst` empty)."""
+    """A neighbour (family 2 or 10) or an FDB entry (family 7, `dst` empty), which may be sticky."""
 
     family: int
     dst: str
@@ -62,6 +66,7 @@ class NeighbourEntry(NamedTuple):
     state: int
     protocol: int
     master: int
+    sticky: bool = False
 
 
 class AddressEntry(NamedTuple):
@@ -77,6 +82,7 @@ class LinkEntry(NamedTuple):
 
     `quiet`: a bridge port that neither learns nor is flooded to.
     `hairpin`: a bridge port that may be sent back what it sent.
+    `learned_max`: how many MACs a bridge learns, 0 for any number; None where the kernel has no such limit.
     """
 
     ifindex: int
@@ -90,6 +96,7 @@ class LinkEntry(NamedTuple):
     quiet: bool
     family: int
     hairpin: bool = False
+    learned_max: int | None = None
 
 
 REFUSED_SOURCE = "its source is refused"

@@ -56,6 +56,16 @@ with _without_package_init():
     from pyroute2.netlink.rtnl.nsidmsg import nsidmsg
     from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
+_bridge_data = ifinfmsg.ifinfo.bridge_data
+if len(_bridge_data.nla_map) == 45:
+    # pyroute2 0.9.7 ends at 44, and numbers attributes by their place
+    _bridge_data.nla_map += (
+        ("IFLA_BR_VLAN_STATS_PER_PORT", "uint8"),
+        ("IFLA_BR_MULTI_BOOLOPT", "hex"),
+        ("IFLA_BR_MCAST_QUERIER_STATE", "hex"),
+        ("IFLA_BR_FDB_N_LEARNED", "uint32"),
+        ("IFLA_BR_FDB_MAX_LEARNED", "uint32"),
+    )
 _REQUEST, _DUMP = 0x1, 0x300
 _CONTROL, _GETFAMILY = 16, 3
 """GENL_ID_CTRL, CTRL_CMD_GETFAMILY."""
@@ -106,7 +116,7 @@ def neighbour(type_: int, flags: int, entry: NeighbourEntry) -> bytes:
     if entry.dst:
         family, fields["NDA_DST"] = _packed(entry.dst)
     fields["NDA_LLADDR"] = bytes.fromhex(entry.mac.replace(":", ""))
-    shape = (type_, flags, family, entry.state, entry.protocol, *fields)
+    shape = (type_, flags, family, entry.state, entry.protocol, entry.sticky, *fields)
     template = _templates.get(shape)
     if template is None:
         template = _new_template(shape, functools.partial(_neighbour, type_, flags), entry, fields)
@@ -134,6 +144,12 @@ def address(type_: int, flags: int, entry: AddressEntry) -> bytes:
 def dump(type_: int, family: int, **fields: int) -> bytes:
     """Return a request for all entries of GETLINK, GETADDR, GETROUTE, GETNEIGH or GETRULE in an address family."""
     return _bytes(_DUMP_CLASSES[type_], type_, _DUMP, {"family": family, **fields})
+
+
+def dump_fdb(port: int) -> bytes:
+    """Return a request for the FDB entries of one bridge port."""
+    # as the header of a link: the kernel ignores the port in a neighbour's, unless it is asked to be strict
+    return _bytes(ifinfmsg, rtnetlink.GETNEIGH, _DUMP, {"family": rtnetlink.AF_BRIDGE, "index": port})
 
 
 def dump_filters(ifindex: int, parent: int) -> bytes:
@@ -188,6 +204,13 @@ def new_bridge(name: str, mac: str, mtu: int) -> bytes:
     attributes: Attributes = [("IFLA_ADDRESS", mac), ("IFLA_MTU", mtu), ("IFLA_IFNAME", name)]
     attributes += [("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "bridge")]})]
     return _bytes(ifinfmsg, rtnetlink.NEWLINK, rtnetlink.CREATE | rtnetlink.EXCL, {}, attributes)
+
+
+def limit_learning(ifindex: int, learned_max: int) -> bytes:
+    """Return a message that limits how many MACs a bridge learns. Kernels before 6.7 take it, and set nothing."""
+    data = {"attrs": [("IFLA_BR_FDB_MAX_LEARNED", learned_max)]}
+    info = {"attrs": [("IFLA_INFO_KIND", "bridge"), ("IFLA_INFO_DATA", data)]}
+    return _bytes(ifinfmsg, rtnetlink.NEWLINK, 0, {"index": ifindex}, [("IFLA_LINKINFO", info)])
 
 
 def set_link(
@@ -304,7 +327,7 @@ def _neighbour(type_: int, flags: int, entry: NeighbourEntry) -> Message:
         "family": _packed(entry.dst)[0] if entry.dst else entry.family,
         "ifindex": entry.ifindex,
         "state": entry.state,
-        "flags": _MASTER if entry.family == rtnetlink.AF_BRIDGE else 0,
+        "flags": (_MASTER if entry.family == rtnetlink.AF_BRIDGE else 0) | (rtnetlink.STICKY if entry.sticky else 0),
     }
     attributes: Attributes = [("NDA_PROTOCOL", entry.protocol)] if entry.protocol else []
     attributes += [("NDA_DST", entry.dst)] if entry.dst else []

@@ -12,10 +12,16 @@ import struct
 from collections.abc import Callable
 from typing import TypeVar
 
-from ovsmesh.linux.netlink_socket import attributes
+from ovsmesh.linux.netlink_socket import Instruction, attributes
 from ovsmesh.linux.rtnetlink import (
     AF_BRIDGE,
+    DELNEIGH,
+    NEWNEIGH,
+    NOARP,
+    NODE_MACS,
+    PERMANENT,
     ROUTE_TYPES,
+    STICKY,
     AddressEntry,
     LinkEntry,
     NeighbourEntry,
@@ -29,6 +35,8 @@ _CLONED = 0x200
 """RTM_F_CLONED: a route of the cache."""
 _HAIRPIN = 4
 """IFLA_BRPORT_MODE."""
+_FDB_MAX_LEARNED = 49
+"""IFLA_BR_FDB_MAX_LEARNED: Linux has it since 6.7."""
 _LEARNS_OR_FLOODS = (8, 9, 27, 30)
 """IFLA_BRPORT_ LEARNING, UNICAST_FLOOD, MCAST_FLOOD, BCAST_FLOOD."""
 
@@ -83,7 +91,7 @@ def picked(payload: memoryview) -> tuple[int, int]:
 @_none_if_malformed
 def parse_neighbour(payload: memoryview) -> NeighbourEntry | None:
     """Return a neighbour of IPv4 or IPv6, or an FDB entry of a bridge."""
-    family, _, ifindex, state, _, _ = _NDMSG.unpack_from(payload)
+    family, _, ifindex, state, flags, _ = _NDMSG.unpack_from(payload)
     if family not in (socket.AF_INET, socket.AF_INET6, AF_BRIDGE):
         return None
     attrs = attributes(payload, _NDMSG.size)
@@ -96,6 +104,7 @@ def parse_neighbour(payload: memoryview) -> NeighbourEntry | None:
         state,
         attrs[12][0] if attrs.get(12) else 0,
         _U32.unpack(attrs[9])[0] if 9 in attrs else 0,
+        bool(flags & STICKY),
     )
 
 
@@ -119,10 +128,12 @@ def parse_link(payload: memoryview) -> LinkEntry | None:
     info = attributes(memoryview(attrs.get(18, b"")))
     # a bridge port's settings: in a message about the link, and in one of the bridge about its port
     port = attributes(memoryview(info.get(5, b"") if family != AF_BRIDGE else attrs.get(12, b"")))
+    kind = _text(info.get(1, b""))
+    learned = attributes(memoryview(info.get(2, b""))).get(_FDB_MAX_LEARNED) if kind == "bridge" else None
     return LinkEntry(
         ifindex,
         _text(attrs.get(3, b"")),
-        _text(info.get(1, b"")),
+        kind,
         _U32.unpack(attrs[4])[0] if 4 in attrs else 0,
         bool(flags & _UP),
         _U32.unpack(attrs[10])[0] if 10 in attrs else 0,
@@ -131,6 +142,7 @@ def parse_link(payload: memoryview) -> LinkEntry | None:
         bool(port) and not any(port.get(flag, b"\0")[0] for flag in _LEARNS_OR_FLOODS),
         family,
         port.get(_HAIRPIN, b"\0")[0] != 0,
+        _U32.unpack(learned)[0] if learned else None,
     )
 
 
@@ -141,3 +153,45 @@ def carrier(payload: memoryview) -> bool:
 
 def _text(raw: bytes) -> str:
     return raw.rstrip(b"\0").decode(errors="replace")
+
+
+def managed_neighbours(protocol: int) -> list[Instruction]:
+    """Return a BPF program that leaves out the neighbours and FDB entries of which pods can make any number.
+
+    Neighbours pass that carry the mark `protocol`, which they keep to their end; of FDB entries those that someone
+    wrote, and those of MACs that begin as a node's do. Other messages pass.
+    """
+    load_byte, load_half, find, byte_at, half_at = 0x30, 0x28, 0x20, 0x50, 0x48
+    equal, any_bit, set_a, set_x, copy, end = 0x15, 0x45, 0x00, 0x01, 0x07, 0x06
+    header, attribute = 16, 0xFFFFF000 + 12
+    first = header + _NDMSG.size
+    mac = [int(text.replace(":", ""), 16) for text in NODE_MACS]
+    # a step: code, steps to skip where it is true, where it is not, number; loads are in network byte order
+    return [
+        (load_half, 0, 0, 4),
+        (equal, 1, 0, socket.htons(NEWNEIGH)),
+        (equal, 0, 19, socket.htons(DELNEIGH)),
+        (load_byte, 0, 0, header),
+        (equal, 7, 0, AF_BRIDGE),
+        # of what has no attribute NDA_PROTOCOL, the kernel returns 0 for its place
+        (set_a, 0, 0, first),
+        (set_x, 0, 0, 12),
+        (find, 0, 0, attribute),
+        (equal, 14, 0, 0),
+        (copy, 0, 0, 0),
+        (byte_at, 0, 0, 4),
+        (equal, 10, 11, protocol),
+        (load_half, 0, 0, header + 8),
+        (any_bit, 8, 0, socket.htons(NOARP | PERMANENT)),
+        # NDA_LLADDR
+        (set_a, 0, 0, first),
+        (set_x, 0, 0, 2),
+        (find, 0, 0, attribute),
+        (equal, 5, 0, 0),
+        (copy, 0, 0, 0),
+        (half_at, 0, 0, 4),
+        (equal, 1, 0, mac[0]),
+        (equal, 0, 1, mac[1]),
+        (end, 0, 0, 0xFFFFFFFF),
+        (end, 0, 0, 0),
+    ]

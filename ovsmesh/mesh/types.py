@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import NamedTuple
@@ -31,6 +32,18 @@ class Node:
     pod_cidrs: tuple[IPNetwork, ...]
     uid: str = ""
     zone: str = ""
+
+
+def mac(node: Node) -> str:
+    """Return the MAC of a node's kbr0. Every other node computes it alone, so no ARP crosses a tunnel.
+
+    It is 0a:58 and the bytes of the first IPv4 gateway, as the CNI bridge plugin does it; for a node without IPv4,
+    0e:58 and four bytes of a hash of its first gateway.
+    """
+    for cidr in node.pod_cidrs:
+        if isinstance(cidr, IPv4Network):
+            return "0a:58:" + gateway(cidr).packed.hex(":")
+    return "0e:58:" + hashlib.sha256(gateway(node.pod_cidrs[0]).packed).digest()[:4].hex(":")
 
 
 class MeshSettings(NamedTuple):

@@ -51,18 +51,21 @@ def nft(script: Any) -> Any:
     return subprocess.run(["nft", "-f", "-"], input=script, text=True, check=True, capture_output=True, timeout=10)
 
 
-def desired(mesh: Any = MESH, facts: Any = None, peers: Any = (PEER,)) -> Any:
+def desired(mesh: Any = MESH, facts: Any = None, peers: Any = (PEER,), ports: Any = ()) -> Any:
     return Dataplane(
         rules=firewall_rules.rules(mesh, ME, facts or Facts()),
-        filter_peers=dict(firewall_rules.peer_set(peer) for peer in peers),
+        filter_peers=dict(firewall_rules.peer_set(peer) for peer in peers)
+        | firewall_rules.range_sets(c for peer in peers for c in peer.pod_cidrs)
+        | dict.fromkeys(ports, "pods"),
     )
 
 
 def possible(firewall: Any, want: Any, probe: bool = True) -> Any:
     """What is left of the desired rules and set elements on this system, as desired.dataplane computes it."""
     rules = firewall_rules.supported(want.rules, firewall.missing(lambda: want.rules, probe))
+    used = sets_used(r.text for r in rules.values())
     return replace(
-        want, rules=rules, filter_peers=want.filter_peers if sets_used(r.text for r in rules.values()) else {}
+        want, rules=rules, filter_peers={e: where for e, where in want.filter_peers.items() if where in used}
     )
 
 

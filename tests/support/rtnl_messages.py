@@ -112,11 +112,12 @@ def fdb(
     index: Any = OBR_INDEX,
     state: Any = rtnetlink.NOARP,
     master: Any = KBR_INDEX,
+    flags: Any = rtnetlink.STICKY,
 ) -> Any:
     data = built(
         ndmsg,
         28,
-        {"family": rtnetlink.AF_BRIDGE, "ifindex": index, "state": state},
+        {"family": rtnetlink.AF_BRIDGE, "ifindex": index, "state": state, "flags": flags},
         ("NDA_LLADDR", mac),
         ("NDA_MASTER", master),
     )

@@ -40,7 +40,9 @@ class Host:
             ),
             flows=SimpleNamespace(known=True, observe=self._flows),
             net=SimpleNamespace(
-                observe=lambda cni: (KERNEL, self.kernel_unmanaged), present=lambda name: name in self.links
+                observe=lambda cni: (KERNEL, self.kernel_unmanaged),
+                present=lambda name: name in self.links,
+                problems=tuple,
             ),
             firewall=SimpleNamespace(observe=lambda rules: ({}, {}, ())),
             cni=SimpleNamespace(observe=lambda: ({}, [], [])),

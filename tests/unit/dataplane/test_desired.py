@@ -174,7 +174,7 @@ def test_a_peer_brings_these_parts_and_nothing_else_grows() -> None:
         for kind in two.__dataclass_fields__
         if getattr(two, kind) != getattr(one, kind)
     }
-    assert brought == {"filter_peers": 1, "ports": 1, "flows": 4, "neighbours": 2, "fdb": 1, "routes": 2}
+    assert brought == {"filter_peers": 3, "ports": 1, "flows": 4, "neighbours": 2, "fdb": 1, "routes": 2}
     assert brought.keys() == set(PEER_KINDS)
 
 
@@ -219,7 +219,7 @@ def test_a_whole_mesh_on_ipv6_addresses() -> None:
     found, problems = dataplane(mesh_of(*nodes), "web1", FACTS)
     assert problems == ()
     assert found.ports["gre-web2"][1:3] == ("2001:db8::2", "2001:db8::1")
-    assert found.filter_peers == {"2001:db8::2": "peers6"}
+    assert found.filter_peers == {"2001:db8::2": "peers6", "10.97.2.0/24": "ranges4", "fd00:97:2::/64": "ranges6"}
     assert "100 dl_dst=0a:58:0a:61:01:01,in_port=gre-web2,ipv6,ipv6_src=2001:db8::2" in found.flows
     assert {link.mtu for link in found.links.values()} == {1500 - 58}
 
@@ -330,7 +330,7 @@ def test_what_the_packet_filter_does_not_have_is_not_wanted() -> None:
     assert {tool for tool, _, _ in everything.rules} == {"inet", "bridge"} and everything.filter_peers
     less = want(first(2), facts=replace(FACTS, firewall_missing=("bridge", "inet postrouting")))
     assert {key[:2] for key in less.rules} == {("inet", "input"), ("inet", "forward")}
-    assert less.filter_peers == everything.filter_peers
+    assert less.filter_peers == {e: where for e, where in everything.filter_peers.items() if where == "peers4"}
     nothing = want(first(2), facts=replace(FACTS, firewall_missing=("nft",)))
     assert not nothing.rules and not nothing.filter_peers
     assert replace(nothing, rules=everything.rules, filter_peers=everything.filter_peers) == everything

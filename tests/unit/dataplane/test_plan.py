@@ -197,7 +197,7 @@ def test_what_goes_says_whose_it_was() -> None:
 def test_a_peer_that_stays_is_not_said_to_have_left() -> None:
     fewer = replace(numbered(2), pod_cidrs=numbered(2).pod_cidrs[:1])
     steps = plan(want(mesh(numbered(1), fewer)), seen(want(first(2)))).steps
-    assert len(steps) == 3
+    assert len(steps) == 4
     assert {step.why for step in steps} == {"replaced at peer (web2)"}
 
 
@@ -232,8 +232,8 @@ def test_a_mass_removal_is_held(peers: Any, gone: Any, confirmed: Any, held: Any
     have = want(first(peers + 1))
     found = plan(mesh_without(peers + 1, *left), seen(have), confirmed)
     assert found.held_peers == (tuple(sorted(f"web{n}" for n in left)) if held else ())
-    # a peer is a port, four flows, two neighbours, two routes, an FDB entry and a filter entry
-    assert len(found.held if held else found.steps) == gone * 11
+    # a peer is a port, four flows, two neighbours, two routes, an FDB entry and three filter entries
+    assert len(found.held if held else found.steps) == gone * 13
     assert not (found.steps if held else found.held)
 
 
@@ -244,13 +244,13 @@ def test_the_guard_holds_removals_alone() -> None:
     found = plan(want(mesh(numbered(1), numbered(6), numbered(7))), seen(have))
     assert found.held_peers == ("web2", "web3", "web4", "web5")
     assert {step.why for step in found.held} == {f"peer left ({name})" for name in found.held_peers}
-    assert sum(step.op == "+" for step in found.steps) == 11 + 1
+    assert sum(step.op == "+" for step in found.steps) == 13 + 1
     assert [str(step) for step in found.steps if step.op == "-"] == ["- rule inet input old"]
 
 
 def test_held_removals_are_shown_as_such() -> None:
     text = lines(mesh_without(4, 2, 3, 4), seen(want(first(4))))
-    assert len(text) == 33 and all(line.startswith("= held ") for line in text)
+    assert len(text) == 39 and all(line.startswith("= held ") for line in text)
     assert "= held port gre-web2 peer left (web2)" in text
 
 

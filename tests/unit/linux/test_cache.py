@@ -410,6 +410,26 @@ def test_an_fdb_entry_that_moves(cache: Any) -> None:
     assert cache.fdb == {}
 
 
+def test_an_fdb_entry_that_a_frame_can_move_is_not_as_wanted(cache: Any) -> None:
+    feed(cache, fdb(flags=0))
+    assert cache.fdb == {PEER_MAC: f"{OBR} (not sticky)"} and cache.changed
+    feed(cache, fdb(index=POD, state=2, flags=0))
+    assert cache.fdb == {}
+
+
+def test_ports_of_kbr0_count_only_where_they_are_watched(cache: Any) -> None:
+    for watched in (False, True):
+        cache.watch_ports = watched
+        feed(cache, link(77, "veth77", master=KBR_INDEX))
+        assert cache.changed is watched
+        cache.changed = False
+        feed(cache, link(77, "veth77", master=KBR_INDEX))
+        assert not cache.changed
+        feed(cache, link(77, "veth77", gone=True))
+        assert cache.changed is watched
+        cache.changed = False
+
+
 def test_an_fdb_entry_that_is_learned_is_not_static(cache: Any) -> None:
     feed(cache, fdb(state=2))
     assert cache.fdb == {} and cache.changed

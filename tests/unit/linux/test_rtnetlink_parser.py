@@ -85,7 +85,9 @@ def test_addresses() -> None:
 
 def test_a_bridge() -> None:
     (found,) = entries(parse_link, "ip link show dev kbr0")
-    assert found == LinkEntry(KBR, "kbr0", "bridge", 1400, True, 0, "0a:58:0a:61:01:01", "ovsmesh", False, 0)
+    assert found == LinkEntry(
+        KBR, "kbr0", "bridge", 1400, True, 0, "0a:58:0a:61:01:01", "ovsmesh", False, 0, learned_max=0
+    )
 
 
 def test_a_bridge_port_before_and_after_it_was_made_quiet() -> None:

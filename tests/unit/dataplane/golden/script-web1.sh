@@ -79,20 +79,56 @@ add table bridge ovsmesh
 delete table bridge ovsmesh
 table bridge ovsmesh {
   set peers4 { type ipv4_addr; elements = { 192.0.2.12 }; }
+  set ranges4 { type ipv4_addr; flags interval; elements = { 10.97.2.0/24 }; }
+  set ranges6 { type ipv6_addr; flags interval; elements = { fd00:97:2::/64 }; }
   chain prerouting {
     type filter hook prerouting priority -300; policy accept;
-    meta ibrname "kbr0" iifname != "obr0" ip saddr { 10.97.0.0/16 } ip saddr != { 10.97.1.0/24 } drop comment "spoof-range-v4 432d4d6c"
-    meta ibrname "kbr0" iifname != "obr0" ip saddr { 10.97.1.1 } drop comment "spoof-gateway-v4 315b0585"
-    meta ibrname "kbr0" iifname != "obr0" ip saddr 192.0.2.11 drop comment "spoof-tunnel-v4 e245a1ed"
-    meta ibrname "kbr0" iifname != "obr0" ip saddr @peers4 drop comment "spoof-peer-v4 f16b4e90"
-    meta ibrname "kbr0" iifname != "obr0" arp saddr ip { 10.97.0.0/16 } arp saddr ip != { 10.97.1.0/24 } drop comment "spoof-range-arp 00fd89b8"
-    meta ibrname "kbr0" iifname != "obr0" arp saddr ip { 10.97.1.1 } drop comment "spoof-gateway-arp e2dc977d"
-    meta ibrname "kbr0" iifname != "obr0" arp saddr ip 192.0.2.11 drop comment "spoof-tunnel-arp 81d06e6f"
-    meta ibrname "kbr0" iifname != "obr0" arp saddr ip @peers4 drop comment "spoof-peer-arp 1fc08af2"
-    meta ibrname "kbr0" iifname != "obr0" ip6 saddr { fd00:97::/32 } ip6 saddr != { fd00:97:1::/64 } drop comment "spoof-range-v6 7a7ff105"
-    meta ibrname "kbr0" iifname != "obr0" ip6 saddr { fd00:97:1::1 } drop comment "spoof-gateway-v6 e4eafe58"
-    meta ibrname "kbr0" iifname != "obr0" icmpv6 type nd-neighbor-advert @th,64,128 0xfd000097000100000000000000000001 drop comment "spoof-gateway-nd 789e5e32"
-    meta ibrname "kbr0" iifname != "obr0" meta protocol { 0x8100, 0x88a8 } @nh,0,16 & 0x0fff == 0 drop comment "spoof-nested-tag 9a4d1808"
+    iifname "obr0" goto mesh comment "from-mesh 4aaab121"
+    meta ibrname "kbr0" goto pods comment "from-pods 4afce2af"
+    meta ibrname "kbr0" ether daddr 0a:58:0a:61:01:01 goto pods comment "to-gateway 02aecc9c"
+    meta ibrname "kbr0" goto veths comment "from-veths 99556faf"
+  }
+  chain mesh {
+    ether daddr != 0a:58:0a:61:01:01 drop comment "mac ff887a33"
+    @ll,96,16 { 0x8100, 0x88a8 } drop comment "tag 52ea890b"
+    ip saddr @ranges4 ip daddr { 10.97.1.0/24 } accept comment "range-v4 85275c40"
+    ip saddr @peers4 ip daddr { 10.97.1.0/24 } accept comment "tunnel-v4 7fee35d5"
+    ip saddr @ranges4 ip daddr @ranges4 icmp type echo-request accept comment "probe-v4 5132b9f5"
+    ip6 saddr @ranges6 ip6 daddr { fd00:97:1::/64 } accept comment "range-v6 ca864035"
+    ip6 saddr @ranges6 ip6 daddr @ranges6 icmpv6 type echo-request accept comment "probe-v6 c0933a32"
+    drop comment "other 70de86e2"
+  }
+  chain pods {
+    @ll,96,16 { 0x8100, 0x88a8 } drop comment "tag a368f0e5"
+    @ll,112,40 0xaaaa030000 drop comment "snap 746376d0"
+    ether saddr 0a:58:0a:61:01:01 drop comment "mac-own a52efbd0"
+    ether saddr { 0a:58:0a:61:00:00-0a:58:0a:61:ff:ff } ether saddr != { 0a:58:0a:61:01:00-0a:58:0a:61:01:ff } drop comment "mac-peer f0caf556"
+    udp dport { 68, 546 } drop comment "dhcp-reply 16f3fb30"
+    ip daddr 127.0.0.0/8 drop comment "local-v4 eb0ddfa9"
+    ip saddr { 10.97.1.1 } drop comment "gateway-v4 3220a6f6"
+    ip saddr { 10.97.1.0/24 } accept comment "own-v4 255541b0"
+    arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp saddr ip { 10.97.1.0/24 } arp saddr ip != { 10.97.1.1 } accept comment "own-arp 67d345ca"
+    arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp saddr ip 0.0.0.0 accept comment "probe-arp d2f73ddb"
+    ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept comment "dhcp 95abd3ac"
+    ip saddr 0.0.0.0 ip protocol igmp accept comment "igmp c8c17c31"
+    meta protocol { ip, arp } drop comment "other-v4 8662e049"
+    icmpv6 type { nd-router-advert, nd-redirect } drop comment "router b47d92a1"
+    ip6 saddr { fd00:97:1::1, fe80::858:aff:fe61:101 } drop comment "gateway-v6 4050b705"
+    icmpv6 type nd-neighbor-advert @th,64,128 { 0xfd000097000100000000000000000001, 0xfe8000000000000008580afffe610101 } drop comment "gateway-nd 143018fd"
+    icmpv6 type nd-neighbor-advert @th,64,128 != { 0xfd000097000100000000000000000000-0xfd00009700010000ffffffffffffffff, 0xfe800000000000000000000000000000-0xfebfffffffffffffffffffffffffffff } drop comment "other-nd ec441e38"
+    ip6 saddr { fd00:97:1::/64, fe80::/10 } accept comment "own-v6 60c6dbfb"
+    ip6 saddr :: icmpv6 type { 131, 132, 133, 135, 143 } accept comment "unspecified-v6 749c2ec9"
+    meta protocol ip6 drop comment "other-v6 ca0c17fd"
+  }
+  chain veths {
+    @ll,96,16 { 0x8100, 0x88a8 } @ll,112,16 & 0x0fff == 0 drop comment "tag 632cb297"
+    ip saddr { 10.97.0.0/16 } ip saddr != { 10.97.1.0/24 } drop comment "range-v4 83473082"
+    ip saddr { 10.97.1.1 } drop comment "gateway-v4 d59ddacc"
+    arp saddr ip { 10.97.0.0/16 } arp saddr ip != { 10.97.1.0/24 } drop comment "range-arp 9fe99c61"
+    arp saddr ip { 10.97.1.1 } drop comment "gateway-arp 5d7a3579"
+    ip6 saddr { fd00:97::/32 } ip6 saddr != { fd00:97:1::/64 } drop comment "range-v6 809e4360"
+    ip6 saddr { fd00:97:1::1 } drop comment "gateway-v6 34d6bf42"
+    icmpv6 type nd-neighbor-advert @th,64,128 { 0xfd000097000100000000000000000001 } drop comment "gateway-nd 36d34764"
   }
 }
 END
@@ -127,7 +163,7 @@ neighbour replace 10.97.2.1 lladdr 0a:58:0a:61:02:01 dev kbr0 nud permanent prot
 neighbour replace fd00:97:2::1 lladdr 0a:58:0a:61:02:01 dev kbr0 nud permanent protocol 111
 END
 bridge -batch - <<'END'
-fdb replace 0a:58:0a:61:02:01 dev obr0 master static
+fdb replace 0a:58:0a:61:02:01 dev obr0 master static sticky
 END
 ip -batch - <<'END'
 route replace unreachable 10.97.0.0/16 proto 111 metric 4278198272
