@@ -7,7 +7,7 @@ creationTimestamp, then uid. A new static member counts as younger than any Node
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import ip_address
@@ -134,10 +134,13 @@ def family(nodes: Iterable[NodeView], static: Iterable[Node], held: Iterable[Nod
 class _Addresses:
     """Which member has which address, and how many Nodes list it; filled as addresses are chosen."""
 
-    def __init__(self, views: Iterable[NodeView], members: Iterable[Node], clusters: tuple[str, ...]) -> None:
+    def __init__(self, views: Collection[NodeView], members: Iterable[Node], clusters: tuple[str, ...]) -> None:
         self._clusters = clusters
-        self._taken = {node.address: node.uid for node in members}
-        self._listed = Counter(address for view in views for text in view.addresses if (address := _parsed(text)))
+        self._choice = any(len(view.addresses) > 1 for view in views)
+        """Whether any Node has more than one: else nothing is noted, which takes most of the time."""
+        self._taken = {node.address: node.uid for node in members} if self._choice else {}
+        listed = (_parsed(text) for view in views for text in view.addresses) if self._choice else ()
+        self._listed = Counter(filter(None, listed))
 
     def choose(self, view: NodeView, version: int) -> str | Problem:
         """Return the tunnel address of a Node: the one that it asks for, else one of its InternalIPs of this version.
@@ -159,7 +162,8 @@ class _Addresses:
 
     def take(self, node: Node) -> None:
         """Enter the address of a member, unless another one has it."""
-        self._taken.setdefault(node.address, node.uid)
+        if self._choice:
+            self._taken.setdefault(node.address, node.uid)
 
     def _rank(self, text: str, uid: str) -> int:
         if is_address(text, self._clusters):

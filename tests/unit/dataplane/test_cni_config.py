@@ -305,6 +305,13 @@ def test_the_managed_plugins_are_kept_right_around_them(plugins: Any, right: Any
     assert steps(again(text)) == []
 
 
+def test_a_version_that_others_write_is_corrected_and_a_plugin_that_they_repeat_is_theirs() -> None:
+    """Both from reports about istio-cni: it wrote 0.3.1, and itself once more at each start."""
+    text = with_plugins(*OURS, ISTIO, ISTIO, cniVersion="0.3.1")
+    assert steps(text) == [f"~ cni {FILE} version 0.3.1 → 1.0.0"]
+    assert json.loads(again(text))["plugins"] == [*OURS, ISTIO, ISTIO]
+
+
 def test_an_mtu_that_changes_keeps_them() -> None:
     text = with_plugins(*OURS, ISTIO).replace("1458", "1400")
     assert steps(text) == [f"~ cni {FILE} mtu 1400 → 1458"]
