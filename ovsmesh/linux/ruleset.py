@@ -25,8 +25,9 @@ from ovsmesh.text import listed, printable
 _PROTOCOLS = ("tcp", "udp", "icmp")
 _NUMBERS = {1: "icmp", 6: "tcp", 17: "udp", 47: "gre", 58: "icmpv6", "ipv6-icmp": "icmpv6"}
 """Protocols by number, or by another of their names."""
-_DEPTH, _STEPS = 16, 20_000
-"""Chains in each other (the kernel allows 16 jumps), and rules that are looked at for one kind of packets."""
+_DEPTH, _STEPS = 16, 24_000
+"""Chains in each other (the kernel allows 16 jumps), and rules that are evaluated in one look: half a second's work.
+Where there are more, fewer peers stand for all, and what is left then counts as unknown."""
 _FAMILIES = {4: ("inet", "ip", "bridge", "netdev"), 6: ("inet", "ip6", "bridge", "netdev")}
 _LONGEST = 160
 
@@ -96,6 +97,8 @@ class Ruleset:
 
     def __init__(self, *texts: str) -> None:
         self.tables: dict[tuple[str, str], _Table] = {}
+        self.left = _STEPS
+        """Rules that may still be evaluated."""
         for text in texts:
             before = dict(self.tables)
             try:
@@ -134,8 +137,9 @@ class Ruleset:
                 links = _links(family, chain, near, far)
                 if links is None:
                     continue
-                walk = _Walk(table, _fields(kind, *links))
+                walk = _Walk(table, _fields(kind, *links), self.left)
                 verdict, where, handle = walk.chain(chain_name, 0)
+                self.left = walk.left
                 if verdict == "drop":
                     yield Closed(family, name, chain_name, chain.hook, where, handle)
                 elif verdict in ("end", "return") and chain.policy == "drop":
@@ -183,7 +187,7 @@ def _links(family: str, chain: _Chain, near: str, far: str) -> tuple[str, str] |
 def _fields(kind: Kind, near: str, far: str) -> dict[str, Any]:
     """Return what a rule may ask about packets of a kind."""
     four = kind.source.version == 4
-    ip, ether = ("ip", "ip") if four else ("ip6", "ip6")
+    ip = "ip" if four else "ip6"
     protocol = kind.protocol if four or kind.protocol != "icmp" else "icmpv6"
     found: dict[str, Any] = {
         "meta iifname": near,
@@ -192,8 +196,8 @@ def _fields(kind: Kind, near: str, far: str) -> dict[str, Any]:
         "meta oif": far,
         "meta l4proto": protocol,
         "meta nfproto": "ipv4" if four else "ipv6",
-        "meta protocol": ether,
-        "ether type": ether,
+        "meta protocol": ip,
+        "ether type": ip,
         "ct state": "established" if kind.established else "new",
         "ct status": "confirmed" if kind.established else "",
         f"{ip} saddr": kind.source,
@@ -210,9 +214,8 @@ def _fields(kind: Kind, near: str, far: str) -> dict[str, Any]:
 class _Walk:
     """The way of one kind of packets through the chains of a table."""
 
-    def __init__(self, table: _Table, fields: Mapping[str, Any]) -> None:
-        self._table, self._fields = table, fields
-        self._steps = 0
+    def __init__(self, table: _Table, fields: Mapping[str, Any], left: int) -> None:
+        self._table, self._fields, self.left = table, fields, left
 
     def chain(self, name: str, depth: int) -> tuple[str, str, int]:
         """Return "accept", "drop", "end", "return" or "unknown", and the chain and the rule that say so."""
@@ -220,8 +223,8 @@ class _Walk:
         if chain is None or depth > _DEPTH:
             return "unknown", name, 0
         for handle, expressions in chain.rules:
-            self._steps += 1
-            if self._steps > _STEPS:
+            self.left -= 1
+            if self.left < 0:
                 return "unknown", name, handle
             found = self._rule(expressions, depth)
             if found is None:
@@ -269,8 +272,6 @@ class _Walk:
             if found is not None or one is _ALL:
                 return found
         return None
-
-    # matches
 
     def _match(self, match: Mapping[str, Any]) -> _Hit:
         op, right = match["op"], match["right"]
@@ -380,9 +381,6 @@ def _range(mine: IPNetwork, right: Any) -> _Hit:
     return _SOME if any(one.overlaps(mine) for one in same) else _NONE
 
 
-# what is asked, and what is said
-
-
 class Query(NamedTuple):
     """Whose packets must pass this host's filter."""
 
@@ -399,13 +397,16 @@ class Query(NamedTuple):
 def refusals(query: Query, ruleset: Ruleset) -> tuple[Problem, ...]:
     """Return a problem for each rule or policy of others that drops packets of the mesh, with what opens it."""
     lost: dict[tuple[Closed, str], tuple[dict[str, None], dict[str, None]]] = {}
+    rules = sum(len(chain.rules) for table in ruleset.tables.values() for chain in table.chains.values())
+    sample = max(1, min(_SAMPLE, _STEPS // (12 * rules or 1)))
+    query = query._replace(peers=query.peers[:sample])
     for peer, kind, what, hooks, near in _kinds(query):
         for closed in ruleset.closed(kind, hooks, near, "" if what == _TUNNEL else KBR):
             kinds, peers = lost.setdefault((closed, what), ({}, {}))
             kinds[kind.protocol], peers[peer] = None, None
     found = []
     for (closed, what), (kinds, peers) in lost.items():
-        if what == _TUNNEL and len(peers) < min(len(query.peers), _SAMPLE):
+        if what == _TUNNEL and len(peers) < len(query.peers):
             continue
         whose = f"{what} {listed(peers, 3)}"
         if what == _PODS and len(kinds) < len(_PROTOCOLS):
@@ -427,7 +428,7 @@ _SAMPLE = 20
 def _kinds(query: Query) -> Iterator[tuple[str, Kind, str, tuple[str, ...], str]]:
     """Yield what packets must pass: the peer, the kind, which packets they are, at which hooks, from which link."""
     routed = ("prerouting", "forward", "postrouting", "ingress")
-    for name, address, cidrs in query.peers[:_SAMPLE]:
+    for name, address, cidrs in query.peers:
         for own in query.own:
             for theirs in cidrs:
                 if own.version == theirs.version:
@@ -486,10 +487,7 @@ def remedied(found: FilterFound, query: Query) -> FilterFound:
 
 
 def read() -> Ruleset:
-    """Read the tables of others now that filter.
-
-    Each on its own: nft 1.0.6 writes invalid JSON for some expressions, and tables for NAT alone may be large.
-    """
+    """Read the tables of others now, each on its own: nft 1.0.6 writes invalid JSON for some expressions."""
     chains = Ruleset(run(["nft", "-j", "list", "chains"]) or "").tables
     filters = [key for key, table in chains.items() if any(one.type == "filter" for one in table.chains.values())]
     return Ruleset(*(run(["nft", "-a", "-j", "list", "table", *key]) or "" for key in filters))
