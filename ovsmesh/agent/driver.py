@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from ovsmesh.agent.apply import Apply
 from ovsmesh.containers.cni import Cni
@@ -37,6 +38,7 @@ from ovsmesh.ovs.ovsdb import Ovs, OvsObserved
 from ovsmesh.reasons import Reason
 from ovsmesh.sysctl import Sysctls
 
+NOTHING_PROBED: Mapping[str, int | None] = MappingProxyType({})
 _NEVER = float("inf")
 OTHERS_GRACE = 5.0
 """Seconds that flow-restore-wait is left for whoever restores the flows of other bridges."""
@@ -144,8 +146,13 @@ class Driver:
 
     # facts
 
-    def facts(self, mesh: Mesh, node: str, probe_firewall: bool = True) -> Facts:
-        """Return what the desired dataplane of `node` depends on here. `probe_firewall`: see Firewall.missing."""
+    def facts(
+        self, mesh: Mesh, node: str, probe_firewall: bool = True, path_mtus: Mapping[str, int | None] = NOTHING_PROBED
+    ) -> Facts:
+        """Return what the desired dataplane of `node` depends on here. `probe_firewall`: see Firewall.missing.
+
+        `path_mtus` is what the probes know, see Prober.path_mtus.
+        """
         me = mesh.node(node)
         if me is None:
             return Facts()
@@ -161,6 +168,7 @@ class Driver:
             tunnel_address=bool(holders),
             underlay_mtu=mtu,
             kept_mtu=None if complete else self._present_mtu(),
+            path_mtus=self._path_mtus(mesh, path_mtus),
             # the datapath that carries the tunnel address; else the kernel's, if the kernel has one
             datapath_type="system" if kernel_datapath() and not carried else "netdev",
             datapath_carried=carried or not self.ovs.synced,
@@ -182,6 +190,16 @@ class Driver:
             ports = told if probe_firewall or self.net.cache.index(KBR) is None else self.pods()
         self.net.watch_ports("ibrname" in missing)
         return replace(facts, firewall_missing=missing, pod_ports=tuple(ports))
+
+    def _path_mtus(self, mesh: Mesh, probed: Mapping[str, int | None]) -> Mapping[str, int]:
+        """Return what the ways to peers carry, where it is not full size: as probed or, where nothing is, as routed."""
+        found = {name: mtu for name, mtu in probed.items() if mtu is not None}
+        routed = self.net.small_routes()
+        for peer in mesh.nodes if routed else ():
+            mtus = [routed[cidr] for cidr in map(str, peer.pod_cidrs) if cidr in routed]
+            if mtus and peer.name not in probed:
+                found[peer.name] = min(mtus)
+        return found
 
     def _present_mtu(self) -> int | None:
         """Return the MTU of pods that is in place: kbr0's or, after a reboot, what the database has for obr0."""

@@ -98,7 +98,7 @@ def _unreachable(reach: Reach, _: Report) -> float | None:
 
 def _path_mtu(reach: Reach, report: Report) -> float | None:
     # probes are of full size
-    return (report.self.mtu or None) if reach.state is State.OK else reach.path_mtu
+    return reach.path_mtu or ((report.self.mtu or None) if reach.state is State.OK else None)
 
 
 METRICS: tuple[Metric[Scrape], ...] = (

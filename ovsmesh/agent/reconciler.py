@@ -11,7 +11,7 @@ import random
 import select
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -204,7 +204,7 @@ class Reconciler:
             text = f"{len(now.plan.steps)} changes did not take, the first: {now.plan.steps[0]}"
             failed = [Problem(Reason.NotConverged, text)]
         # an event of this time is read already, and wakes nobody
-        self._outdated = self._driver.facts(snapshot.mesh, self._node, probe_firewall=False) != now.facts
+        self._outdated = self._driver.facts(snapshot.mesh, self._node, False, self._path_mtus()) != now.facts
         held = self._guard.held(now.plan)
         return replace(
             now.result(snapshot, (*failed, *self._guard.problems(held), *self._state.problems)), drift=drift, held=held
@@ -212,8 +212,18 @@ class Reconciler:
 
     def _compare(self, mesh: Mesh) -> Comparison:
         # the packet filter is not probed: a refused apply() finds out what it can't do
-        self._compared = compare(self._driver, mesh, self._node, self._compared, self._guard.plan, probe_firewall=False)
+        self._compared = compare(
+            self._driver, mesh, self._node, self._compared, self._guard.plan, False, self._path_mtus()
+        )
         return self._compared
+
+    def _path_mtus(self) -> Mapping[str, int | None]:
+        return self._prober.path_mtus() if self._prober else {}
+
+    def _path_mtu_changed(self) -> bool:
+        """Return whether the probes know something else of a path's MTU than its route has."""
+        facts = self.last.facts
+        return facts is not None and any(facts.path_mtus.get(n) != mtu for n, mtu in self._path_mtus().items())
 
     def _record_sysctls(self, todo: Plan) -> None:
         """Record the old values of the sysctls that are about to be written, for `cleanup`."""
@@ -252,6 +262,8 @@ class Reconciler:
         if now.mesh is not (before.mesh if before else self.last.mesh):
             return self._mesh_from if self._mesh_from == "MeshSlices" else "mesh file"
         if before is not None and now.want is not before.want:
+            if before.facts == replace(now.facts, path_mtus=before.facts.path_mtus):
+                return "the path MTU that the probes found"
             return "a change of this host"
         reasons = {problem.reason for problem in self.last.problems}
         return "Open vSwitch is back" if reasons & {Reason.DatabaseDown, Reason.SwitchDown} else "another attempt"
@@ -303,7 +315,9 @@ class Reconciler:
                 self._tell_reach(self._prober)
                 before, states = self._cut_off, set(self._reached.values())
                 self._cut_off = bool(states) and states <= NOT_REACHED
-                if self._cut_off and not before:
+                if self._path_mtu_changed():
+                    self._reconcile_and_publish(publishers)
+                elif self._cut_off and not before:
                     # what cuts all of them off at once is on this host, and not everything here announces its end
                     self._driver.dirty()
                     self._reconcile_and_publish(publishers)

@@ -107,15 +107,17 @@ def compare(
     previous: Comparison | None = None,
     make_plan: Callable[[Dataplane, Observed], Plan] = plan,
     probe_firewall: bool = True,
+    path_mtus: Mapping[str, int | None] | None = None,
 ) -> Comparison:
     """Compare the desired with the observed dataplane of `node`, and change nothing.
 
     The desired dataplane of `previous` is used again, as the same object, while mesh and facts are the same.
-    `probe_firewall`: see Firewall.missing. Raise OvsmeshError if the node is not in the mesh.
+    `probe_firewall`: see Firewall.missing; `path_mtus`: see Prober.path_mtus. Raise OvsmeshError if the node is not in
+    the mesh.
     """
     # facts and observation must be of one state, so nothing is drained between them
     driver.drain()
-    facts = driver.facts(mesh, node, probe_firewall)
+    facts = driver.facts(mesh, node, probe_firewall, path_mtus or {})
     if previous and mesh is previous.mesh and facts == previous.facts:
         want, refused = previous.want, previous.refused
     else:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address
 from typing import Any
 
@@ -90,6 +90,13 @@ class Wiring:
     mtu: int
     families: tuple[int, ...]
     """IP versions of this node's own pods: it has no use for a peer's ranges of the other version."""
+    path_mtus: Mapping[str, int] = field(default_factory=dict, compare=False)
+    """See Facts. Each is of one peer, so it does not count in a comparison."""
+
+    def route_mtu(self, peer: Node, version: int) -> int:
+        """Return the MTU of the routes to a peer in bytes: what its path carries. IPv6 has no smaller one than 1280."""
+        mtu = min(self.mtu, self.path_mtus.get(peer.name, self.mtu))
+        return mtu if version == 4 else max(mtu, min(self.mtu, _MIN_IPV6_MTU))
 
 
 def wiring(mesh: Mesh, self_node: Node, facts: Facts) -> Wiring:
@@ -97,19 +104,20 @@ def wiring(mesh: Mesh, self_node: Node, facts: Facts) -> Wiring:
     key = "" if mesh.key is None else str(mesh.key)
     families = sorted({c.version for c in self_node.pod_cidrs if facts.ipv6 or c.version == 4})
     mtu = pod_mtu(mesh, self_node, facts)
-    return Wiring(mesh.encapsulation, key, str(self_node.address), mac(self_node), mtu, tuple(families))
+    me = str(self_node.address), mac(self_node)
+    return Wiring(mesh.encapsulation, key, *me, mtu, tuple(families), facts.path_mtus)
 
 
-_cache: dict[str, tuple[Node, Wiring, Dataplane]] = {}
+_cache: dict[str, tuple[Node, Wiring, int | None, Dataplane]] = {}
 """Node name → its parts as computed last: of a thousand peers, most often one is new and 999 are looked up."""
 _CACHE_MAX = 20000
 
 
 def peer_parts(w: Wiring, peer: Node) -> Dataplane:
     """Return the parts of the dataplane that exist because of one peer. Nothing else grows with the mesh."""
-    known = _cache.get(peer.name)
-    if known is not None and known[:2] == (peer, w):
-        return known[2]
+    known, path_mtu = _cache.get(peer.name), w.path_mtus.get(peer.name)
+    if known is not None and known[:3] == (peer, w, path_mtu):
+        return known[3]
     port, peer_mac = port_name(peer.name, w.encapsulation), mac(peer)
     cidrs = [c for c in peer.pod_cidrs if c.version in w.families]
     flows = {f"100 dl_dst={peer_mac},in_port=LOCAL": f"output:{port}"}
@@ -123,11 +131,13 @@ def peer_parts(w: Wiring, peer: Node) -> Dataplane:
         flows=flows,
         neighbours={str(gateway(c)): peer_mac for c in cidrs},
         fdb={peer_mac: OBR},
-        routes={(str(c), ROUTE_METRIC): Route("unicast", str(gateway(c)), KBR, w.mtu) for c in cidrs},
+        routes={
+            (str(c), ROUTE_METRIC): Route("unicast", str(gateway(c)), KBR, w.route_mtu(peer, c.version)) for c in cidrs
+        },
     )
     if len(_cache) > _CACHE_MAX:
         _cache.clear()
-    _cache[peer.name] = (peer, w, parts)
+    _cache[peer.name] = (peer, w, path_mtu, parts)
     return parts
 
 

@@ -266,7 +266,8 @@ def cause(reach: Reach, mtu: int, encapsulation: str, own: str, peer: str) -> st
         )
     if reach.state is State.SMALL:
         return (
-            f"packets above {reach.path_mtu} bytes are lost, and pods send up to {mtu}: "
+            f"packets above {reach.path_mtu} bytes are lost, and pods send up to {mtu} (their route is set to "
+            f"{reach.path_mtu}, so that senders are told): "
             f"raise the MTU between {own} and {peer}, or set the mesh's `mtu` to {reach.path_mtu}"
         )
     if reach.state is State.LOSSY:

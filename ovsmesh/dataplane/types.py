@@ -73,6 +73,9 @@ class Facts:
     """MTU of pods in bytes as it is in place, while the way to a peer is not known; else None."""
     tunnel_address: bool = True
     """Whether a link has self's tunnel address."""
+    path_mtus: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """Peer → bytes of the largest packet that passes, where that is less than the pods' MTU; as the probes found, or as
+    the peer's route has it until they know."""
     datapath_type: str = "system"
     """"system" (kernel) or "netdev" (userspace)."""
     datapath_carried: bool = True
@@ -295,7 +298,8 @@ class Reach:
     loss: float | None = None
     """Lost of the last hundred, 0 to 1."""
     path_mtu: int | None = None
-    """Bytes of the largest IP packet that is known to pass; None where full size does or nothing is known."""
+    """Bytes of the largest IP packet that is known to pass, where that is less than full size: with the state OK it is
+    what the peer's own pods can take."""
     sent: int = 0
     lost: int = 0
     silent_since: float | None = None

@@ -205,6 +205,13 @@ class Netlink:
             for peer, reply in zip(asked, self._requests.ask(list(asked.values())), strict=True):
                 self._ways.answer(peer, reply, last=not flags)
 
+    def small_routes(self) -> dict[str, int]:
+        """Return the managed routes, by destination, that have a smaller MTU in bytes than kbr0 has."""
+        self._read()
+        kbr = self.cache.managed_links()[0].get(KBR)
+        routes = self.cache.routes.items() if kbr else ()
+        return {dst: route.mtu for (dst, _), route in routes if kbr and 0 < route.mtu < kbr.mtu}
+
     def exits(self) -> tuple[str, ...]:
         """Return the links by which packets leave this host, see RtnetlinkCache.exits."""
         self._read()

@@ -2,13 +2,15 @@
 
 An echo request goes the way of the host's own packets, and a raw socket takes in its answer. A loop leaves through
 kbr0 as a frame to the peer's MAC, as a pod's packet does once it is routed. It comes back on obr0, where a packet
-socket reads it; the bridge throws it away behind that. Requests of peers are read there too.
+socket reads it; the bridge throws it away behind that. Requests of peers are read there too. Where a peer's route back
+takes smaller packets only, its kernel says so in an ICMP error: the loop has arrived there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import time
@@ -29,11 +31,13 @@ class Astray(OSError):
 
 SHOWS_VERSION = 1
 """Flag in each probe: the filter of this version's agent treats loops as packets to its pods."""
+MOST_PATHS = 1 << 15
+"""Numbers that there are for paths: 15 bits. Above the flag's bit and below it are the 7 and 9 bits of an MTU."""
+_LEAST_MTU = 576
+"""Bytes. Agents before this one have other bits there, which look like less."""
 BATCH = 64
 """Packets that are read at a time: a flood of them holds nobody up."""
 _SNAP = 128
-_ECHO_WAIT = 5.0
-"""Seconds for which answers to an echo request are looked for; later than a second it counts as lost."""
 _SO_TIMESTAMPNS, _SO_RCVBUFFORCE = 35, 33
 _SOL_PACKET, _PACKET_IGNORE_OUTGOING = 263, 23
 _IP_PMTUDISC_PROBE = 3
@@ -47,8 +51,10 @@ _HEADER = {4: 20, 6: 40}
 """Bytes of an IP header without options."""
 _PROTOCOL = {4: socket.IPPROTO_ICMP, 6: socket.IPPROTO_ICMPV6}
 _REQUEST, _REPLY = {4: 8, 6: 128}, {4: 0, 6: 129}
+_TOO_BIG = {4: (3, 4), 6: (2, 0)}
+"""Type and code of "fragmentation needed" and "packet too big". What is quoted begins 8 bytes behind."""
 _BODY = struct.Struct("!BBHHH8s8sI")
-"""ICMP header, then magic, token of the sending process, and flags with the number of the path."""
+"""ICMP header, then magic, token of the sending process, and flags with the sender's MTU and the number of the path."""
 
 PodRoute = Callable[[int, IPAddress, IPAddress], str]
 """(number of kbr0, this node's gateway, a peer's) → where pods' packets to the peer go, "" where they go to kbr0."""
@@ -66,6 +72,10 @@ class Received(NamedTuple):
     source: bytes
     """Its IP address."""
     shows_version: bool
+    mtu: int = 0
+    """Of the sender's pods in bytes, 0 where it does not say."""
+    too_big: bool = False
+    """It is the word of a peer that got a loop, and may send back smaller packets only."""
 
 
 class ProbeSockets:
@@ -80,8 +90,10 @@ class ProbeSockets:
         self._out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         self._in = _tap()
         self._astray = astray
-        self._echoed = float("-inf")
-        """When an echo request was sent last."""
+        self._answers = select.poll()
+        """Tells which raw sockets have something: mostly none has."""
+        for sock in self._raw.values():
+            self._answers.register(sock, select.POLLIN)
         self._tapped = 0
         """Interface number of obr0 as the tap is bound to it."""
         self._bridge = 0
@@ -119,14 +131,13 @@ class ProbeSockets:
     def send_echo(self, target: Target, number: int, sequence: int, size: int) -> None:
         """Send an echo request to the peer's gateway. `size` is of the IP packet, in bytes. Raises OSError."""
         version = target.destination.version
-        packet = self._icmp(version, number, sequence, size)
+        packet = self._icmp(target, number, sequence, size)
         if version == 4:
             packet = _with_checksum(packet, packet[: _BODY.size])
             about = (socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("=i4s4s", 0, target.source.packed, bytes(4)))
         else:
             # the kernel fills in ICMPv6's checksum
             about = (socket.IPPROTO_IPV6, _IPV6_PKTINFO, target.source.packed + struct.pack("=I", 0))
-        self._echoed = time.monotonic()
         self._raw[version].sendmsg([packet], [about], 0, (str(target.destination), 0))
 
     def send_loop(self, target: Target, number: int, sequence: int, size: int) -> None:
@@ -137,7 +148,7 @@ class ProbeSockets:
         if where := self._astray(self._bridge, target.source, target.destination):
             raise Astray(0, f"this host sends them {where}")
         version, own = target.source.version, target.source.packed
-        packet = self._icmp(version, number, sequence, size)
+        packet = self._icmp(target, number, sequence, size)
         if version == 4:
             packet = _with_checksum(packet, packet[: _BODY.size])
             head = (
@@ -152,19 +163,24 @@ class ProbeSockets:
         macs = bytes.fromhex((target.destination_mac + target.source_mac).replace(":", ""))
         self._out.send(macs + struct.pack("!H", _ETHER_TYPE[version]) + head + packet)
 
-    def _icmp(self, version: int, number: int, sequence: int, size: int) -> bytes:
-        flags = SHOWS_VERSION << 24 | number & 0xFFFFFF
+    def _icmp(self, target: Target, number: int, sequence: int, size: int) -> bytes:
+        version, mtu = target.destination.version, min(target.size, 0xFFFF)
+        flags = mtu >> 9 << 25 | SHOWS_VERSION << 24 | (mtu & 0x1FF) << 15 | number % MOST_PATHS
         body = _BODY.pack(_REQUEST[version], 0, 0, self._identifier, sequence, PROBE_MAGIC, self._token, flags)
         return body.ljust(size - _HEADER[version], b"\0")
 
     def receive(self) -> Iterator[Received]:
         """Yield what has come in; of a flood, only the first."""
-        now = time.monotonic()
-        clocks = now - time.time()
-        for version, sock in self._raw.items() if now - self._echoed < _ECHO_WAIT else ():
+        clocks = time.monotonic() - time.time()
+        ready = {fd for fd, _ in self._answers.poll(0)}
+        for version, sock in self._raw.items() if ready else ():
             for data, at, sender in _read(sock, clocks):
-                body = data[(data[0] & 15) * 4 :] if version == 4 else data
-                yield from self._parse(body, at, ip_address(str(sender[0]).partition("%")[0]).packed)
+                body, too_big = data[(data[0] & 15) * 4 :] if version == 4 else data, False
+                if body[:2] == bytes(_TOO_BIG[version]):
+                    own, body, too_big = _quoted_loop(body[8:], version), body[8 + _HEADER[version] :], True
+                    if not own:
+                        continue
+                yield from self._parse(body, at, ip_address(str(sender[0]).partition("%")[0]).packed, too_big)
         for data, at, _ in _read(self._in, clocks):
             packet = data[_ETHER:]
             if data[12:14] == b"\x08\x00":
@@ -172,11 +188,18 @@ class ProbeSockets:
             else:
                 yield from self._parse(packet[40:], at, packet[8:24])
 
-    def _parse(self, body: bytes, at: float, source: bytes) -> Iterator[Received]:
+    def _parse(self, body: bytes, at: float, source: bytes, too_big: bool = False) -> Iterator[Received]:
         if len(body) >= _BODY.size and body[8:16] == PROBE_MAGIC:
             _, _, _, _, sequence, _, token, flags = _BODY.unpack_from(body)
-            version = bool(flags >> 24 & SHOWS_VERSION)
-            yield Received(token == self._token, flags & 0xFFFFFF, sequence, at, source, version)
+            version, mtu = bool(flags >> 24 & SHOWS_VERSION), flags >> 25 << 9 | flags >> 15 & 0x1FF
+            mtu = mtu if version and mtu >= _LEAST_MTU else 0
+            yield Received(token == self._token, flags % MOST_PATHS, sequence, at, source, version, mtu, too_big)
+
+
+def _quoted_loop(packet: bytes, version: int) -> bool:
+    """Return whether what an ICMP error quotes is a loop, from an address to the same: it has arrived at the peer."""
+    start, size = (12, 4) if version == 4 else (8, 16)
+    return packet[start : start + size] == packet[start + size : start + 2 * size] != b""
 
 
 def _with_checksum(packet: bytes, summed: bytes) -> bytes:
@@ -202,18 +225,24 @@ def _read(sock: socket.socket, clocks: float) -> Iterator[tuple[bytes, float, tu
 
 
 def _raw_socket(version: int, identifier: int) -> socket.socket:
-    """Return a raw ICMP socket that takes in answers to this process, and nothing else."""
+    """Return a raw ICMP socket that takes in answers to this process, errors about its packets, and nothing else."""
     family = socket.AF_INET if version == 4 else socket.AF_INET6
     kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
     sock = socket.socket(family, kind, _PROTOCOL[version])
     try:
         # an IPv4 raw socket's program sees the IP header too, an IPv6 one's does not (socket(7), ipv6(7))
         header = [(0xB1, 0, 0, 0)] if version == 4 else [(0x01, 0, 0, 0)]
+        type_, code = _TOO_BIG[version]
         answers = [
-            (0x48, 0, 0, 4),  # A = half word at X+4
-            (0x15, 0, 3, identifier),
             (0x50, 0, 0, 0),  # A = byte at X
-            (0x15, 0, 1, _REPLY[version]),
+            (0x15, 5, 0, _REPLY[version]),
+            (0x15, 0, 7, type_),
+            (0x50, 0, 0, 1),
+            (0x15, 0, 5, code),
+            (0x48, 0, 0, 8 + _HEADER[version] + 4),  # A = half word, in the quoted packet
+            (0x05, 0, 0, 1),
+            (0x48, 0, 0, 4),  # A = half word at X+4
+            (0x15, 0, 1, identifier),
             (0x06, 0, 0, _SNAP),
             (0x06, 0, 0, 0),
         ]

@@ -111,7 +111,7 @@ class _Outcomes:
 
 
 class Path:
-    """The state machine of one path. `full` is the size of a full packet in bytes: the pods' MTU."""
+    """The state machine of one path. `full` is the size of a full packet in bytes: the smaller MTU of the two ends."""
 
     __slots__ = (
         "_answered_since",
@@ -134,6 +134,7 @@ class Path:
         "full",
         "let_in",
         "lost",
+        "own",
         "passes_loops",
         "path_mtu",
         "sent",
@@ -141,8 +142,10 @@ class Path:
         "state",
     )
 
-    def __init__(self, full: int, now: float, let_in: bool = True) -> None:
+    def __init__(self, full: int, now: float, let_in: bool = True, own: int = 0) -> None:
         self.full = full
+        self.own = own or full
+        """Bytes of a full packet of this node's own pods."""
         self.let_in = let_in
         """Whether this node's switch lets loops in."""
         self.passes_loops: bool | None = None
@@ -185,12 +188,16 @@ class Path:
             return None
         self._turn += 1
         if self.usable < self.full:
-            # whether full size passes again is asked in each turn, beside what is known to pass
-            self._start("recheck", [self.usable], now)
+            # each turn asks too whether full size passes again, and some, whether a little more does
+            more = [self.usable + 1] if self._turn % 2 and self.usable + 1 < self.full else []
+            self._start("recheck", [self.usable, *more], now)
             return self._send(_Shot(self.full, self.echoes), now)
         size, echo = self.usable, self.echoes
         if self.state in _DEAD and self._turn % (2 if self.state is State.UNREACHABLE else 4) == 0:
             echo = True
+        elif self.state in _DEAD and self._turn % 4 == 1:
+            # it may come back on a path that carries less
+            size = SMALL_SIZE
         self._round = _Round("regular", [])
         return self._send(_Shot(size, echo), now)
 
@@ -332,15 +339,19 @@ class Path:
             if bool(done.answered) == (self.state is State.UNREACHABLE):
                 # an echo that shows something else than the state
                 self._decide(now)
-        elif done.lost and self.state not in _DEAD:
+        elif done.answered if shot.size < self.usable else done.lost and self.state not in _DEAD:
             self._decide(now)
         else:
             self._recover(now)
 
     def _rechecked(self, done: _Round, now: float) -> None:
-        if any(shot.size > self.usable for shot in done.answered):
+        largest = max((shot.size for shot in done.answered), default=0)
+        if largest == self.full:
             # three more must pass before that is believed
             self._start("verify", [self.full] * 3, now)
+        elif largest > self.usable:
+            self._range = (largest, self.full)
+            self._search(now)
         elif any(shot.size <= self.usable for shot in done.lost):
             self._decide(now)
         else:
@@ -475,11 +486,15 @@ class Path:
 
     # What is shown
 
+    @property
+    def known_mtu(self) -> int | None:
+        """Bytes of the largest packet that passes, `full` where all do; None where that is not known now."""
+        return self.full if self.state is State.OK else self.path_mtu
+
     def reach(self) -> Reach:
         """Return what is known now."""
         trips = sorted(self._trips)
         p99 = trips[min(len(trips) - 1, int(len(trips) * 0.99))] if trips else None
         loss = self._outcomes.lost / self._outcomes.total if self._outcomes.total else None
-        return Reach(
-            self.state, self.since, self._mean, p99, loss, self.path_mtu, self.sent, self.lost, self._silent_since
-        )
+        mtu = self.full if self.state is State.OK and self.full < self.own else self.path_mtu
+        return Reach(self.state, self.since, self._mean, p99, loss, mtu, self.sent, self.lost, self._silent_since)

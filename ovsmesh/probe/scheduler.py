@@ -76,6 +76,8 @@ class Scheduler(Generic[Key]):
         self._rate = rate
         self._paths: dict[Key, Path] = {}
         self._groups: dict[Hashable, deque[Key]] = {}
+        self._theirs: dict[Hashable, int] = {}
+        """Group → MTU of the peer's pods in bytes, where it has said so."""
         self._regulars: _Timers[Hashable] = _Timers()
         self._in_turn: set[Hashable] = set()
         """What is in `_regulars`: each group once, and those that left until their time comes."""
@@ -89,16 +91,20 @@ class Scheduler(Generic[Key]):
         self.sent = self.lost = 0
         """Probes of all paths since the start, those of peers that left too."""
         self.changed = False
-        """Whether a path has changed its state; the caller sets it back."""
+        """Whether a path has changed its state or its path MTU; the caller sets it back."""
 
     def update(self, wanted: Mapping[Hashable, Mapping[Key, Wanted]], now: float) -> None:
         """Probe these from now on, by group and key. A path that stays keeps what it knows."""
         keep = {key: path for paths in wanted.values() for key, path in paths.items()}
-        for key in [key for key, path in self._paths.items() if key not in keep or keep[key].size != path.full]:
+        self._theirs = {group: mtu for group, mtu in self._theirs.items() if group in wanted}
+        for key in [key for key, path in self._paths.items() if key not in keep or keep[key].size != path.own]:
             del self._paths[key]
             self._hurried.discard(key)
-        for key, (size, let_in) in keep.items():
-            self._paths.setdefault(key, Path(size, now)).let_in = let_in
+        for group, paths in wanted.items():
+            for key, (size, let_in) in paths.items():
+                if key not in self._paths:
+                    self._paths[key] = Path(min(size, self._theirs.get(group, size)), now, own=size)
+                self._paths[key].let_in = let_in
         old = self._groups
         self._groups = {group: deque(keys) for group, keys in wanted.items() if keys}
         for group, keys in self._groups.items():
@@ -198,10 +204,23 @@ class Scheduler(Generic[Key]):
             if self._paths[key].passes_loops is not passes_loops:
                 self._take(key, self._paths[key], lambda path: path.heard(passes_loops, now))
 
+    def heard_mtu(self, group: Hashable, mtu: int, now: float) -> None:
+        """Take in the MTU of a peer's pods in bytes. Where that changes a path's full size, it begins from nothing."""
+        if group not in self._groups or self._theirs.get(group) == mtu:
+            return
+        self._theirs[group] = mtu
+        for key in self._groups[group]:
+            old = self._paths[key]
+            if old.full != min(old.own, mtu):
+                self._paths[key] = Path(min(old.own, mtu), now, old.let_in, old.own)
+                self._paths[key].passes_loops = old.passes_loops
+                self._hurried.discard(key)
+                self.changed = True
+
     def _take(self, key: Key, path: Path, event: Callable[[Path], Result]) -> Result:
-        state, lost = path.state, path.lost
+        state, lost, mtu = path.state, path.lost, path.path_mtu
         result = event(path)
-        self.changed |= path.state is not state
+        self.changed |= path.state is not state or path.path_mtu != mtu
         self.lost += path.lost - lost
         self._follow(key, path)
         return result
@@ -226,6 +245,11 @@ class Scheduler(Generic[Key]):
     def states(self) -> dict[Key, State]:
         """Return the state of each path: cheaper than `results`."""
         return {key: path.state for key, path in self._paths.items()}
+
+    def path_mtus(self) -> dict[Key, int | None]:
+        """Return what each path carries in bytes, where that is known: None for packets of full size."""
+        known = ((key, path.known_mtu, path.own) for key, path in self._paths.items())
+        return {key: mtu if mtu < own else None for key, mtu, own in known if mtu is not None}
 
     def results(self, chosen: Callable[[Key], bool] = lambda _: True) -> dict[Key, Reach]:
         """Return what is known of each path that is `chosen`."""

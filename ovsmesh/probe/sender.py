@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import select
 import threading
@@ -21,7 +22,7 @@ from typing import NamedTuple
 from ovsmesh.dataplane.types import Reach, State
 from ovsmesh.mesh.types import IPAddress
 from ovsmesh.metrics import Histogram
-from ovsmesh.probe.packets import BATCH, PodRoute, ProbeSockets, Received
+from ovsmesh.probe.packets import BATCH, MOST_PATHS, PodRoute, ProbeSockets, Received
 from ovsmesh.probe.scheduler import RATE, Scheduler, Wanted
 from ovsmesh.probe.targets import Target
 
@@ -66,7 +67,7 @@ class Prober:
         self._numbers: dict[_Key, int] = {}
         self._keys: dict[int, _Key] = {}
         """What `_numbers` says, the other way round."""
-        self._counted = 0
+        self._counted = itertools.count(1)
         self._names: dict[bytes, str] = {}
         """Gateway → peer."""
         self._trips, self._trips_sum = [0] * (len(_TRIPS.bounds) + 1), 0.0
@@ -94,11 +95,15 @@ class Prober:
                 if target.destination.version in self._sockets.versions:
                     groups.setdefault(key[0], {})[key] = Wanted(target.size, target.let_in)
             self._targets = wanted
-            for key in wanted.keys() - self._numbers.keys():
-                self._counted += 1
-                self._numbers[key] = self._counted
             self._numbers = {key: number for key, number in self._numbers.items() if key in wanted}
-            self._keys = {number & 0xFFFFFF: key for key, number in self._numbers.items()}
+            taken = set(self._numbers.values())
+            for key in wanted.keys() - self._numbers.keys():
+                # counted on, so that a late answer to a path that left is taken for no other's
+                while (number := next(self._counted) % MOST_PATHS) in taken and len(taken) < MOST_PATHS:
+                    pass
+                taken.add(number)
+                self._numbers[key] = number
+            self._keys = {number: key for key, number in self._numbers.items()}
             self._names = {key[1].packed: key[0] for key in wanted}
             for held in (self._heard, self._version_heard):
                 for name in held.keys() - peers.keys():
@@ -122,6 +127,16 @@ class Prober:
         found: dict[str, State] = {}
         for (name, _), state in states.items():
             found[name] = min(state, found.get(name, state), key=_WORST.index)
+        return found
+
+    def path_mtus(self) -> dict[str, int | None]:
+        """Return what the way to each peer carries in bytes, where that is known: None for packets of full size."""
+        with self._lock:
+            mtus = self._scheduler.path_mtus()
+        found: dict[str, int | None] = {}
+        for (name, _), mtu in mtus.items():
+            other = found.get(name)
+            found[name] = mtu if other is None or (mtu is not None and mtu < other) else other
         return found
 
     def results(self, peers: Container[str] | None = None) -> dict[str, Reach]:
@@ -205,12 +220,16 @@ class Prober:
     def _take(self, got: Received) -> int:
         if got.own:
             key = self._keys.get(got.number)
+            if got.too_big and (key is None or self._names.get(got.source) != key[0]):
+                return 1
             trip = None if key is None else self._scheduler.answered(key, got.sequence, got.at)
             if trip is not None:
                 self._trips[bisect_left(_TRIPS.bounds, trip)] += 1
                 self._trips_sum += trip
         elif (name := self._names.get(got.source)) is not None:
             self._heard[name] = got.at
+            if got.mtu:
+                self._scheduler.heard_mtu(name, got.mtu, got.at)
             if got.shows_version:
                 self._version_heard[name] = got.at
             if got.shows_version or got.at - self._version_heard.get(name, _NEVER) > _VERSION_HEARD:

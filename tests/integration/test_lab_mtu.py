@@ -62,3 +62,66 @@ def test_the_tunnel_address_on_lo_too_changes_nothing(jumbo: Lab) -> None:
         assert mtu(one) == JUMBO
     finally:
         one.run(["ip", "addr", "del", f"{one.address}/32", "dev", "lo"])
+
+
+def pings(lab: Lab, source: int, target: int, size: int, *options: str) -> bool:
+    """Whether one of a few packets of this size passes from a pod to a pod and back, in each IP family."""
+    pod, wanted = lab.host(source).pods[0], lab.host(target).pods[0].addresses
+    done = [
+        pod.run(["ping", "-c4", "-i0.3", "-W2", *options, "-s", str(size - (28 if a.version == 4 else 48)), str(a)],
+                check=False)
+        for a in wanted
+    ]  # fmt: skip
+    return all(" bytes from " in one.stdout for one in done)
+
+
+def route_mtus(host: Host, peer: Host) -> set[int]:
+    found = [ip_json(host, f"-{c.version}", "route", "show", str(c))[0] for c in peer.pod_cidrs]
+    return {route["metrics"][0]["mtu"] for route in found}
+
+
+def seen(host: Host) -> tuple[str, int]:
+    """The state of its peer, and the path MTU to it."""
+    (peer,) = live(host).get("peers") or [{}]
+    return peer.get("state", ""), peer.get("reach", {}).get("pathMtu", 0)
+
+
+def underlay(host: Host, mtu: int) -> None:
+    host.run(["ip", "link", "set", "eth0", "mtu", str(mtu)])
+    host.ovs_vsctl("set", "interface", "br-phy", f"mtu_request={mtu}")
+
+
+def test_hosts_with_9000_and_1500_lose_no_packet_in_silence(jumbo: Lab) -> None:
+    """Both routes carry what both ends can, and senders of larger packets are told; and larger again, after that."""
+    one, second = jumbo.hosts
+    assert pings(jumbo, 1, 2, JUMBO, "-Mdo")
+    underlay(second, 1500)
+    try:
+        wait_for("the smaller MTU at the second", lambda: mtu(second) == 1462, SOON)
+        second.plug()
+        wait_for("the route to it to be as small", lambda: route_mtus(one, second) == {1462}, SOON)
+        assert mtu(one) == JUMBO and route_mtus(second, one) == {1462}
+        for source, target in ((1, 2), (2, 1)):
+            assert pings(jumbo, source, target, 4000, "-Mdont"), (source, target)
+            assert pings(jumbo, source, target, 1462, "-Mdo")
+        # a sender that forbids fragments is told by its node
+        told = one.pods[0].run(
+            ["ping", "-c3", "-i0.3", "-W2", "-Mdo", "-s3972", str(second.pods[0].addresses[0])], check=False
+        )
+        assert "mtu" in told.stdout + told.stderr, told
+        # what is in place says it all: nobody else would change it, nor another agent
+        assert one.ovsmesh("plan").returncode == 0
+        one.stop_agent()
+        one.start_agent()
+        wait_for("the new agent to know", lambda: seen(one) == ("ok", 1462), SOON)
+        assert route_mtus(one, second) == {1462}
+    finally:
+        underlay(second, 9000)
+    wait_for("the second to have grown", lambda: mtu(second) == JUMBO, SOON)
+    second.plug()
+    wait_for("both routes to carry all", lambda: route_mtus(one, second) | route_mtus(second, one) == {JUMBO}, SOON)
+    for version in ("-4", "-6"):
+        # for ten minutes a pod's kernel remembers what it was told
+        one.pods[0].run(["ip", version, "route", "flush", "cache"])
+    assert pings(jumbo, 1, 2, JUMBO, "-Mdo")
+    at_rest(jumbo)

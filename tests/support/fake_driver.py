@@ -50,8 +50,9 @@ class FakeDriver:
         self.event = False
         self.on_wait: Callable[[], object] = lambda: None
 
-    def facts(self, mesh: Any, me: Any, probe_firewall: bool = True) -> Any:
-        return self.known
+    def facts(self, mesh: Any, me: Any, probe_firewall: bool = True, path_mtus: Any = ()) -> Any:
+        limited = {name: mtu for name, mtu in dict(path_mtus).items() if mtu is not None}
+        return dataclasses.replace(self.known, path_mtus=limited) if limited else self.known
 
     def detours(self, mesh: Any, me: Any, facts: Any) -> Any:
         return ()

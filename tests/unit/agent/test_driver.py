@@ -13,6 +13,7 @@ from ovsmesh.dataplane.types import Bridge, Dataplane, Link, Observed, Port, Unm
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.ovs.ovsdb import OvsObserved
 from ovsmesh.sysctl import Sysctls
+from tests.support.meshkit import first
 
 FLOWS = {"0 ": "drop"}
 BRIDGE = {"obr0": Bridge("netdev")}
@@ -180,3 +181,12 @@ def test_the_mtu_in_place_is_kbr0s_or_after_a_reboot_the_databases(
     assert host.driver._present_mtu() == kept
     host.database = OvsObserved({}, {}, {}, [], [])
     assert host.driver._present_mtu() == (kbr or None)
+
+
+def test_a_route_keeps_its_smaller_mtu_until_the_probes_know(host: Host) -> None:
+    """An agent that has just started, and a command beside it, know nothing of the paths."""
+    mesh = first(4)
+    host.driver.net.small_routes = lambda: {"10.97.2.0/24": 1400, "10.97.3.0/24": 1300}  # type: ignore[method-assign]
+    assert host.driver._path_mtus(mesh, {}) == {"web2": 1400, "web3": 1300}
+    probed = {"web2": None, "web4": 1200, "web3": 1350}
+    assert host.driver._path_mtus(mesh, probed) == {"web3": 1350, "web4": 1200}

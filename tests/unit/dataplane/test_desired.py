@@ -129,6 +129,24 @@ def test_what_is_in_place_stays_while_a_way_is_not_known(underlay: Any, kept: An
     assert pod_mtu(mesh, mesh.nodes[0], Facts(underlay_mtu=underlay, kept_mtu=kept)) == given
 
 
+def test_a_path_that_carries_less_is_in_the_routes_of_that_peer_alone() -> None:
+    limited = replace(FACTS, path_mtus={"web2": 1000, "web3": 1400, "gone": 600})
+    before, found = want(first(4)), want(first(4), facts=limited)
+    mtus = {str(key[0]): route.mtu for key, route in found.routes.items() if route.type == "unicast"}
+    assert mtus == {
+        # IPv6 has nothing below 1280
+        "10.97.2.0/24": 1000,
+        "fd00:97:2::/64": 1280,
+        "10.97.3.0/24": 1400,
+        "fd00:97:3::/64": 1400,
+        "10.97.4.0/24": 1462,
+        "fd00:97:4::/64": 1462,
+    }
+    assert replace(found, routes=before.routes) == before
+    # more than the pods send is no limit, and what was limited is not limited again
+    assert want(first(4), facts=replace(FACTS, path_mtus={"web2": 8000})) == before == want(first(4))
+
+
 @pytest.mark.parametrize(("asked", "given"), [(1400, 1400), (1462, 1462), (1463, 1462), (9000, 1462)])
 def test_the_mesh_can_lower_the_mtu_and_not_raise_it(asked: Any, given: Any) -> None:
     found, problems = dataplane(first(2, mtu=asked), "web1", FACTS)

@@ -165,6 +165,16 @@ def test_entries_are_changed_and_removed(net: Netlink) -> None:
     assert not printed("ip", "-j", "route", "show", "proto", str(PROTOCOL))
 
 
+def test_routes_with_a_smaller_mtu_than_kbr0_are_told_from_the_others(net: Netlink) -> None:
+    assert net.small_routes() == {}
+    wire(net)
+    small = {at: value._replace(mtu=1400) for at, value in steps().items() if at[1] == ("10.97.7.0/24", 111)}
+    write(net, "+", steps() | small)
+    assert net.small_routes() == {"10.97.7.0/24": 1400}
+    net.set_link(KBR, BRIDGE._replace(mtu=1400), BRIDGE)
+    assert net.small_routes() == {}
+
+
 def test_an_unmanaged_route_is_not_replaced_and_the_others_are_written(net: Netlink) -> None:
     wire(net)
     sh(f"ip route add 10.97.7.0/24 dev {KBR} metric 111 proto static")

@@ -360,3 +360,62 @@ def test_the_budget_is_kept_and_nobody_is_starved(dead: int, deaf: int, lossy: i
         gaps = [b - a for a, b in zip([first, *times], [*times, network.now], strict=True)]
         assert max(gaps) <= 2 * max(5.0, len(links) / RATE * 2) + 1.5, f"{name}: {max(gaps):.1f} s without a probe"
     assert all(network.state(name) is State.OK for name in links if name.startswith("good"))
+
+
+def test_a_path_that_carries_more_again_is_measured_again_and_at_last_not_limited() -> None:
+    network, link = one()
+    network.run(30)
+    assert network.scheduler.path_mtus() == {"web1": None}
+    for size in (1300, 1400, 1350, FULL - 1):
+        link.mtu = size
+        network.run(60)
+        assert network.scheduler.path_mtus() == {"web1": size}, network.state("web1")
+    link.up = False
+    network.run(30)
+    assert network.scheduler.path_mtus() == {}
+    link.up, link.mtu = True, 1300
+    # nothing is believed at once of a path that has changed so often
+    network.run(400)
+    assert network.scheduler.path_mtus() == {"web1": 1300}
+    link.mtu = FULL
+    network.run(400)
+    assert network.scheduler.path_mtus() == {"web1": None}
+
+
+def test_a_peer_with_a_smaller_mtu_is_well_at_that() -> None:
+    network, link = one()
+    link.mtu = 1366
+    network.run(30)
+    assert network.state("web1") is State.SMALL
+    network.scheduler.heard_mtu("web1", 1362, network.now)
+    network.run(30)
+    assert network.state("web1") is State.OK
+    assert network.scheduler.path_mtus() == {"web1": 1362}
+    assert network.scheduler.results()["web1"].path_mtu == 1362
+    # a path that carries still less is no matter of the two ends
+    link.mtu = 1300
+    network.run(60)
+    assert network.state("web1") is State.SMALL and network.scheduler.path_mtus() == {"web1": 1300}
+    link.mtu = FULL
+    network.scheduler.heard_mtu("web1", 9000, network.now)
+    network.run(60)
+    assert network.state("web1") is State.OK and network.scheduler.path_mtus() == {"web1": None}
+    network.scheduler.heard_mtu("stranger", 1300, network.now)
+
+
+def test_a_path_mtu_that_changes_is_a_change_though_the_state_stays() -> None:
+    network, link = one()
+    link.mtu = 1400
+    network.run(60)
+    network.scheduler.changed, link.mtu = False, 1300
+    network.run(60)
+    assert network.scheduler.changed and network.state("web1") is State.SMALL
+
+
+def test_random_losses_make_no_path_mtu() -> None:
+    network, link = one()
+    network.run(30)
+    link.loss = 0.4
+    for _ in range(60):
+        network.run(10)
+        assert network.scheduler.path_mtus().get("web1") is None
