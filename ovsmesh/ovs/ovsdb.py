@@ -29,8 +29,21 @@ SWITCH_DEADLINE, SWITCH_DEADLINE_PORT = 1.5, 0.003
 _NUDGES = 3
 _BATCH = 1000
 """Ports in one transaction; 5,000 at once were no faster (docs/design.md)."""
-_EXTRA = {"controller": [], "stp_enable": False, "rstp_enable": False}
-"""Columns of obr0 that nobody may set → what they are without: a controller flushes the flows, STP blocks ports."""
+_EXTRA = {
+    "controller": [],
+    "stp_enable": False,
+    "rstp_enable": False,
+    "mcast_snooping_enable": False,
+    "flood_vlans": [],
+    "flow_tables": {},
+    "protocols": [],
+}
+"""Columns of obr0 that nobody may set → what they are without. They change how it forwards: a controller flushes the
+flows and lets all pass where it can't be reached, STP blocks ports, without OpenFlow 1.0 no flow can be written."""
+_COPIES = ("mirrors", "netflow", "sflow", "ipfix", "auto_attach", "other_config")
+"""Columns of obr0 that are named where someone has set them, and left: they watch it, or are of another's tools."""
+_VLAN: dict[str, Any] = {"tag": [], "trunks": [], "vlan_mode": []}
+"""Columns of ports that nobody may set: they keep frames from a port that forwards without flows."""
 _NODE, _UID = MARK, f"{MARK}-uid"
 """Keys of a port's external_ids."""
 
@@ -61,6 +74,11 @@ class _Poller:
     def immediate_wake(self) -> None:
         """Do not wait."""
         self.timer_wait(0)
+
+
+def _vlan(row: Any) -> list[str]:
+    """Return the columns of a port's row that put it into a VLAN."""
+    return [] if row is None else [column for column in _VLAN if getattr(row, column)]
 
 
 class OvsObserved(NamedTuple):
@@ -176,8 +194,19 @@ class Ovs:
         mtu = local.mtu_request[0] if local is not None and local.mtu_request else 0
         fail_mode = row.fail_mode[0] if row.fail_mode else "standalone"
         extra = tuple(column for column in _EXTRA if getattr(row, column))
+        extra += tuple(_vlan(self._idl.tables["Port"].rows.get(self._uuids.get(OBR))))
         bridge = Bridge(row.datapath_type or "system", fail_mode, mtu, extra)
-        unmanaged = []
+        unmanaged = [
+            Unmanaged(
+                "bridges",
+                f"{OBR} {column}",
+                f"{column} of OVS bridge {OBR} is set; it stays. What it copies or changes is not the mesh's: "
+                f"`ovs-vsctl clear Bridge {OBR} {column}` ends it",
+                blocks=False,
+            )
+            for column in _COPIES
+            if getattr(row, column)
+        ]
         for uuid in self._members:
             name = self._port_names.get(uuid)
             if name is not None and name not in self._ports and name != OBR:
@@ -253,6 +282,8 @@ class Ovs:
         if options or len(held) != 1:
             # any other option is drift: csum=true loses every packet
             kind += f" with {sorted(options.items())}"
+        if vlan := _vlan(row):
+            kind += f" with {', '.join(vlan)}"
         self._ports[name] = Port(kind, remote, local, key, ids[_NODE], ids.get(_UID, ""), bool(row.protected))
 
     def apply(
@@ -366,6 +397,9 @@ class Ovs:
         row.fail_mode = [want.fail_mode]
         for column, value in _EXTRA.items():
             setattr(row, column, value)
+        own = self._idl.tables["Port"].rows.get(self._uuids.get(OBR))
+        for column, value in _VLAN.items() if own is not None else ():
+            setattr(own, column, value)
         if interface is not None:
             interface.mtu_request = [want.mtu_request]
         return row
@@ -384,6 +418,8 @@ class Ovs:
             bridge.addvalue("ports", row)
         else:
             interface = row.interfaces[0]
+            for column, value in _VLAN.items():
+                setattr(row, column, value)
         # split horizon, in the same transaction as the port: a broadcast would loop between two
         row.protected = want.protected
         row.external_ids = {_NODE: want.node, _UID: want.uid} if want.uid else {_NODE: want.node}

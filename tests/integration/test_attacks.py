@@ -14,7 +14,7 @@ from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import wait_for
 from tests.integration.attacks import Attack, Scene, Theft, every
 from tests.support.labpackets import Sniffer, assert_reach, datagram, send_packet
-from tests.support.labtools import SOON, Make, at_rest
+from tests.support.labtools import SOON, Make, at_rest, await_problem
 
 pytestmark = pytest.mark.lab
 
@@ -98,3 +98,14 @@ def nothing_stolen(scene: Scene, attack: Theft) -> None:
             send_packet(scene.victim.ns, datagram(source, target, marker))
             wait_for(f"packet {number}", lambda m=marker: liar.count(m) or rightful.count(m), SOON, every=0.01)  # type: ignore[misc]
             assert not liar.count(marker), f"packet {number} went to the liar"
+
+
+def test_what_copies_frames_out_of_obr0_is_named_and_left(three: Lab) -> None:
+    # of h1 the agent may be dead
+    host = three.host(2)
+    host.ovs_vsctl("--", "--id=@m", "create", "Mirror", "name=m0", "--", "set", "Bridge", "obr0", "mirrors=@m")
+    try:
+        await_problem(host, "mirrors", "obr0")
+        assert host.ovs_vsctl("get", "Bridge", "obr0", "mirrors").strip() != "[]"
+    finally:
+        host.ovs_vsctl("clear", "Bridge", "obr0", "mirrors")

@@ -166,6 +166,17 @@ FAULTS = {
         lambda host: host.ovs_appctl("dpctl/del-if", "netdev@ovs-netdev", "gre_sys"), _kinds("bridges")
     ),
     "a controller on obr0": Fault(_vsctl("set-controller", "obr0", "tcp:127.0.0.1:6653"), _kinds("bridges")),
+    # each changes how a switch forwards that has no flows, or may write any
+    "flood_vlans, snooping and another protocol on obr0": Fault(
+        _vsctl(
+            *("set", "bridge", "obr0", "flood_vlans=1,2", "mcast_snooping_enable=true", "protocols=OpenFlow15"),
+            *("--", "set", "port", "obr0", "tag=7"),
+        ),
+        _kinds("bridges"),
+    ),
+    "a tunnel port in a VLAN": Fault(
+        _vsctl("set", "port", "gre-h2", "tag=7", "vlan_mode=access", "trunks=7,8"), _kinds("ports")
+    ),
     "spanning tree on obr0": Fault(_vsctl("set", "bridge", "obr0", "stp_enable=true"), _kinds("bridges")),
     # ovs-vswitchd puts it back too, and may be the first
     "obr0's MTU changed": Fault(_ip("link", "set", "obr0", "mtu", "1300"), frozenset()),

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from ovsmesh.dataplane.types import KBR, MARK, OBR, PROTOCOL, Link, Route
+from ovsmesh.dataplane.types import FDB_LEARNED, KBR, MARK, OBR, PROTOCOL, Link, Route
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.linux import rtnetlink
 from ovsmesh.linux import rtnetlink_encoder as encoder
 from ovsmesh.linux.netlink import Netlink
 from ovsmesh.linux.netlink_socket import attributes
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.root, needs_root]
 MAC = "0a:58:0a:61:01:01"
 BRIDGE = Link("bridge", 1462, mac=MAC)
 PORT = Link("", 1462, master=KBR, quiet=True)
+PEER_MAC = "0a:58:0a:61:02:01"
 PEERS = 200
 
 
@@ -218,3 +220,45 @@ def test_changes_of_others_are_noticed_without_a_dump(net: Netlink) -> None:
     found, _ = net.observe()
     assert ("10.97.9.0/24", 111) not in found["routes"]
     assert "0a:58:0a:61:09:01" not in found["fdb"] and "10.97.9.1" not in found["neighbours"]
+
+
+def neighbour_messages(net: Netlink) -> list[int]:
+    return [m.type for m in net._notifications.notifications() if m.type in (rtnetlink.NEWNEIGH, rtnetlink.DELNEIGH)]
+
+
+def test_what_pods_make_the_kernel_learn_is_not_told(net: Netlink) -> None:
+    wire(net)
+    sh("ip link set other up", f"ip link set {KBR} up", f"ip link set {OBR} up")
+    neighbour_messages(net)
+    sh(
+        f"bridge fdb add 02:00:00:00:00:05 dev {OBR} master dynamic",
+        f"ip neigh add 10.97.1.5 lladdr 02:00:00:00:00:05 dev {KBR} nud stale",
+        f"ip neigh add fd00:97:1::5 lladdr 02:00:00:00:00:05 dev {KBR} nud reachable",
+        f"ip neigh del 10.97.1.5 dev {KBR}",
+    )
+    assert neighbour_messages(net) == []
+    # and what is managed is told, whatever takes its place
+    net.batch([("n", net.message("+", "neighbours", "10.97.2.1", MAC)), ("f", net.message("+", "fdb", PEER_MAC, OBR))])
+    assert len(neighbour_messages(net)) == 2
+    sh(f"bridge fdb replace {PEER_MAC} dev {OBR} master dynamic")
+    assert neighbour_messages(net)
+    sh(f"ip neigh del 10.97.2.1 dev {KBR}")
+    assert rtnetlink.DELNEIGH in neighbour_messages(net)
+
+
+def test_fdb_entries_of_peers_are_sticky_and_what_kbr0_learns_is_limited(net: Netlink) -> None:
+    wire(net)
+    assert net.cache.links[net.cache.index(KBR) or 0].learned_max in (FDB_LEARNED, None)
+    net.batch([("f", net.message("+", "fdb", PEER_MAC, OBR))])
+    assert net.observe()[0]["fdb"] == {PEER_MAC: OBR} and not net.problems()
+    sh(f"bridge fdb replace {PEER_MAC} dev {OBR} master static")
+    assert net.observe()[0]["fdb"] == {PEER_MAC: f"{OBR} (not sticky)"}
+
+
+def test_a_kernel_without_sticky_entries_is_named(net: Netlink) -> None:
+    wire(net)
+    net.message("+", "fdb", PEER_MAC, OBR)
+    sh(f"bridge fdb replace {PEER_MAC} dev {OBR} master static")
+    # as if the kernel had kept nothing of the flag
+    assert net.observe()[0]["fdb"] == {PEER_MAC: OBR}
+    assert [problem.field for problem in net.problems()] == ["sticky"]
