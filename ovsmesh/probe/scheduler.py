@@ -76,6 +76,8 @@ class Scheduler(Generic[Key]):
         self._rate = rate
         self._paths: dict[Key, Path] = {}
         self._groups: dict[Hashable, deque[Key]] = {}
+        self._mtus: dict[Key, int | None] | None = None
+        """What `path_mtus` returns, until that changes."""
         self._theirs: dict[Hashable, int] = {}
         """Group → MTU of the peer's pods in bytes, where it has said so."""
         self._regulars: _Timers[Hashable] = _Timers()
@@ -96,6 +98,7 @@ class Scheduler(Generic[Key]):
     def update(self, wanted: Mapping[Hashable, Mapping[Key, Wanted]], now: float) -> None:
         """Probe these from now on, by group and key. A path that stays keeps what it knows."""
         keep = {key: path for paths in wanted.values() for key, path in paths.items()}
+        self._mtus = None
         self._theirs = {group: mtu for group, mtu in self._theirs.items() if group in wanted}
         for key in [key for key, path in self._paths.items() if key not in keep or keep[key].size != path.own]:
             del self._paths[key]
@@ -215,12 +218,13 @@ class Scheduler(Generic[Key]):
                 self._paths[key] = Path(min(old.own, mtu), now, old.let_in, old.own)
                 self._paths[key].passes_loops = old.passes_loops
                 self._hurried.discard(key)
-                self.changed = True
+                self.changed, self._mtus = True, None
 
     def _take(self, key: Key, path: Path, event: Callable[[Path], Result]) -> Result:
         state, lost, mtu = path.state, path.lost, path.path_mtu
         result = event(path)
-        self.changed |= path.state is not state or path.path_mtu != mtu
+        if path.state is not state or path.path_mtu != mtu:
+            self.changed, self._mtus = True, None
         self.lost += path.lost - lost
         self._follow(key, path)
         return result
@@ -248,8 +252,10 @@ class Scheduler(Generic[Key]):
 
     def path_mtus(self) -> dict[Key, int | None]:
         """Return what each path carries in bytes, where that is known: None for packets of full size."""
-        known = ((key, path.known_mtu, path.own) for key, path in self._paths.items())
-        return {key: mtu if mtu < own else None for key, mtu, own in known if mtu is not None}
+        if self._mtus is None:
+            known = ((key, path.known_mtu, path.own) for key, path in self._paths.items())
+            self._mtus = {key: mtu if mtu < own else None for key, mtu, own in known if mtu is not None}
+        return self._mtus
 
     def results(self, chosen: Callable[[Key], bool] = lambda _: True) -> dict[Key, Reach]:
         """Return what is known of each path that is `chosen`."""

@@ -74,6 +74,8 @@ class Prober:
         """Round trips in each bucket of the histogram, and the sum of all."""
         self._heard: dict[str, float] = {}
         self._version_heard: dict[str, float] = {}
+        self._mtus: tuple[object, dict[str, int | None]] = (None, {})
+        """What `path_mtus` was made of last, and what it returned."""
         self._errors: dict[tuple[_Key, bool], str] = {}
         """Why probes to a path can't be sent: loops, or echo requests (True)."""
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -133,10 +135,13 @@ class Prober:
         """Return what the way to each peer carries in bytes, where that is known: None for packets of full size."""
         with self._lock:
             mtus = self._scheduler.path_mtus()
+        if mtus is self._mtus[0]:
+            return self._mtus[1]
         found: dict[str, int | None] = {}
         for (name, _), mtu in mtus.items():
             other = found.get(name)
             found[name] = mtu if other is None or (mtu is not None and mtu < other) else other
+        self._mtus = mtus, found
         return found
 
     def results(self, peers: Container[str] | None = None) -> dict[str, Reach]:
