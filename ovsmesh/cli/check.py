@@ -6,18 +6,22 @@ import contextlib
 import dataclasses
 import os
 import select
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ovsmesh.agent import result
 from ovsmesh.agent.options import Options, opened
 from ovsmesh.cli import inspect
+from ovsmesh.dataplane import desired
+from ovsmesh.dataplane.node_report import astray
 from ovsmesh.dataplane.report import ReconcileResult, Report
 from ovsmesh.dataplane.types import KBR, OBR, FilterFound, Reach, State
 from ovsmesh.errors import OvsmeshError, Problem, summary
 from ovsmesh.linux.kernel import PodRoutes
 from ovsmesh.linux.nft_trace import Filters, patterns
 from ovsmesh.linux.ruleset import Query, remedied
+from ovsmesh.mesh.types import Node
 from ovsmesh.names import PROBE_MAGIC
 from ovsmesh.probe.sender import Prober
 from ovsmesh.probe.targets import Target, targets
@@ -49,7 +53,9 @@ def check(options: Options, peer: str = "") -> Report:
     if found.mesh is None or found.facts is None or found.have is None:
         raise OvsmeshError(summary(found.problems))
     wanted = targets(found.mesh, options.node, found.facts, found.have.dataplane)
-    reach, refused = _probe({name: paths for name, paths in wanted.items() if peer in ("", name)}, found)
+    me = found.mesh.node(options.node)
+    assert me is not None
+    reach, refused = _probe({name: paths for name, paths in wanted.items() if peer in ("", name)}, found, me)
     found = dataclasses.replace(found, problems=(*refused, *found.problems))
     told = inspect.ask(options)
     context = inspect.context(options, told, figures)
@@ -60,7 +66,7 @@ def check(options: Options, peer: str = "") -> Report:
 
 
 def _probe(
-    wanted: Mapping[str, tuple[Target, ...]], found: ReconcileResult
+    wanted: Mapping[str, tuple[Target, ...]], found: ReconcileResult, me: Node
 ) -> tuple[dict[str, Reach], tuple[Problem, ...]]:
     """Return what became of the probes, and what on this host has dropped some: also those that peers' agents sent."""
     with contextlib.ExitStack() as ending:
@@ -84,7 +90,28 @@ def _probe(
             select.select([prober.fd], [], [], 0.5 if undecided else max(0.0, least - now))
             prober.drain()
             filters.drain()
-        return prober.results(), _refused(filters.found(), found)
+        refused = _refused(filters.found(), found)
+        return prober.results(), (
+            *refused,
+            *(p for mark in filters.marks for p in _marked(mark, wanted, found, me, routes)),
+        )
+
+
+def _marked(
+    mark: int, wanted: Collection[str], found: ReconcileResult, me: Node, routes: PodRoutes
+) -> tuple[Problem, ...]:
+    """Return where packets go with a mark that somebody's rules have given the probes, if not to kbr0."""
+    mesh, facts = found.mesh, found.facts
+    if mesh is None or facts is None:
+        return ()
+    peers = [node for node in mesh.nodes if node.name in wanted]
+    with contextlib.suppress(OSError):
+        bridge, own = socket.if_nametoindex(KBR), desired.gateways(me, facts)
+        ways = routes.detours(bridge, own, peers, mesh.cluster_cidrs, mark=mark)
+        marked = f"with the mark {mark:#x} that a rule here sets"
+        # the marks were seen on packets that come in
+        return astray(one._replace(why=f"{marked}, {one.why}") for one in ways if one.sender == "pods")
+    return ()
 
 
 def _refused(seen: FilterFound, found: ReconcileResult) -> tuple[Problem, ...]:

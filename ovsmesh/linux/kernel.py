@@ -335,6 +335,7 @@ class PodRoutes:
         peers: Iterable[Node],
         ranges: Collection[IPNetwork],
         narrower: Collection[IPNetwork] = (),
+        mark: int = 0,
     ) -> tuple[Detour, ...]:
         """Return the ways that packets of pods and of this host itself to peers' pods take instead of kbr0.
 
@@ -352,8 +353,8 @@ class PodRoutes:
                 inside = [one for one in narrower if one.network_address in cidr and one.prefixlen > cidr.prefixlen]
                 for sender, source, iif in (("pods", _pod(own), bridge), ("this host itself", unset, 0)):
                     for target in (gateway(cidr), *(one.network_address for one in inside)):
-                        where = self._elsewhere(target, source, iif, bridge)
-                        why, remedy = self._reason(target, source, iif, ranges) if where else ("", "")
+                        where = self._elsewhere(target, source, iif, bridge, mark)
+                        why, remedy = self._reason(target, source, iif, ranges, mark) if where else ("", "")
                         if not where and (policy := blocking(policies, _pod(own), _pod(target))):
                             where, why, remedy = policy
                         if where and why:
@@ -374,11 +375,14 @@ class PodRoutes:
                     found.append(payload)
         return b"".join(found)
 
-    def _elsewhere(self, target: IPAddress, source: IPAddress, iif: int, bridge: int) -> str:
+    def _elsewhere(self, target: IPAddress, source: IPAddress, iif: int, bridge: int, mark: int = 0) -> str:
         """Return where a packet goes that is to leave through kbr0, "" where it does, or nobody can tell."""
         found: list[netlink_socket.Message] = []
         try:
-            self._kernel.netlink.request(encoder.get_forwarding_route(target, source, iif), found.append)
+            request = encoder.get_forwarding_route(target, source, iif)
+            if mark:
+                request = encoder.get_route(target, source if int(source) else None, iif, mark)
+            self._kernel.netlink.request(request, found.append)
             kind, link = rtnetlink_parser.picked(found[0].payload)
             if kind != _UNICAST:
                 return "nowhere (a route or a rule refuses them)"
@@ -391,7 +395,7 @@ class PodRoutes:
             return ""
 
     def _reason(
-        self, target: IPAddress, source: IPAddress, iif: int, ranges: Collection[IPNetwork] = ()
+        self, target: IPAddress, source: IPAddress, iif: int, ranges: Collection[IPNetwork] = (), mark: int = 0
     ) -> tuple[str, str]:
         """Return the rule and the route that take a packet elsewhere, and the command that ends that.
 
@@ -400,8 +404,8 @@ class PodRoutes:
         kernel = self._kernel
         kernel.links()
         known = source if int(source) else None
-        route = kernel.route(target, known, iif)
-        rules = kernel.policy(target, known, kernel.name(iif))
+        route = kernel.route(target, known, iif, mark)
+        rules = kernel.policy(target, known, kernel.name(iif), mark)
         ip = "ip" if target.version == 4 else "ip -6"
         entry = " ".join(filter(None, (route.destination if route.type == "unicast" else "", str(route))))
         rule = rtnetlink.deciding(rules, route)
@@ -413,7 +417,7 @@ class PodRoutes:
             dev = f" dev {route.dev}" if route.dev else ""
             kind = "" if route.type == "unicast" else f"{route.type} "
             return f"table main has {entry}", f"delete that route: {ip} route del {kind}{route.destination}{dev}"
-        why = f"rule {rule.priority} ({rule.text}) comes before table main"
+        why = f"rule {rule.priority} (`ip rule`: {rule.text}) comes before table main"
         if rule.action == "table":
             why += f", and has {entry}"
         mesh = next((str(one) for one in ranges if target in one), f"{target}/{target.max_prefixlen}")

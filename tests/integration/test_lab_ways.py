@@ -57,7 +57,7 @@ WAYS = {
     "a rule about the pods' addresses": Way(
         ("ip route add 10.97.2.0/24 dev tailscale0 table 77", "ip rule add from 10.97.1.0/24 lookup 77 pref 90"),
         ("ip rule del pref 90", "ip route flush table 77"),
-        ("packets of pods to", "tailscale0", "rule 90 (from 10.97.1.0/24 lookup 77)"),
+        ("packets of pods to", "tailscale0", "rule 90 (`ip rule`: from 10.97.1.0/24 lookup 77)"),
     ),
     "a rule about what enters kbr0": Way(
         ("ip rule add iif kbr0 to 10.97.0.0/16 prohibit pref 91",),
@@ -87,6 +87,17 @@ WAYS = {
         ("ip route del 10.97.2.0/24 metric 5",),
         ("tailscale0", "10.97.2.0/24"),
         False,
+    ),
+    "a rule about a mark that pods' packets get": Way(
+        (
+            "nft add table inet marks",
+            "nft 'add chain inet marks p { type filter hook prerouting priority mangle; }'",
+            "nft add rule inet marks p iifname kbr0 meta mark set 0x7",
+            "ip route add 10.97.0.0/16 dev tailscale0 table 77",
+            "ip rule add fwmark 0x7 lookup 77 pref 94",
+        ),
+        ("ip rule del pref 94", "ip route flush table 77", "nft delete table inet marks"),
+        ("tailscale0", "with the mark 0x7 that a rule here sets", "rule 94"),
     ),
     "IPsec that blocks": Way(
         ("ip xfrm policy add src 10.97.0.0/16 dst 10.97.2.0/24 dir out action block",),
@@ -119,8 +130,8 @@ def test_what_takes_packets_elsewhere_is_named_with_its_remedy(well: Host, name:
     for command in way.does:
         well.run(shlex.split(command))
     try:
-        if name.startswith("IPsec"):
-            # nothing announces it, so the next look at the whole system finds it
+        if name.startswith(("IPsec", "a rule about a mark")):
+            # nothing announces a policy, and only packets have marks
             done = well.ovsmesh("check", "-o", "json", timeout=120)
             said = [p["message"] for p in json.loads(done.stdout)["problems"] if p["reason"] == "RoutedElsewhere"]
             assert done.returncode == 2, done.stdout
@@ -132,7 +143,7 @@ def test_what_takes_packets_elsewhere_is_named_with_its_remedy(well: Host, name:
         assert all(word in said[0] for word in way.words), said
         assert "GRE" not in said[0]
         remedy = said[0].rpartition(": ")[2]
-        if way.remedied and not name.startswith("IPsec"):
+        if way.remedied and not name.startswith(("IPsec", "a rule about a mark")):
             well.run(shlex.split(remedy))
             wait_for("the remedy to work", lambda: not told(well) and states(well) == {"ok"}, SOON)
     finally:
