@@ -22,7 +22,7 @@ ROOTLY = @command -v sudo >/dev/null || { echo 'make: this part makes network na
 	echo 'make: not root, and this part makes network namespaces: using sudo' >&2
 endif
 
-.PHONY: help demo test test-unit test-browser test-fresh test-kube test-lab test-e2e test-kernel image bench docs lint setup setup-dev dist constraints clean
+.PHONY: help demo test test-unit test-browser test-fresh test-kube test-lab test-docker test-e2e test-kernel image bench docs lint setup setup-dev dist constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,7 +31,7 @@ demo: setup ## five hosts in network namespaces: ping matrix, live faults, repai
 	$(ROOTLY)
 	$(ROOT) $(BIN)/python -m ovsmesh lab demo
 
-test: setup-dev lint test-unit test-browser test-fresh test-kube test-lab test-kernel test-e2e ## everything: lint, types, contracts, and all tests (root for the lab)
+test: setup-dev lint test-unit test-browser test-fresh test-kube test-lab test-docker test-kernel test-e2e ## everything: lint, types, contracts, and all tests (root for the lab)
 
 test-unit: setup-dev ## tests that carry no marker: they need nothing of the machine
 	$(PYTEST) -n 2 -m 'not (root or network or lab or docker or browser or kube or kernel or e2e)'
@@ -57,7 +57,13 @@ test-kube: setup-dev ## tests on a real Kubernetes control plane, built once wit
 
 test-lab: setup-dev ## tests on real Open vSwitch in network namespaces (root)
 	$(ROOTLY)
-	$(ROOT) $(PYTEST) -n 3 --dist loadfile -m '(lab or docker or root) and not kube'
+	$(ROOT) $(PYTEST) -n 3 --dist loadfile -m '(lab or root) and not (kube or docker)'
+
+# Four at once, one a version: they wait most of the time, for what is to give no answer.
+test-docker: setup-dev ## Docker of four versions on kbr0, each compared with itself on docker0 (root; Go for the first run)
+	@$(BIN)/python tests/support/binaries.py --ahead --docker
+	$(ROOTLY)
+	$(ROOT) $(PYTEST) -n 4 --dist loadfile -m docker tests/docker
 
 test-kernel: setup-dev ## tests on the kernel datapath, inside User-mode Linux (no root needed)
 	$(PYTEST) -m kernel tests/kernel

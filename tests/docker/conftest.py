@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ovsmesh.lab.lab import Lab
+from tests.support.docker_versions import by_hand
 from tests.support.dockerkit import Docker
 
 
@@ -25,7 +26,7 @@ def dockers(module_lab: Callable[..., Lab]) -> Iterator[tuple[Lab, list[Docker]]
     base = Path(tempfile.mkdtemp(prefix="ovsmesh-dk-"))
     try:
         for host in made.hosts:
-            docker = Docker(host, base / host.name)
+            docker = Docker(host, base / host.name, by_hand())
             docker.prepare()
             found.append(docker)
             docker.start()

@@ -8,9 +8,9 @@ import pytest
 
 from ovsmesh.lab import netns
 from ovsmesh.lab.lab import Lab
-from tests.docker.test_docker_move import gone, replace, settled
+from tests.docker.test_docker_move import replace, settled
 from tests.docker.test_docker_refuse import refused, unmoved
-from tests.support.dockerkit import PLAIN, SOON, Docker, until
+from tests.support.dockerkit import PLAIN, SOON, Docker, power_cut, until
 
 pytestmark = [pytest.mark.docker, pytest.mark.lab]
 
@@ -29,7 +29,7 @@ def test_cleanup_after_a_reboot_leaves_docker_its_network(fresh: Dockers) -> Non
     replace(docker)
     settled(lab, [docker])
     docker.run("keeps", "always")
-    gone(docker)
+    power_cut(docker)
     netns.sysctl(host.ns, {"net/ipv4/ip_forward": "0"})
     host.run(["iptables", "-P", "FORWARD", "ACCEPT"])
     (host.state / "agent/before.json").unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import pytest
 
 from ovsmesh.lab import netns
 from ovsmesh.lab.lab import Lab
-from tests.support.dockerkit import SOON, Docker, links, rules, until, without_kbr0
+from tests.support.dockerkit import SOON, Docker, links, power_cut, rules, until, without_kbr0
 
 pytestmark = [pytest.mark.docker, pytest.mark.lab]
 
@@ -149,24 +149,6 @@ def test_the_plan_says_each_step_and_whom_it_stops(fresh: Dockers) -> None:
     assert docker.on("docker0") and docker.config.read_text() == FILE
 
 
-def gone(docker: Docker) -> None:
-    """What is left of a host after a power cut: files."""
-    host = docker.host
-    host.stop_agent(signal.SIGKILL)
-    docker.stop(signal.SIGKILL)
-    docker.kill_containers()
-    host.kill_vswitchd()
-    host.kill_ovsdb()
-    names = [name for name in links(host) if name not in ("lo", "eth0")]
-    veths = [x["ifname"] for x in json.loads(host.run(["ip", "-j", "link"]).stdout) if x["ifname"].startswith("veth")]
-    for name in [*names, *veths]:
-        host.run(["ip", "link", "del", name], check=False)
-    tables = json.loads(host.run(["nft", "-j", "list", "tables"]).stdout)["nftables"]
-    for table in [t["table"] for t in tables if "table" in t]:
-        if table["name"] != "lab":
-            host.run(["nft", "delete", "table", table["family"], table["name"]])
-
-
 @pytest.mark.parametrize("first", [pytest.param("docker", marks=without_kbr0), "agent"])
 def test_after_a_power_cut_all_comes_back_in_either_order(fresh: Dockers, first: str) -> None:
     lab, dockers = fresh
@@ -177,7 +159,7 @@ def test_after_a_power_cut_all_comes_back_in_either_order(fresh: Dockers, first:
     for docker in dockers:
         docker.run("keeps", "always")
     restarts = one.restarts()
-    gone(one)
+    power_cut(one)
     if first == "docker":
         assert one.start(check=False), "without kbr0 dockerd refuses to start"
         assert not one.alive()

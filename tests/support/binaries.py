@@ -4,13 +4,15 @@ A program that is found must be new enough for the tests. Otherwise it is built 
 proxy, into a cache folder outside the checkout. `python tests/support/binaries.py` does
 that and prints where they are (with --all those of a whole cluster, kubelet included). --ahead is for before the
 tests: silent where there is nothing to build, and where nothing can be built it fails in CI and else says what
-will be skipped. --check only says what is missing. Imports nothing of ovsmesh.
+will be skipped. --check only says what is missing. With --docker it is about a newer dockerd than Debian has. Imports
+nothing of ovsmesh.
 """
 
 from __future__ import annotations
 
 import fcntl
 import functools
+import json
 import os
 import re
 import shutil
@@ -23,10 +25,13 @@ from types import MappingProxyType
 
 KUBE = "1.36.3"
 ETCD = "3.6.16"
+MOBY = "2.0.0-beta.24"
+"""Docker 29, by the name of its Go module."""
 GO = (1, 26)
 """What those sources ask for in their go.mod."""
 BUILD_MINUTES = "4 to 10"
 """On two cores, from nothing (downloads included); for the message that says how long it takes."""
+DOCKER_MINUTES = "3 to 6"
 
 _BUILD_SECONDS = 3600
 _QUERY_SECONDS = 60
@@ -35,6 +40,8 @@ PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
 """A control plane, and what speaks to it."""
 NODE_PROGRAMS = ("kube-scheduler", "kubelet", "kube-proxy")
 """What a cluster that runs pods needs besides."""
+DOCKER_PROGRAMS = ("dockerd", "docker-proxy")
+"""Of Docker 29; the rest of it is Debian 13's."""
 _NEWEST_THAT_LACKS: Mapping[str, tuple[int, int]] = MappingProxyType(
     # etcd 3.5 and older lack RequestWatchProgress: bookmarks of a new watch end in an ERROR 500 event.
     # Kubernetes before 1.33 lacks the node name in a token's claims by default, or the CEL library of CIDRs.
@@ -67,10 +74,11 @@ class BinariesError(Exception):
     """A program is missing and can't be built; the text says what to install."""
 
 
-def cache() -> Path:
-    """The folder that programs are built into; the same rule as scripts/setup.sh has for what it keeps."""
+def cache(name: str = "kube") -> Path:
+    """The folder that a program is built into; the same rule as scripts/setup.sh has for what it keeps."""
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("OVSMESH_CACHE") or f"{home}/ovsmesh") / f"kube-{KUBE}"
+    folder = f"docker-{MOBY}" if name in DOCKER_PROGRAMS else f"kube-{KUBE}"
+    return Path(os.environ.get("OVSMESH_CACHE") or f"{home}/ovsmesh") / folder
 
 
 @functools.cache
@@ -96,10 +104,10 @@ def _find(name: str) -> Path | None:
     places = [Path(assets) / name] if assets else []
     if (on_path := shutil.which(name)) is not None:
         places.append(Path(on_path))
-    for place in places:
+    for place in places if name in _NEWEST_THAT_LACKS else ():
         if os.access(place, os.X_OK) and _version(place) > _NEWEST_THAT_LACKS[name]:
             return place
-    built = cache() / "bin" / name
+    built = cache(name) / "bin" / name
     return built if os.access(built, os.X_OK) else None
 
 
@@ -124,19 +132,20 @@ def _version(program: Path) -> tuple[int, int]:
 
 
 def _say(text: str) -> None:
-    print(f"kube: {text}", file=sys.__stderr__, flush=True)
+    print(f"binaries: {text}", file=sys.__stderr__, flush=True)
 
 
-def _go() -> str:
+def _go(docker: bool = False) -> str:
     """The go command, known to be able to build this. Raises BinariesError."""
     wanted = f"{GO[0]}.{GO[1]}"
-    remedy = (
-        f"install Go {wanted} or newer (https://go.dev/doc/install) and put it on PATH, or point KUBEBUILDER_ASSETS"
-        f" at a folder with {', '.join(PROGRAMS)} (Kubernetes 1.33, etcd 3.6, or newer)"
-    )
+    remedy = f"install Go {wanted} or newer (https://go.dev/doc/install) and put it on PATH"
+    if not docker:
+        remedy += f", or point KUBEBUILDER_ASSETS at a folder with {', '.join(PROGRAMS)}"
+        remedy += " (Kubernetes 1.33, etcd 3.6, or newer)"
     go = shutil.which("go")
     if go is None:
-        raise BinariesError(f"a control plane for the tests must be built with Go {wanted}, found no go: {remedy}")
+        what = "Docker 29" if docker else "a control plane"
+        raise BinariesError(f"{what} for the tests must be built with Go {wanted}, found no go: {remedy}")
     have = _run([go, "env", "GOVERSION", "GOTOOLCHAIN"], Path("/"), _QUERY_SECONDS).split()
     match = re.match(r"go(\d+)\.(\d+)", have[0]) if have else None
     version = (int(match[1]), int(match[2])) if match else (0, 0)
@@ -161,20 +170,23 @@ def _run(argv: list[str], folder: Path, seconds: int) -> str:
 
 
 def _build(missing: list[str]) -> dict[str, Path]:
-    go = _go()
-    folder = cache()
+    go = _go(missing[0] in DOCKER_PROGRAMS)
+    folder = cache(missing[0])
     (folder / "bin").mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another test run may be building the same
         left = [name for name in missing if not os.access(folder / "bin" / name, os.X_OK)]
         if left:
+            docker = left[0] in DOCKER_PROGRAMS
+            what = f"Docker 29, moby {MOBY}" if docker else f"Kubernetes {KUBE}, etcd {ETCD}"
+            minutes, size = (DOCKER_MINUTES, "2 GB") if docker else (BUILD_MINUTES, "4 GB")
             _say(
-                f"building {', '.join(left)} (Kubernetes {KUBE}, etcd {ETCD}) from the Go module proxy: once, about"
-                f" {BUILD_MINUTES} minutes on two cores, 4 GB of downloads and build results; kept in {folder}"
+                f"building {', '.join(left)} ({what}) from the Go module proxy: once, about"
+                f" {minutes} minutes on two cores, {size} of downloads and build results; kept in {folder}"
             )
         for name in left:
             start = time.monotonic()
-            _build_one(go, folder, name)
+            (_build_docker if name in DOCKER_PROGRAMS else _build_one)(go, folder, name)
             _say(f"{name} built in {time.monotonic() - start:.0f} s")
     return {name: folder / "bin" / name for name in missing}
 
@@ -196,6 +208,39 @@ def _build_one(go: str, folder: Path, name: str) -> None:
     flags = f"-s -w -X {package}.gitVersion=v{KUBE} -X {package}.gitMajor=1 -X {package}.gitMinor={KUBE.split('.')[1]}"
     temporary = folder / "bin" / f".{name}"
     _run([go, "build", "-trimpath", "-ldflags", flags, "-o", str(temporary), f"./{name}"], source, _BUILD_SECONDS)
+    temporary.rename(folder / "bin" / name)
+
+
+_LOG_DRIVERS = """\
+package daemon
+
+import (
+	_ "github.com/moby/moby/v2/daemon/logger/jsonfilelog"
+	_ "github.com/moby/moby/v2/daemon/logger/local"
+	_ "github.com/moby/moby/v2/daemon/logger/loggerutils/cache"
+)
+"""
+"""Without those that bring the clients of two clouds: an eighth of all packages."""
+
+
+def _build_docker(go: str, folder: Path, name: str) -> None:
+    """Builds one program of Docker; it stands in bin/ whole or not at all."""
+    source, module = folder / "src", "github.com/moby/moby/v2"
+    if not (source / "go.mod").exists():
+        source.mkdir(exist_ok=True)
+        shutil.rmtree(source / "moby", ignore_errors=True)
+        told = _run([go, "mod", "download", "-json", f"{module}@v{MOBY}"], source, _BUILD_SECONDS)
+        # what is in the module cache may not be written
+        shutil.copytree(json.loads(told)["Dir"], source / "moby", copy_function=shutil.copyfile)
+        for path in (source / "moby", *(source / "moby").rglob("*/")):
+            path.chmod(0o755)
+        (source / "moby/daemon/logdrivers_linux.go").write_text(_LOG_DRIVERS)
+        head = f"module ovsmesh.test\n\ngo {GO[0]}.{GO[1]}\n\nrequire {module} v{MOBY}\n\n"
+        (source / "go.mod").write_text(f"{head}replace {module} => ./moby\n")
+    temporary = folder / "bin" / f".{name}"
+    version = f"-X {module}/dockerversion.Version=29.0.0"
+    flags = ["-trimpath", "-ldflags", f"-s -w {version}", "-tags", "exclude_graphdriver_btrfs netgo osusergo"]
+    _run([go, "build", *flags, "-o", str(temporary), f"{module}/cmd/{name}"], source, _BUILD_SECONDS)
     temporary.rename(folder / "bin" / name)
 
 
@@ -235,12 +280,15 @@ def _module(name: str) -> str:
 def check(names: tuple[str, ...]) -> None:
     """Raises BinariesError where binaries() can't but fail; builds nothing."""
     if not ready(names):
-        _go()
+        _go(names == DOCKER_PROGRAMS)
 
 
 def main(options: Sequence[str]) -> str | None:
     """What to end with: None for success, else an error text."""
-    names = PROGRAMS + NODE_PROGRAMS if "--all" in options else PROGRAMS
+    names: tuple[str, ...] = PROGRAMS + NODE_PROGRAMS if "--all" in options else PROGRAMS
+    what = "a Kubernetes control plane"
+    if "--docker" in options:
+        names, what = DOCKER_PROGRAMS, "Docker 29"
     try:
         if "--check" in options:
             check(names)
@@ -248,9 +296,9 @@ def main(options: Sequence[str]) -> str | None:
         found = binaries(names)
     except BinariesError as problem:
         if "--ahead" in options and not os.environ.get("CI"):
-            _say(f"the tests that need a Kubernetes control plane will be skipped: {problem}")
+            _say(f"the tests that need {what} will be skipped: {problem}")
             return None
-        return f"kube: error: {problem}"
+        return f"binaries: error: {problem}"
     if "--ahead" not in options:
         for program, path in found.items():
             print(program, path)

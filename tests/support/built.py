@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.support import imagekit, systemd_container
+from tests.support import docker_versions, imagekit, systemd_container
 from tests.support.binaries import NODE_PROGRAMS, PROGRAMS, binaries
+from tests.support.docker_versions import Kind
 from tests.support.needs import built_ahead, needs
 
 
@@ -36,3 +37,24 @@ def machine() -> tuple[Path, Path]:
 def image() -> Path:
     """Return the archive with the container image of this checkout. Raises BuildError."""
     return imagekit.ours()
+
+
+@needs("docker")
+@built_ahead
+def docker_20() -> Kind:
+    """Return Debian 12's Docker. Raises DebianError."""
+    return docker_versions.debian("bookworm")
+
+
+@needs("docker")
+@built_ahead
+def docker_26() -> Kind:
+    """Return Debian 13's Docker. Raises DebianError."""
+    return docker_versions.debian("trixie")
+
+
+@needs("docker")
+@built_ahead
+def docker_29() -> Kind:
+    """Return Docker 29. Raises BuildError."""
+    return docker_versions.newest()

@@ -2,7 +2,8 @@
 
 Usage: restart.py DIR NETNS stop|start|restart. DIR holds config/daemon.json, docker.sock, docker.pid, dockerd.log and
 all of Docker's data; outside.pid there names the process of the tests, argv.json holds further options of dockerd,
-mode.txt says how this script is to misbehave.
+mode.txt says how this script is to misbehave. root.json names the root file system that dockerd is of ("" is this
+machine's), and a folder with programs that come before those in it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,27 @@ _ENTER = (
     "mount --rbind /run/cg /sys/fs/cgroup; umount -l /run/cg; "
     '[ ! -d /etc/docker ] || mount -t tmpfs none /etc/docker; exec "$@"'
 )
+# the same in a root file system of its own, which several may share; Docker's folder has one name inside and outside
+_ENTER_ROOT = r"""
+set -e
+root=$1 folder=$2
+shift 2
+mount --bind "$root" "$root"
+mount -o remount,bind,ro "$root"
+for place in proc dev; do mount --rbind /$place "$root/$place"; done
+mount -t sysfs sysfs "$root/sys"
+mount --rbind /sys/fs/cgroup "$root/sys/fs/cgroup"
+for place in run tmp var/tmp root mnt etc/docker; do
+  [ ! -d "$root/$place" ] || mount -t tmpfs -o mode=755 none "$root/$place"
+done
+mkdir -p "$root$folder" "$root/mnt/old"
+mount --rbind "$folder" "$root$folder"
+cd "$root"
+pivot_root . mnt/old
+umount -l /mnt/old
+cd /
+exec env PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@"
+"""
 _UP, _DOWN = 60.0, 60.0
 
 
@@ -82,9 +104,16 @@ def start(directory: Path, netns: str) -> int:
     # out of the mount namespace that `ip netns exec` gives an agent, whose /sys lacks the cgroups
     entering = ["nsenter", f"--mount=/proc/{outside}/ns/mnt", "unshare", "--mount", "--propagation", "slave"]
     entering += ["nsenter", f"--net=/run/netns/{netns}"]
+    inside = ["bash", "-c", _ENTER, "_"]
+    with contextlib.suppress(FileNotFoundError):
+        root, programs = json.loads((directory / "root.json").read_text())
+        if root:
+            inside = ["bash", "-c", _ENTER_ROOT, "_", root, str(directory)]
+        if programs:
+            argv = ["env", f"PATH={programs}:{os.environ['PATH']}", *argv]
     with (directory / "dockerd.log").open("ab") as log:
         child = subprocess.Popen(
-            [*entering, "bash", "-c", _ENTER, "_", *argv],
+            [*entering, *inside, *argv],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

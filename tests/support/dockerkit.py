@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ovsmesh.lab import netns
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.netns import wait_for
 from tests.support import docker_restart as script
+from tests.support.docker_versions import OWN, Kind
 from tests.support.needs import needs
 
 SOON = 60.0
@@ -72,6 +74,9 @@ class Docker:
 
     host: Host
     dir: Path
+    kind: Kind = OWN
+    patience: int = 30
+    """The agent's --docker-timeout, in seconds."""
 
     @property
     def config(self) -> Path:
@@ -86,12 +91,14 @@ class Docker:
         """What the agent of this host is to be given."""
         return [
             *("--docker-config", str(self.config), "--docker-socket", str(self.dir / "docker.sock")),
-            *("--docker-restart", self.restart, "--docker-timeout", "30"),
+            *("--docker-restart", self.restart, "--docker-timeout", str(self.patience)),
         ]
 
     def prepare(self) -> None:
         self.dir.mkdir()
         (self.dir / "outside.pid").write_text(str(os.getpid()))
+        found = [str(path or "") for path in (self.kind.root, self.kind.programs)]
+        (self.dir / "root.json").write_text(json.dumps(found))
         self.configure(PLAIN)
 
     def reset(self) -> None:
@@ -222,17 +229,21 @@ class Docker:
                 tar.addfile(link)
         self.api("POST", "/images/create?fromSrc=-&repo=box&tag=1", raw=about.getvalue())
 
-    def run(self, name: str, policy: str = "no", network: str = "default") -> str:
-        """A container that sleeps; its address."""
+    def run(
+        self, name: str, policy: str = "no", network: str = "bridge", ports: Mapping[str, int] | None = None
+    ) -> str:
+        """A container that sleeps, with some of its ports ("80/tcp") published on the host's; its address."""
+        bindings = {port: [{"HostPort": str(number)}] for port, number in (ports or {}).items()}
         about = {
             "Image": "box:1",
             "Cmd": ["/bin/sleep", "100000"],
             "StopSignal": "SIGKILL",
-            "HostConfig": {"RestartPolicy": {"Name": policy}, "NetworkMode": network},
+            "ExposedPorts": {port: {} for port in bindings},
+            "HostConfig": {"RestartPolicy": {"Name": policy}, "NetworkMode": network, "PortBindings": bindings},
         }
         self.api("POST", f"/containers/create?name={name}", about)
         self.api("POST", f"/containers/{name}/start")
-        return self.address(name)
+        return self.address(name, network=network)
 
     def run_again(self, name: str) -> str:
         """A new container of that name; "" while Docker can't make one."""
@@ -258,8 +269,9 @@ class Docker:
     def running(self) -> list[str]:
         return sorted(str(c["Names"][0])[1:] for c in self.api("GET", "/containers/json"))
 
-    def address(self, name: str, version: int = 4) -> str:
-        settings = self.inspect(name)["NetworkSettings"]
+    def address(self, name: str, version: int = 4, network: str = "bridge") -> str:
+        # since API 1.52 only the networks have addresses
+        settings = self.inspect(name)["NetworkSettings"]["Networks"][network]
         return str(settings["IPAddress" if version == 4 else "GlobalIPv6Address"])
 
     def ping(self, name: str, address: str, size: int = 56, count: int = 1) -> bool:
@@ -303,6 +315,26 @@ def _parent(pid: int) -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return 0
+
+
+def power_cut(docker: Docker) -> None:
+    """Leave of a host what a power cut leaves: files."""
+    host = docker.host
+    host.stop_agent(signal.SIGKILL)
+    if docker.alive():
+        docker.stop(signal.SIGKILL)
+    docker.kill_containers()
+    host.kill_vswitchd()
+    host.kill_ovsdb()
+    found = [link["ifname"] for link in json.loads(host.run(["ip", "-j", "link"]).stdout)]
+    for name in found:
+        if name not in ("lo", "eth0"):
+            # with one end of a pair the other goes
+            host.run(["ip", "link", "del", name], check=False)
+    tables = json.loads(host.run(["nft", "-j", "list", "tables"]).stdout)["nftables"]
+    for table in [t["table"] for t in tables if "table" in t]:
+        if table["name"] != "lab":
+            host.run(["nft", "delete", "table", table["family"], table["name"]])
 
 
 def rules(host: Host) -> str:

@@ -86,7 +86,7 @@ def packages() -> list[str]:
 
 
 @contextlib.contextmanager
-def _once(path: Path) -> Iterator[bool]:
+def once(path: Path) -> Iterator[bool]:
     """Whether `path` is still to be made; one process at a time finds out."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / f".{path.name}.lock", "w") as lock:
@@ -103,7 +103,7 @@ def image() -> Path:
     )
     key = hashlib.sha256(f"{_INSTALLED} {download}".encode()).hexdigest()[:12]
     made = CACHE / f"machine-{debian.own()}-{key}.tar"
-    with _once(made) as needed:
+    with once(made) as needed:
         if needed:
             options = ["--skip=cleanup/apt", f"--customize-hook={download}"]
             debian.bootstrap(debian.own(), made, variant="apt", include=_INSTALLED, options=options)
@@ -126,7 +126,7 @@ def dist() -> Path:
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             key.update(f"{path.relative_to(source)}\0".encode() + path.read_bytes())
         kept = CACHE / f"dist-{key.hexdigest()[:12]}"
-        with _once(kept) as needed:
+        with once(kept) as needed:
             if needed:
                 netns.run([sys.executable, "-m", "venv", f"{folder}/venv"], timeout=60)
                 pip = [str(source / "scripts/pip.sh"), f"{folder}/venv", "wheel"]
