@@ -185,6 +185,9 @@ class Reason(StrEnum):
         "Choose the moment. With live-restore, stop those containers first.")
     DockerSwitching = auto(), _ERROR, "Docker is being moved to kbr0.", "Wait. The move has a deadline."
     DockerStarting = auto(), _ERROR, "Docker is starting.", "Wait. The start has a deadline."
+    DockerIsolates = (auto(), _ERROR,
+        "Docker has `icc: false` on kbr0, and refuses the packets between this node's pods and its peers'.",
+        "Take `icc` out of daemon.json and restart Docker, or move Docker off kbr0.")
     DockerStale = (auto(), _WARNING, "Docker runs with older settings than daemon.json has.",
         "Restart Docker when its containers may stop.")
     DockerGivesUp = (auto(), _WARNING, "The switch of Docker takes a setting of its owner's that can't stay.",

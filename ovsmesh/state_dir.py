@@ -17,7 +17,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,16 @@ DOCKER_FILES = ("docker.json", "daemon.json.old", "daemon.json.last")
 """The migration record of containers.docker_state, and daemon.json before ovsmesh and before the last change."""
 HISTORY_FILES = ("history.jsonl", "history.jsonl.1")
 """What history writes: the file that it appends to, and the one before it."""
-_FILES = ("mesh.json", "before.json", "before.json.bad", "agent.json", "status.json", "confirm", *HISTORY_FILES)
+_FILES = (
+    "mesh.json",
+    "before.json",
+    "before.json.bad",
+    "forwarding.json",
+    "agent.json",
+    "status.json",
+    "confirm",
+    *HISTORY_FILES,
+)
 MAX_BYTES = 16 << 20
 """Bytes that a file read here may have."""
 
@@ -305,6 +314,33 @@ class StateDir:
             return (*problems, Problem(Reason.StateUnwritable, message))
         return problems
 
+    # ------------------------------------------------------------ who turned forwarding on
+
+    def found_off(self) -> frozenset[int]:
+        """Return the IP versions whose forwarding the agent turned on since this host, or its namespace, began."""
+        with contextlib.suppress(OvsmeshError, OSError):
+            noted = _load(self.path / "forwarding.json") or {}
+            versions = noted.get("off")
+            if noted.get("since") == _since() and isinstance(versions, list):
+                return frozenset(v for v in (4, 6) if v in versions)
+        return frozenset()
+
+    def note_off(self, versions: Iterable[int]) -> tuple[Problem, ...]:
+        """Record that the agent turns forwarding of these IP versions on. Return problems."""
+        known = self.found_off()
+        if known >= set(versions):
+            return ()
+        try:
+            noted = {"since": _since(), "off": sorted(known | set(versions))}
+            write_atomic(self.path / "forwarding.json", json.dumps(noted) + "\n")
+        except OSError as error:
+            text = (
+                f"{self.path / 'forwarding.json'}: can't be written ({error.strerror}), so the next agent takes it "
+                f"that others had forwarding on, and limits it no more"
+            )
+            return (Problem(Reason.StateUnwritable, text),)
+        return ()
+
     # ------------------------------------------------------------ for the other commands
 
     def write_agent(self, options: Mapping[str, Any]) -> None:
@@ -408,6 +444,11 @@ class StateDir:
                 left = sorted(str(self.path / entry) for entry in os.listdir(self.path))
             return left or [f"{self.path}: {error.strerror}"]
         return []
+
+
+def _since() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.stat('/proc/self/ns/net').st_ino}"
 
 
 def _written_at(path: Path) -> float | None:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from ovsmesh.agent.apply import Apply
 from ovsmesh.containers.cni import Cni
 from ovsmesh.containers.docker import BridgeState, Docker, DockerObserved
-from ovsmesh.containers.forwarding import Device
+from ovsmesh.containers.forwarding import FORWARDING, Device, configured
 from ovsmesh.dataplane import desired, firewall_rules
 from ovsmesh.dataplane.docker_config import DOCKER0
 from ovsmesh.dataplane.plan import Plan
@@ -36,7 +36,7 @@ from ovsmesh.ovs.idl import run_dir
 from ovsmesh.ovs.openflow import FlowTable
 from ovsmesh.ovs.ovsdb import Ovs, OvsObserved
 from ovsmesh.reasons import Reason
-from ovsmesh.sysctl import Sysctls
+from ovsmesh.sysctl import Sysctls, read_sysctls
 
 NOTHING_PROBED: Mapping[str, int | None] = MappingProxyType({})
 _NEVER = float("inf")
@@ -54,8 +54,9 @@ class Driver:
         cni_bin_dir: str = "",
         docker: Docker | None = None,
         acting: bool = False,
+        found_off: Iterable[int] = (),
     ) -> None:
-        """`acting`: it is an agent's, so that what takes long is done beside its loop."""
+        """`acting`: it is an agent's, so that what takes long is done beside its loop. `found_off`: see StateDir."""
         self.ovs = Ovs(ovsdb)
         self.figures = SwitchReader(ovsdb)
         """The only part of it that any thread may use."""
@@ -77,6 +78,11 @@ class Driver:
         """What the ways to the peers were looked up for, and which of them are wrong."""
         self._reached: tuple[Mesh, str] | None = None
         """The mesh, and the node in it, to whose peers the ways are followed."""
+        self._found_off = set(found_off)
+        """IP versions whose forwarding nobody had on before the agent, see StateDir.found_off."""
+        self._found_on: set[int] = set()
+        self._configured: dict[str, bool] = {}
+        """Sysctl → whether a file of sysctl.d sets it: its owner wants forwarding, and has it at the next boot."""
         self._userspace: dict[str, bool] = {}
         """Link → whether a bridge of the userspace datapath carries it, as last seen."""
 
@@ -129,6 +135,7 @@ class Driver:
         """Have the next observation read the whole system instead of trusting notifications."""
         self._look_closer = True
         self._detours = (None, ())
+        self._configured.clear()
         self.net.dirty()
         self.flows.dirty()
         self.firewall.resync()
@@ -177,6 +184,9 @@ class Driver:
             forward_drop=self.firewall.forward_drop(),
             exits=tuple(sorted({*self.net.exits(), *holders} - {"lo"})),
             service=os.environ.get("KUBERNETES_SERVICE_HOST", ""),
+            bridges=self.net.cache.bridges(),
+            forward_limited=self._forward_limited({cidr.version for cidr in me.pod_cidrs}),
+            forward_nft=self.firewall.forward_nft,
             cni=self.cni.facts(),
             docker=self.docker.wanted() if self.docker else "",
         )
@@ -206,6 +216,21 @@ class Driver:
         kbr = self.net.cache.managed_links()[0].get(KBR)
         bridge = self.ovs.observe().bridges.get(OBR) if kbr is None and self.ovs.synced else None
         return kbr.mtu if kbr else bridge.mtu_request or None if bridge else None
+
+    def _forward_limited(self, versions: Iterable[int]) -> tuple[int, ...]:
+        """Return those of these IP versions that this host would not forward without the agent."""
+        self._found_off |= self.firewall.forward_limited()
+        limited = []
+        for key, version in FORWARDING.items():
+            if version not in versions:
+                continue
+            if version not in self._found_off | self._found_on and (value := read_sysctls([key]).get(key)):
+                (self._found_off if value == "0" else self._found_on).add(version)
+            if version in self._found_off:
+                if key not in self._configured:
+                    self._configured[key] = bool(configured(key, "1"))
+                limited += [] if self._configured[key] else [version]
+        return tuple(limited)
 
     def _carried(self, link: str) -> bool:
         """Return whether a bridge of the userspace datapath carries the link, or did when the database was last up."""

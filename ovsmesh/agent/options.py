@@ -54,7 +54,7 @@ class Options:
         if self.docker != "off" or (removing and (state.path / DOCKER_FILES[0]).exists()):
             values = (self.docker, self.docker_config, self.docker_socket, self.docker_restart, self.docker_timeout)
             docker = Docker(DockerOptions(*values), state, removing, acting)
-        return Driver(self.ovsdb, self.cni_dir, self.cni_bin_dir, docker, acting)
+        return Driver(self.ovsdb, self.cni_dir, self.cni_bin_dir, docker, acting, state.found_off())
 
 
 def remembered(state_dir: str, chosen: Mapping[str, object]) -> Options:

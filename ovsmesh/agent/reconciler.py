@@ -25,10 +25,10 @@ from ovsmesh.agent.result import (
     ReconcileResult,
     compare,
 )
-from ovsmesh.containers.forwarding import side_effects
+from ovsmesh.containers.forwarding import FORWARDING, side_effects
 from ovsmesh.dataplane.plan import Plan, Step, due, plan
 from ovsmesh.dataplane.report import NOT_REACHED, Held
-from ovsmesh.dataplane.types import Dataplane, Observed, State
+from ovsmesh.dataplane.types import Dataplane, Facts, Observed, State
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.history import History
 from ovsmesh.mesh.source import Snapshot, Source
@@ -193,7 +193,7 @@ class Reconciler:
             steps = due(now.plan, now.have.problems)
             if not steps:
                 break
-            self._record_sysctls(steps)
+            self._record_sysctls(steps, now.facts)
             self._applied += steps.steps
             failed = self._driver.apply(steps, now.want)
             self._count_steps(steps)
@@ -225,12 +225,15 @@ class Reconciler:
         facts = self.last.facts
         return facts is not None and any(facts.path_mtus.get(n) != mtu for n, mtu in self._path_mtus().items())
 
-    def _record_sysctls(self, todo: Plan) -> None:
-        """Record the old values of the sysctls that are about to be written, for `cleanup`."""
+    def _record_sysctls(self, todo: Plan, facts: Facts | None) -> None:
+        """Record the old values of the sysctls that are about to be written, for `cleanup` and the next agent."""
         old = {s.key: s.have for s in todo.steps if s.kind == "sysctls" and s.have is not None}
         for key in list(old):
             old |= {k: v for k, v in side_effects(key).items() if k not in old}
-        for problem in self._state.remember(old) if old else ():
+        problems = self._state.remember(old) if old else ()
+        if facts and any(key in FORWARDING for key in old):
+            problems = (*problems, *self._state.note_off(facts.forward_limited))
+        for problem in problems:
             log.warning("%s", problem)
 
     def _count_steps(self, todo: Plan) -> None:

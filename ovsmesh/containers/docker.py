@@ -216,9 +216,13 @@ class Docker:
             text = f"dockerd still runs {daemon_text(daemon)}: restart Docker when its containers may stop"
             problems.append(Problem(Reason.DockerStale, text))
         restart = have.get(DAEMON) != wanted.get(DAEMON)
+        if daemon.bridge == KBR and (shut := settings.isolation(daemon, file)):
+            problems.append(Problem(Reason.DockerIsolates, shut))
         unmanaged: tuple[Unmanaged, ...] = ()
         if restart or have != wanted:
             why = self._obstacle(daemon, wanted, config, record, restart, file)
+            if restart and file.get("bridge") != KBR and (shut := settings.isolation(daemon, file)):
+                why = "; ".join(filter(None, (why, shut)))
             unmanaged = (Unmanaged("docker", DAEMON, why),) if why else ()
             stops = settings.stops(daemon) if restart else ""
             problems += [Problem(Reason.DockerRestart, stops)] if stops else []
@@ -356,7 +360,10 @@ class Docker:
     def refusal(self) -> str:
         """Return why `--docker replace` changes nothing here, "" where it can; once the daemon is known."""
         daemon, (_, record, file) = self._watch.daemon, self._read()
-        return self._unsuitable(daemon, record, file) if daemon and self.wanted() == "replace" else ""
+        if not daemon or self.wanted() != "replace":
+            return ""
+        shut = settings.isolation(daemon, file) if file.get("bridge") != KBR else ""
+        return self._unsuitable(daemon, record, file) or shut
 
     # restoring
 

@@ -212,6 +212,7 @@ def _read(path: str, began: float) -> Daemon:
         subnets=tuple(str(c.get("Subnet"))[:64] for c in configs[:8] if c.get("Subnet")),
         ipv6=bridge.get("EnableIPv6") is True,
         live_restore=info.get("LiveRestoreEnabled") is True,
+        isolates=options.get("com.docker.network.bridge.enable_icc") == "false",
         running=tuple(sorted(names)),
         returning=tuple(sorted(returning)),
         instance=(found, start_time(found)) if found else (0, 0),

@@ -38,7 +38,7 @@ _FALLBACKS = frozenset({"erspan0", "gre0", "gretap0", "gre_sys", "ip6gre0", "ip6
 """Links that come with a kernel module, and that of Open vSwitch."""
 _OF_DOCKER = re.compile(rf'"?({KBR}|docker0|docker_gwbridge|br-[0-9a-f]{{12}})"?')
 """Links that only Docker and ovsmesh give such names."""
-_NAT = re.compile(r"\b(masquerade|snat|dnat|MASQUERADE|SNAT|DNAT)\b")
+_NAT = re.compile(r"(?<!status )(?<!status & )(?<!status ! )\b(masquerade|snat|dnat|MASQUERADE|SNAT|DNAT)\b")
 _FILES = ("/etc/sysctl.d/*.conf", "/run/sysctl.d/*.conf", "/usr/local/lib/sysctl.d/*.conf", "/usr/lib/sysctl.d/*.conf")
 _TABLE = re.compile(r"table (\S+) (\S+) \{")
 _CHAIN = re.compile(r"chain (\S+) \{")

@@ -244,6 +244,23 @@ def obstacles(
         )
 
 
+def isolation(daemon: Daemon, file: Mapping[str, Any]) -> str:
+    """Return what `icc: false` does on kbr0, where dockerd has it now or at its next start; "" where it has not.
+
+    It is for containers of one bridge. On kbr0 that bridge is also the way to the peers: dockerd's rule does not tell
+    them apart, and 29 with nftables has it where no rule of others comes first. Only its owner can give it up.
+    """
+    given = [word.partition("=")[2].lower() for word in daemon.flags if word.startswith("--icc=")]
+    now = daemon.bridge == KBR and daemon.isolates
+    if not (now or file.get("icc") is False or given[-1:] in (["false"], ["f"], ["0"])):
+        return ""
+    return (
+        f"dockerd has `icc: false`: on {KBR} it refuses every packet that goes from {KBR} to {KBR}, as all do between "
+        f"this node's pods and its peers'. To have the mesh, take icc out of daemon.json and dockerd's command line: "
+        f"containers of this host's {KBR} then reach each other too. To keep it, give `--docker off`"
+    )
+
+
 def remembers(daemon: Daemon, wanted: str) -> bool:
     """Return whether dockerd is on kbr0 with another range than wanted, which its next start would put there again.
 

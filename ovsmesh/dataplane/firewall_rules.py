@@ -270,10 +270,38 @@ def _accept(tool: str, own: list[IPNetwork], cluster: list[IPNetwork], exits: It
     return {(tool, "FORWARD", name): Rule(text) for name, text in found.items()}
 
 
+def _limit(version: int, facts: Facts) -> dict[RuleKey, Rule]:
+    """Return the rules by which a host forwards nothing but the mesh's, and what others accept or have translated.
+
+    They are for a host that forwards because of the agent alone. As soon as others use FORWARD, they stand there behind
+    their rules: a Docker, libvirt or kube-proxy that comes later opens what it needs, as in a FORWARD that drops. What
+    it opens in an nft table of its own can't be seen there: then what comes from its bridges passes. Answers and what
+    a NAT rule sends to a container pass too. Frames between two ports of one bridge are none of this.
+    """
+    behind = () if facts.forward_nft else (b for b in facts.bridges if b not in facts.exits)
+    tool = IPTABLES[version == 6]
+    found: dict[RuleKey, Rule] = {}
+    for n, link in enumerate((KBR, *facts.exits, *behind)):
+        name = f"only-mesh-v{version}" + (f"-{n + 1}" if n else "")
+        bridge = link == KBR or link in facts.bridges
+        if tool in facts.forward_drop:
+            stays = f" ! -o {link}" if bridge else ""
+            text = f"-i {link}{stays} -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"
+            found[tool, "FORWARD", name] = Rule(text)
+            continue
+        to = [*([link] if bridge else []), *(facts.exits if link == KBR else [])]
+        quoted = ", ".join(f'"{name}"' for name in to)
+        out = f" oifname != {{ {quoted} }}" if to else ""
+        what = f'meta nfproto ipv{version} iifname "{link}"{out} ct state != {{ established, related }}'
+        found["inet", "forward", name] = Rule(f"{what} ct status & dnat == 0 drop")
+    return found
+
+
 def rules(mesh: Mesh, self_node: Node, facts: Facts) -> dict[RuleKey, Rule]:
     """Return every filter rule that this node should have and can have, in the order in which they stand in a chain."""
     found: dict[RuleKey, Rule] = {}
     accept: dict[RuleKey, Rule] = {}
+    only: dict[RuleKey, Rule] = {}
     for version, tool in zip((4, 6), IPTABLES, strict=True):
         if version == 6 and not facts.ipv6:
             continue
@@ -281,9 +309,12 @@ def rules(mesh: Mesh, self_node: Node, facts: Facts) -> dict[RuleKey, Rule]:
         cluster = [c for c in mesh.cluster_cidrs if c.version == version]
         if own:
             found["inet", "postrouting", f"masquerade-v{version}"] = _masquerade(version, own, cluster)
+        limited = bool(own) and version in facts.forward_limited
         if tool in facts.forward_drop:
             accept |= _accept(tool, own, cluster, facts.exits)
-    every = found | _tunnel(mesh, self_node) | _walls(mesh, self_node, facts.ipv6) | accept
+        if limited:
+            (accept if tool in facts.forward_drop else only).update(_limit(version, facts))
+    every = found | _tunnel(mesh, self_node) | only | _walls(mesh, self_node, facts.ipv6) | accept
     return supported(every, facts.firewall_missing)
 
 

@@ -91,6 +91,24 @@ def parse_nft(text: str) -> Table:
     return table
 
 
+def filters_forward(text: str) -> bool:
+    """Return whether `nft -j list chains` shows a chain for forwarded packets, neither managed nor of iptables.
+
+    Raises Unreadable.
+    """
+    try:
+        chains = [item["chain"] for item in json.loads(text)["nftables"] if "chain" in item]
+        return any(
+            chain.get("hook") == "forward"
+            and chain["family"] in ("ip", "ip6", "inet")
+            and not chain["table"].startswith(MARK)
+            and not (chain["name"] == "FORWARD" and chain["table"] in ("filter", "mangle", "security"))
+            for chain in chains
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise Unreadable(f"nft: its JSON is not as expected ({e!r})") from None
+
+
 def parse_iptables(text: str) -> Table:
     """Parse the output of `iptables -S`: FORWARD's managed rules, what else is in it, and the chains that it calls."""
     table = Table(present=True)
@@ -223,10 +241,18 @@ class ClosingRule(NamedTuple):
     words: tuple[str, ...]
 
 
+Ranges = tuple[tuple[IPNetwork | None, IPNetwork | None], ...]
+"""Each of this node's ranges beside each range of the mesh."""
 _ICMP = ("icmp", "ipv6-icmp")
 _PROTOCOLS = ("tcp", "udp", "icmp")
 _JUMPS = ("-j", "-g")
 _REFUSES = ("DROP", "REJECT")
+
+
+def accepted_ranges(rules: Mapping[RuleKey, Rule]) -> Ranges:
+    """Return the ranges that the wanted accept rules of a tool are about."""
+    texts = [rule.text.split() for key, rule in rules.items() if key[2].startswith("mesh-out")]
+    return tuple((ip_network(t[t.index("-s") + 1]), ip_network(t[t.index("-d") + 1])) for t in texts)
 
 
 def refusal(table: Table, own: IPNetwork | None, cluster: IPNetwork | None, policy: bool = False) -> ClosingRule | None:
@@ -318,8 +344,17 @@ def _covers(text: str, inner: IPNetwork | None) -> bool | None:
     return False
 
 
-def opening(tool: str, found: ClosingRule) -> str:
-    """Return what opens the way for the mesh, for the reader."""
+def refused(tool: str, found: ClosingRule) -> str:
+    """Return what a rule refuses and how the mesh is let through, for the reader."""
+    number, chain, words = found.number, found.chain, shlex.join(found.words)
+    what = f"rule {number} of chain {chain} (`{words}`)" if number else f"policy {words} of chain {chain}"
+    return (
+        f"{what} refuses packets between this node's pods and its peers'. The rules of ovsmesh stand behind those of "
+        f"others and do not come to it. To let them through: {_opening(tool, found)}"
+    )
+
+
+def _opening(tool: str, found: ClosingRule) -> str:
     if found.number == 0:
         return f"`{tool} -A FORWARD -i {KBR} -o {KBR} -j ACCEPT`"
     if found.chain.startswith("ufw"):

@@ -185,6 +185,13 @@ def _mtu_from(mesh: Mesh, me: Node, facts: Facts, mtu: int) -> str:
     return f"underlay {underlay or mtu + extra}{'' if underlay else ' assumed'} − {extra} of {mesh.encapsulation}"
 
 
+def _forwarding(facts: Facts) -> str:
+    if not facts.forward_limited:
+        return ""
+    versions = " and ".join(f"IPv{version}" for version in facts.forward_limited)
+    return f"{versions}: the mesh's, and what rules of others accept (nobody had it on before the agent)"
+
+
 def _self(
     name: str,
     mesh: Mesh | None,
@@ -221,6 +228,7 @@ def _self(
         key=mesh.key,
         mtu=mtu,
         mtu_from=_mtu_from(mesh, me, facts, mtu),
+        forwarding=_forwarding(facts),
         datapath_type=facts.datapath_type,
         cni=cni_config.conflist_status(facts.cni, want.cni, have.dataplane.cni) if facts.cni and want else None,
     )

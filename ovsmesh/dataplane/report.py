@@ -141,6 +141,8 @@ class Self:
     mesh_current: bool = True
     mesh_digest: str = ""
     """See manifest.digest: hosts with the same mesh have the same."""
+    forwarding: str = ""
+    """What else than the mesh's packets this host does not forward; "" where it forwards all that comes."""
     docker: str = ""
     """Where Docker's containers are plugged in; "" where there is no Docker, or it is left alone."""
     agent_heard: float | None = None

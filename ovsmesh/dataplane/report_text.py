@@ -77,6 +77,8 @@ def _about(me: Self, now: float) -> Iterator[tuple[str, str]]:
         yield "pod CIDRs", ", ".join(f"{cidr} (gateway {gateway})" for cidr, gateway in pairs)
         yield "MTU", f"{me.mtu} ({me.mtu_from})"
         yield "Open vSwitch", f"{me.ovs_version or 'version unknown'}, datapath {me.datapath_type}"
+    if me.forwarding:
+        yield "forwards", me.forwarding
     if me.cni is not None:
         yield "CNI", str(me.cni)
     if me.docker:

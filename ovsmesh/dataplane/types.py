@@ -88,6 +88,12 @@ class Facts:
     """"iptables" and/or "ip6tables": whose FORWARD chain holds rules or a policy that may drop."""
     exits: tuple[str, ...] = ()
     """Links by which packets leave this host; bridges of others are none of them."""
+    bridges: tuple[str, ...] = ()
+    """All bridges of others."""
+    forward_limited: tuple[int, ...] = ()
+    """IP versions that this host forwards because of the agent alone: nobody had that on before it."""
+    forward_nft: bool = False
+    """Whether an nft table of others filters forwarded packets: it may accept what no iptables rule does."""
     firewall_missing: tuple[str, ...] = ()
     """What this host's packet filter is known not to support; see firewall_rules.supported."""
     service: str = ""
@@ -114,6 +120,8 @@ class Daemon:
     subnets: tuple[str, ...] = ()
     ipv6: bool = False
     live_restore: bool = False
+    isolates: bool = False
+    """Whether it refuses packets between two ports of its default bridge (`icc: false`)."""
     running: tuple[str, ...] = ()
     """Names of the running containers."""
     returning: tuple[str, ...] = ()

@@ -257,6 +257,8 @@ class RtnetlinkCache:
                 self._released.clear()
         if self.watch_ports and kbr is not None and kbr in (entry.master, old.master if old else 0):
             self.changed |= not added or old is None or (old.name, old.master) != (entry.name, entry.master)
+        if "bridge" in (entry.kind, old.kind if old else "") and (old is None or not added or old.name != entry.name):
+            self.changed = True
         if {entry.name, old.name if old else ""} & {KBR, OBR}:
             if entry != old:
                 self._note("links", entry.name)
@@ -370,6 +372,11 @@ class RtnetlinkCache:
         routed = [link for *_, i in self._defaults if (link := self.links.get(i))]
         names = {link.name for link in (*addressed, *routed)}
         return tuple(sorted(name for name in names - {"lo", KBR, OBR} if _PLAIN_NAME.fullmatch(name)))
+
+    def bridges(self) -> tuple[str, ...]:
+        """Return the Linux bridges of others: not kbr0, also where somebody has renamed it."""
+        names = {link.name for link in self.links.values() if link.kind == "bridge" and link.alias != MARK}
+        return tuple(sorted(name for name in names - {KBR} if _PLAIN_NAME.fullmatch(name)))
 
     def addresses_of(self, name: str) -> tuple[str, ...]:
         """Return all addresses of a link, managed or not."""

@@ -10,25 +10,26 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from ipaddress import ip_network
 from pathlib import Path
 from typing import NamedTuple
 
 from ovsmesh.dataplane.firewall_rules import CHAINS, IPTABLES, NFT, SETS, WITHOUT, digest, supported
 from ovsmesh.dataplane.nft_syntax import (
+    Ranges,
     Table,
     Unreadable,
+    accepted_ranges,
     by_chain,
     element_changes,
+    filters_forward,
     iptables_script,
-    opening,
     parse_iptables,
     parse_nft,
     refusal,
+    refused,
     rules_of,
     sets_used,
     table_script,
@@ -37,15 +38,12 @@ from ovsmesh.dataplane.nft_syntax import (
 from ovsmesh.dataplane.types import MARK, Rule, RuleKey
 from ovsmesh.errors import Problem
 from ovsmesh.linux.nft_monitor import ALL_TOOLS, NftMonitor, generation, holders
-from ovsmesh.mesh.types import IPNetwork
 from ovsmesh.reasons import Reason
 
 _TIMEOUT = 10.0
 """Seconds; a full table of a thousand peers takes 0.03."""
 _LOCK_WAIT = "5"
 """Seconds that iptables waits for the lock that all its users share."""
-Ranges = tuple[tuple[IPNetwork | None, IPNetwork | None], ...]
-"""Each of this node's ranges beside each range of the mesh."""
 
 
 class Filters(NamedTuple):
@@ -97,12 +95,6 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"/dev/stdin:[0-9:-]+ ", "", line)
 
 
-def _ranges(rules: Mapping[RuleKey, Rule]) -> Ranges:
-    """Return the ranges that the wanted accept rules of a tool are about."""
-    texts = [rule.text.split() for key, rule in rules.items() if key[2].startswith("mesh-out")]
-    return tuple((ip_network(t[t.index("-s") + 1]), ip_network(t[t.index("-d") + 1])) for t in texts)
-
-
 class Firewall:
     """The filter rules of this network namespace. Not thread-safe.
 
@@ -125,6 +117,8 @@ class Firewall:
         self._unreadable: set[str] = set()
         """Families that could not be parsed at the last reading: written again once, then reported."""
         self._legacy: dict[str, bool] = {}
+        self.forward_nft = False
+        """Whether an nft table of others filters what is forwarded, as read last; see Facts."""
         self._brothers: dict[str, Table] = {}
         """iptables-legacy and ip6tables-legacy, where the kernel has their rules beside those of the tools in use."""
         self._walked: dict[str, tuple[Table, Ranges, Problem | None]] = {}
@@ -217,6 +211,12 @@ class Firewall:
             # it refuses to show a table with a chain that only nft can show
             return parse_iptables(_run([tool, "-w", _LOCK_WAIT, "-S", "FORWARD"]))
 
+    def _others_forward(self) -> bool:
+        try:
+            return filters_forward(_run(["nft", "-j", "list", "chains"]))
+        except (FileNotFoundError, _Failed, Unreadable):
+            return False
+
     def _doubt(self) -> None:
         """Mark what has to be read again where a notification may have been lost.
 
@@ -234,6 +234,8 @@ class Firewall:
     def _refresh(self) -> None:
         self._take_changes()
         self._doubt()
+        if IPTABLES[0] in self._dirty:
+            self.forward_nft = self._others_forward()
         for tool in [*NFT, *IPTABLES]:
             if tool not in self._dirty:
                 continue
@@ -257,6 +259,11 @@ class Firewall:
         """Return those of iptables and ip6tables whose FORWARD chain may drop, see Facts."""
         self._refresh()
         return tuple(tool for tool in IPTABLES if self._tables[tool].drops)
+
+    def forward_limited(self) -> set[int]:
+        """Return the IP versions for which rules are in place that limit what is forwarded."""
+        names = [row.name for table in self._tables.values() for row in table.rows]
+        return {version for version in (4, 6) if any(name.startswith(f"only-mesh-v{version}") for name in names)}
 
     def observe(self, want: Mapping[RuleKey, Rule]) -> Filters:
         """Return what is in the kernel.
@@ -304,7 +311,7 @@ class Firewall:
     def _refusals(self, want: Mapping[RuleKey, Rule]) -> Iterator[Problem]:
         """Yield which rules of others refuse the mesh's packets before the managed rules are asked."""
         for tool in IPTABLES:
-            ranges = _ranges(rules_of(tool, want))
+            ranges = accepted_ranges(rules_of(tool, want))
             if ranges:
                 yield from self._refused_by(tool, self._tables[tool], ranges)
             if tool in self._brothers:
@@ -314,15 +321,7 @@ class Firewall:
         known = self._walked.get(tool)
         if known is None or known[0] is not table or known[1] != ranges:
             found = next(filter(None, (refusal(table, own, cluster, policy) for own, cluster in ranges)), None)
-            problem = None
-            if found:
-                number, chain, words = found.number, found.chain, shlex.join(found.words)
-                what = f"rule {number} of chain {chain} (`{words}`)" if number else f"policy {words} of chain {chain}"
-                text = (
-                    f"{what} refuses packets between this node's pods and its peers'. The rules of ovsmesh stand "
-                    f"behind those of others and do not come to it. To let them through: {opening(tool, found)}"
-                )
-                problem = Problem(Reason.ForwardRefused, text, field=tool)
+            problem = Problem(Reason.ForwardRefused, refused(tool, found), field=tool) if found else None
             self._walked[tool] = known = (table, ranges, problem)
         if known[2]:
             yield known[2]

@@ -20,13 +20,15 @@ from ovsmesh.linux.netlink_socket import Message, NetlinkSocket, attributes
 from ovsmesh.text import printable
 
 _NFNLGRP_NFTABLES, _NFNL_SUBSYS_NFTABLES = 7, 10
-_NEWCHAIN, _DELCHAIN, _NEWRULE, _DELRULE, _NEWGEN = 3, 5, 6, 8, 15
+_DELTABLE, _NEWCHAIN, _DELCHAIN, _NEWRULE, _DELRULE, _NEWGEN = 2, 3, 5, 6, 8, 15
 """NFT_MSG_ types."""
 _NFGENMSG_BYTES = 4
 _RECEIVE_BYTES = 4 << 20
 """A thousand new set elements are a thousand messages."""
 _TOOLS = {1: "inet", 7: "bridge", 2: "iptables", 10: "ip6tables"}
 """NFPROTO_ number → nft family, or the tool whose rules are there."""
+_CHAIN_HOOK, _HOOK_NUMBER, _FORWARD = 4, 1, 2
+"""NFTA_CHAIN_HOOK, NFTA_HOOK_HOOKNUM, NF_INET_FORWARD."""
 ALL_TOOLS = frozenset(_TOOLS.values())
 _GETTABLE, _GETRULE, _GETGEN = 1, 7, 16
 """NFT_MSG_ types."""
@@ -65,11 +67,15 @@ def writers(messages: Iterable[Message]) -> Iterator[str]:
 
 def _tool(kind: int, payload: memoryview, mark: bytes) -> str:
     tool = _TOOLS.get(payload[0], "")
-    names = {number: value.rstrip(b"\0") for number, value in attributes(payload, _NFGENMSG_BYTES).items()}
-    if tool in ("inet", "bridge"):
-        return tool if names.get(1) == mark else ""
-    if names.get(1) != b"filter":
-        return ""
+    given = attributes(payload, _NFGENMSG_BYTES)
+    names = {number: value.rstrip(b"\0") for number, value in given.items()}
+    if tool in ("inet", "bridge") and names.get(1) == mark:
+        return tool
+    if tool in ("inet", "bridge") or names.get(1) != b"filter":
+        hook = attributes(memoryview(given.get(_CHAIN_HOOK, b""))).get(_HOOK_NUMBER, b"")
+        forwards = kind == _DELTABLE or (kind == _NEWCHAIN and int.from_bytes(hook) == _FORWARD)
+        # a chain of others may filter what is forwarded: it is read with the rules of iptables
+        return "iptables" if forwards and tool != "bridge" and not names.get(1, b"").startswith(mark) else ""
     # a rule has its chain's name as attribute 2, a chain has its own as attribute 3
     chain = {_NEWRULE: 2, _DELRULE: 2, _NEWCHAIN: 3, _DELCHAIN: 3}.get(kind, 0)
     return tool if names.get(chain) == b"FORWARD" else ""

@@ -179,6 +179,24 @@ def obstacles(daemon: Daemon, restart: bool = True) -> list[str]:
     return list(docker_config.obstacles(daemon, "/etc/docker/daemon.json", "/etc/docker/daemon.json", WANTED, restart))
 
 
+@pytest.mark.parametrize(
+    ("bridge", "isolates", "file", "flag", "named"),
+    [
+        ("docker0", False, {}, "--icc=true", False),
+        ("docker0", False, {"icc": True}, "", False),
+        ("docker0", False, {"icc": False}, "", True),
+        ("docker0", False, {}, "--icc=false", True),
+        # the file is for its next start, which the switch is
+        ("docker0", True, {}, "", False),
+        ("kbr0", True, {}, "", True),
+    ],
+)
+def test_icc_false_is_named(bridge: str, isolates: bool, file: dict[str, Any], flag: str, named: bool) -> None:
+    daemon = dataclasses.replace(ON_DOCKER0, bridge=bridge, isolates=isolates, flags=("dockerd", flag))
+    said = docker_config.isolation(daemon, file)
+    assert bool(said) == named and ("--docker off" in said) == named
+
+
 def test_what_is_in_the_way() -> None:
     assert obstacles(ON_DOCKER0) == []
     lives = dataclasses.replace(ON_DOCKER0, live_restore=True, running=("db", "web"))

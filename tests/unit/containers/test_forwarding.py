@@ -37,6 +37,10 @@ during = state()
 back, left = cleanup.put_back(old, (), False)
 problems = cleanup._write_back(back)
 after = state()
+# a filter that asks whether a packet was translated translates nothing
+sh("iptables -A FORWARD -i d0 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP")
+sh("nft 'add table inet f; add chain inet f c; add rule inet f c ct status dnat accept'")
+assert forwarding_users(4, ()) == []
 sh("iptables -t nat -A POSTROUTING -s 192.168.122.0/24 -j MASQUERADE")
 rule = forwarding_users(4, ())
 bridge = forwarding_users(4, [Device("virbr1", "bridge", True, ("192.168.9.1/24",), ("vnet0",))])
