@@ -29,6 +29,7 @@ WINDOW = 100
 """Outcomes and round trips that are kept: loss and p99 are of these."""
 _QUICK_GAP = 0.1
 """Seconds between quick probes: three of each size and kind go out within a second of the miss."""
+_MORE_GAP = 0.05
 _SEARCH_GAP = 0.02
 _RECENT, _LOSSY = 20, 4
 """A path is lossy when at least 4 of its last 20 probes were lost."""
@@ -44,6 +45,7 @@ _RECOVERY_GAP = 0.25
 """Seconds between the probes by which a path shows that it is well again."""
 _SOON = 5.0
 """Seconds: a path that may be believed to be well again sooner than that does not wait for its regular probe."""
+_GAPS = {"more": _MORE_GAP, "search": _SEARCH_GAP, "verify": _SEARCH_GAP}
 _SEARCH_TRIES = 3
 """Probes of one size in the search for the path MTU: all must be lost for the size to count as too large."""
 _SEARCH_TIMEOUT = (0.3, 1.0)
@@ -213,7 +215,7 @@ class Path:
     def quick(self, now: float) -> Probe:
         """Return the next quick probe. Only to be called when `quick_at` names a time."""
         assert self._round is not None
-        self._next_quick = now + (_SEARCH_GAP if self._round.kind in ("search", "verify") else _QUICK_GAP)
+        self._next_quick = now + _GAPS.get(self._round.kind, _QUICK_GAP)
         return self._send(self._round.left.pop(0), now)
 
     @property
@@ -382,7 +384,8 @@ class Path:
             # every answer is to a smaller packet than every loss
             self._range = (max(answered), min(lost))
             self._search(now)
-        elif lost and self._doubtful():
+        elif (lost or self._recent.lost > 1) and self._doubtful():
+            # one loss may be chance; a second among the last ones is looked into
             self._start("more", [self.usable] * _MORE, now)
         else:
             self._recover(now)
