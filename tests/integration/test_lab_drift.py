@@ -316,19 +316,23 @@ def test_reading_all_again_at_rest_starts_no_process_and_misses_no_change(
         ending.enter_context(inside(host.ns))
         source = FileSource(str(host.mesh), str(tmp_path), host.name)
         ending.callback(source.close)
-        driver = Driver(host.ovsdb)
+        driver = Driver(host.ovsdb, acting=True)
         ending.callback(driver.close)
         driver.connect()
+        filters = driver._filters
+        assert filters is not None
         known = source.snapshot().mesh
         assert known is not None
         for _ in range(2):
             # the second look reads the kernel's filters again where others have changed them meanwhile
             driver.dirty()
             assert not compare(driver, known, host.name, probe_firewall=False).plan.steps
+        wait_for("the filters of others to be looked at", lambda: filters._thread is None, SOON)
         with monkeypatch.context() as patched:
             patched.setattr(subprocess.Popen, "__init__", spy)
             driver.dirty()
             assert not compare(driver, known, host.name, probe_firewall=False).plan.steps
+            wait_for("the filters of others to be looked at", lambda: filters._thread is None, SOON)
         assert ran == []
         # what tells of changes hangs, so that this one is told to nobody
         monitor = driver.flows._monitor
