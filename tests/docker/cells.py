@@ -167,7 +167,3 @@ def wanted(baseline: Observation, situation: str) -> dict[Probe, str]:
             if (other := difference.answer(probe, baseline)) is not None:
                 found[probe] = other
     return found
-
-
-FORWARD = "FORWARD stays ACCEPT where the agent turned forwarding on (issue 11, point 3)"
-ICC = "a drop of Docker's below DOCKER-FORWARD, or in its nft tables, is not named (issue 11, point 4)"

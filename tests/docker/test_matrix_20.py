@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ovsmesh.lab.lab import Lab
-from tests.docker.cells import DIRECT, FORWARD
 from tests.docker.matrix import Matrix, bring, cases
 from tests.support import built
 
 pytestmark = [pytest.mark.docker, pytest.mark.lab]
-KNOWN = {("reboot, agent first", DIRECT): FORWARD}
-"""Cells that fail, with why. A situation with "" stands for all of its cells."""
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +18,6 @@ def matrix(module_lab: Callable[..., Lab]) -> Iterator[Matrix]:
     yield from bring(module_lab, lambda: built.docker_20())
 
 
-@pytest.mark.parametrize(("situation", "group"), cases(KNOWN))
+@pytest.mark.parametrize(("situation", "group"), cases())
 def test_kbr0_does_what_docker0_does(matrix: Matrix, situation: str, group: str) -> None:
     assert not matrix.differences(situation, group)

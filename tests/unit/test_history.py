@@ -171,7 +171,7 @@ _KEYS = st.sampled_from(["time", "event", "what", "who", "took", "parts"])
 
 
 @given(st.lists(st.dictionaries(_KEYS, _VALUES), max_size=5))
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_a_line_holds_what_is_shown_is_printable_and_json(tmp_path: Path, found: list[Any]) -> None:
     lines = (json.dumps(each).encode("utf-8", "surrogatepass") for each in found)
     (tmp_path / "history.jsonl").write_bytes(b"\n".join(lines))

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ovsmesh.controller.ipam import allocate, derive, lengths
@@ -68,7 +68,6 @@ ranges = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(ranges, max_size=30), st.integers(18, 30), st.integers(1, 20))
 def test_never_two_that_overlap(taken: list[IPv4Network], length: int, nodes: int) -> None:
     names = [f"n{n}" for n in range(nodes)]

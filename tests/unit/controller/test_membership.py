@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ovsmesh.controller.membership import Membership, NodeView, membership_of, parse_node
@@ -282,7 +282,6 @@ def check(nodes: list[NodeView], random: object) -> Membership:
     return found
 
 
-@settings(deadline=None)
 @given(st.lists(some_views(1), max_size=12, unique_by=lambda v: v.name), st.randoms())
 def test_never_two_with_one_thing(nodes: list[NodeView], random: object) -> None:
     found = check(nodes, random)
@@ -290,7 +289,6 @@ def test_never_two_with_one_thing(nodes: list[NodeView], random: object) -> None
     assert of(*nodes, held=found.members) == found
 
 
-@settings(deadline=None)
 @given(st.lists(some_views(3), max_size=8, unique_by=lambda v: v.name), st.randoms(), st.data())
 def test_addresses_that_wander_never_take_a_member_out(
     nodes: list[NodeView], random: object, data: st.DataObject

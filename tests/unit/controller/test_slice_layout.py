@@ -306,7 +306,7 @@ def test_pacer_slows_down_in_a_burst_and_no_further_than_a_second() -> None:
 numbers = st.sets(st.integers(0, 400), max_size=330)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(numbers, st.sampled_from([None, 1400]), st.integers(-1, 4)), min_size=1, max_size=6))
 def test_any_history_ends_right_with_few_writes(steps: list[tuple[set[int], int | None, int]]) -> None:
     """Members come and go, the setting changes, slices vanish: all stand once, those who stay stay, few writes."""

@@ -15,7 +15,7 @@ from ovsmesh.dataplane.types import KBR, KINDS, Dataplane, Facts, Link, Observed
 from ovsmesh.mesh.types import Mesh, Node
 from tests.support.meshkit import FACTS, mesh_of, node, seen, want
 
-CALM = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+CALM = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 """A busy machine is no finding."""
 
 NAMES = st.sampled_from(

@@ -6,7 +6,7 @@ from ipaddress import ip_network
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ovsmesh.dataplane.types import KBR, MARK, OBR, Link, Route, Unmanaged
@@ -33,7 +33,6 @@ from tests.support.rtnl_messages import (
     route,
 )
 
-CALM = settings(deadline=None)
 """A busy machine is no finding."""
 
 
@@ -457,7 +456,6 @@ EVENTS = st.sampled_from(
 )
 
 
-@CALM
 @given(st.lists(EVENTS, max_size=25))
 def test_no_order_of_notifications_confuses_it(events: Any) -> None:
     cache = RtnetlinkCache()
@@ -470,7 +468,6 @@ def test_no_order_of_notifications_confuses_it(events: Any) -> None:
     cache.unmanaged_routes(), cache.ra_links(), cache.ports_of(KBR)
 
 
-@CALM
 @given(st.sampled_from([16, 17, 20, 21, 24, 25, 28, 29, 80, 99]), st.binary(max_size=80))
 def test_no_message_ends_it(kind: Any, body: Any) -> None:
     RtnetlinkCache().update(netlink_socket.Message(kind, 0, 0, memoryview(body)))

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ovsmesh.linux import netlink_socket, rtnetlink
@@ -19,7 +19,6 @@ from tests.support.firewallkit import inside, namespaces, needs_root
 
 __all__ = ["namespaces"]
 
-CALM = settings(deadline=None)
 """A busy machine is no finding."""
 NO_LINK = 2**31 - 1
 
@@ -95,7 +94,6 @@ def packed(seq: int, body: bytes) -> bytes:
     return struct.pack("=IHHII", 16 + len(body), rtnetlink.NEWROUTE, 0, seq, 0) + body
 
 
-@CALM
 @given(st.lists(st.binary(max_size=9), max_size=5), st.integers(0, 40))
 def test_messages_in_one_read_are_told_apart_and_a_cut_one_is_left_out(bodies: list[bytes], cut: int) -> None:
     data, ends = b"", []
@@ -108,7 +106,6 @@ def test_messages_in_one_read_are_told_apart_and_a_cut_one_is_left_out(bodies: l
     assert [bytes(m.payload) for m in found] == [b for b, end in zip(bodies, ends, strict=True) if end <= len(data)]
 
 
-@CALM
 @given(st.binary(max_size=64))
 def test_garbage_does_not_split_into_nonsense(data: bytes) -> None:
     for message in messages(data):

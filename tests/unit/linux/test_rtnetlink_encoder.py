@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyroute2.netlink.rtnl.ndmsg import ndmsg
 
@@ -204,13 +204,11 @@ def routes(addresses: st.SearchStrategy[str], longest: int) -> st.SearchStrategy
     )
 
 
-@settings(deadline=None)
 @given(st.sampled_from([rt.NEWROUTE, rt.DELROUTE]), st.sampled_from([0, ADD, CHANGE]), routes(V4, 32) | routes(V6, 128))
 def test_a_filled_in_route_is_as_pyroute2_encodes_it(type_: int, flags: int, entry: RouteEntry) -> None:
     assert encoder.route(type_, flags, entry) == bytes(encoder._route(type_, flags, entry).data)
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from([rt.NEWNEIGH, rt.DELNEIGH]),
     st.builds(NeighbourEntry, st.just(0), V4 | V6, MACS, INDEX, st.just(rt.PERMANENT), st.integers(0, 255), st.just(0))

@@ -6,7 +6,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ovsmesh.linux import rtnetlink as rt
@@ -16,7 +16,6 @@ from ovsmesh.linux.rtnetlink import AddressEntry, LinkEntry, NeighbourEntry, Rou
 from ovsmesh.linux.rtnetlink_parser import parse_address, parse_link, parse_neighbour, parse_route
 from tests.support.netlink_recorder import golden
 
-CALM = settings(deadline=None)
 """A busy machine is no finding."""
 RECEIVED = golden("received")
 LO, KBR, OBR = 1, 2, 4
@@ -155,20 +154,17 @@ FDB = st.builds(NeighbourEntry, st.just(7), st.just(""), MAC, INDEX, st.integers
 ADDRESSES = st.builds(AddressEntry, V4.map(lambda a: f"{a}/24") | V6.map(lambda a: f"{a}/64"), INDEX, BYTE)
 
 
-@CALM
 @given(ROUTES, st.sampled_from([rt.NEWROUTE, rt.DELROUTE]))
 def test_routes_come_back_as_they_went(entry: RouteEntry, kind: int) -> None:
     (message,) = messages(encoder.route(kind, 0, entry))
     assert (message.type, parse_route(message.payload)) == (kind, entry)
 
 
-@CALM
 @given(NEIGHBOURS | FDB)
 def test_neighbours_and_fdb_entries_come_back_as_they_went(entry: NeighbourEntry) -> None:
     assert parse_neighbour(payload(encoder.neighbour(rt.NEWNEIGH, 0, entry))) == entry
 
 
-@CALM
 @given(ADDRESSES)
 def test_addresses_come_back_as_they_went(entry: AddressEntry) -> None:
     assert parse_address(payload(encoder.address(rt.NEWADDR, 0, entry))) == entry
@@ -181,7 +177,6 @@ WHOLE = [payload(data) for command in RECEIVED.values() for data in command[:2]]
 
 
 @pytest.mark.parametrize("parse", PARSERS)
-@CALM
 @given(data=st.data())
 def test_truncated_payloads_never_raise(parse: Any, data: Any) -> None:
     whole = data.draw(st.sampled_from(WHOLE))
@@ -189,7 +184,6 @@ def test_truncated_payloads_never_raise(parse: Any, data: Any) -> None:
 
 
 @pytest.mark.parametrize("parse", PARSERS)
-@CALM
 @given(data=st.data())
 def test_garbled_payloads_never_raise(parse: Any, data: Any) -> None:
     raw = bytearray(bytes(data.draw(st.sampled_from(WHOLE))) + data.draw(st.binary(max_size=8)))

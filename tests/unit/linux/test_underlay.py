@@ -175,7 +175,7 @@ CHANGES = st.one_of(
 
 
 @needs_root
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(CHANGES, min_size=1, max_size=12))
 def test_any_notifications_leave_what_a_whole_read_gives(
     namespaces: Callable[..., list[str]], changes: list[str]

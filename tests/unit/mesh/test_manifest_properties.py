@@ -13,7 +13,7 @@ from ovsmesh.mesh.types import Mesh, MeshError
 from ovsmesh.mesh.yaml_reader import show
 from tests.support.meshtext import HEAD, A, B, read, text_of
 
-CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CALM = settings(suppress_health_check=[HealthCheck.too_slow])
 """A busy machine is no finding."""
 
 GOOD = text_of(A, B)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from ovsmesh.ovs.json_parser import Parser, install
 
-CALM = settings(deadline=None)
 """A busy machine is no finding."""
 
 DOCUMENTS = [
@@ -117,7 +116,6 @@ def messages(leaves: Any) -> Any:
     return st.lists(values, max_size=4) | st.dictionaries(TEXT, values, max_size=4)
 
 
-@CALM
 @given(
     messages(PLAIN | st.floats(allow_nan=False, allow_infinity=False)),
     st.booleans(),
@@ -133,7 +131,6 @@ def test_any_value_in_any_pieces(value: Any, ascii_only: Any, cuts: Any, indent:
     assert parser.finish() == value
 
 
-@CALM
 @given(st.lists(st.text(st.sampled_from('{}[]"\\,:1a \n'), min_size=1, max_size=8), max_size=6))
 def test_garbage_never_raises(chunks: Any) -> None:
     parser, _ = fed(*chunks)
@@ -141,7 +138,7 @@ def test_garbage_never_raises(chunks: Any) -> None:
     assert isinstance(found, (str, dict, list, int))
 
 
-@settings(CALM, max_examples=40)
+@settings(max_examples=40)
 @given(messages(PLAIN), st.text(max_size=5))
 def test_python_ovs_reads_the_same(value: Any, trailer: Any) -> None:
     text = json.dumps(value)

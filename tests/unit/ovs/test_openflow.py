@@ -381,7 +381,7 @@ def test_no_tool_is_not_taken_for_a_switch_that_is_down(
 # both ways
 
 
-@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sets(st.integers(1, 60), max_size=12), st.randoms(use_true_random=False))
 def test_what_is_written_is_read_back_the_same(switch: Any, table: Any, peers: Any, chance: Any) -> None:
     numbers = list(range(1, 65))

@@ -311,7 +311,7 @@ def test_one_lost_packet_changes_nothing() -> None:
     assert [state for _, state in network.changes["web1"]] == [State.UNPROBED, State.OK]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     loss=st.floats(0.0, 1.0),
     period=st.floats(0.1, 40.0),
@@ -335,7 +335,7 @@ def test_no_pattern_of_losses_makes_a_state_flap(
     assert len(network.changes["web1"]) <= 24
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     dead=st.integers(0, 30),
     deaf=st.integers(0, 30),

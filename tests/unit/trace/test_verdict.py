@@ -120,7 +120,7 @@ def test_when_all_is_well_every_hop_is() -> None:
     )
 
 
-CALM = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+CALM = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 FLOW = "flow priority=100,dl_dst=…,in_port=LOCAL → output:gre-h2 is missing"
 REFUSED = RouteFound(error="host unreachable")
 OWN = PolicyRule(500, "from 10.97.1.0/24 lookup 100", 100, "table", True)
