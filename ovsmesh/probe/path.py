@@ -27,10 +27,8 @@ SMALL_SIZE = 68
 """Bytes of a small probe's IP packet: the smallest MTU that IPv4 allows (RFC 791)."""
 WINDOW = 100
 """Outcomes and round trips that are kept: loss and p99 are of these."""
-_QUICK_GAP = 0.1
-"""Seconds between quick probes: three of each size and kind go out within a second of the miss."""
-_MORE_GAP = 0.05
-_SEARCH_GAP = 0.02
+_GAP, _GAPS = 0.1, {"more": 0.05, "search": 0.02, "verify": 0.02}
+"""Seconds between the probes of a round, and of some kinds: all quick ones go out within a second of the miss."""
 _RECENT, _LOSSY = 20, 4
 """A path is lossy when at least 4 of its last 20 probes were lost."""
 _MORE = 12
@@ -45,7 +43,6 @@ _RECOVERY_GAP = 0.25
 """Seconds between the probes by which a path shows that it is well again."""
 _SOON = 5.0
 """Seconds: a path that may be believed to be well again sooner than that does not wait for its regular probe."""
-_GAPS = {"more": _MORE_GAP, "search": _SEARCH_GAP, "verify": _SEARCH_GAP}
 _SEARCH_TRIES = 3
 """Probes of one size in the search for the path MTU: all must be lost for the size to count as too large."""
 _SEARCH_TIMEOUT = (0.3, 1.0)
@@ -215,7 +212,7 @@ class Path:
     def quick(self, now: float) -> Probe:
         """Return the next quick probe. Only to be called when `quick_at` names a time."""
         assert self._round is not None
-        self._next_quick = now + _GAPS.get(self._round.kind, _QUICK_GAP)
+        self._next_quick = now + _GAPS.get(self._round.kind, _GAP)
         return self._send(self._round.left.pop(0), now)
 
     @property
