@@ -28,7 +28,7 @@ from ovsmesh.agent.result import (
 from ovsmesh.containers.forwarding import FORWARDING, side_effects
 from ovsmesh.dataplane.plan import Plan, Step, due, plan
 from ovsmesh.dataplane.report import NOT_REACHED, Held
-from ovsmesh.dataplane.types import Dataplane, Facts, Observed, State
+from ovsmesh.dataplane.types import KINDS, Dataplane, Facts, Observed, State
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.history import History
 from ovsmesh.mesh.source import Snapshot, Source
@@ -185,7 +185,7 @@ class Reconciler:
             return ReconcileResult(problems=snapshot.problems)
         before, now = self._compared, self._compare(snapshot.mesh)
         self._who = self._cause(before, now)
-        drift = now.plan if self.last.converged and before and now.want is before.want else Plan()
+        drift = _drift(before, now) if self.last.converged and before else Plan()
         self.counters.drift.update(step.kind for step in drift.steps)
         self._drift_by = self._driver.who(drift)
         failed: list[Problem] = []
@@ -382,6 +382,16 @@ class Reconciler:
             self._reconcile_and_publish(publishers)
         self._events.stop()
         return self.last
+
+
+def _drift(before: Comparison, now: Comparison) -> Plan:
+    """Return what of a plan another mesh or another fact of this host does not explain."""
+    if now.want is before.want:
+        return now.plan
+    if now.mesh is not before.mesh:
+        return Plan()
+    same = {kind for kind in KINDS if getattr(now.want, kind) == getattr(before.want, kind)}
+    return Plan(tuple(step for step in now.plan.steps if step.kind in same))
 
 
 def held_digest(todo: Plan) -> str:
