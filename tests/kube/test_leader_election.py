@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +14,9 @@ from ovsmesh.kube import client
 from ovsmesh.kube.client import Api
 from ovsmesh.kube.config import load
 from ovsmesh.kube.events import EventRecorder, ObjectReference
-from ovsmesh.kube.leader_election import Timing
+from ovsmesh.kube.leader_election import LeaderElector, Timing
 from tests.support import apikit
-from tests.support.apikit import THINGS, lease_of
+from tests.support.apikit import THINGS
 from tests.support.controlplane import ControlPlane
 from tests.support.kubekit import eventually
 from tests.support.kubestub import Stub
@@ -23,10 +26,26 @@ api = pytest.fixture(apikit.make_api)
 real = pytest.fixture(apikit.make_real)
 
 
+Candidate = Callable[..., LeaderElector]
+
+
+@pytest.fixture
+def lease_of() -> Iterator[Candidate]:
+    """apikit.lease_of; what it gives ends with the test, however that ends."""
+    with ExitStack() as ending:
+
+        def make(*arguments: Any) -> LeaderElector:
+            made = apikit.lease_of(*arguments)
+            ending.callback(made.close)
+            return made
+
+        yield make
+
+
 # ---------------------------------------------------------------- the lease
 
 
-def test_one_leads_and_the_next_takes_over_when_it_is_given_back(stub: Stub, api: Api) -> None:
+def test_one_leads_and_the_next_takes_over_when_it_is_given_back(stub: Stub, api: Api, lease_of: Candidate) -> None:
     told: list[str] = []
     times = Timing(duration=30, deadline=20, retry=0.2)
     a, b = lease_of(api, "a", told, times), lease_of(api, "b", told, times)
@@ -43,7 +62,7 @@ def test_one_leads_and_the_next_takes_over_when_it_is_given_back(stub: Stub, api
     b.close()
 
 
-def test_who_can_t_renew_is_out_before_another_is_in(stub: Stub, api: Api, tmp_path: Path) -> None:
+def test_who_can_t_renew_is_out_before_another_is_in(stub: Stub, api: Api, tmp_path: Path, lease_of: Candidate) -> None:
     told: list[str] = []
     cut_off = Stub(tmp_path / "other")  # the same lease, behind a door that is closed below
     cut_off.objects, cut_off.history = stub.objects, stub.history
@@ -55,14 +74,13 @@ def test_who_can_t_renew_is_out_before_another_is_in(stub: Stub, api: Api, tmp_p
     time.sleep(0.5)
     stub.version = cut_off.version
     cut_off.down()
-    eventually(lambda: len(told) == 3)
-    assert told == ["a on", "a off", "b on"]
+    # on a busy machine a candidate may lose the lease to the clock before, and take it again
+    eventually(lambda: told[-1] == "b on", why=lambda: told)
+    assert all(now == before.replace("on", "off") for before, now in zip(told[::2], told[1::2], strict=False)), told
     assert not (a.is_leader and b.is_leader)
-    a.close()
-    b.close()
 
 
-def test_a_holder_that_stalls_is_fenced_off_by_the_clock_alone(stub: Stub, api: Api) -> None:
+def test_a_holder_that_stalls_is_fenced_off_by_the_clock_alone(stub: Stub, api: Api, lease_of: Candidate) -> None:
     told: list[str] = []
     a = lease_of(api, "a", told)
     fenced = api.fenced(a.remaining)
@@ -114,20 +132,17 @@ def test_events_never_hold_anyone_up(stub: Stub, api: Api) -> None:
 
 
 @pytest.mark.kube
-def test_a_real_lease_changes_hands(real: Api) -> None:
+def test_a_real_lease_changes_hands(real: Api, lease_of: Candidate) -> None:
     told: list[str] = []
     a, b = lease_of(real, "a", told), lease_of(real, "b", told)
-    try:
-        a.start()
-        eventually(lambda: told == ["a on"])
-        b.start()
-        time.sleep(1.0)
-        a.close()
-        # a busy machine may let the lease run out before
-        eventually(lambda: told[-2:] == ["a off", "b on"], why=lambda: told)
-    finally:
-        a.close()
-        b.close()
+    a.start()
+    eventually(lambda: told == ["a on"])
+    b.start()
+    time.sleep(1.0)
+    a.close()
+    # a busy machine may let the lease run out before
+    eventually(lambda: told[-2:] == ["a off", "b on"], why=lambda: told)
+    b.close()
     spec = real.get("/apis/coordination.k8s.io/v1/namespaces/ovsmesh/leases/ovsmesh-controller")["spec"]
     assert spec["leaseTransitions"] == told.count("b on") + told.count("a on") - 1
 
