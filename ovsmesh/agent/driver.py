@@ -226,11 +226,20 @@ class Driver:
                 continue
             if version not in self._found_off | self._found_on and (value := read_sysctls([key]).get(key)):
                 (self._found_off if value == "0" else self._found_on).add(version)
-            if version in self._found_off:
+            if version in self._found_off and not (version == 6 and self.firewall.open_ipv6(self._others_with_ipv6())):
                 if key not in self._configured:
                     self._configured[key] = bool(configured(key, "1"))
                 limited += [] if self._configured[key] else [version]
         return tuple(limited)
+
+    def _others_with_ipv6(self) -> list[str]:
+        """Return the bridges of others that have a range of IPv6. Docker turns forwarding on for each such network."""
+        cache, exits = self.net.cache, self.net.exits()
+        return [
+            name
+            for name in cache.bridges()
+            if name not in exits and any(":" in a and not a.startswith("fe80:") for a in cache.addresses_of(name))
+        ]
 
     def _carried(self, link: str) -> bool:
         """Return whether a bridge of the userspace datapath carries the link, or did when the database was last up."""

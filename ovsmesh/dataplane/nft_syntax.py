@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ovsmesh.dataplane.firewall_rules import CHAINS, SETS, Chain, digest
@@ -107,6 +108,30 @@ def filters_forward(text: str) -> bool:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise Unreadable(f"nft: its JSON is not as expected ({e!r})") from None
+
+
+def filters_only_ipv4(four: Table, six: Table, link: str) -> bool:
+    """Return whether others accept some of what FORWARD carries for this link in IPv4, and nobody does for IPv6.
+
+    `four` is what iptables holds, `six` what ip6tables does. So Docker up to 26 is, where daemon.json does not say
+    ip6tables. A chain of the same name in both is taken for a writer of both, who may be about to add the link.
+    """
+    accepted = _accepted(four, link)
+    return bool(accepted) and not accepted & six.filter.keys() and not _accepted(six, link)
+
+
+def _accepted(table: Table, link: str) -> set[str]:
+    """Return the targets of rules of others about a link that may accept: ACCEPT, and chains."""
+    chains, found = ["FORWARD"], set()
+    for chain in chains:
+        for words in table.filter.get(chain, ()):
+            given = list(pairwise(words))
+            targets = {value for option, value in given if option in _JUMPS and value in (*table.filter, "ACCEPT")}
+            chains += [name for name in targets if name in table.filter and name not in chains]
+            links = [value for option, value in given if option in ("-i", "-o")]
+            if any(link == name or (name.endswith("+") and link.startswith(name[:-1])) for name in links):
+                found |= targets
+    return found
 
 
 def parse_iptables(text: str) -> Table:

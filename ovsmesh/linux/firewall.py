@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from ovsmesh.dataplane.nft_syntax import (
     by_chain,
     element_changes,
     filters_forward,
+    filters_only_ipv4,
     iptables_script,
     parse_iptables,
     parse_nft,
@@ -91,8 +92,7 @@ def _legacy_filter(tool: str) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    line = str(error).splitlines()[0][:200]
-    return re.sub(r"/dev/stdin:[0-9:-]+ ", "", line)
+    return re.sub(r"/dev/stdin:[0-9:-]+ ", "", str(error).splitlines()[0][:200])
 
 
 class Firewall:
@@ -265,6 +265,10 @@ class Firewall:
         names = [row.name for table in self._tables.values() for row in table.rows]
         return {version for version in (4, 6) if any(name.startswith(f"only-mesh-v{version}") for name in names)}
 
+    def open_ipv6(self, links: Iterable[str]) -> bool:
+        """Return whether others accept IPv4 of one of these links, and have no rules for its IPv6."""
+        return any(filters_only_ipv4(self._tables["iptables"], self._tables["ip6tables"], link) for link in links)
+
     def observe(self, want: Mapping[RuleKey, Rule]) -> Filters:
         """Return what is in the kernel.
 
@@ -328,12 +332,9 @@ class Firewall:
 
     def _problems(self, want: Mapping[RuleKey, Rule]) -> tuple[Problem, ...]:
         lacking = [Problem(Reason.FilterUnavailable, f"{WITHOUT[what]} ({why})") for what, why in self._missing.items()]
+        again = "tried again at the next resync"
         refused = [
-            Problem(
-                Reason.FilterFailed,
-                f"could not be written: {why}; tried again at the next resync",
-                field=f"{tool} rules",
-            )
+            Problem(Reason.FilterFailed, f"could not be written: {why}; {again}", field=f"{tool} rules")
             for tool, (_, why) in self._refused.items()
         ]
         return (*lacking, *refused, *self._refusals(want))

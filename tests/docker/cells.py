@@ -20,6 +20,8 @@ GUEST = "outside barred"
 """A client outside that the user's rules keep from the containers of the default network."""
 
 SWITCH = "switch"
+REFUSED = "icc false"
+"""The situation in which the agent leaves Docker on docker0, and builds the rest of the mesh."""
 SITUATIONS = {
     SWITCH: "plain",
     "range added": "plain",
@@ -27,13 +29,14 @@ SITUATIONS = {
     "reboot, agent first": "reboot",
     "reboot, Docker first": "reboot",
     "cleanup after reboot": "plain",
-    "icc false": "icc false",
+    REFUSED: "icc false",
     "cleanup": "icc false",
 }
 """Situations in the order in which they come to pass → the situation without ovsmesh that each is compared with."""
 CHANGES = ("range added", "rule repaired")
 """Situations that start no container and stop none."""
 ON_DOCKER0 = ("cleanup after reboot", "cleanup")
+"""Situations without an agent."""
 
 STATE, NETWORKS, PUBLISH, OUTBOUND = "switch", "networks", "published ports", "outbound"
 RULES, DIRECT, MESH = "user's rules", "direct access", "cross-host"
@@ -61,8 +64,11 @@ class Probe(NamedTuple):
 
 IDLE = Probe(STATE, "idle", "", 0)
 """Whether the container without a restart policy runs."""
-NAMED = Probe(STATE, "agent", "icc", 0)
-"""Whether the agent says that Docker keeps containers of one bridge from each other, and so the mesh's."""
+NAMED = {
+    REFUSED: Probe(STATE, "agent", "icc before the switch", 0),
+    "cleanup": Probe(STATE, "agent", "icc on kbr0", 0),
+}
+"""Situation → whether the agent has said that Docker keeps containers of one bridge from each other."""
 Observation = Mapping[Probe, str]
 
 
@@ -111,9 +117,6 @@ def _cross_host(probe: Probe, baseline: Observation) -> str | None:
         return None if baseline[probe._replace(target="outside DOCKER-USER")] == NO_ANSWER else probe.client
     if probe.group != MESH:
         return None
-    if baseline[Probe(NETWORKS, "web", "idle", probe.version)] == NO_ANSWER:
-        # `"icc": false`: Docker forwards nothing from a bridge into the same bridge
-        return baseline[probe] if probe.target in REMOTE and probe.target != "pod" else NO_ANSWER
     if probe.target.endswith("at full size"):
         return "answers"
     return probe.client if probe.client in REMOTE or probe.target == "pod" else None
@@ -151,15 +154,25 @@ DIFFERENCES = (
 )
 
 
+def _as_the_host(baseline: Observation) -> Iterator[tuple[Probe, str]]:
+    """Yield the probes from containers on docker0 to pods of other hosts: Docker masquerades all that leaves."""
+    for probe in baseline:
+        beyond = probe._replace(group=OUTBOUND, target="outside")
+        if probe.target == "pod" and baseline.get(beyond) == "host":
+            yield probe, "host"
+
+
 def wanted(baseline: Observation, situation: str) -> dict[Probe, str]:
     """Return the answers that a situation must have, from those that docker0 had without ovsmesh."""
     found = dict(baseline)
+    if situation in NAMED:
+        found[NAMED[situation]] = "is named"
     if situation in ON_DOCKER0:
         return found
     for target in LEFT:
         found.pop(Probe(STATE, "host", target, 0), None)
-    if situation == "icc false":
-        found[NAMED] = "is named"
+    if situation == REFUSED:
+        return found | dict(_as_the_host(baseline))
     if situation in CHANGES:
         found[IDLE] = "runs"
     for probe in baseline:

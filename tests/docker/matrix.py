@@ -30,7 +30,7 @@ from tests.support.connections import FAILURES, Attempt, Servers, connect
 from tests.support.debian import DebianError
 from tests.support.docker_versions import Kind
 from tests.support.dockerkit import Docker, links, power_cut, rules, until
-from tests.support.labtools import ip_json, problems
+from tests.support.labtools import ip_json
 
 FILE = '{\n  "ipv6": true,\n  "fixed-cidr-v6": "fd00:d0c::/64"%s\n}\n'
 SUBNETS = {
@@ -118,14 +118,22 @@ class Matrix:
         self._found["cleanup after reboot"] = self._observe("cleanup after reboot")
         yield
         assert docker.config.read_text() == self._file()
-        docker.again(self._file(', "icc": false'))
-        self._replace()
-        named = self._named()
-        self._found["icc false"] = {**self._observe("icc false"), **named}
+        shut = self._file(', "icc": false')
+        docker.again(shut)
+        host.start_agent("--docker", "replace", *docker.options)
+        named = self._named(cells.REFUSED, "`icc: false`")
+        pod = str(self._other.pod(1).addresses[0])
+        until("the mesh", lambda: host.run(["ping", "-c1", "-W1", pod], check=False).returncode == 0, 60)
+        self._found[cells.REFUSED] = {**self._observe(cells.REFUSED), **named}
+        assert docker.on("docker0") and docker.config.read_text() == shut
         yield
+        docker.configure(self._file())
+        until("Docker on kbr0", lambda: docker.on("kbr0"), 120)
+        docker.again(json.dumps(json.loads(docker.config.read_text()) | {"icc": False}))
+        named = self._named("cleanup", "DockerIsolates")
         self._cleanup()
-        assert docker.config.read_text() == self._file(', "icc": false')
-        self._found["cleanup"] = self._observe("cleanup")
+        assert json.loads(docker.config.read_text()) == json.loads(shut)
+        self._found["cleanup"] = {**self._observe("cleanup"), **named}
         yield
 
     # ------------------------------------------------------------ what is done
@@ -200,12 +208,12 @@ class Matrix:
         self._host.start_agent("--docker", "replace", *self._docker.options)
         until("Docker on kbr0", lambda: self._docker.on("kbr0"), 120)
 
-    def _named(self) -> dict[Probe, str]:
-        """Whether the agent names what keeps the mesh's packets from containers; a little time is enough for that."""
+    def _named(self, situation: str, words: str) -> dict[Probe, str]:
+        """Whether status names what would keep the mesh's packets from containers; a little time is enough."""
         with contextlib.suppress(LabError):
-            until("the reason", lambda: any("ForwardRefused" in line for line in problems(self._host)), 20)
-            return {cells.NAMED: "is named"}
-        return {cells.NAMED: "is not named"}
+            until("the reason", lambda: words in self._host.ovsmesh("status", "-o", "json").stdout, 30)
+            return {cells.NAMED[situation]: "is named"}
+        return {cells.NAMED[situation]: "is not named"}
 
     def _spoil(self) -> None:
         """Delete one of the agent's rules, and wait for it."""

@@ -335,6 +335,8 @@ def power_cut(docker: Docker) -> None:
     for table in [t["table"] for t in tables if "table" in t]:
         if table["name"] != "lab":
             host.run(["nft", "delete", "table", table["family"], table["name"]])
+    # it is of one boot, and all hosts of a lab have this machine's
+    (host.state / "forwarding.json").unlink(missing_ok=True)
 
 
 def rules(host: Host) -> str:

@@ -32,7 +32,8 @@ def test_a_difference_is_about_the_probes_it_names() -> None:
     changed = {str(probe) for probe in baseline if wanted[probe] != baseline[probe]}
     assert "pod → web IPv4" in changed and "web → pod IPv6" in changed
     assert not {"outside → web IPv4", "web → shop IPv4", "web → pod DOCKER-USER IPv4", "pod → shop IPv4"} & changed
-    assert cells.wanted(baseline, "cleanup") == baseline
+    assert cells.wanted(baseline, "cleanup after reboot") == baseline
+    assert cells.wanted(baseline, cells.REFUSED) == baseline | {cells.NAMED[cells.REFUSED]: "is named"}
 
 
 def test_the_words_of_each_refusal_are_in_the_code() -> None:

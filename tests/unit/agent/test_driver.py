@@ -9,6 +9,7 @@ import pytest
 
 from ovsmesh.agent import driver as module
 from ovsmesh.agent.driver import OTHERS_GRACE, Driver
+from ovsmesh.containers.forwarding import FORWARDING
 from ovsmesh.dataplane.types import Bridge, Dataplane, Link, Observed, Port, Unmanaged
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.ovs.ovsdb import OvsObserved
@@ -190,3 +191,26 @@ def test_a_route_keeps_its_smaller_mtu_until_the_probes_know(host: Host) -> None
     assert host.driver._path_mtus(mesh, {}) == {"web2": 1400, "web3": 1300}
     probed = {"web2": None, "web4": 1200, "web3": 1350}
     assert host.driver._path_mtus(mesh, probed) == {"web3": 1350, "web4": 1200}
+
+
+@pytest.mark.parametrize(
+    ("addresses", "exits", "limited"),
+    [
+        (("fd00:d0c::1/64", "172.17.0.1/16"), (), (4,)),
+        (("fe80::1/64", "172.17.0.1/16"), (), (4, 6)),
+        (("2001:db8::7/64",), ("br0",), (4, 6)),
+    ],
+    ids=["a range", "link-local alone", "the way out"],
+)
+def test_ipv6_is_not_limited_where_a_bridge_of_others_is_to_be_forwarded(
+    host: Host, addresses: tuple[str, ...], exits: tuple[str, ...], limited: tuple[int, ...]
+) -> None:
+    cache = SimpleNamespace(bridges=lambda: ("br0",), addresses_of=lambda name: addresses)
+    vars(host.driver).update(
+        net=SimpleNamespace(cache=cache, exits=lambda: exits),
+        firewall=SimpleNamespace(forward_limited=set, open_ipv6=bool),
+        _found_off={4, 6},
+        _found_on=set(),
+        _configured=dict.fromkeys(FORWARDING, False),
+    )
+    assert host.driver._forward_limited([4, 6]) == limited

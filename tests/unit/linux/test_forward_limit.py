@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ovsmesh.dataplane.nft_syntax import Table, filters_only_ipv4, parse_iptables
 from ovsmesh.dataplane.types import Facts
 from ovsmesh.linux.firewall import Firewall
 from tests.support.firewallkit import converge, desired, inside, needs_nft, needs_root, nft, sh
@@ -104,6 +105,35 @@ def test_bridges_of_others_pass_where_an_nft_table_of_others_filters(host: Any) 
     assert host.drain()
     limited(host)
     pairs("pod lan")
+
+
+@pytest.mark.parametrize(
+    ("four", "six", "is_open"),
+    [
+        # Docker up to 26 without ip6tables, and 28 and later so
+        (["-o br0 -j DOCKER", "-i br0 ! -o br0 -j ACCEPT"], [], True),
+        (["-j DOCKER-FORWARD", "-A DOCKER-FORWARD -j DOCKER", "-A DOCKER -o br0 -j DOCKER-CT"], [], True),
+        (["-i br+ -j ACCEPT"], [], True),
+        # nobody forwards IPv4: its owner may want none at all
+        ([], [], False),
+        (["-i br1 -j ACCEPT", "-i b -j ACCEPT"], [], False),
+        (["-i br0 -j DROP"], [], False),
+        # the owner's own refusals in IPv6 say nothing of what Docker does
+        (["-i br0 -j ACCEPT"], ["-i br0 -d fd00::9/128 -j DROP"], True),
+        # with ip6tables, also before it has the bridge
+        (["-i br0 -j ACCEPT"], ["-i br0 -j ACCEPT"], False),
+        (["-o br0 -j DOCKER"], ["-j DOCKER"], False),
+        # a rule about what comes in, not about what is forwarded
+        (["-i br0 -j ACCEPT"], ["-A INPUT -i br0 -j ACCEPT"], True),
+    ],
+)
+def test_whose_owner_forwards_ipv6_without_rules(four: list[str], six: list[str], is_open: bool) -> None:
+    def table(rules: list[str]) -> Table:
+        lines = [rule if rule.startswith("-A") else f"-A FORWARD {rule}" for rule in rules]
+        chains = {word for line in lines for word in line.split() if word.startswith("DOCKER")}
+        return parse_iptables("\n".join(["-P FORWARD ACCEPT", *(f"-N {chain}" for chain in sorted(chains)), *lines]))
+
+    assert filters_only_ipv4(table(four), table(six), "br0") == is_open
 
 
 def test_frames_within_a_bridge_that_is_the_way_out_are_not_meant(host: Any) -> None:
