@@ -219,7 +219,9 @@ class DockerMigration:
             return
         record = replace(record, why=f"{record.why}; the old {self._options.config} is back in place")
         now = self._watch.daemon
-        if before and now and now.state == before.state == "up" and now.instance == before.instance:
+        same = before and now and now.state == before.state == "up" and now.instance == before.instance
+        # the watch may not have seen yet that it has ended
+        if same and before and start_time(before.instance[0]) == before.instance[1]:
             # it was never restarted
             self._refused(record, record.why)
             return

@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import select
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ovsmesh.containers import docker_rules
-from ovsmesh.containers.docker_api import DaemonWatch
+from ovsmesh.containers.docker_api import DaemonWatch, start_time
+from ovsmesh.containers.docker_migration import DockerMigration
+from ovsmesh.containers.docker_state import MigrationRecord
 from ovsmesh.dataplane import docker_config
 from ovsmesh.dataplane.desired import dataplane
 from ovsmesh.dataplane.plan import plan
@@ -412,3 +416,21 @@ def test_a_daemon_that_does_not_answer_yet_is_starting(tmp_path: Path) -> None:
     with watched(tmp_path / "s", {"/_ping": None}) as (_, watch):
         until(lambda: watch.daemon is not None)
         assert watch.daemon.state == "starting"
+
+
+@pytest.mark.parametrize(("ended", "done"), [(False, "refused"), (True, "rollback")])
+def test_after_a_restart_that_failed_an_ended_dockerd_is_started_with_the_old_file(ended: bool, done: str) -> None:
+    # the watch still has the one from before the restart
+    instance = (os.getpid(), start_time(os.getpid()) + ended)
+    daemon = dataclasses.replace(ON_DOCKER0, instance=instance)
+    said: list[str] = []
+    migration = DockerMigration.__new__(DockerMigration)
+    vars(migration).update(
+        _file=SimpleNamespace(roll_back=lambda record: None),
+        _options=SimpleNamespace(restart="true", config="daemon.json"),
+        _watch=SimpleNamespace(daemon=daemon),
+        _start=lambda kind, *more: said.append(kind),
+        _refused=lambda record, why: said.append("refused"),
+    )
+    migration._roll_back(MigrationRecord("daemon.json", ""), daemon)
+    assert said == [done]
