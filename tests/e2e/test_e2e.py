@@ -68,8 +68,12 @@ SERVICE = {
     "metadata": {"name": "web"},
     "spec": {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]},
 }
+LINKS = ("all", "default", "eth0", "lo", "mgmt0")
 STAYS = {f"file opt/cni/bin/{name}" for name in ("bridge", "host-local", "loopback", "portmap")}
-"""Plugins are the node's: others may have come to use them."""
+STAYS |= {"sysctl net.ipv4.ip_forward = 1", "sysctl net.ipv4.conf.all.accept_redirects = 0"}
+STAYS |= {f"sysctl net.ipv4.conf.{link}.forwarding = 1" for link in LINKS}
+"""What is the node's, as others may have come to use it: plugins, and forwarding with what the kernel ties to it, on
+which the kubelet's pods rely."""
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("step")]
 Figure = Callable[[str], None]
 
