@@ -167,6 +167,13 @@ def test_two_nodes_that_swap_addresses(mesh: Lab, good: list[State]) -> None:
     assert_reach(mesh)
     pass_on("-D")
     for host, old in zip(mesh.hosts, good, strict=True):
+        wait_for(
+            "FORWARD to be left",
+            lambda h=host: "ovsmesh" not in h.run(["iptables", "-S", "FORWARD"]).stdout,  # type: ignore[misc]
+            SOON,
+        )
+        # made by iptables above
+        host.run(["nft", "delete", "table", "ip", "filter"])
         await_state(lambda h=host: wiring(h), old)  # type: ignore[misc]
 
 
