@@ -7,9 +7,10 @@ import threading
 from ovsmesh.agent.meshnode import MeshNodeWriter
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import Api, Object, path_of
-from ovsmesh.kube.reflector import Reflector, Wakeup
+from ovsmesh.kube.reflector import Reflector
 from ovsmesh.kube.service_account import ServiceAccount
 from ovsmesh.mesh.slice_source import SliceSource
+from ovsmesh.wakeup import Wakeup
 
 NAMESPACES = "/api/v1/namespaces"
 ON_DELETE = "ovsmesh.io/on-delete"

@@ -23,6 +23,7 @@ from urllib.parse import quote
 from ovsmesh.containers import docker_kind
 from ovsmesh.dataplane.types import Daemon
 from ovsmesh.file_watch import FileWatch
+from ovsmesh.wakeup import Wakeup
 
 _ANSWER = 20.0
 """Seconds for one answer of a daemon that is up."""
@@ -66,8 +67,7 @@ class DaemonWatch:
         self._down_as: tuple[str, str, str] = ("", "", "")
         self._down_at = 0.0
         self.daemon: Daemon | None = None
-        self._wakeup, self._wake = _pipe()
-        self._poked, self._poke = _pipe()
+        self._news, self._poke = Wakeup(), Wakeup()
         self._file = FileWatch(path)
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="docker", daemon=True)
@@ -75,16 +75,15 @@ class DaemonWatch:
 
     def fds(self) -> list[int]:
         """Return the file descriptors that are readable when there is a new snapshot."""
-        return [self._wakeup]
+        return [self._news.fd]
 
     def drain(self) -> bool:
         """Return whether there is a new snapshot."""
-        return _take(self._wakeup)
+        return self._news.clear()
 
     def poke(self) -> None:
         """Have the daemon read again now; the next snapshot has a later read_at."""
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._poke, b"p")
+        self._poke.wake()
 
     def close(self) -> None:
         """End the thread, within two seconds unless it waits for an answer."""
@@ -94,8 +93,8 @@ class DaemonWatch:
         if self._thread.is_alive():
             return  # it waits for an answer, and ends with the process
         self._file.close()
-        for fd in (self._wakeup, self._wake, self._poked, self._poke):
-            os.close(fd)
+        self._news.close()
+        self._poke.close()
 
     # the thread
 
@@ -123,8 +122,8 @@ class DaemonWatch:
                     pause = _PAUSE[0]
             if self._over():
                 return
-            ready, _, _ = select.select([self._poked, *self._file.fds()], [], [], _DORMANT_POLL if dormant else pause)
-            _take(self._poked)
+            ready, _, _ = select.select([self._poke.fd, *self._file.fds()], [], [], _DORMANT_POLL if dormant else pause)
+            self._poke.clear()
             self._file.drain()
             pause = _PAUSE[0] if ready else min(pause * 2, _PAUSE[1])
 
@@ -138,8 +137,7 @@ class DaemonWatch:
         old, self.daemon = self.daemon, daemon
         # a daemon that is up was read after an event or a poke
         if old != daemon or daemon.state == "up":
-            with contextlib.suppress(BlockingIOError):
-                os.write(self._wake, b"r")
+            self._news.wake()
 
     def _follow(self, started: float) -> None:
         """Read and publish at every event of the daemon. Raise when the daemon ends."""
@@ -154,13 +152,13 @@ class DaemonWatch:
             while not self._over():
                 began = time.monotonic()
                 self._publish(_read(self._path, began))
-                select.select([sock, self._poked], [], [])
-                _take(self._poked)
+                select.select([sock, self._poke.fd], [], [])
+                self._poke.clear()
                 if select.select([sock], [], [], 0.0)[0]:
                     # the event itself does not matter: everything is read again
                     if stream.isclosed() or not sock.recv(1 << 16):
                         raise OSError("dockerd has ended")
-                    select.select([self._poked], [], [], _COALESCE)
+                    select.select([self._poke.fd], [], [], _COALESCE)
 
     def _await(self, sock: socket.socket, started: float) -> None:
         """Wait until the daemon answers. Raise OSError."""
@@ -171,8 +169,8 @@ class DaemonWatch:
             while not select.select([sock], [], [], 0.0)[0]:
                 if self._over() or time.monotonic() > end:
                     raise OSError("dockerd does not answer")
-                select.select([sock.fileno(), self._poked], [], [], max(0.0, end - time.monotonic()))
-                _take(self._poked)
+                select.select([sock.fileno(), self._poke.fd], [], [], max(0.0, end - time.monotonic()))
+                self._poke.clear()
         answer = b""
         while not (body := answer.partition(b"\r\n\r\n")[2]).startswith(b"OK"):
             more = sock.recv(4096) if body in (b"", b"O") else b""
@@ -267,18 +265,6 @@ def _name(container: Any) -> str:
     names = _dict(container).get("Names")
     name = str(names[0]) if isinstance(names, list) and names else str(_dict(container).get("Id"))[:12]
     return _NAME.sub("", name)[:64]
-
-
-def _pipe() -> tuple[int, int]:
-    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    return read, write
-
-
-def _take(fd: int) -> bool:
-    try:
-        return bool(os.read(fd, 4096))
-    except BlockingIOError:
-        return False
 
 
 # processes

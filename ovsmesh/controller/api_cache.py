@@ -11,9 +11,10 @@ from ovsmesh.controller.membership import NODES, NodeView, parse_node
 from ovsmesh.controller.mesh_writer import MeshView, parse_mesh
 from ovsmesh.controller.node_conditions import AgentReport, parse_meshnode
 from ovsmesh.kube.client import Api, name_of
-from ovsmesh.kube.reflector import MISSHAPEN, Reflector, Wakeup
+from ovsmesh.kube.reflector import MISSHAPEN, Reflector
 from ovsmesh.mesh.meshslice import MeshSlice, parse_slice
 from ovsmesh.names import DEFAULT_MESH, MESH_NODES, MESH_SLICES, MESHES
+from ovsmesh.wakeup import Wakeup
 
 log = logging.getLogger("ovsmesh")
 

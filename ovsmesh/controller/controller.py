@@ -29,12 +29,12 @@ from ovsmesh.errors import Problem
 from ovsmesh.kube.client import Api, ApiError, Conflict, NotLeader, path_of
 from ovsmesh.kube.events import EventRecorder
 from ovsmesh.kube.leader_election import LeaderElector, Timing
-from ovsmesh.kube.reflector import Wakeup
 from ovsmesh.mesh.meshslice import MeshSlice
 from ovsmesh.mesh.types import Node
 from ovsmesh.names import DEFAULT_MESH
 from ovsmesh.reasons import Reason
 from ovsmesh.text import counted
+from ovsmesh.wakeup import Wakeup
 
 log = logging.getLogger("ovsmesh")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import random
 import threading
 import time
@@ -22,6 +21,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_whe
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.kube.client import Api, Garbage, Gone, NotFound, Object, Stream, name_of
 from ovsmesh.kube.http import ApiError
+from ovsmesh.wakeup import Wakeup
 
 log = logging.getLogger("ovsmesh")
 
@@ -37,34 +37,6 @@ _BACKOFF = wait_random_exponential(multiplier=0.4, max=8.0, min=0.05)
 """Uniform between 0.05 s and 0.4, 0.8, 1.6, … 8 s: three thousand agents must not come back together."""
 MISSHAPEN = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 """What a projection raises for an object of another shape than it expects."""
-
-
-class Wakeup:
-    """An event source for a loop: wake() from any thread makes `fd` readable until clear()."""
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._lock = threading.Lock()
-        self._open = True
-
-    def wake(self) -> None:
-        """Make `fd` readable; does nothing after close()."""
-        with self._lock:
-            if self._open:
-                os.eventfd_write(self.fd, 1)
-
-    def clear(self) -> bool:
-        """Forget the calls of wake(), and return whether there was one."""
-        with self._lock, contextlib.suppress(BlockingIOError):
-            return self._open and os.eventfd_read(self.fd) > 0
-        return False
-
-    def close(self) -> None:
-        """Close `fd`."""
-        with self._lock:
-            if self._open:
-                self._open = False
-                os.close(self.fd)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ message is about.
 from __future__ import annotations
 
 import errno
-import os
 import struct
 import threading
 import time
@@ -18,6 +17,7 @@ from ovsmesh.errors import Problem
 from ovsmesh.linux import netlink_socket
 from ovsmesh.linux.netlink_socket import Message, NetlinkSocket, attributes
 from ovsmesh.text import printable
+from ovsmesh.wakeup import Wakeup
 
 _NFNLGRP_NFTABLES, _NFNL_SUBSYS_NFTABLES = 7, 10
 _DELTABLE, _NEWCHAIN, _DELCHAIN, _NEWRULE, _DELRULE, _NEWGEN = 2, 3, 5, 6, 8, 15
@@ -175,7 +175,8 @@ class FilterWatch:
     def __init__(self, look: Callable[[Any], tuple[Problem, ...]]) -> None:
         """`look` returns what is wrong; it is called in the thread, with what was last wanted."""
         self._look = look
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._changes = Wakeup()
+        self.fd = self._changes.fd
         """Readable after other problems were found than before, until `drain`."""
         self.problems: tuple[Problem, ...] = ()
         self._lock = threading.Lock()
@@ -200,19 +201,14 @@ class FilterWatch:
 
     def drain(self) -> bool:
         """Return whether the problems have changed since the last call."""
-        try:
-            os.eventfd_read(self.fd)
-        except BlockingIOError:
-            return False
-        return True
+        return self._changes.clear()
 
     def close(self) -> None:
         """End the thread; takes as long as nft does."""
         self._end.set()
         if (thread := self._thread) is not None:
             thread.join(_CLOSING)
-        if self._thread is None:
-            os.close(self.fd)
+        self._changes.close()
 
     def _run(self) -> None:
         while not self._end.wait(max(0.0, self._not_before - time.monotonic())):
@@ -228,5 +224,5 @@ class FilterWatch:
             self._looked = wanted
             if found != self.problems:
                 self.problems = found
-                os.eventfd_write(self.fd, 1)
+                self._changes.wake()
         self._thread = None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ovsmesh.errors import Problem
 from ovsmesh.kube.client import Api
-from ovsmesh.kube.reflector import SECONDS, SILENCE, Collection, Reflector, Wakeup
+from ovsmesh.kube.reflector import SECONDS, SILENCE, Collection, Reflector
 from ovsmesh.mesh.conflicts import settle_entries
 from ovsmesh.mesh.last_good import LastGood
 from ovsmesh.mesh.meshslice import MeshSlice, parse_slice, slice_name
@@ -21,6 +21,7 @@ from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.names import DEFAULT_MESH, MESH_LABEL, MESH_SLICES
 from ovsmesh.reasons import Reason
 from ovsmesh.text import instead, listed
+from ovsmesh.wakeup import Wakeup
 
 GRACE = 0.5
 """Seconds that a start waits for an API server that says nothing; one that refuses is not waited for."""

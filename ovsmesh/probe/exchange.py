@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import heapq
 import logging
-import os
 import select
 import socket
 import struct
@@ -31,6 +30,7 @@ from ovsmesh.probe import matrix
 from ovsmesh.probe.matrix import Row, RowError
 from ovsmesh.probe.row_socket import answer_program, attach, listener, new_socket
 from ovsmesh.probe.targets import Target, targets
+from ovsmesh.wakeup import Wakeup
 
 log = logging.getLogger("ovsmesh")
 
@@ -83,8 +83,8 @@ class RowServer:
         self._listeners: dict[int, tuple[socket.socket, frozenset[str]]] = {}
         self._clients: dict[int, _Client] = {}
         self._poll = select.poll()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poll.register(self._wake, select.POLLIN)
+        self._wakeup = Wakeup()
+        self._poll.register(self._wakeup.fd, select.POLLIN)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="rows", daemon=True)
         self._thread.start()
@@ -97,15 +97,15 @@ class RowServer:
             wanted = 0, {}
         if wanted != self._wanted:
             self._wanted = wanted
-            os.eventfd_write(self._wake, 1)
+            self._wakeup.wake()
 
     def close(self) -> None:
         """Stop, within a second."""
         self._stopping = True
-        os.eventfd_write(self._wake, 1)
+        self._wakeup.wake()
         self._thread.join(1.0)
         self._close_all()
-        os.close(self._wake)
+        self._wakeup.close()
 
     def _listen(self, device: int, gateways: _Gateways) -> None:
         self._close_all()
@@ -139,8 +139,8 @@ class RowServer:
                 self._listen(*listening)
             pause = min((client.end for client in self._clients.values()), default=None)
             for fd, _ in self._poll.poll(None if pause is None else max(0.0, pause - time.monotonic()) * 1000 + 1):
-                if fd == self._wake:
-                    os.eventfd_read(self._wake)
+                if fd == self._wakeup.fd:
+                    self._wakeup.clear()
                 elif fd in self._listeners:
                     self._accept(*self._listeners[fd])
                 elif fd in self._clients:

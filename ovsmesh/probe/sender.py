@@ -7,10 +7,8 @@ what follows from it, is decided in scheduler and path.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
-import os
 import select
 import threading
 import time
@@ -25,6 +23,7 @@ from ovsmesh.metrics import Histogram
 from ovsmesh.probe.packets import BATCH, MOST_PATHS, PodRoute, ProbeSockets, Received
 from ovsmesh.probe.scheduler import RATE, Scheduler, Wanted
 from ovsmesh.probe.targets import Target
+from ovsmesh.wakeup import Wakeup
 
 _REST = 0.01
 """Seconds of pause after a full batch, which bounds what a flood costs."""
@@ -78,8 +77,8 @@ class Prober:
         """What `path_mtus` was made of last, and what it returned."""
         self._errors: dict[tuple[_Key, bool], str] = {}
         """Why probes to a path can't be sent: loops, or echo requests (True)."""
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wakeup, self._changes = Wakeup(), Wakeup()
+        self.fd = self._changes.fd
         """Readable after the state of a peer has changed, until `drain`."""
         self._noted = _NEVER
         self._stopping = False
@@ -112,15 +111,11 @@ class Prober:
                     del held[name]
             self._errors = {of: text for of, text in self._errors.items() if of[0] in wanted}
             self._scheduler.update(groups, time.monotonic())
-        os.eventfd_write(self._wake, 1)
+        self._wakeup.wake()
 
     def drain(self) -> bool:
         """Return whether a state has changed since the last call."""
-        try:
-            os.eventfd_read(self.fd)
-        except BlockingIOError:
-            return False
-        return True
+        return self._changes.clear()
 
     def states(self) -> dict[str, State]:
         """Return the state of each peer, its worst path's."""
@@ -176,20 +171,20 @@ class Prober:
     def close(self) -> None:
         """Stop probing; takes a second at most."""
         self._stopping = True
-        os.eventfd_write(self._wake, 1)
+        self._wakeup.wake()
         self._thread.join(1.0)
         self._sockets.close()
-        os.close(self._wake)
-        os.close(self.fd)
+        self._wakeup.close()
+        self._changes.close()
 
     # The thread
 
     def _run(self) -> None:
         # a wake-up costs more than a probe: an answer that decides nothing waits for the next one
         seldom, often = select.poll(), select.poll()
-        for fd in (self._wake, *self._sockets.fds()):
+        for fd in (self._wakeup.fd, *self._sockets.fds()):
             often.register(fd, select.POLLIN)
-        seldom.register(self._wake, select.POLLIN)
+        seldom.register(self._wakeup.fd, select.POLLIN)
         while not self._stopping:
             with self._lock:
                 now = time.monotonic()
@@ -201,11 +196,13 @@ class Prober:
                     wake = min(wake, self._noted + _NOTE)
                 poll = often if self._scheduler.hurried else seldom
                 pause = max(0.0, wake - time.monotonic())
-            if any(fd == self._wake for fd, _ in poll.poll(min(pause, 5.0) * 1000 + 1)):
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake)
+            if any(fd == self._wakeup.fd for fd, _ in poll.poll(min(pause, 5.0) * 1000 + 1)):
+                self._wakeup.clear()
+            taken = 0
             with self._lock:
-                taken = sum(map(self._take, self._sockets.receive()))
+                for got in self._sockets.receive():
+                    self._take(got)
+                    taken += 1
             if taken >= BATCH:
                 time.sleep(_REST)
 
@@ -222,11 +219,11 @@ class Prober:
                 self._errors[key, probe.echo] = what
                 self._scheduler.not_sent(key, probe.sequence, now)
 
-    def _take(self, got: Received) -> int:
+    def _take(self, got: Received) -> None:
         if got.own:
             key = self._keys.get(got.number)
             if got.too_big and (key is None or self._names.get(got.source) != key[0]):
-                return 1
+                return
             trip = None if key is None else self._scheduler.answered(key, got.sequence, got.at)
             if trip is not None:
                 self._trips[bisect_left(_TRIPS.bounds, trip)] += 1
@@ -239,10 +236,9 @@ class Prober:
                 self._version_heard[name] = got.at
             if got.shows_version or got.at - self._version_heard.get(name, _NEVER) > _VERSION_HEARD:
                 self._scheduler.heard(name, got.shows_version, got.at)
-        return 1
 
     def _note_changes(self, now: float) -> None:
         """Wake the readers of changes, once in _NOTE seconds: a thousand new peers change one after the other."""
         if self._scheduler.changed and now - self._noted >= _NOTE:
             self._scheduler.changed, self._noted = False, now
-            os.eventfd_write(self.fd, 1)
+            self._changes.wake()

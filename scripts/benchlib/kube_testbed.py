@@ -21,10 +21,11 @@ from benchlib.peers import Peer
 from benchlib.testbed import Testbed
 from ovsmesh.kube.client import Api
 from ovsmesh.kube.config import load
-from ovsmesh.kube.reflector import Reflector, Wakeup
+from ovsmesh.kube.reflector import Reflector
 from ovsmesh.lab import netns
 from ovsmesh.lab.lab import Lab
 from ovsmesh.lab.netns import LabError
+from ovsmesh.wakeup import Wakeup
 from tests.support.clusterlab import ClusterLab
 from tests.support.controlplane import ControlPlane
 from tests.support.kubekit import GROUP

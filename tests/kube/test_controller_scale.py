@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ovsmesh.kube.reflector import Reflector, Wakeup
+from ovsmesh.kube.reflector import Reflector
+from ovsmesh.wakeup import Wakeup
 from tests.support.controllerkit import NODES, STRATEGIC, Cluster, Object, mesh, numbered
 from tests.support.kubekit import GROUP, eventually
 

@@ -12,7 +12,8 @@ import pytest
 from ovsmesh.kube import client
 from ovsmesh.kube import reflector as module
 from ovsmesh.kube.client import Api
-from ovsmesh.kube.reflector import Reflector, Wakeup
+from ovsmesh.kube.reflector import Reflector
+from ovsmesh.wakeup import Wakeup
 from tests.support import apikit
 from tests.support.apikit import THINGS, Watch, items
 from tests.support.controlplane import APISERVER, ETCD, ControlPlane

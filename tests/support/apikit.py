@@ -14,8 +14,9 @@ from ovsmesh.kube.client import Api, Object
 from ovsmesh.kube.config import load
 from ovsmesh.kube.http import Transport
 from ovsmesh.kube.leader_election import LeaderElector, Timing
-from ovsmesh.kube.reflector import Reflector, Wakeup
+from ovsmesh.kube.reflector import Reflector
 from ovsmesh.kube.service_account import ServiceAccount
+from ovsmesh.wakeup import Wakeup
 from tests.support.controlplane import ControlPlane
 from tests.support.kubestub import Stub
 

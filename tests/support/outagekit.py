@@ -18,10 +18,11 @@ from pathlib import Path
 
 from ovsmesh.kube.client import Api
 from ovsmesh.kube.config import load
-from ovsmesh.kube.reflector import Reflector, Wakeup
+from ovsmesh.kube.reflector import Reflector
 from ovsmesh.lab import netns
 from ovsmesh.lab.host import Host
 from ovsmesh.lab.ping import Track
+from ovsmesh.wakeup import Wakeup
 from tests.support.clusterlab import ClusterLab
 from tests.support.controlplane import APISERVER, ETCD
 from tests.support.fault_proxy import Meddler

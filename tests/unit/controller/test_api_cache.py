@@ -12,7 +12,8 @@ import pytest
 from ovsmesh.controller.api_cache import ApiCache
 from ovsmesh.controller.membership import NodeView, parse_node
 from ovsmesh.kube.client import Page
-from ovsmesh.kube.reflector import Collection, Wakeup
+from ovsmesh.kube.reflector import Collection
+from ovsmesh.wakeup import Wakeup
 
 
 def node(name: str, version: str = "1") -> dict[str, Any]:
