@@ -6,7 +6,6 @@ It numbers the messages that it sends.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import socket
@@ -15,12 +14,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
+from ovsmesh.bpf import Line, attach
+
 ROUTE, XFRM, NETFILTER, GENERIC = 0, 6, 12, 16
 """NETLINK_ protocols."""
 ERROR, DONE, OVERRUN = 2, 3, 4
 """NLMSG_ types. `notifications` yields OVERRUN where the kernel dropped some."""
 _ACK, _MULTI, _DUMP_INTERRUPTED = 0x4, 0x2, 0x10
-_SOL_NETLINK, _ADD_MEMBERSHIP, _SO_RCVBUFFORCE, _SO_ATTACH_FILTER = 270, 1, 33, 26
+_SOL_NETLINK, _ADD_MEMBERSHIP, _SO_RCVBUFFORCE = 270, 1, 33
 _READ_BYTES = 1 << 18
 _BATCH = 128
 """Messages sent before their errors are read: 128 errors fit the receive buffer."""
@@ -29,15 +30,10 @@ _TIMEOUT = 10.0
 
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
-_INSTRUCTION = struct.Struct("=HBBI")
 _U32 = struct.Struct("=I")
 _I32 = struct.Struct("=i")
 _U16 = struct.Struct("=H")
 _FLAGS_OFFSET, _SEQUENCE_OFFSET = 6, 8
-
-
-Instruction = tuple[int, int, int, int]
-"""Code, jumps and constant of a step of a classic BPF program (<linux/filter.h>)."""
 
 
 class NetlinkError(OSError):
@@ -91,7 +87,7 @@ class NetlinkSocket:
     """A socket in the calling thread's network namespace. Not thread-safe."""
 
     def __init__(
-        self, protocol: int, groups: Collection[int] = (), buffer: int = 8 << 20, bpf: Sequence[Instruction] = ()
+        self, protocol: int, groups: Collection[int] = (), buffer: int = 8 << 20, bpf: Sequence[Line] = ()
     ) -> None:
         """Open the socket for requests or, with multicast groups, for their notifications.
 
@@ -108,9 +104,7 @@ class NetlinkSocket:
             except PermissionError:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
             if bpf:
-                code = ctypes.create_string_buffer(b"".join(_INSTRUCTION.pack(*one) for one in bpf))
-                program = struct.pack("@HP", len(bpf), ctypes.addressof(code))
-                self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+                attach(self._socket, bpf)
             self._socket.bind((0, 0))
             for group in groups:
                 self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)

@@ -12,7 +12,8 @@ import struct
 from collections.abc import Callable
 from typing import TypeVar
 
-from ovsmesh.linux.netlink_socket import Instruction, attributes
+from ovsmesh.bpf import Line
+from ovsmesh.linux.netlink_socket import attributes
 from ovsmesh.linux.rtnetlink import (
     AF_BRIDGE,
     DELNEIGH,
@@ -155,7 +156,7 @@ def _text(raw: bytes) -> str:
     return raw.rstrip(b"\0").decode(errors="replace")
 
 
-def managed_neighbours(protocol: int) -> list[Instruction]:
+def managed_neighbours(protocol: int) -> list[Line]:
     """Return a BPF program that leaves out the neighbours and FDB entries of which pods can make any number.
 
     Neighbours pass that carry the mark `protocol`, which they keep to their end; of FDB entries those that someone

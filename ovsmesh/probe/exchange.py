@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote, unquote
 
+from ovsmesh.bpf import attach
 from ovsmesh.dataplane.report import Report
 from ovsmesh.dataplane.types import Facts
 from ovsmesh.mesh.manifest import digest
@@ -28,7 +29,7 @@ from ovsmesh.mesh.types import IPAddress, Mesh
 from ovsmesh.names import KBR, ROW_PORT
 from ovsmesh.probe import matrix
 from ovsmesh.probe.matrix import Row, RowError
-from ovsmesh.probe.row_socket import answer_program, attach, listener, new_socket
+from ovsmesh.probe.row_socket import answer_program, listener, new_socket
 from ovsmesh.probe.targets import Target, targets
 from ovsmesh.wakeup import Wakeup
 

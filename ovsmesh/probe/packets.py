@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address
 from typing import NamedTuple
 
+from ovsmesh.bpf import Line, attach
 from ovsmesh.checksum import internet_checksum
 from ovsmesh.mesh.types import IPAddress
 from ovsmesh.names import KBR, OBR, PROBE_MAGIC
-from ovsmesh.probe.row_socket import Line, attach
 from ovsmesh.probe.targets import Target
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import logging
-import os
 import socket
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
+from ovsmesh.bpf import Line, attach
 from ovsmesh.mesh.types import IPAddress
 from ovsmesh.names import ROW_PORT
 
@@ -18,7 +16,6 @@ log = logging.getLogger("ovsmesh")
 _BACKLOG = 64
 _TTL = 255
 _IP_FREEBIND, _IPV6_FREEBIND = 15, 78
-_SO_ATTACH_FILTER = 26
 """Numbers of Linux, from its in.h, in6.h and socket.h."""
 
 
@@ -60,8 +57,6 @@ def listener(address: IPAddress, peers: Collection[IPAddress], device: int) -> s
     return sock
 
 
-Line = tuple[int, int, int, int]
-"""An instruction of a classic BPF program: code, jumps if true and if false, operand."""
 _DEVICE, _HEADER = 0xFFFFF008, 0xFFF00000
 """SKF_AD_OFF + SKF_AD_IFINDEX, and SKF_NET_OFF: where a program finds a packet's device and its IP header."""
 _LOAD, _LOAD_BYTE, _JUMP, _IF, _IF_SET, _RETURN = 0x20, 0x30, 0x05, 0x15, 0x45, 0x06
@@ -116,11 +111,3 @@ def accept_program(version: int, peers: Collection[IPAddress], device: int) -> l
                 lines += [(_LOAD, 0, 0, offset), (_IF, 0, left + 1, word)]
             lines.append(_PASS)
     return [*lines, _DROP]
-
-
-def attach(sock: socket.socket, program: Sequence[Line]) -> None:
-    """Attach the program. Raise OSError where the kernel does not take it."""
-    if len(program) > 4096:
-        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(program), ctypes.addressof(code)))

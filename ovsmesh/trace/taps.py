@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ovsmesh.bpf import Line, attach
 from ovsmesh.linux.nft_trace import Encapsulation, offsets
 from ovsmesh.mesh.types import IPAddress
-from ovsmesh.probe.row_socket import Line, attach
 from ovsmesh.trace.echo import TOKEN
 from ovsmesh.trace.types import Point
 
