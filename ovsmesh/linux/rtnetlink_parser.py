@@ -59,6 +59,13 @@ def _none_if_malformed(parse: Callable[[memoryview], _Entry | None]) -> Callable
     return parsed
 
 
+def _range(family: int, packed: bytes, length: int) -> str:
+    """Return an address with its prefix length. Raise ValueError where it has fewer bits than that."""
+    if length > len(packed) * 8:
+        raise ValueError(f"prefix length {length} of {len(packed)} bytes")
+    return f"{socket.inet_ntop(family, packed)}/{length}"
+
+
 @_none_if_malformed
 def parse_route(payload: memoryview) -> RouteEntry | None:
     """Return a route of IPv4 or IPv6, of any table. Cached routes are None."""
@@ -71,7 +78,7 @@ def parse_route(payload: memoryview) -> RouteEntry | None:
     packed = attrs.get(1) or b"\0" * (4 if family == socket.AF_INET else 16)
     mtu = attributes(memoryview(attrs[8])).get(2) if 8 in attrs else None
     return RouteEntry(
-        f"{socket.inet_ntop(family, packed)}/{length}",
+        _range(family, packed, length),
         _U32.unpack(attrs[6])[0] if 6 in attrs else 0,
         ROUTE_TYPES.get(kind, str(kind)),
         socket.inet_ntop(family, attrs[5]) if len(attrs.get(5, b"")) in (4, 16) else "",
@@ -117,8 +124,7 @@ def parse_address(payload: memoryview) -> AddressEntry | None:
         return None
     attrs = attributes(payload, _IFADDR.size)
     packed = attrs.get(2) or attrs.get(1, b"")
-    text = socket.inet_ntop(family, packed)
-    return AddressEntry(f"{text}/{length}", ifindex, attrs[11][0] if attrs.get(11) else 0)
+    return AddressEntry(_range(family, packed, length), ifindex, attrs[11][0] if attrs.get(11) else 0)
 
 
 @_none_if_malformed

@@ -6,7 +6,7 @@ from ipaddress import ip_network
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ovsmesh.dataplane.types import KBR, MARK, OBR, Link, Route, Unmanaged
@@ -468,6 +468,7 @@ def test_no_order_of_notifications_confuses_it(events: Any) -> None:
     cache.unmanaged_routes(), cache.ra_links(), cache.ports_of(KBR)
 
 
+@example(rtnetlink.NEWROUTE, b"\x02\x21" + bytes(10))
 @given(st.sampled_from([16, 17, 20, 21, 24, 25, 28, 29, 80, 99]), st.binary(max_size=80))
 def test_no_message_ends_it(kind: Any, body: Any) -> None:
     RtnetlinkCache().update(netlink_socket.Message(kind, 0, 0, memoryview(body)))
