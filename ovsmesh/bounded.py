@@ -18,6 +18,8 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+_OUTPUT = 10.0
+"""Seconds for a command whose whole output is wanted."""
 _ERROR_LINES = 4
 """Fewer lines of a command that fails are its error, and nothing else."""
 
@@ -72,6 +74,22 @@ def run(argv: list[str], env: Mapping[str, str], most: int, deadline: float, say
     if note and len(lines) < (_ERROR_LINES if failed and not says else 1):
         raise Absent(": ".join([note, *lines]))
     return text, note or ("" if lines else "it is empty")
+
+
+def output(*argv: str) -> str | None:
+    """Return what a command prints to its standard output; None where it is missing, fails or takes too long."""
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_OUTPUT,
+            env={**os.environ, "LC_ALL": "C"},
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
 
 
 def read_file(path: Path, most: int, end: bool = False) -> tuple[str, str]:

@@ -10,7 +10,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 from ovsmesh.agent.driver import Driver
 from ovsmesh.agent.options import Options, opened
@@ -22,6 +21,7 @@ from ovsmesh.dataplane.plan import Plan, plan
 from ovsmesh.dataplane.types import KBR, KINDS, OBR, Dataplane, Observed
 from ovsmesh.errors import OvsmeshError, Problem
 from ovsmesh.names import DEFAULT_OVSDB
+from ovsmesh.processes import running
 from ovsmesh.reasons import Reason
 from ovsmesh.state_dir import StateDir, sole_writer
 from ovsmesh.sysctl import read_sysctls, write_sysctl
@@ -186,13 +186,7 @@ def _signs(driver: Driver, options: Options) -> str:
 
 def _vswitchd() -> str:
     """Return the pid of an ovs-vswitchd in this network namespace, "" if none is seen."""
-    for comm in Path("/proc").glob("[0-9]*/comm"):
-        try:
-            if comm.read_text() == "ovs-vswitchd\n" and (comm.parent / "ns/net").samefile("/proc/self/ns/net"):
-                return comm.parent.name
-        except OSError:
-            continue
-    return ""
+    return next((str(pid) for pid, _ in running(("ovs-vswitchd",))), "")
 
 
 def _names_bridge(path: str) -> bool:

@@ -10,12 +10,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ovsmesh.bounded import output
 from ovsmesh.dataplane.types import KBR, OBR, PROTOCOL
 from ovsmesh.mesh.types import Mesh, Node
 from ovsmesh.probe import gre
@@ -23,7 +23,6 @@ from ovsmesh.probe import gre
 OK, WARN, FAIL, UNKNOWN = "ok", "warn", "FAIL", "?"
 _KERNEL = (5, 0)
 _OVS = (2, 13)
-_TIMEOUT = 10.0
 _PACKAGES = {
     "ip": "iproute2",
     "bridge": "iproute2",
@@ -44,17 +43,6 @@ class Check(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.state:<5} {self.name:<12} {self.text}"
-
-
-def output(*argv: str) -> str | None:
-    """Return the standard output of a command; None when it is missing, fails or takes too long."""
-    try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, stdin=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def kernel() -> Iterator[Check]:

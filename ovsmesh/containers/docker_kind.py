@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ovsmesh.containers import daemon_json
 from ovsmesh.errors import OvsmeshError
+from ovsmesh.processes import running, shares_network
 from ovsmesh.state_dir import read_regular
 from ovsmesh.text import listed, printable
 
@@ -117,30 +118,23 @@ def of_host(socket: str, config: str = _CONFIG) -> str:
         os.path.isdir("/snap/docker") and not os.path.exists("/usr/bin/dockerd")
     ):
         return _snap()
-    return _desktop() if next(_named(_DESKTOP), None) is not None else ""
+    return _desktop() if any(running((_DESKTOP,), here=False)) else ""
 
 
 def processes() -> Iterator[Process]:
     """Return every dockerd that is seen."""
-    return (one for pid in _named("dockerd") if (one := process(pid)))
+    return (one for pid, _ in running(("dockerd",), here=False) if (one := process(pid)))
 
 
 def process(pid: int) -> Process | None:
     """Return one process; None if it has ended or can't be seen."""
     with contextlib.suppress(OSError):
         folder = Path("/proc", str(pid))
-        here = os.path.samestat(os.stat(folder / "ns/net"), os.stat("/proc/self/ns/net"))
+        here = shares_network(pid)
         words = (folder / "cmdline").read_bytes()[: 1 << 16].split(b"\0")
         argv = tuple(word.decode(errors="replace") for word in words if word)
         return Process(pid, folder.stat().st_uid, here, argv)
     return None
-
-
-def _named(name: str) -> Iterator[int]:
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError):
-            if entry.isdigit() and Path("/proc", entry, "comm").read_text().strip() == name:
-                yield int(entry)
 
 
 def _from_snap(one: Process | None) -> bool:

@@ -9,10 +9,10 @@ import contextlib
 import os
 import re
 import shlex
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from ovsmesh.bounded import output
 from ovsmesh.dataplane.types import KBR, MARK
 from ovsmesh.errors import OvsmeshError
 from ovsmesh.state_dir import write_atomic
@@ -21,7 +21,6 @@ from ovsmesh.text import printable
 SYSTEMD = Path("/run/systemd/system")
 UNITS = Path("/etc/systemd/system")
 FILE = "50-ovsmesh.conf"
-_TIMEOUT = 10.0
 _UNIT = re.compile(r"[A-Za-z0-9@_.\\:-]{1,200}")
 _FATAL = re.compile(r"failed to start daemon|level=fatal|unable to configure the Docker daemon|flag provided but")
 _MOST = 400
@@ -52,14 +51,14 @@ class DockerUnit:
         """Return the last words of a dockerd that did not start; "" where they are not known."""
         if not self.name:
             return ""
-        text = _run("journalctl", "-q", "--no-pager", "-o", "cat", "-n", "30", "-u", f"{self.name}.service")
+        text = output("journalctl", "-q", "--no-pager", "-o", "cat", "-n", "30", "-u", f"{self.name}.service") or ""
         lines = [line for line in text.splitlines() if _FATAL.search(line)]
         return printable(lines[-1], _MOST) if lines else ""
 
     def forgive(self) -> None:
         """Let systemd start it again, which it refuses after a few failed starts in a row."""
         if self.name:
-            _run("systemctl", "reset-failed", f"{self.name}.service")
+            output("systemctl", "reset-failed", f"{self.name}.service")
 
     @property
     def _path(self) -> Path:
@@ -78,7 +77,7 @@ class DockerUnit:
             write_atomic(self._path, text, 0o644)
         except OSError as error:
             return f"{self._path} can't be written ({error.strerror}), so dockerd may start without {KBR}"
-        _run("systemctl", "daemon-reload")
+        output("systemctl", "daemon-reload")
         return ""
 
     def need_nothing(self) -> None:
@@ -91,7 +90,7 @@ class DockerUnit:
             raise OvsmeshError(f"{self._path}: can't be removed: {error.strerror}") from error
         with contextlib.suppress(OSError):
             self._path.parent.rmdir()
-        _run("systemctl", "daemon-reload")
+        output("systemctl", "daemon-reload")
 
 
 def drop_in(addresses: Iterable[str]) -> str:
@@ -117,15 +116,5 @@ def _unit(restart: str) -> str:
 
 
 def _show(unit: str) -> dict[str, str]:
-    text = _run("systemctl", "show", "-p", "LoadState", "-p", "UnitFileState", unit)
+    text = output("systemctl", "show", "-p", "LoadState", "-p", "UnitFileState", unit) or ""
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-
-
-def _run(*argv: str) -> str:
-    """Return the output of a command; "" if it is missing, fails or takes too long."""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(
-            argv, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, stdin=subprocess.DEVNULL
-        )
-        return done.stdout if done.returncode == 0 else ""
-    return ""

@@ -10,15 +10,15 @@ import glob
 import json
 import os
 import re
-import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ovsmesh.bounded import output
 from ovsmesh.dataplane.types import KBR, MARK, OBR
+from ovsmesh.processes import running, shares_network
 from ovsmesh.text import listed, printable
 
-_TIMEOUT = 10.0
 _CONF = "/proc/sys/net/ipv{}/conf"
 FORWARDING = {"net/ipv4/ip_forward": 4, "net/ipv6/conf/all/forwarding": 6}
 """The sysctl that has a host forward → IP version. The kernel sets others with it, see side_effects()."""
@@ -89,9 +89,7 @@ def forwarding_users(version: int, devices: Iterable[Device], docker_returns: bo
     if docker_returns:
         devices = [device for device in devices if not _OF_DOCKER.fullmatch(device.name)]
     found += _links(version, devices)
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        found += _nat(version, _output("nft", "-s", "list", "ruleset"), _legacy(version))
-    return found
+    return [*found, *_nat(version, output("nft", "-s", "list", "ruleset") or "", _legacy(version))]
 
 
 def configured(key: str, value: str) -> str:
@@ -100,7 +98,7 @@ def configured(key: str, value: str) -> str:
     The last one wins, by the order of sysctl.d(5).
     """
     with contextlib.suppress(OSError):
-        if not os.path.samestat(os.stat("/proc/1/ns/net"), os.stat("/proc/self/ns/net")):
+        if not shares_network(1):
             return ""
     names: dict[str, str] = {}
     for pattern in _FILES:
@@ -123,13 +121,7 @@ def _same(name: str, key: str) -> bool:
 
 
 def _programs(version: int, devices: Iterable[Device], docker_returns: bool) -> Iterator[str]:
-    seen = set()
-    own = os.stat("/proc/self/ns/net")
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError):
-            name = Path("/proc", entry, "comm").read_text().strip() if entry.isdigit() else ""
-            if name in _PROGRAMS and os.path.samestat(os.stat(f"/proc/{entry}/ns/net"), own):
-                seen.add(name)
+    seen = {name for _, name in running(_PROGRAMS)}
     six = any(_OF_DOCKER.fullmatch(device.name) and _addressed(6, device) for device in devices)
     for name in sorted(seen):
         if name != "dockerd" or not (docker_returns or (version == 6 and not six)):
@@ -155,8 +147,8 @@ def _addressed(version: int, device: Device) -> bool:
 
 def _routed(version: int) -> Iterator[str]:
     """Yield the links that a route is through."""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired, ValueError):
-        for route in json.loads(_output("ip", f"-{version}", "-j", "route", "show") or "[]"):
+    with contextlib.suppress(ValueError):
+        for route in json.loads(output("ip", f"-{version}", "-j", "route", "show") or "[]"):
             if isinstance(route, dict) and route.get("dst") != "default":
                 yield str(route.get("dev"))
 
@@ -190,14 +182,6 @@ def _legacy(version: int) -> str:
     tool = "iptables" if version == 4 else "ip6tables"
     with contextlib.suppress(OSError):
         if "nat" in Path("/proc/net", tool.replace("tables", "_tables_names")).read_text().split():
-            text = _output(f"{tool}-legacy-save", "-t", "nat")
+            text = output(f"{tool}-legacy-save", "-t", "nat") or ""
             return "\n".join(line for line in text.splitlines() if line.startswith("-A "))
     return ""
-
-
-def _output(*argv: str) -> str:
-    env: Mapping[str, str] = {**os.environ, "LC_ALL": "C"}
-    done = subprocess.run(
-        argv, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, env=env, check=False
-    )
-    return done.stdout if done.returncode == 0 else ""

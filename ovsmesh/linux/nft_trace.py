@@ -14,12 +14,12 @@ import errno
 import os
 import re
 import struct
-import subprocess
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ovsmesh.bounded import output
 from ovsmesh.dataplane.types import Drop, FilterFound, HookCount
 from ovsmesh.linux import netlink_socket
 from ovsmesh.linux.netlink_socket import Message, NetlinkSocket, attributes
@@ -42,8 +42,6 @@ _FIRST, _LAST = -2147483640, 2147483640
 _NAME = "ovsmesh-trace"
 _NF_DROP, _NF_ACCEPT, _NF_QUEUE = 0, 1, 3
 _ETHERNET = 14
-_TIMEOUT = 10.0
-"""Seconds for one tool."""
 _LONGEST = 160
 _LEGACY = {
     "iptables-legacy": "/proc/net/ip_tables_names",
@@ -287,25 +285,9 @@ def patterns(version: int, token: bytes, form: Encapsulation | None, prefix: str
     return found
 
 
-def run(argv: Sequence[str]) -> str | None:
-    """Return what a tool prints; None where it is missing or fails."""
-    try:
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_TIMEOUT,
-            env={**os.environ, "LC_ALL": "C"},
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
-
-
 def rule_text(family: str, table: str, chain: str, handle: int) -> str:
     """Return a rule as nft prints it, without its counter; "" where there is none with this handle."""
-    for line in (run(["nft", "-a", "list", "chain", family, table, chain]) or "").splitlines():
+    for line in (output("nft", "-a", "list", "chain", family, table, chain) or "").splitlines():
         rule, _, number = line.strip().rpartition(" # handle ")
         if number == str(handle) and rule:
             return re.sub(r" ?counter packets \d+ bytes \d+", "", rule).strip()
@@ -351,7 +333,7 @@ class Filters:
                 if count.first or count.last:
                     where = f"{family} {hook}" + (" (tunnel)" if "tunnel" in name else "")
                     hooks.append(HookCount(where, count.first, count.last, name.endswith("back")))
-        suspects = _suspects(run(["nft", "list", "ruleset"]) or "")
+        suspects = _suspects(output("nft", "list", "ruleset") or "")
         suspects += [
             Drop(f"`{printable(rule, _LONGEST)}`", tool, certain=False)
             for tool, rule in self._before
@@ -388,9 +370,9 @@ class Filters:
             if not names and not Path("/sys/module/ebtable_filter").exists():
                 continue
             argv = [tool, "-t", "filter", "-L", "--Lc"] if not names else [f"{tool}-save", "-c"]
-            found.update(dict(_parse(tool, run(argv) or "")))
+            found.update(dict(_parse(tool, output(*argv) or "")))
         for tool in ("iptables-nft", "ip6tables-nft"):
-            found.update(dict(_parse(tool, run([f"{tool}-save", "-c"]) or "")))
+            found.update(dict(_parse(tool, output(f"{tool}-save", "-c") or "")))
         return found
 
 
@@ -434,7 +416,7 @@ def _suspects(ruleset: str) -> list[Drop]:
 
 def _tables() -> tuple[str, ...]:
     """Return the tables of others that hold a filter."""
-    names = [line.removeprefix("table ").strip() for line in (run(["nft", "list", "tables"]) or "").splitlines()]
+    names = [line.removeprefix("table ").strip() for line in (output("nft", "list", "tables") or "").splitlines()]
     found = [name for name in names if "ovsmesh" not in name]
     for tool, path in _LEGACY.items():
         with contextlib.suppress(OSError):

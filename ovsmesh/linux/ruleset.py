@@ -15,9 +15,10 @@ from fnmatch import fnmatchcase
 from ipaddress import ip_address, ip_network, summarize_address_range
 from typing import Any, NamedTuple
 
+from ovsmesh.bounded import output
 from ovsmesh.dataplane.types import KBR, MARK, OBR, FilterFound
 from ovsmesh.errors import Problem
-from ovsmesh.linux.nft_trace import rule_text, run
+from ovsmesh.linux.nft_trace import rule_text
 from ovsmesh.mesh.types import IPAddress, IPNetwork
 from ovsmesh.reasons import Reason
 from ovsmesh.text import listed, printable
@@ -488,9 +489,9 @@ def remedied(found: FilterFound, query: Query) -> FilterFound:
 
 def read() -> Ruleset:
     """Read the tables of others now, each on its own: nft 1.0.6 writes invalid JSON for some expressions."""
-    chains = Ruleset(run(["nft", "-j", "list", "chains"]) or "").tables
+    chains = Ruleset(output("nft", "-j", "list", "chains") or "").tables
     filters = [key for key, table in chains.items() if any(one.type == "filter" for one in table.chains.values())]
-    return Ruleset(*(run(["nft", "-a", "-j", "list", "table", *key]) or "" for key in filters))
+    return Ruleset(*(output("nft", "-a", "-j", "list", "table", *key) or "" for key in filters))
 
 
 def look(query: Query) -> tuple[Problem, ...]:

@@ -96,7 +96,7 @@ table inet ovsmesh {
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     """A host on which no program runs; what `nft` and `ip` say."""
     said = {"nft": NFT, "ip": "[]"}
-    monkeypatch.setattr(forwarding, "_output", lambda *argv: said.get(argv[0], ""))
+    monkeypatch.setattr(forwarding, "output", lambda *argv: said.get(argv[0], ""))
     monkeypatch.setattr(forwarding, "_programs", lambda *more: iter(()))
     monkeypatch.setattr(forwarding, "_legacy", lambda version: said.get("legacy", ""))
     return said
