@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ovsmesh.bounded import output
 from ovsmesh.dataplane.types import KBR, OBR, PROTOCOL
-from ovsmesh.mesh.types import Mesh, Node
+from ovsmesh.mesh.types import Mesh, Node, within
 from ovsmesh.probe import gre
 
 OK, WARN, FAIL, UNKNOWN = "ok", "warn", "FAIL", "?"
@@ -119,7 +119,7 @@ def ranges(mesh: Mesh, routes: Iterable[Mapping[str, Any]]) -> Iterator[Check]:
         if there.prefixlen == 0 or (there.version == 6 and there.is_link_local):
             continue
         text = f"{route['dst']} dev {route.get('dev', 'none')}"
-        taken = [n.name for n in mesh.nodes for c in n.pod_cidrs if _within(there, c)]
+        taken = [n.name for n in mesh.nodes for c in n.pod_cidrs if within(there, c)]
         if taken:
             bad.append(f"{text} (of {', '.join(taken[:_SHOWN])})")
         elif any(c.version == there.version and c.overlaps(there) for c in mesh.cluster_cidrs):
@@ -133,10 +133,6 @@ def ranges(mesh: Mesh, routes: Iterable[Mapping[str, Any]]) -> Iterator[Check]:
         yield Check(WARN, "ranges", f"{text}; the mesh's are narrower and win")
     if not bad and not near:
         yield Check(OK, "ranges", f"{', '.join(map(str, mesh.cluster_cidrs))}: no other route of this host is in them")
-
-
-def _within(route: Any, cidr: Any) -> bool:
-    return bool(route.version == cidr.version and route.subnet_of(cidr))
 
 
 def routes() -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any
 
 from ovsmesh.dataplane.types import KBR, Daemon, Facts
-from ovsmesh.mesh.types import IPNetwork, Node
+from ovsmesh.mesh.types import IPNetwork, Node, within
 from ovsmesh.text import counted, listed
 
 DOCKER0 = "docker0"
@@ -162,8 +162,7 @@ def _within(text: str, ranges: Iterable[str]) -> bool:
         nets = [ip_network(r, strict=False) for r in ranges]
     except ValueError:
         return False
-    # of one version, which mypy does not see
-    return any(inner.version == net.version and inner.subnet_of(net) for net in nets)  # type: ignore[arg-type]
+    return any(within(inner, net) for net in nets)
 
 
 def flags(argv: Sequence[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ovsmesh.dataplane.firewall_rules import CHAINS, SETS, Chain, digest
 from ovsmesh.dataplane.types import KBR, MARK, Rule, RuleKey
-from ovsmesh.mesh.types import IPNetwork
+from ovsmesh.mesh.types import IPNetwork, within
 
 _COMMENT = re.compile(r"([a-z0-9-]+) ([0-9a-f]{8})")
 _IPT_COMMENT = re.compile(rf"{MARK}:([a-z0-9-]+):([0-9a-f]{{8}})")
@@ -365,7 +365,7 @@ def _covers(text: str, inner: IPNetwork | None) -> bool | None:
     if inner is None or outer.version != inner.version:
         return None
     if outer.overlaps(inner):
-        return True if inner.subnet_of(outer) else None  # type: ignore[arg-type]
+        return True if within(inner, outer) else None
     return False
 
 

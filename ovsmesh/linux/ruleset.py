@@ -19,7 +19,7 @@ from ovsmesh.bounded import output
 from ovsmesh.dataplane.types import KBR, MARK, OBR, FilterFound
 from ovsmesh.errors import Problem
 from ovsmesh.linux.nft_trace import rule_text
-from ovsmesh.mesh.types import IPAddress, IPNetwork
+from ovsmesh.mesh.types import IPAddress, IPNetwork, within
 from ovsmesh.reasons import Reason
 from ovsmesh.text import listed, printable
 
@@ -376,10 +376,9 @@ def _range(mine: IPNetwork, right: Any) -> _Hit:
             others = list(summarize_address_range(first, last))
     except (ValueError, KeyError, TypeError):
         return _UNKNOWN
-    same = [one for one in others if one.version == mine.version]
-    if any(mine.subnet_of(one) for one in same):
+    if any(within(mine, one) for one in others):
         return _ALL
-    return _SOME if any(one.overlaps(mine) for one in same) else _NONE
+    return _SOME if any(one.overlaps(mine) for one in others) else _NONE
 
 
 class Query(NamedTuple):

@@ -19,6 +19,12 @@ def gateway(pod_cidr: IPNetwork) -> IPAddress:
     return pod_cidr.network_address + 1
 
 
+def within(inner: IPNetwork, outer: IPNetwork) -> bool:
+    """Return whether a range lies in another one; never in one of the other IP version."""
+    # mypy does not see that both are of one version
+    return inner.version == outer.version and inner.subnet_of(outer)  # type: ignore[arg-type]
+
+
 class MeshError(OvsmeshError):
     """A mesh that can't be used as a whole: unreadable, not YAML, of the wrong kind, with an unknown key."""
 
