@@ -240,7 +240,8 @@ class HttpServer:
             stop.start()
             end = time.monotonic() + 2.0
             while stop.is_alive() and time.monotonic() < end:
-                # serve_forever looks whether to stop at each connection, and once a second
+                # serve_forever looks whether to stop at each connection, and once a second; mypy takes the two parts
+                # of the address for any number of them
                 with contextlib.suppress(OSError):
                     socket.create_connection(server.server_address[:2], timeout=0.1).close()  # type: ignore[arg-type]
                 stop.join(0.02)

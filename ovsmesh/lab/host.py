@@ -253,8 +253,8 @@ class Host:
 
     def start_agent(self, *options: str, mesh: Path | None = None) -> Process:
         """Start this host's agent. `Lab.converged()` waits for what it does."""
-        if self.agent_alive():
-            raise LabError(f"agent of {self.ns}: runs already as pid {self.agent().pid}; stop_agent() first")  # type: ignore[union-attr]
+        if running := self.agent():
+            raise LabError(f"agent of {self.ns}: runs already as pid {running.pid}; stop_agent() first")
         (self.state / "agent").mkdir(parents=True, exist_ok=True)
         process = netns.spawn([*self.command("agent", mesh), *options], self.ns, self.agent_log, self.env)
         write(self.state / "agent.pid", json.dumps(process))

@@ -87,7 +87,7 @@ def run_dir(remote: str) -> Path:
     return Path(path).parent
 
 
-class Replica(ovs.db.idl.Idl):  # type: ignore[misc]
+class Replica(ovs.db.idl.Idl):  # type: ignore[misc]  # python-ovs has no types
     """python-ovs's replica, which also keeps the UUIDs of the rows that were touched, by table."""
 
     def __init__(self, remote: str) -> None:

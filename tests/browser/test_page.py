@@ -54,7 +54,7 @@ def report(*peers: Peer, headline: str = "web1: all peers reachable", **more: An
     return replace(Report(NOW, headline, True, me, conditions, peers, (), (), ()), **more)
 
 
-def measured(state: str = "ok", trip: float | None = 0.0004, loss: float = 0.0, mtu: int | None = 1462) -> Any:
+def measured(state: str = "ok", trip: float | None = 0.0004, loss: float | None = 0.0, mtu: int | None = 1462) -> Any:
     return {"state": state, "since": TIME, "roundTrip": trip, "roundTripP99": trip, "loss": loss, "pathMtu": mtu}
 
 
@@ -180,7 +180,7 @@ def test_twelve_nodes_with_faults_of_each_kind(chromium: Chromium, agent: Callab
         ("web1", "web2"): measured("lossy", 0.002, 0.3),
         ("web3", "web4"): measured("small packets only", 0.0004, 0.05, 1400),
         ("web5", "web6"): measured("not forwarded", None, 1.0, None),
-        ("web7", "web8"): measured("not probed yet", None, None, None),  # type: ignore[arg-type]
+        ("web7", "web8"): measured("not probed yet", None, None, None),
         ("web9", "web1"): measured("a state of a later version", 0.0004),
         ("web2", "web1"): measured(trip=0.25, mtu=None),
         ("web4", "web1"): {"state": "ok"},

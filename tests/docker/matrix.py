@@ -73,7 +73,7 @@ class Matrix:
                 raise AssertionError(f"{situation} was not reached: {self._failed}")
             try:
                 next(self._story)
-            except Exception as error:
+            except Exception as error:  # any: it is raised here, and told by the cells that come after
                 self._failed = error
                 raise
         found = self._found[situation]

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,17 @@ ME = Node("web1", ip_address("192.0.2.1"), (ip_network("10.97.1.0/24"), ip_netwo
 PEER = Node("web2", ip_address("192.0.2.2"), (ip_network("10.97.2.0/24"),))
 MESH = Mesh((ip_network("10.97.0.0/16"), ip_network("fd00:97::/32")), (ME, PEER))
 LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def use_iptables(variant: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have iptables and ip6tables be those of "nft" or "legacy", by links in `folder`."""
+    for tool in ("iptables", "ip6tables"):
+        for suffix in ("", "-restore"):
+            real = shutil.which(f"{tool}-{variant}{suffix}")
+            if not real:
+                pytest.skip(f"{tool}-{variant}{suffix} is not installed")
+            (folder / (tool + suffix)).symlink_to(real)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,19 @@ from ovsmesh.linux import firewall as module
 from ovsmesh.linux.firewall import Firewall
 from ovsmesh.linux.netlink_socket import messages
 from ovsmesh.linux.nft_monitor import END, tools
-from tests.support.firewallkit import ME, MESH, PEER, converge, desired, needs_nft, needs_root, nft, possible, sh
+from tests.support.firewallkit import (
+    ME,
+    MESH,
+    PEER,
+    converge,
+    desired,
+    needs_nft,
+    needs_root,
+    nft,
+    possible,
+    sh,
+    use_iptables,
+)
 
 
 @needs_root
@@ -302,13 +314,7 @@ class TestIptables:
 
     @pytest.fixture(autouse=True)
     def _variant(self, variant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for tool in ("iptables", "ip6tables"):
-            for suffix in ("", "-restore"):
-                real = shutil.which(f"{tool}-{variant}{suffix}")
-                if not real:
-                    pytest.skip(f"{tool}-{variant}{suffix} is not installed")
-                (tmp_path / (tool + suffix)).symlink_to(real)
-        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        use_iptables(variant, tmp_path, monkeypatch)
 
     def test_forward(self, firewall: Any, variant: Any) -> None:
         assert firewall.forward_drop() == ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from ovsmesh.dataplane.types import Facts
-from tests.support.firewallkit import converge, desired, needs_root, possible, sh
+from tests.support.firewallkit import converge, desired, needs_root, possible, sh, use_iptables
 
 pytestmark = [pytest.mark.root, needs_root]
 FACTS = Facts(forward_drop=("iptables", "ip6tables"))
@@ -38,13 +37,7 @@ COMMIT
 @pytest.fixture(params=["nft", "legacy"], autouse=True)
 def variant(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both kinds of iptables, as the program of that name."""
-    for tool in ("iptables", "ip6tables"):
-        for suffix in ("", "-restore"):
-            real = shutil.which(f"{tool}-{request.param}{suffix}")
-            if not real:
-                pytest.skip(f"{tool}-{request.param}{suffix} is not installed")
-            (tmp_path / (tool + suffix)).symlink_to(real)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/sbin:/usr/bin:/sbin:/bin")
+    use_iptables(str(request.param), tmp_path, monkeypatch)
     return str(request.param)
 
 
